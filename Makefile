@@ -1,0 +1,47 @@
+# One command a verb. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help init quickstart demo test lint types unit contract bench docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+init: ## .venv with everything that tests and linters need
+	@$(PYTHON) scripts/install.py --venv $(VENV) --extras demo,test,dev
+
+quickstart: ## install, start a server, run the demonstration, stop
+	@$(PYTHON) scripts/install.py --venv $(VENV) --extras demo
+	@$(BIN)/tinsmith demo --out curves
+
+demo: quickstart ## the same
+
+test: lint types unit ## everything that CI runs
+
+lint: init ## ruff: format and rules
+	@echo "ruff"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: init ## mypy, strict, over src
+	@echo "mypy"
+	@$(BIN)/mypy
+
+unit: init ## the tests alone
+	@$(BIN)/python -m pytest
+
+contract: init ## the contract suite with every supported SDK, each in its own environment
+	@$(BIN)/python -m scripts.contract_envs
+
+bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
+	@$(BIN)/python benchmarks/run_all.py
+
+docs: init ## the pages that are generated from the code
+	@$(BIN)/python scripts/make_settings_page.py
+
+clean: ## remove what the other verbs made
+	rm -rf $(VENV) .venv-* build dist curves .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,264 @@
+"""What does the service add to the computing? Start, memory, new runs and round trips of a real server.
+
+Starts `tinsmith serve` of the shipped model on a free port and drives it through the SDK. The computing itself is the
+same request on the same engine in this process, between two round trips. Wall times, medians; the CPU time of server
+and client beside them, since wall time on a busy machine says little.
+
+    python benchmarks/service.py [--starts 3] [--creates 8] [--steps 40] [--tokens 64] [--synchronous FULL]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # these are read when torch loads, or by glibc in a child
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+import contextlib
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rows
+import tinker
+from tinker import types
+
+from tinsmith.bases import describe, parse
+from tinsmith.config import Settings, point_sdk_at
+from tinsmith.serve import ENV_DEFAULTS
+from tinsmith.torch_engine import TorchEngine
+from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, RunSpec, TrainItem
+
+BASE = "tinsmith/tiny"
+RANK = 32
+LEARNING_RATE = 1e-4
+POLL_S = 0.02
+TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+GEMM = """
+import statistics, time, torch
+x, w = torch.randn(32, 512), torch.randn(1536, 512)
+times, end = [], time.monotonic() + 3
+while time.monotonic() < end:
+    started = time.perf_counter()
+    torch.nn.functional.linear(x, w)
+    times.append(time.perf_counter() - started)
+print(statistics.median(times[20:]) * 1e3)
+"""
+
+
+class Server:
+    """A `tinsmith serve` and its processes. seconds: from start to ready."""
+
+    def __init__(self, data_dir: Path, synchronous: str) -> None:
+        command = [sys.executable, "-m", "tinsmith", "serve", "--port", "0", "--data-dir", str(data_dir)]
+        command += ["--sqlite-synchronous", synchronous]
+        started = time.perf_counter()
+        with (data_dir.parent / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self._data_dir = data_dir
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise SystemExit((data_dir.parent / "server.log").read_text()[-2000:])
+            time.sleep(POLL_S)
+        self.seconds = time.perf_counter() - started
+        self.key = (data_dir / "admin.key").read_text().strip()
+        info = self._info()
+        self.url: str = info["url"]
+        self.pids: list[int] = [self._process.pid, info["api_pid"], *info["worker_pids"].values()]
+
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = json.loads((self._data_dir / "server.json").read_text())
+        return info
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._info()['url']}/api/v1/healthz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (OSError, ValueError):
+            return False
+
+    def memory_mib(self, kind: str) -> float:
+        """Sum over the processes; `Rss` counts shared pages in each, `Pss` once."""
+        total = 0
+        for pid in self.pids:
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith(f"{kind}:"):
+                    total += int(line.split()[1])
+        return total / 1024
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all processes so far."""
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids]
+        return sum(int(stat[11]) + int(stat[12]) for stat in stats) * TICK_S
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(60)
+
+
+@contextlib.contextmanager
+def serving(data_dir: Path, synchronous: str) -> Iterator[Server]:
+    server = Server(data_dir, synchronous)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Engine:
+    """The same steps without a service."""
+
+    def __init__(self, tokens: np.ndarray[Any, Any]) -> None:
+        self._engine = TorchEngine(describe(parse(BASE)), Settings())
+        self._run = RunId("bench:train:0")
+        self._engine.create_run(RunSpec(self._run, BASE, RANK))
+        datum = Datum(
+            tokens[:-1].astype(np.int32),
+            {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1, np.float32)},
+        )
+        self._item = TrainItem(OpId("a"), self._run, 1, (datum,), LossSpec("cross_entropy"), backward=True)
+
+    def step(self) -> None:
+        training_pass = self._engine.start_pass([self._item])
+        while training_pass.advance(8192):
+            pass
+        training_pass.commit()
+        self._engine.optim_step([OptimItem(OpId("b"), self._run, AdamParams(LEARNING_RATE))])
+
+
+def main() -> None:
+    args = parse_args()
+    print("| what | median | best | worst | repeats |")
+    print("|---|---|---|---|---|")
+    table = Table(args.rows)
+    with tempfile.TemporaryDirectory() as root:
+        starts = []
+        for index in range(args.starts - 1):
+            with serving(Path(root, f"start{index}"), args.synchronous) as server:
+                starts.append(server.seconds)
+        with serving(Path(root, "data"), args.synchronous) as server:
+            starts.append(server.seconds)
+            table.add("ready after the start", starts, "s", "< 10")
+            time.sleep(2.0)
+            table.add("idle memory of all processes, PSS", [server.memory_mib("Pss") / 1024], "GiB", "< 0.7")
+            table.add("idle memory of all processes, RSS", [server.memory_mib("Rss") / 1024], "GiB", "< 0.7")
+            point_sdk_at(server.url, server.key)
+            drive(server, args, table)
+            table.add("one fsync on the disk of the data directory", fsync_ms(Path(root)), "ms", "")
+    alone, beside = gemm_ms(1), gemm_ms(2)
+    table.add("32 x 512 x 1536 product in one process", alone, "ms", "")
+    table.add("the same in two processes at once", beside, "ms", "")
+    table.add("two at once / one", [max(beside) / alone[0]], "x", "< 4")
+
+
+class Table:
+    """Prints figures and keeps their medians."""
+
+    def __init__(self, rows_file: Path | None) -> None:
+        self._rows_file = rows_file
+
+    def add(self, what: str, values: list[float], unit: str, target: str) -> None:
+        median = statistics.median(values)
+        print(f"| {what} | {median:.3g} {unit} | {min(values):.3g} | {max(values):.3g} | {len(values)} |", flush=True)
+        rows.save(self._rows_file, [rows.Row(what, median, unit, target, len(values))])
+
+
+def drive(server: Server, args: argparse.Namespace, table: Table) -> None:
+    client = tinker.ServiceClient()
+    tokens = np.random.default_rng(0).integers(0, 256, args.tokens + 1)
+    data = [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(tokens[:-1].tolist()),
+            loss_fn_inputs={"target_tokens": tokens[1:], "weights": np.ones(args.tokens, np.float32)},
+        )
+    ]
+
+    def step(run: Any) -> None:
+        passed = run.forward_backward(data, "cross_entropy")
+        stepped = run.optim_step(types.AdamParams(learning_rate=LEARNING_RATE))
+        passed.result()
+        stepped.result()
+
+    run = create(client)
+    step(run)
+    creates, firsts = [], []
+    for _ in range(args.creates):
+        started = time.perf_counter()
+        run = create(client)
+        created = time.perf_counter()
+        step(run)
+        creates.append(created - started)
+        firsts.append(time.perf_counter() - created)
+    table.add("create a run on a warm server", creates, "s", "< 0.2")
+    table.add("first step of a run", firsts, "s", "< 0.3")
+
+    engine = Engine(tokens)
+    engine.step()
+    trips, computes, server_ms, client_ms, compute_ms = [], [], [], [], []
+    for _ in range(args.steps):
+        server_before, client_before, started = server.cpu_s(), time.process_time(), time.perf_counter()
+        step(run)
+        trips.append((time.perf_counter() - started) * 1e3)
+        client_ms.append((time.process_time() - client_before) * 1e3)
+        server_ms.append((server.cpu_s() - server_before) * 1e3)
+        client_before, started = time.process_time(), time.perf_counter()
+        engine.step()
+        computes.append((time.perf_counter() - started) * 1e3)
+        compute_ms.append((time.process_time() - client_before) * 1e3)
+    added = [trip - compute for trip, compute in zip(trips, computes, strict=True)]
+    table.add(f"forward_backward + optim_step of {args.tokens} tokens, {args.synchronous}", trips, "ms", "")
+    table.add("the computing alone", computes, "ms", "")
+    table.add("what service and SDK add to it", added, "ms", "< 20")
+    table.add("CPU time of a round trip, all server processes", server_ms, "ms", "")
+    table.add("CPU time of a round trip, the client", client_ms, "ms", "")
+    table.add("CPU time of the computing alone", compute_ms, "ms", "")
+
+
+def fsync_ms(directory: Path) -> list[float]:
+    """An append of a page and its fsync, a hundred times."""
+    times = []
+    with (directory / "fsync").open("ab", buffering=0) as out:
+        for _ in range(100):
+            out.write(bytes(4096))
+            started = time.perf_counter()
+            os.fsync(out.fileno())
+            times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def create(client: Any) -> Any:
+    made = client.create_lora_training_client(BASE, rank=RANK)
+    return made.result() if hasattr(made, "result") else made  # a future of the client since SDK 0.38
+
+
+def gemm_ms(count: int) -> list[float]:
+    """The median time of a small product in each of `count` processes, with the environment that `serve` gives."""
+    env = {**os.environ, **ENV_DEFAULTS}
+    children = [subprocess.Popen([sys.executable, "-c", GEMM], env=env, stdout=subprocess.PIPE) for _ in range(count)]
+    return [float(child.communicate()[0]) for child in children]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--creates", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--synchronous", default="FULL", help="SQLite's synchronous pragma")
+    rows.add_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

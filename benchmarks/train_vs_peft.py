@@ -1,0 +1,157 @@
+"""Does one shared pass beat running the adapters one after another?
+
+Prints tokens per CPU-second of one forward and backward for many runs, ours against peft's `set_adapter` loop, both in
+this process, on the same random weights, interleaved; medians. `frozen` is the shared pass without adapters in the
+layers: the floor.
+
+    python benchmarks/train_vs_peft.py --runs 16 64 --tokens 32-64
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "--plain-mkl" not in sys.argv:
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+import numpy as np
+import rows
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tinsmith.config import Settings
+from tinsmith.model import load_base
+from tinsmith.training import Trainer
+from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, Targets, TrainItem
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = Targets(unembed=False)  # as peft's usual target_modules
+TARGETS_X = {(16, 1): ">= 1.5", (64, 1): ">= 2", (1, 4): ">= 0.95"}  # by runs and data
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as path:
+        config = Qwen3Config(
+            vocab_size=args.vocab, hidden_size=512, intermediate_size=1536, num_hidden_layers=args.layers,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).save_pretrained(path)
+        info = BaseInfo("bench", path, "qwen3", args.vocab, 4096, ())
+        print(
+            f"hidden 512 x {args.layers} layers, vocabulary {args.vocab}, rank {args.rank}, {args.threads} thread(s), "
+            f"{calibrate():.0f} GFLOP/s sgemm; tokens per CPU-second, median of {args.repeats}\n"
+        )
+        print("| runs | data x tokens | tokens | peft | ours | frozen | ours / peft | ours / frozen |")
+        print("|---|---|---|---|---|---|---|---|")
+        for num_runs in args.runs:
+            report(num_runs, args, info)
+
+
+def report(num_runs: int, args: argparse.Namespace, info: BaseInfo) -> None:
+    rng = np.random.default_rng(0)
+    low, high = ([int(n) for n in args.tokens.split("-")] * 2)[:2]
+    lengths = rng.integers(low, high + 1, num_runs)
+    data = [[make_datum(rng, n, args.vocab) for _ in range(args.data)] for n in lengths]
+    arms = {"peft": peft_arm(data, args, info), "ours": our_arm(data, args, info, adapters=True)}
+    arms["frozen"] = our_arm(data, args, info, adapters=False)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(args.repeats + 1):
+        for name, arm in arms.items():
+            started = time.process_time()
+            arm()
+            if repeat:
+                times[name].append(time.process_time() - started)
+    tokens = sum(datum.num_tokens for own in data for datum in own)
+    rate = {name: tokens / statistics.median(values) for name, values in times.items()}
+    ratio = rate["ours"] / rate["peft"]
+    print(
+        f"| {num_runs} | {args.data} x {args.tokens} | {tokens} | {rate['peft']:.0f} | {rate['ours']:.0f} | "
+        f"{rate['frozen']:.0f} | {ratio:.2f} | {rate['ours'] / rate['frozen']:.2f} |",
+        flush=True,
+    )
+    what = f"training, {num_runs} run(s) of {args.data} x {args.tokens} tokens: ours / peft, CPU time"
+    rows.save(args.rows, [rows.Row(what, ratio, "x", TARGETS_X.get((num_runs, args.data), ""), args.repeats)])
+
+
+def our_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo, *, adapters: bool) -> Callable[[], Any]:
+    """One pass over all runs. Without adapters: the same walk, where only the output head of rank 1 is trained."""
+    base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+    trainer = Trainer(base, Settings())
+    targets, rank = (TARGETS, args.rank) if adapters else (Targets(attn=False, mlp=False, unembed=True), 1)
+    items = []
+    for index, own in enumerate(data):
+        run = RunId(f"r{index:03}")
+        trainer.create_run(RunSpec(run, info.name, rank, index, targets))
+        items.append(TrainItem(OpId(run), run, 1, tuple(own), LossSpec("cross_entropy"), backward=True))
+
+    def step() -> None:
+        training_pass = trainer.start_pass(items)
+        while training_pass.advance(args.max_tokens):
+            pass
+        training_pass.commit()
+
+    return step
+
+
+def peft_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo) -> Callable[[], None]:
+    """Each adapter in turn, its data as one batch (they are equally long), loss from `labels`."""
+    model = AutoModelForCausalLM.from_pretrained(info.path, dtype=torch.float32)
+    config = LoraConfig(r=args.rank, lora_alpha=32, target_modules=LINEARS)
+    peft = get_peft_model(model, config, adapter_name="r000")
+    for index in range(1, len(data)):
+        peft.add_adapter(f"r{index:03}", config)
+    batches = [torch.from_numpy(np.stack([d.tokens for d in own])).long() for own in data]
+
+    def step() -> None:
+        for index, tokens in enumerate(batches):
+            peft.set_adapter(f"r{index:03}")
+            peft(input_ids=tokens, labels=tokens).loss.backward()
+
+    return step
+
+
+def make_datum(rng: np.random.Generator, length: int, vocab: int) -> Datum:
+    tokens = rng.integers(0, vocab, length + 1)
+    return Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)})
+
+
+def calibrate() -> float:
+    """GFLOP/s of a 768 x 512 x 1536 product, per CPU-second."""
+    x, w = torch.randn(768, 512), torch.randn(512, 1536)
+    x @ w
+    started = time.process_time()
+    for _ in range(30):
+        x @ w
+    return 30 * 2 * 768 * 512 * 1536 / (time.process_time() - started) / 1e9
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, nargs="+", default=[1, 4, 16], help="numbers of runs to try")
+    parser.add_argument("--data", type=int, default=1, help="sequences a run")
+    parser.add_argument("--tokens", default="32-64", help="tokens a sequence: N, or N-M drawn for each run")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens in one pass")
+    parser.add_argument("--plain-mkl", action="store_true", help="without MKL's bitwise mode (MKL_CBWR)")
+    rows.add_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

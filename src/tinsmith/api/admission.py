@@ -1,0 +1,116 @@
+"""The one way into the queue: payload file first, then the row, then the bell, then the answer.
+
+Never waits for ordering. A well-addressed request is always admitted: a bad one as an op that has failed already, so
+that its seq_id is consumed and its future says why. A duplicate gets the first op.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+from msgspec import Struct
+
+from tinsmith.api.services import Services
+from tinsmith.blobs import payload_key
+from tinsmith.errors import UserError
+from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
+from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
+from tinsmith.wire.media import JSON
+
+
+class Promise(Struct, omit_defaults=True):
+    """The answer to every request that is carried out later; its result is fetched with retrieve_future."""
+
+    request_id: str
+    model_id: str | None = None
+    sample_sequence_ids: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An op as its resource knows it. `run`: the run that a CREATE op makes, unless it fails."""
+
+    kind: OpKind
+    base_model: str
+    seq_id: int
+    run_id: RunId | None = None
+    sampler_id: SamplerId | None = None
+    cost_tokens: int = 0
+    payload: bytes | None = None
+    media: str = JSON
+    meta: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+    run: NewRun | None = None
+
+
+def rejected(draft: Draft, error: UserError) -> Draft:
+    """The same op, born failed."""
+    return replace(draft, payload=None, failure=error.as_failure())
+
+
+def attempt(draft: Draft, fill: Callable[[Draft], Draft]) -> Draft:
+    """`fill` completes an addressed draft; a mistake of the user that it finds makes the draft a rejected one."""
+    try:
+        return fill(draft)
+    except UserError as error:
+        return rejected(draft, error)
+
+
+async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow:
+    """Record the op and wake its worker; returns its row, or that of the first op with the same seq_id.
+
+    A payload file is deleted only where its row surely isn't there: after other errors it may be.
+
+    Raises:
+        NotFoundError: the run, sampler or session isn't the tenant's.
+    """
+    op_id = OpId(f"req-{uuid4().hex}")
+    blob = await _write_payload(services, principal, op_id, draft.payload)
+    new = NewOp(
+        tenant_id=principal.tenant_id,
+        kind=draft.kind,
+        base_model=draft.base_model,
+        id=op_id,
+        seq_id=draft.seq_id,
+        run_id=draft.run_id,
+        sampler_id=draft.sampler_id,
+        cost_tokens=draft.cost_tokens,
+        payload=None if blob else draft.payload,
+        payload_blob=blob,
+        payload_bytes=len(draft.payload or b""),
+        media=draft.media,
+        meta=draft.meta,
+        failure=draft.failure,
+    )
+    try:
+        enqueued = await _record(services, new, draft.run)
+    except UserError:
+        if blob:
+            await services.work(services.blobs.delete, blob)
+        raise
+    if blob and not enqueued.is_new:
+        await services.work(services.blobs.delete, blob)
+    if not enqueued.row.state.is_final:
+        services.ring(enqueued.row.base_model)
+    return enqueued.row
+
+
+async def _record(services: Services, new: NewOp, run: NewRun | None) -> Enqueued:
+    ops = services.store.ops
+    if run is not None:
+        return await services.write(ops.create_run, run, new, time.time())
+    return await services.write(ops.enqueue, new, time.time())
+
+
+async def _write_payload(
+    services: Services, principal: Principal, op_id: OpId, payload: bytes | None
+) -> BlobKey | None:
+    if payload is None or len(payload) <= services.settings.inline_bytes:
+        return None
+    key = payload_key(principal.tenant_id, op_id)
+    await services.work(services.blobs.put, key, payload)
+    return key

@@ -1,0 +1,155 @@
+"""The route table, and the one piece of ASGI around it: a request id, a log line, security headers."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from litestar import Litestar, Router
+from litestar.di import Provide
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinsmith.api import (
+    capabilities,
+    client,
+    futures,
+    keys,
+    reference,
+    runs,
+    sampling,
+    sessions,
+    tokenizers,
+    training,
+    weights,
+)
+from tinsmith.api.auth import KeyCache, admin_guard, key_guard
+from tinsmith.api.body import JsonRequest
+from tinsmith.api.errors import HANDLERS
+from tinsmith.api.services import Services
+
+log = structlog.get_logger("tinsmith.api")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+OPEN = (  # and /schema, the OpenAPI document and its page
+    Router("/api/v1", route_handlers=[capabilities.healthz]),
+    tokenizers.hub_file,
+    reference.asset,
+)
+CLOSED = (
+    client.client_config,
+    client.dynamic_config,
+    client.telemetry,
+    sessions.create_session,
+    sessions.session_heartbeat,
+    sessions.finish_session,
+    sessions.list_sessions,
+    sessions.get_session,
+    capabilities.get_server_capabilities,
+    training.create_model,
+    training.get_info,
+    training.forward_backward,
+    training.optim_step,
+    weights.save_weights,
+    weights.save_weights_for_sampler,
+    weights.save_weights_external,
+    weights.load_weights,
+    weights.weights_info,
+    sampling.create_sampling_session,
+    sampling.get_sampler,
+    sampling.asample,
+    futures.retrieve_future,
+    runs.list_runs,
+    runs.get_run,
+    runs.list_run_checkpoints,
+    runs.list_checkpoints,
+    runs.delete_checkpoint,
+    runs.set_checkpoint_ttl,
+)
+ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
+
+
+def build_app(services: Services) -> Litestar:
+    """All routes over the given services. The app runs the watcher of long polls while it is up."""
+
+    async def authenticate(secret: str) -> Any:
+        return await services.work(services.store.tenants.authenticate, secret)
+
+    def provide_services() -> Services:
+        return services
+
+    guard = key_guard(KeyCache(authenticate))
+    return Litestar(
+        route_handlers=[
+            *OPEN,
+            Router("/api/v1", route_handlers=CLOSED, guards=[guard]),
+            Router("/api/v1", route_handlers=ADMIN, guards=[guard, admin_guard]),
+        ],
+        dependencies={"services": Provide(provide_services, sync_to_thread=False)},
+        exception_handlers=HANDLERS,
+        request_class=JsonRequest,
+        lifespan=[_watching(services)],
+        request_max_body_size=services.settings.max_body_bytes,
+        openapi_config=reference.openapi_config(),
+        logging_config=None,
+        debug=False,
+    )
+
+
+def with_edge(app: ASGIApp) -> ASGIApp:
+    """Give every request an id (its own `X-Request-Id` if it is sane), a log line, and the security headers.
+
+    Requests that went well are logged at debug, those that were refused at info.
+    """
+
+    async def edge(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id  # type: ignore[typeddict-unknown-key]
+        started = time.monotonic()
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                marks = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+                message["headers"] = [*message.get("headers", []), *marks]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await app(scope, receive, send_marked)
+            elapsed_ms = round((time.monotonic() - started) * 1e3, 1)
+            is_routine = status < 400 or status == 408 or scope["path"].endswith("/healthz")
+            level = logging.DEBUG if is_routine else logging.INFO
+            log.log(level, "request", method=scope["method"], path=scope["path"], status=status, ms=elapsed_ms)
+
+    return edge
+
+
+def _watching(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        async with services.waiters.watching(lambda ids: services.work(services.store.ops.final_among, ids)):
+            yield
+
+    return lifespan
+
+
+def _request_id(scope: Scope) -> str:
+    sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex

@@ -1,0 +1,75 @@
+"""Who is asking: a key from `X-API-Key` or `Authorization: Bearer` to a principal.
+
+Every route under a guard is closed; there are no exceptions inside. Keys that were good are remembered for
+`TTL_S`, so a revoked key works for at most that long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+
+from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.datastructures import State
+from litestar.handlers import BaseRouteHandler
+from litestar.types import Guard
+
+from tinsmith.errors import AuthError, ForbiddenError
+from tinsmith.store.rows import Principal
+
+TTL_S = 1.0
+MAX_REMEMBERED = 10_000
+
+Call = Request[Principal, str, State]
+Connection = ASGIConnection[BaseRouteHandler, Principal, str, State]
+
+
+class KeyCache:
+    """Remembers good keys by their hash, never by themselves."""
+
+    def __init__(self, authenticate: Callable[[str], Awaitable[Principal | None]]) -> None:
+        self._authenticate = authenticate
+        self._known: dict[bytes, tuple[Principal, float]] = {}
+
+    async def principal(self, secret: str) -> Principal:
+        """Raises: AuthError: no such key, or it was revoked."""
+        now = time.monotonic()
+        digest = hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+        known = self._known.get(digest)
+        if known is not None and known[1] > now:
+            return known[0]
+        principal = await self._authenticate(secret)
+        if principal is None:
+            self._known.pop(digest, None)
+            raise AuthError("this key is unknown or was revoked: make one with `tinsmith keys create`")
+        if len(self._known) >= MAX_REMEMBERED:
+            self._known.clear()
+        self._known[digest] = (principal, now + TTL_S)
+        return principal
+
+
+def key_guard(keys: KeyCache) -> Guard:
+    """A guard that puts the caller's principal into the request, or refuses it."""
+
+    async def require_key(connection: Connection, handler: BaseRouteHandler) -> None:
+        connection.scope["user"] = await keys.principal(_secret(connection))
+
+    return require_key
+
+
+def admin_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+    """Runs after the key guard."""
+    if not connection.user.is_admin:
+        raise ForbiddenError("this needs an admin key")
+
+
+def _secret(connection: Connection) -> str:
+    secret = connection.headers.get("x-api-key", "")
+    if secret:
+        return secret
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    raise AuthError("no key: send one as X-API-Key or Authorization: Bearer; `tinsmith keys create` makes one")

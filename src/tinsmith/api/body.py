@@ -1,0 +1,109 @@
+"""Request bodies under a bound, decompressed under the same bound before the memory is spent."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import zstandard
+from litestar import Request
+from litestar.datastructures import State
+
+from tinsmith.api.auth import Call
+from tinsmith.api.services import Services
+from tinsmith.errors import TooLargeError, UserError
+from tinsmith.store.rows import Principal
+from tinsmith.wire.media import decode_json
+
+PIECE_BYTES = 1 << 20
+PREFIX_BYTES = 1 << 16
+MAX_WINDOW_BYTES = 1 << 27
+MAX_FRAMES = 64
+
+
+class BodyTooLarge(TooLargeError):
+    """`prefix`: the first bytes of the decompressed body, enough to find out who it was meant for."""
+
+    def __init__(self, max_bytes: int, prefix: bytes) -> None:
+        super().__init__(f"the request body is larger than {max_bytes} bytes: send fewer datums a request")
+        self.prefix = prefix
+
+
+class JsonRequest(Request[Principal, str, State]):
+    """A request whose JSON is read with our decoder; the framework's lets some errors of bad bytes through."""
+
+    async def json(self) -> Any:
+        """Raises: WireError: not JSON."""
+        return decode_json(await self.body(), object)
+
+
+async def read_body(request: Call, services: Services) -> bytes:
+    """The body, decompressed if it came as zstd.
+
+    Raises:
+        BodyTooLarge: beyond `max_body_bytes`, as sent or decompressed.
+        UserError: another encoding, or bytes that aren't zstd.
+    """
+    max_bytes = services.settings.max_body_bytes
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "zstd"):
+        raise UserError(f"content-encoding {encoding[:50]!r} is not understood: send zstd, or no encoding")
+    sent = bytearray()
+    num_bytes = 0
+    async for piece in request.stream():
+        num_bytes += len(piece)
+        sent += piece[: max_bytes - len(sent)]
+        if num_bytes > 2 * max_bytes:
+            break
+    body = bytes(sent)
+    if num_bytes > max_bytes:
+        raise BodyTooLarge(max_bytes, body[:PREFIX_BYTES] if encoding == "identity" else _first_bytes(body))
+    return body if encoding == "identity" else await services.work(inflate, body, max_bytes)
+
+
+def inflate(body: bytes, max_bytes: int) -> bytes:
+    """Raises: BodyTooLarge: more than `max_bytes` come out. UserError: it isn't zstd, or not all of it."""
+    whole = io.BytesIO()
+    try:
+        with _reader(body) as reader:
+            while piece := reader.read(PIECE_BYTES):
+                whole.write(piece)
+                if whole.tell() > max_bytes:
+                    raise BodyTooLarge(max_bytes, whole.getvalue()[:PREFIX_BYTES])
+        is_whole = _is_whole(body, whole.tell())
+    except zstandard.ZstdError:
+        raise UserError("the request body says content-encoding zstd, but is not zstd") from None
+    if not is_whole:
+        raise UserError("the request body ends in the middle of a zstd frame: send it again, whole")
+    return whole.getvalue()
+
+
+def _is_whole(body: bytes, num_bytes: int) -> bool:
+    """Whether the last frame is complete, which the reader doesn't tell; `num_bytes` came out.
+
+    One frame that states its size, as the SDK sends it, needs no second look.
+    """
+    if zstandard.frame_content_size(body) == num_bytes:
+        return True
+    for _ in range(MAX_FRAMES):
+        frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+        frame.decompress(body)
+        if not frame.eof:
+            return False
+        body = frame.unused_data
+        if not body:
+            return True
+    raise UserError(f"the request body holds more than {MAX_FRAMES} zstd frames: compress it as one")
+
+
+def _first_bytes(body: bytes) -> bytes:
+    try:
+        with _reader(body) as reader:
+            return reader.read(PREFIX_BYTES)
+    except zstandard.ZstdError:
+        return b""
+
+
+def _reader(body: bytes) -> zstandard.ZstdDecompressionReader:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    return decompressor.stream_reader(io.BytesIO(body), read_across_frames=True)

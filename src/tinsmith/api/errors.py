@@ -1,0 +1,103 @@
+"""From the exception tree to one JSON shape: {"detail", "code", "category"}.
+
+Never 409 or 402, which clients retry for minutes, and never a body without a word. A traceback goes to the log, not to
+the client.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.types import ExceptionHandlersMap
+from msgspec import Struct
+
+from tinsmith.errors import (
+    AuthError,
+    CapacityError,
+    ForbiddenError,
+    GoneError,
+    NotFoundError,
+    TinsmithError,
+    TooLargeError,
+    UserError,
+)
+
+log = structlog.get_logger("tinsmith.api")
+
+RETRY_AFTER_S = 5
+STATUSES: tuple[tuple[type[TinsmithError], int], ...] = (
+    (AuthError, 401),
+    (ForbiddenError, 403),
+    (NotFoundError, 404),
+    (GoneError, 410),
+    (TooLargeError, 413),
+    (UserError, 400),
+    (CapacityError, 429),
+)
+CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+class Problem(Struct):
+    """The body of every answer that is an error. `category`: user, capacity or server."""
+
+    detail: str
+    code: str
+    category: str
+
+
+def status_of(error: TinsmithError) -> int:
+    return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+
+
+def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Response[Problem]:
+    status = status_of(error)
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status == 500:
+        log.error("request failed", path=request.url.path, code=error.code, exc_info=error)
+    problem = Problem(detail=error.message, code=error.code, category=error.category)
+    return Response(problem, status_code=status, headers=headers)
+
+
+def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+    """What the framework refuses by itself: unknown routes, methods, malformed parameters and bodies."""
+    status = 400 if error.status_code in (402, 409) else error.status_code
+    if status >= 500:
+        return answer_unknown(request, error)
+    detail = error.detail or "bad request"
+    if status == 404:
+        detail = f"there is nothing at {request.method} {request.url.path}"
+    reasons = "; ".join(
+        str(item.get("message", item)) if isinstance(item, dict) else str(item) for item in _extra(error)
+    )
+    problem = Problem(
+        detail=f"{detail}: {reasons}" if reasons else detail,
+        code=CODES.get(status, UserError.code),
+        category="user",
+    )
+    return Response(problem, status_code=status)
+
+
+def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
+    log.error("request failed", path=request.url.path, exc_info=error)
+    request_id = request.scope.get("request_id", "")
+    detail = f"internal error; the server's log has the details under request id {request_id}"
+    return Response(Problem(detail=detail, code=TinsmithError.code, category="server"), status_code=500)
+
+
+HANDLERS: ExceptionHandlersMap = {
+    TinsmithError: answer_ours,
+    HTTPException: answer_framework,
+    Exception: answer_unknown,
+}
+
+
+def _extra(error: HTTPException) -> list[Any]:
+    extra = error.extra
+    if not extra:
+        return []
+    return extra if isinstance(extra, list) else [extra]

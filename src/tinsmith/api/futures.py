@@ -1,0 +1,80 @@
+"""retrieve_future: the one way out of the queue. Results are the stored bytes, served unchanged as often as asked."""
+
+from __future__ import annotations
+
+from litestar import Response, post
+from litestar.params import JSONBody
+from msgspec import Struct
+
+from tinsmith.api.auth import Call
+from tinsmith.api.gaps import close_gap
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store.rows import OpRow
+from tinsmith.types import Failure, OpId, OpState
+from tinsmith.wire.media import JSON, encode_json
+from tinsmith.wire.requests import RetrieveFuture
+from tinsmith.wire.results import failure_result
+
+CANCELLED = Failure(code="cancelled", category="user", message="the request was cancelled")
+LOST = Failure(code="internal", category="server", message="the request failed without a reason; see the server's log")
+
+
+class TryAgain(Struct):
+    """The answer to a poll that ended before its op did. The reason is shown to users."""
+
+    request_id: str
+    queue_state: str
+    queue_state_reason: str
+    type: str = "try_again"
+
+
+@post("/retrieve_future", status_code=200)
+async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[RetrieveFuture]) -> Response[bytes]:
+    """The result of a request, its failure, or 408 after a hold: poll again."""
+    op_id = OpId(data.request_id)
+    tenant_id = request.user.tenant_id
+    future = services.waiters.expect(op_id)
+    try:
+        op = await services.work(services.store.ops.get, tenant_id, op_id)
+        if not op.state.is_final:
+            await services.waiters.hold(future, services.settings.poll_hold_s)
+            op = await services.work(services.store.ops.get, tenant_id, op_id)
+    finally:
+        services.waiters.forget(op_id, future)
+    if op.state.is_final:
+        return await services.work(_answer, services, op)
+    await close_gap(services, op)
+    reason = await services.work(why_waiting, services, op)
+    again = TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason)
+    return Response(encode_json(again), media_type=JSON, status_code=408)
+
+
+def why_waiting(services: Services, op: OpRow) -> str:
+    """What an unfinished op waits for, in words."""
+    if op.base_model not in services.ready_bases():
+        return f"the base model {op.base_model} is still being loaded"
+    if op.state is OpState.RUNNING:
+        return "running"
+    ahead, missing = services.store.ops.queue_position(op.id)
+    if missing is not None:
+        return f"request {missing} of this run has not arrived, and this one is number {op.seq_id}"
+    if ahead == 0:
+        return "next in the queue"
+    return f"{ahead} request{'s' if ahead > 1 else ''} ahead in the queue"
+
+
+def _answer(services: Services, op: OpRow) -> Response[bytes]:
+    if op.state is OpState.DONE:
+        return Response(_result(services, op), media_type=op.result_media or JSON)
+    failure = CANCELLED if op.state is OpState.CANCELLED else op.failure or LOST
+    return Response(failure_result(failure), media_type=JSON)
+
+
+def _result(services: Services, op: OpRow) -> bytes:
+    if op.result_blob is None:
+        return op.result or b""
+    try:
+        return services.blobs.get(op.result_blob)
+    except NotFoundError:
+        raise GoneError("unknown or expired request id") from None

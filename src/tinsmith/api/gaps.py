@@ -1,0 +1,56 @@
+"""Gaps in a run's log: numbers that a client took and never sent, because a check or the network failed them there.
+
+The requests after a gap wait, as the chunks of one call may overtake one another. What never came counts as failed
+once nothing of the run has arrived for `gap_timeout_s` and someone waits; if it comes after all, that's its answer.
+"""
+
+from __future__ import annotations
+
+import time
+from uuid import uuid4
+
+import structlog
+
+from tinsmith.api.services import Services
+from tinsmith.store.rows import NewOp, OpRow
+from tinsmith.types import Failure, OpId, OpKind
+
+log = structlog.get_logger("tinsmith.api")
+
+FILL_AT_MOST = 256
+
+
+async def close_gap(services: Services, op: OpRow) -> None:
+    """Fail what an early op has waited for long enough. One short write each, so that others get their turn."""
+    if op.run_id is None or op.state.is_final:
+        return
+    timeout_s = services.settings.gap_timeout_s
+    run = await services.work(services.store.runs.get, op.tenant_id, op.run_id)
+    if time.time() - run.last_request_at < timeout_s:
+        return
+    filled: list[int] = []
+    while len(filled) < FILL_AT_MOST:
+        _, missing = await services.work(services.store.ops.queue_position, op.id)
+        if missing is None:
+            break
+        await services.write(services.store.ops.enqueue, _never_arrived(op, missing, timeout_s), time.time())
+        filled.append(missing)
+    if filled:
+        log.warning("requests never arrived", run_id=op.run_id, seq_ids=filled[:8], count=len(filled))
+        services.ring(op.base_model)
+
+
+def _never_arrived(op: OpRow, seq_id: int, timeout_s: float) -> NewOp:
+    message = (
+        f"request {seq_id} of this run did not arrive within {timeout_s:g} s of those after it, and the run went on "
+        "without it: send it again as a new request"
+    )
+    return NewOp(
+        tenant_id=op.tenant_id,
+        kind=OpKind.FORWARD_BACKWARD,
+        base_model=op.base_model,
+        id=OpId(f"req-{uuid4().hex}"),
+        seq_id=seq_id,
+        run_id=op.run_id,
+        failure=Failure(code="never_arrived", category="user", message=message),
+    )

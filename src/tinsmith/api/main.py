@@ -1,0 +1,161 @@
+"""The API process: settings to services, services to a server on a socket that is already bound.
+
+Started by `serve` with an inherited socket, so that port 0 and restarts keep the port. SIGTERM and SIGINT end it
+cleanly: open polls are answered at once with 408 (clients ask again, the next process answers), running requests are
+finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from tinsmith import crashpoints, lifeline, observe
+from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.services import ServedBase, Services
+from tinsmith.api.waiters import Waiters
+from tinsmith.bases import describe, parse_all, tokenizer_files
+from tinsmith.bell import Bell, Ringer
+from tinsmith.blobs import Blobs
+from tinsmith.config import Settings
+from tinsmith.errors import TinsmithError
+from tinsmith.janitor import sweeping
+from tinsmith.store import Store, open_store
+
+log = structlog.get_logger("tinsmith.api")
+
+EXIT_UNUSABLE = 2
+GRACE_S = 10
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """Ends the long polls as soon as it is told to stop, so that stopping waits for none of them.
+
+    A signal that was obeyed is not raised again, as uvicorn would: that ends the process before the store is closed.
+    """
+
+    def __init__(self, config: uvicorn.Config, waiters: Waiters) -> None:
+        super().__init__(config)
+        self._waiters = waiters
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._waiters.close()
+        await super().shutdown(sockets)
+
+
+def build_services(settings: Settings, store: Store, bell: Bell | None, worker_bells: Mapping[str, Path]) -> Services:
+    """What the routes work with, for the settings' bases.
+
+    Args:
+        bell: rung by workers when ops have ended; None: found out by scanning alone.
+        worker_bells: by base model, the bell of its worker.
+
+    Raises:
+        ConfigError: a base's directory is missing or not a model's.
+    """
+    bases: dict[str, ServedBase] = {}
+    for ref in parse_all(settings.base_model):
+        files = {file.name: file for file in tokenizer_files(ref.directory)}
+        bases[ref.name] = ServedBase(info=describe(ref), tokenizer_files=files)
+    return Services(
+        settings=settings,
+        store=store,
+        blobs=Blobs(settings.data_dir / "blobs"),
+        bases=bases,
+        waiters=Waiters(bell, settings.scan_interval_s),
+        ringers={base: Ringer(path) for base, path in worker_bells.items()},
+        ready_bases=lambda: store.workers.ready_bases(time.time()),
+    )
+
+
+def make_server(services: Services) -> Server:
+    """A uvicorn server over the services; run it with `run(sockets=[...])`."""
+    config = uvicorn.Config(
+        with_edge(build_app(services)),
+        host=services.settings.host,
+        port=services.settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE_S,
+        lifespan="on",
+    )
+    return Server(config, services.waiters)
+
+
+def serve_api(
+    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Path]
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        sock: bound and listening or not; None: bind `settings.host` and `settings.port`.
+        bell_path: where this process listens for workers' rings.
+        worker_bell_paths: by base model, where its worker listens.
+
+    Raises:
+        ConfigError: a base's directory is missing or not a model's.
+    """
+    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
+    try:
+        with closing(Bell(bell_path)) as bell:
+            services = build_services(settings, store, bell, worker_bell_paths)
+            try:
+                with sweeping(store, services.blobs, settings):
+                    make_server(services).run(sockets=None if sock is None else [sock])
+            finally:
+                services.close()
+    finally:
+        store.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 after a clean stop, 2 if the settings or the data directory can't be used."""
+    args = _arguments().parse_args(argv)
+    settings = Settings.load()
+    observe.configure(settings, process="api")
+    crashpoints.arm_from(settings.crash_point)
+    if args.parent_fd is not None:
+        lifeline.watch(args.parent_fd)
+    sock = None if args.fd is None else socket.socket(fileno=args.fd)
+    bells = {base: Path(path) for base, _, path in (text.rpartition("=") for text in args.worker_bell)}
+    try:
+        serve_api(settings, sock, args.bell, bells)
+    except TinsmithError as error:
+        log.error("the API can't start", error=error.message)
+        return EXIT_UNUSABLE
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tinsmith.api", description="The API process; `serve` starts it.")
+    parser.add_argument("--fd", type=int, help="an inherited socket to listen on; without it host and port are bound")
+    parser.add_argument("--bell", type=Path, required=True, help="socket file on which workers ring")
+    parser.add_argument(
+        "--worker-bell", action="append", default=[], metavar="BASE=PATH", help="a worker's socket file"
+    )
+    parser.add_argument("--parent-fd", type=int, help="pipe whose closing means that the parent has gone")
+    return parser

@@ -1,0 +1,23 @@
+"""Limit and offset of the lists, and the cursor that comes back."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from litestar.params import QueryParameter
+from msgspec import Struct
+
+Limit = Annotated[int, QueryParameter(ge=1, le=1000)]
+Offset = Annotated[int, QueryParameter(ge=0, le=2**63 - 1)]
+
+
+class Cursor(Struct):
+    offset: int
+    limit: int
+    total_count: int
+
+
+def iso_time(unix_s: float) -> str:
+    """A moment as ISO 8601 with its zone."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat()

@@ -1,0 +1,119 @@
+"""Sampling sessions (samplers) and sample requests."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import replace
+from functools import partial
+
+from litestar import get, post
+from litestar.params import FromPath, JSONBody
+from msgspec import Struct
+
+from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.auth import Call
+from tinsmith.api.body import read_body
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.training import refuse_finished_session
+from tinsmith.api.weights import find_checkpoint
+from tinsmith.errors import UserError
+from tinsmith.store.rows import NewSampler, Principal
+from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
+from tinsmith.validate import MAX_SEED, check_sample
+from tinsmith.wire.media import decode_json
+from tinsmith.wire.meta import SampleMeta, to_meta
+from tinsmith.wire.requests import CreateSamplingSession, SamplerAddress
+from tinsmith.wire.sampling import decode_sample
+
+
+class SamplingSessionCreated(Struct):
+    sampling_session_id: str
+    type: str = "create_sampling_session"
+
+
+class SamplerInfo(Struct, omit_defaults=True):
+    sampler_id: str
+    base_model: str
+    model_path: str | None = None
+
+
+@post("/create_sampling_session", status_code=200)
+async def create_sampling_session(
+    request: Call, services: ServicesDep, data: JSONBody[CreateSamplingSession]
+) -> SamplingSessionCreated:
+    """A sampler over a base model, or over the weights of a sampler checkpoint. Idempotent on its sequence number."""
+    new = await services.work(_new_sampler, services, request.user, data)
+    row = await services.write(services.store.samplers.create, new, time.time())
+    return SamplingSessionCreated(sampling_session_id=row.sampler_id)
+
+
+@get("/samplers/{sampler_id:str}")
+async def get_sampler(request: Call, services: ServicesDep, sampler_id: FromPath[str]) -> SamplerInfo:
+    """What a sampler samples from."""
+    row = await services.work(services.store.samplers.get, request.user.tenant_id, SamplerId(sampler_id))
+    return SamplerInfo(sampler_id=row.sampler_id, base_model=row.base_model, model_path=row.model_path)
+
+
+@post("/asample", status_code=200, request_max_body_size=None)
+async def asample(request: Call, services: ServicesDep) -> Promise:
+    """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
+    body = await read_body(request, services)
+    draft = await services.work(_draft_sample, services, request.user, body)
+    row = await admit(services, request.user, draft)
+    num_samples = int(row.meta.get("num_samples", 0))
+    return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
+
+
+def _new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:
+    refuse_finished_session(services, principal, asked.session_id)
+    plain = NewSampler(
+        tenant_id=principal.tenant_id,
+        session_id=SessionId(asked.session_id),
+        sampler_id=SamplerId(f"{asked.session_id}:sample:{asked.sampling_session_seq_id}"),
+        base_model=asked.base_model or "",
+    )
+    if asked.model_path is None:
+        if asked.base_model is None:
+            raise UserError("create_sampling_session needs a base_model or a model_path")
+        services.base(asked.base_model)
+        return plain
+    found = find_checkpoint(services, principal, asked.model_path)
+    if found.kind is not CheckpointKind.SAMPLER:
+        raise UserError(
+            f"{found.path} is a checkpoint to train from, not to sample from: save one with save_weights_for_sampler"
+        )
+    services.base(found.spec.base_model)
+    if asked.base_model is not None and asked.base_model != found.spec.base_model:
+        raise UserError(f"{found.path} was made on {found.spec.base_model}, not on {asked.base_model[:200]!r}")
+    return replace(
+        plain,
+        base_model=found.spec.base_model,
+        model_path=found.path,
+        run_id=found.run_id,
+        blob=found.blob,
+        spec=found.spec,
+    )
+
+
+def _draft_sample(services: Services, principal: Principal, body: bytes) -> Draft:
+    address = decode_json(body, SamplerAddress)
+    sampler = services.store.samplers.get(principal.tenant_id, SamplerId(address.sampling_session_id))
+    draft = Draft(
+        kind=OpKind.SAMPLE, base_model=sampler.base_model, seq_id=address.seq_id, sampler_id=sampler.sampler_id
+    )
+    return attempt(draft, partial(_fill_sample, services, sampler.sampler_id, body))
+
+
+def _fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: Draft) -> Draft:
+    asked = decode_sample(body)
+    info = services.base(draft.base_model).info
+    check_sample(asked, info, services.settings)
+    num_prompt = int(asked.prompt.size)
+    max_tokens = info.max_context - num_prompt if asked.params.max_tokens is None else asked.params.max_tokens
+    meta = SampleMeta(
+        seed=secrets.randbelow(MAX_SEED) if asked.seed is None else asked.seed,
+        sampler_id=sampler_id,
+        num_samples=asked.num_samples,
+    )
+    return replace(draft, payload=body, meta=to_meta(meta), cost_tokens=num_prompt + asked.num_samples * max_tokens)

@@ -1,0 +1,82 @@
+"""What the routes work with, bundled once at start: settings, store, files, waiters, bells, served bases.
+
+The store's calls block, so none runs on the event loop: reads and CPU work go to a small pool, writes of the queue to
+one thread, as the database takes one writer at a time anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
+
+from tinsmith.api.waiters import Waiters
+from tinsmith.bell import Ringer
+from tinsmith.blobs import Blobs
+from tinsmith.config import Settings
+from tinsmith.errors import UserError
+from tinsmith.store import Store
+from tinsmith.types import BaseInfo
+
+T = TypeVar("T")
+NUM_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """tokenizer_files: by file name; what a client may fetch to load the tokenizer."""
+
+    info: BaseInfo
+    tokenizer_files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """ready_bases: names of the bases that a worker has loaded; called in a thread."""
+
+    settings: Settings
+    store: Store
+    blobs: Blobs
+    bases: Mapping[str, ServedBase]
+    waiters: Waiters
+    ringers: Mapping[str, Ringer]
+    ready_bases: Callable[[], AbstractSet[str]]
+    working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
+    writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
+
+    async def work(self, call: Callable[..., T], *args: Any) -> T:
+        """Run a blocking read or a piece of computing."""
+        return await asyncio.get_running_loop().run_in_executor(self.working, partial(call, *args))
+
+    async def write(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Run a write to the store, after all that were asked for before it."""
+        return await asyncio.get_running_loop().run_in_executor(self.writing, partial(call, *args, **options))
+
+    def base(self, name: str) -> ServedBase:
+        """Raises: UserError: it isn't served here; the message lists those that are."""
+        if name not in self.bases:
+            raise UserError(f"base model {name[:200]!r} is not served here; served: {', '.join(self.bases)}")
+        return self.bases[name]
+
+    def ring(self, base_model: str) -> None:
+        """Hint to the base's worker that there's work."""
+        ringer = self.ringers.get(base_model)
+        if ringer is not None:
+            ringer.ring()
+
+    def close(self) -> None:
+        for ringer in self.ringers.values():
+            ringer.close()
+        self.writing.shutdown(wait=True)
+        self.working.shutdown(wait=True)
+
+
+ServicesDep: TypeAlias = NamedDependency[SkipValidation[Services]]

@@ -1,0 +1,110 @@
+"""Sessions: the lifetime of one client process. They end by `finish` or by silence."""
+
+from __future__ import annotations
+
+import time
+
+from litestar import get, post
+from litestar.params import FromPath, JSONBody
+from msgspec import Struct
+
+from tinsmith.api.auth import Call
+from tinsmith.api.paging import Limit, Offset
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.errors import UserError
+from tinsmith.store.rows import Principal
+from tinsmith.types import SessionId
+from tinsmith.validate import check_metadata
+from tinsmith.wire.requests import CreateSession, FinishSession, SessionHeartbeat
+
+MAX_TEXT = 512
+REASONS = ("success", "errored", "interrupted")
+
+
+class SessionCreated(Struct):
+    session_id: str
+    type: str = "create_session"
+
+
+class Beat(Struct):
+    type: str = "session_heartbeat"
+
+
+class Finished(Struct):
+    status: str = "finished"
+
+
+class SessionList(Struct):
+    sessions: list[str]
+
+
+class SessionInfo(Struct, omit_defaults=True):
+    training_run_ids: list[str]
+    sampler_ids: list[str]
+    user_metadata: dict[str, str] | None = None
+    display_name: str | None = None
+
+
+@post("/create_session", status_code=200)
+async def create_session(request: Call, services: ServicesDep, data: JSONBody[CreateSession]) -> SessionCreated:
+    texts = [*data.tags, data.sdk_version, data.project_id or "", data.display_name or ""]
+    if len(data.tags) > 64 or any(len(text) > MAX_TEXT for text in texts):
+        raise UserError(f"a session takes at most 64 tags, and texts of at most {MAX_TEXT} characters")
+    row = await services.write(
+        services.store.sessions.create,
+        request.user.tenant_id,
+        tags=tuple(data.tags),
+        user_metadata=check_metadata(data.user_metadata),
+        sdk_version=data.sdk_version,
+        project_id=data.project_id,
+        display_name=data.display_name,
+    )
+    return SessionCreated(session_id=row.session_id)
+
+
+@post("/session_heartbeat", status_code=200)
+async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody[SessionHeartbeat]) -> Beat:
+    """410 once the session has ended: the client stops sending."""
+    session_id = SessionId(data.session_id)
+    await services.write(services.store.sessions.beat, request.user.tenant_id, session_id, time.time())
+    return Beat()
+
+
+@post("/sessions/{session_id:str}/finish", status_code=200)
+async def finish_session(
+    request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[FinishSession]
+) -> Finished:
+    """The first finish wins; later ones change nothing and succeed too."""
+    if data.reason.type not in REASONS:
+        raise UserError(f"reason.type is one of {', '.join(REASONS)}")
+    await services.write(
+        services.store.sessions.finish,
+        request.user.tenant_id,
+        SessionId(session_id),
+        data.reason.type,
+        None if data.detail is None else data.detail[:4096],
+        time.time(),
+    )
+    return Finished()
+
+
+@get("/sessions")
+async def list_sessions(request: Call, services: ServicesDep, limit: Limit = 20, offset: Offset = 0) -> SessionList:
+    rows, _ = await services.work(services.store.sessions.list, request.user.tenant_id, limit, offset)
+    return SessionList(sessions=[row.session_id for row in rows])
+
+
+@get("/sessions/{session_id:str}")
+async def get_session(request: Call, services: ServicesDep, session_id: FromPath[str]) -> SessionInfo:
+    return await services.work(_info, services, request.user, SessionId(session_id))
+
+
+def _info(services: Services, principal: Principal, session_id: SessionId) -> SessionInfo:
+    row = services.store.sessions.get(principal.tenant_id, session_id)
+    run_ids, sampler_ids = services.store.sessions.children(principal.tenant_id, session_id)
+    return SessionInfo(
+        training_run_ids=list(run_ids),
+        sampler_ids=list(sampler_ids),
+        user_metadata=check_metadata(row.user_metadata),
+        display_name=row.display_name,
+    )

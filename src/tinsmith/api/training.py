@@ -1,0 +1,212 @@
+"""Training: a run and its passes and steps."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from litestar import post
+from litestar.params import JSONBody
+from msgspec import Struct
+
+from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.auth import Call
+from tinsmith.api.body import BodyTooLarge, read_body
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.config import Settings
+from tinsmith.errors import GoneError, TinsmithError
+from tinsmith.store.rows import NewRun, Principal
+from tinsmith.types import Failure, OpKind, RunId, RunSpec, SessionId, Targets
+from tinsmith.validate import (
+    MAX_SEED,
+    check_adam,
+    check_lora,
+    check_metadata,
+    check_optimizer,
+    check_training,
+)
+from tinsmith.wire.media import PROTOBUF, WireError, decode_json
+from tinsmith.wire.meta import CreateMeta, to_meta
+from tinsmith.wire.requests import (
+    CreateModel,
+    GetInfo,
+    LoraConfig,
+    NewRunAddress,
+    OptimizerConfig,
+    RunAddress,
+    decode_optim_step,
+)
+from tinsmith.wire.training import decode_training, peek_address, read_address
+
+
+class ModelData(Struct):
+    arch: str
+    model_name: str
+    tokenizer_id: str
+
+
+class RunInfo(Struct):
+    model_id: str
+    model_data: ModelData
+    model_name: str
+    lora_rank: int
+    is_lora: bool = True
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+    type: str = "get_info"
+
+
+@post("/create_model", status_code=200, request_max_body_size=None)
+async def create_model(request: Call, services: ServicesDep) -> Promise:
+    """Make a run: a fresh LoRA adapter on a base model."""
+    body = await read_body(request, services)
+    draft = await services.work(_draft_create, services, request.user, body)
+    row = await admit(services, request.user, draft)
+    return Promise(request_id=row.id, model_id=row.run_id)
+
+
+@post("/get_info", status_code=200)
+async def get_info(request: Call, services: ServicesDep, data: JSONBody[GetInfo]) -> RunInfo:
+    """What a client has to know of a run: its base, its rank, where to load the tokenizer from."""
+    run = await services.work(services.store.runs.get, request.user.tenant_id, RunId(data.model_id))
+    info = services.base(run.spec.base_model).info
+    tokenizer = info.path if gives_path(services.settings) else info.name
+    return RunInfo(
+        model_id=run.run_id,
+        model_data=ModelData(arch=info.arch, model_name=info.name, tokenizer_id=tokenizer),
+        model_name=info.name,
+        lora_rank=run.spec.rank,
+    )
+
+
+@post("/forward_backward", status_code=200, request_max_body_size=None)
+async def forward_backward(request: Call, services: ServicesDep) -> Promise:
+    """One chunk of a forward or forward_backward call; the body is protobuf."""
+    try:
+        body = await read_body(request, services)
+    except BodyTooLarge as error:
+        await _consume(services, request.user, error)
+        raise
+    draft = await services.work(_draft_training, services, request.user, body)
+    row = await admit(services, request.user, draft)
+    return Promise(request_id=row.id, model_id=row.run_id)
+
+
+@post("/optim_step", status_code=200, request_max_body_size=None)
+async def optim_step(request: Call, services: ServicesDep) -> Promise:
+    """Apply and zero the run's accumulated gradients."""
+    body = await read_body(request, services)
+    draft = await services.work(_draft_optim_step, services, request.user, body)
+    row = await admit(services, request.user, draft)
+    return Promise(request_id=row.id, model_id=row.run_id)
+
+
+def gives_path(settings: Settings) -> bool:
+    """Whether clients are told the base's directory as its tokenizer: they are on this machine, or it was set so."""
+    return settings.tokenizer_id == "path" or (settings.tokenizer_id == "auto" and settings.is_loopback)
+
+
+def new_run_draft(services: Services, principal: Principal, address: NewRunAddress) -> Draft:
+    """The address of a run that is to be made in a session of the caller's.
+
+    Raises:
+        NotFoundError: no such session.
+    """
+    session = services.store.sessions.get(principal.tenant_id, SessionId(address.session_id))
+    run_id = RunId(f"{session.session_id}:train:{address.model_seq_id}")
+    run = NewRun(
+        tenant_id=principal.tenant_id,
+        session_id=session.session_id,
+        model_seq_id=address.model_seq_id,
+        spec=RunSpec(run_id=run_id, base_model=""),
+    )
+    return Draft(kind=OpKind.CREATE, base_model="", seq_id=0, run_id=run_id, run=run)
+
+
+def with_spec(draft: Draft, meta: CreateMeta, user_metadata: Mapping[str, Any] | None) -> Draft:
+    """A draft from `new_run_draft`, completed with what makes the run.
+
+    Raises:
+        UserError: the metadata is too large.
+    """
+    if draft.run is None:
+        raise TinsmithError(f"{draft.kind} makes no run")
+    run = replace(draft.run, spec=meta.spec, user_metadata=check_metadata(user_metadata))
+    return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
+
+
+def refuse_finished_session(services: Services, principal: Principal, session_id: str) -> None:
+    """Raises: GoneError: the session has ended, or fell silent."""
+    session = services.store.sessions.get(principal.tenant_id, SessionId(session_id))
+    if session.finished_at is not None:
+        raise GoneError(f"session {session_id} has ended ({session.finish_reason}): make a new ServiceClient")
+
+
+def run_draft(services: Services, principal: Principal, kind: OpKind, address: RunAddress) -> Draft:
+    """The address of an op on a run of the caller's.
+
+    Raises:
+        NotFoundError: no such run.
+    """
+    run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
+    return Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
+
+
+def _draft_create(services: Services, principal: Principal, body: bytes) -> Draft:
+    address = decode_json(body, NewRunAddress)
+    draft = new_run_draft(services, principal, address)
+    return attempt(draft, partial(_fill_create, services, principal, address, body))
+
+
+def _fill_create(services: Services, principal: Principal, address: NewRunAddress, body: bytes, draft: Draft) -> Draft:
+    refuse_finished_session(services, principal, address.session_id)
+    asked = decode_json(body, CreateModel)
+    services.base(asked.base_model)
+    check_optimizer((asked.optimizer_config or OptimizerConfig()).type)
+    lora = asked.lora_config or LoraConfig()
+    targets = Targets(attn=lora.train_attn, mlp=lora.train_mlp, unembed=lora.train_unembed)
+    check_lora(lora.rank, lora.seed, targets, services.settings)
+    spec = RunSpec(
+        run_id=RunId(str(draft.run_id)),
+        base_model=asked.base_model,
+        rank=lora.rank,
+        seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
+        targets=targets,
+    )
+    return with_spec(draft, CreateMeta(spec=spec), asked.user_metadata)
+
+
+def _draft_training(services: Services, principal: Principal, body: bytes) -> Draft:
+    address = read_address(body)
+    if address is None:
+        raise WireError("no forward_backward request: it needs a model_id and a seq_id of at least 1")
+    draft = run_draft(services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))
+    return attempt(draft, partial(_fill_training, services, body))
+
+
+def _fill_training(services: Services, body: bytes, draft: Draft) -> Draft:
+    asked = decode_training(body)
+    check_training(asked, services.base(draft.base_model).info, services.settings)
+    return replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+
+
+def _draft_optim_step(services: Services, principal: Principal, body: bytes) -> Draft:
+    draft = run_draft(services, principal, OpKind.OPTIM_STEP, decode_json(body, RunAddress))
+    return attempt(draft, partial(_fill_optim_step, body))
+
+
+def _fill_optim_step(body: bytes, draft: Draft) -> Draft:
+    check_adam(decode_optim_step(body))
+    return replace(draft, payload=body)
+
+
+async def _consume(services: Services, principal: Principal, error: BodyTooLarge) -> None:
+    """A refused chunk must not make the run wait for it forever: its seq_id is consumed by a failed op."""
+    address = peek_address(error.prefix)
+    if address is None:
+        return
+    draft = await services.work(run_draft, services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))
+    failure = Failure(code=error.code, category=error.category, message=error.message)
+    await admit(services, principal, replace(draft, failure=failure))

@@ -1,0 +1,106 @@
+"""One watcher wakes every long poll.
+
+Polls register the op they wait for. The watcher looks at all of them in one query, when the worker rings and every
+`scan_interval_s`: a lost ring costs a scan interval, never a result. It owns no results: who is woken reads the row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from tinsmith.bell import Bell
+from tinsmith.types import OpId
+
+log = structlog.get_logger("tinsmith.api")
+
+FinalAmong = Callable[[Sequence[OpId]], Awaitable[AbstractSet[OpId]]]
+
+
+class Waiters:
+    def __init__(self, bell: Bell | None, scan_interval_s: float) -> None:
+        self._bell = bell
+        self._scan_interval_s = scan_interval_s
+        self._waiting: dict[OpId, set[asyncio.Future[bool]]] = {}
+        self._rung = asyncio.Event()
+        self._is_closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(futures) for futures in self._waiting.values())
+
+    def expect(self, op_id: OpId) -> asyncio.Future[bool]:
+        """Register for the end of an op. Register first, then read the row: no end can slip between."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self._is_closed:
+            future.set_result(False)
+        else:
+            self._waiting.setdefault(op_id, set()).add(future)
+        return future
+
+    def forget(self, op_id: OpId, future: asyncio.Future[bool]) -> None:
+        futures = self._waiting.get(op_id)
+        if futures is not None:
+            futures.discard(future)
+            if not futures:
+                del self._waiting[op_id]
+
+    async def hold(self, future: asyncio.Future[bool], hold_s: float) -> bool:
+        """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown."""
+        done, _ = await asyncio.wait((future,), timeout=hold_s)
+        return bool(done) and future.result()
+
+    def ring(self) -> None:
+        """Look now. For the event loop's own thread."""
+        self._rung.set()
+
+    def close(self) -> None:
+        """End every poll at once, and each that comes later."""
+        self._is_closed = True
+        for futures in self._waiting.values():
+            for future in futures:
+                if not future.done():
+                    future.set_result(False)
+        self._waiting.clear()
+
+    @asynccontextmanager
+    async def watching(self, final_among: FinalAmong) -> AsyncIterator[None]:
+        """Run the watcher on this event loop."""
+        loop = asyncio.get_running_loop()
+        if self._bell is not None:
+            loop.add_reader(self._bell.fileno(), self._on_bell, self._bell)
+        task = asyncio.create_task(self._watch(final_among), name="waiters")
+        try:
+            yield
+        finally:
+            self.close()
+            if self._bell is not None:
+                loop.remove_reader(self._bell.fileno())
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def _on_bell(self, bell: Bell) -> None:
+        bell.wait(0.0)
+        self._rung.set()
+
+    async def _watch(self, final_among: FinalAmong) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._rung.wait(), self._scan_interval_s)
+            self._rung.clear()
+            if not self._waiting:
+                continue
+            try:
+                final = await final_among(list(self._waiting))
+            except Exception:  # part of the HTTP edge: one failed look must not end all later wake-ups
+                log.exception("looking for finished requests failed; trying again")
+                continue
+            for op_id in final:
+                for future in self._waiting.pop(op_id, ()):
+                    if not future.done():
+                        future.set_result(True)

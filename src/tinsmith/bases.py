@@ -1,0 +1,193 @@
+"""Which base models are served, and what can be known of one from its directory without loading it.
+
+Owns the meaning of NAME, PATH and NAME=PATH. Reads small JSON files and the headers of weight files; never loads
+weights, never touches the network (`hub` does), knows neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tinsmith.errors import ConfigError
+from tinsmith.types import BaseInfo
+
+SHIPPED_NAME = "tinsmith/tiny"
+SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_HEADER_BYTES = 100 * 2**20
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRef:
+    """A base model under the name that clients use. `path` None: it has yet to be fetched from the hub."""
+
+    name: str
+    path: Path | None
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are.
+
+        Raises:
+            ConfigError: they have not been fetched.
+        """
+        if self.path is None:
+            raise ConfigError(f"--base-model {self.name}: not a directory here; `tinsmith serve` fetches it first")
+        return self.path
+
+    def __str__(self) -> str:
+        return self.name if self.path is None else f"{self.name}={self.path}"
+
+
+def parse(text: str) -> BaseRef:
+    """A base from NAME=PATH, PATH or NAME (the shipped model, or a hub id `organisation/model`).
+
+    An existing directory wins over a hub id of the same spelling. A PATH alone is named by its last part.
+
+    Raises:
+        ConfigError: it is none of these, or its directory lacks what a model needs.
+    """
+    name, equals, given = text.partition("=")
+    if equals:
+        return _local(text, name.strip(), given.strip())
+    if text == SHIPPED_NAME:
+        return BaseRef(SHIPPED_NAME, SHIPPED_PATH)
+    if Path(text).expanduser().is_dir() or text.startswith((".", "/", "~")):
+        return _local(text, Path(text).expanduser().absolute().resolve().name, text)
+    if HUB_ID.fullmatch(text):
+        return BaseRef(text, None)
+    raise ConfigError(
+        f"--base-model {text}: neither a directory nor a hub id (organisation/model); "
+        f"name a Hugging Face directory with NAME=PATH"
+    )
+
+
+def parse_all(texts: Sequence[str]) -> tuple[BaseRef, ...]:
+    """All bases of a server, in order.
+
+    Raises:
+        ConfigError: one of them can't be, or two have the same name.
+    """
+    refs = tuple(parse(text) for text in texts)
+    names = [ref.name for ref in refs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--base-model: two models are called {name}; give one another name with NAME=PATH")
+    return refs
+
+
+def describe(ref: BaseRef) -> BaseInfo:
+    """What clients and checks have to know of a base, from its config.json and generation_config.json.
+
+    `arch` is the config's model_type. The end tokens are those of generation_config, else of config.
+
+    Raises:
+        ConfigError: a file is missing, not JSON, or lacks a field.
+    """
+    path = ref.directory
+    config = _read_json(path / "config.json")
+    text = config.get("text_config")
+    inner = {**config, **text} if isinstance(text, dict) else config
+    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    try:
+        vocab_size, max_context = int(inner["vocab_size"]), int(inner["max_position_embeddings"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{path / 'config.json'}: vocab_size and max_position_embeddings are needed, as in a causal language model"
+        ) from None
+    eos = generation.get("eos_token_id")
+    return BaseInfo(
+        name=ref.name,
+        path=str(path),
+        arch=str(config.get("model_type", "")),
+        vocab_size=vocab_size,
+        max_context=max_context,
+        eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
+    )
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that a client needs to load the tokenizer, those that are there; never weights."""
+    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+
+
+def num_params(path: Path) -> int:
+    """Parameters in the directory's safetensors files, from their headers alone.
+
+    Raises:
+        ConfigError: a header can't be read.
+    """
+    return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file))
+
+
+def weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _local(text: str, name: str, given: str) -> BaseRef:
+    if not name or not given:
+        raise ConfigError(f"--base-model {text}: write it as NAME=PATH")
+    path = Path(given).expanduser().absolute().resolve()
+    if "," in f"{name}{path}":
+        raise ConfigError(f"--base-model {text}: names and paths of models can't contain a comma")
+    if not path.is_dir():
+        raise ConfigError(f"--base-model {text}: there is no directory {path}")
+    for needed in ("config.json", "tokenizer.json"):
+        if not (path / needed).is_file():
+            raise ConfigError(f"--base-model {text}: {path} has no {needed}; it must be a Hugging Face model directory")
+    if not weight_files(path):
+        raise ConfigError(f"--base-model {text}: {path} has no weights (*.safetensors)")
+    return BaseRef(name, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; the directory must hold a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,)
+    return tuple(v for v in value if isinstance(v, int)) if isinstance(value, list) else ()
+
+
+def _shapes(file: Path) -> Iterable[list[int]]:
+    """Tensor shapes of a safetensors file: 8 bytes of header length (little-endian), then that much JSON."""
+    try:
+        with file.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header = json.loads(f.read(length))
+        return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None

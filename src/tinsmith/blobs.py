@@ -1,0 +1,171 @@
+"""Files: payloads, results, snapshots and checkpoints, each under a key that begins with its tenant.
+
+The only code that touches them. It knows bytes and keys, no rows and no formats. What stays true:
+
+* A key either has a whole file or none: bytes go to a temporary file in the same directory, which is synced and
+  renamed; then the directory is synced, and so is every directory made on the way. After `put` returns, the file
+  survives a loss of power.
+* A key never leaves the root, whatever it says.
+* Keys of snapshots and checkpoints are unique: nobody overwrites or deletes another's file by writing under his name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tinsmith.crashpoints import crash_point
+from tinsmith.errors import NotFoundError, UserError
+from tinsmith.types import BlobKey, OpId, RunId, TenantId
+
+TEMPORARY = ".tmp-"
+_ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """size in bytes; sha256 in hex."""
+
+    size: int
+    sha256: str
+
+
+class Blobs:
+    """Files below `root` on a local disk. Any method may be called from any thread and any process."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: set[Path] = set()  # directories that are on disk for good
+
+    def put(self, key: BlobKey, data: bytes | bytearray | memoryview | Iterable[memoryview]) -> BlobInfo:
+        """Write the file, replacing one with the same key; it is on disk when this returns.
+
+        Raises:
+            UserError: the key is malformed.
+            OSError: the disk is full, or can't be written.
+        """
+        path = self._path(key)
+        self._make_directory(path.parent)
+        digest, size = hashlib.sha256(), 0
+        with _temporary(path) as file:
+            for piece in (data,) if isinstance(data, bytes | bytearray | memoryview) else data:
+                digest.update(piece)
+                size += file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        crash_point("blob.after_rename")
+        _sync_directory(path.parent)
+        return BlobInfo(size, digest.hexdigest())
+
+    def get(self, key: BlobKey) -> bytes:
+        """Raises: NotFoundError: no such file."""
+        with self.open(key) as file:
+            return file.read()
+
+    def open(self, key: BlobKey) -> BinaryIO:
+        """The file, for reading. A later `put` or `delete` doesn't change what is read from it.
+
+        Raises:
+            NotFoundError: no such file.
+        """
+        path = self._path(key)
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise NotFoundError(f"no stored file {key}") from None
+
+    def exists(self, key: BlobKey) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: BlobKey) -> int:
+        """Bytes. Raises: NotFoundError: no such file."""
+        try:
+            return self._path(key).stat().st_size
+        except FileNotFoundError:
+            raise NotFoundError(f"no stored file {key}") from None
+
+    def delete(self, key: BlobKey) -> None:
+        """Remove the file; one that is missing is fine. After a loss of power it may be there again."""
+        self._path(key).unlink(missing_ok=True)
+
+    def sweep(self, before: float) -> int:
+        """Remove what killed writers left unfinished before that time (unix seconds); how many files."""
+        num_removed = 0
+        for path in self._root.rglob(f"{TEMPORARY}*"):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    num_removed += 1
+        return num_removed
+
+    def _path(self, key: BlobKey) -> Path:
+        parts = key.split("/")
+        if len(parts) < 3 or parts[0] != "tenants" or not _ALLOWED.issuperset(key):
+            raise UserError(
+                f"malformed file key {key!r}: it is tenants/TENANT/AREA/... of letters, digits, '.', '_', '-'"
+            )
+        if any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts):
+            raise UserError(f"malformed file key {key!r}: it has an empty or reserved part")
+        return self._root.joinpath(*parts)
+
+    def _make_directory(self, directory: Path) -> None:
+        """Make the directory and those above it, and put each new entry on disk."""
+        if directory in self._known:
+            return
+        if self._root in directory.parents or not directory.parent.is_dir():
+            self._make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+        self._known.add(directory)
+
+
+def payload_key(tenant: TenantId, op_id: OpId) -> BlobKey:
+    return _key(tenant, "payloads", op_id)
+
+
+def result_key(tenant: TenantId, op_id: OpId) -> BlobKey:
+    return _key(tenant, "results", op_id)
+
+
+def snapshot_key(tenant: TenantId, run_id: RunId, seq: int) -> BlobKey:
+    """Unique at each call: a worker that lost its run must not touch the file that the next holder made at this seq."""
+    return _key(tenant, "snapshots", run_id, f"{seq}-{secrets.token_hex(8)}")
+
+
+def checkpoint_key(tenant: TenantId) -> BlobKey:
+    """Unique at each call."""
+    return _key(tenant, "checkpoints", secrets.token_hex(16))
+
+
+def _key(*parts: str) -> BlobKey:
+    return BlobKey("/".join(("tenants", *parts)).replace(":", "-"))
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place when the block ends, and vanishes when it raises."""
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    is_renamed = False
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        crash_point("blob.before_rename")
+        temporary.rename(path)
+        is_renamed = True
+    finally:
+        if not is_renamed:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

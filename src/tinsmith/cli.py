@@ -1,0 +1,167 @@
+"""The command line: `serve` and its relatives, and thin clients of the HTTP API.
+
+Parses, prints and chooses the exit code (0; 1 for a failure; 2 for a mistake in the call or the settings); what is
+done is done elsewhere. Loads neither torch nor the HTTP framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tinsmith import __version__, doctor
+from tinsmith.client import Client, connect
+from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
+from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.flags import with_settings
+from tinsmith.serve import serve
+from tinsmith.store import open_store
+
+app = typer.Typer(
+    name="tinsmith",
+    help="A self-hosted post-training service that speaks the Tinker API.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keys = typer.Typer(help="Make, list and revoke keys of a running server.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+DataDirFlag = Annotated[
+    Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
+]
+
+
+def main() -> int:
+    """Run the command line; the process's exit status. A typed error becomes one line."""
+    try:
+        return int(app(standalone_mode=True) or 0)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except TinsmithError as error:
+        return _fail(error, 1)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tinsmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tinsmith(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """A self-hosted post-training service that speaks the Tinker API."""
+
+
+def _serve(settings: Settings) -> None:
+    """Start the server: the API and one worker for each base model, restarted when they die, until Ctrl-C."""
+    raise typer.Exit(serve(settings))
+
+
+def _doctor(settings: Settings) -> None:
+    """Check this machine for the settings given, and say what to do about each trouble."""
+    console = Console(soft_wrap=False)
+    with console.status("checking"):
+        checks = doctor.examine(settings)
+    console.print(doctor.table(checks))
+    for check in checks:
+        if check.cure:
+            console.print(f"{check.name}: {check.cure}", markup=False, highlight=False)
+    raise typer.Exit(1 if any(check.level is doctor.Level.FAIL for check in checks) else 0)
+
+
+def _migrate(settings: Settings) -> None:
+    """Bring the database of a data directory to this version's schema; `serve` does so by itself."""
+    data_dir = DataDir(settings.data_dir)
+    data_dir.make()
+    with contextlib.closing(open_store(data_dir.path, synchronous=settings.sqlite_synchronous)):
+        typer.echo(f"{data_dir.path}: the database is up to date")
+
+
+app.command("serve")(with_settings(_serve))
+app.command("doctor")(with_settings(_doctor))
+app.command("migrate")(with_settings(_migrate))
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the curves go.")] = Path("curves"),
+) -> None:
+    """Fine-tune the shipped model through the official SDK: six runs at once, live."""
+    raise typer.Exit(_demo_main()(out))
+
+
+@app.command("version")
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"tinsmith {__version__}")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Option("--name", help="Whose key it is; shown in lists.")],
+    tenant: Annotated[
+        str | None,
+        typer.Option("--tenant", help="The tenant it belongs to, made if new; by default called as the key."),
+    ] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may make and revoke keys.")] = False,
+    data_dir: DataDirFlag = None,
+) -> None:
+    """Make a key. Its secret is printed now and never again."""
+    body = {"name": name, "tenant": tenant or name, "is_admin": admin}
+    key = _client(data_dir).call("POST", "/admin/keys", body)
+    typer.echo(key["secret"])
+    Console(stderr=True, highlight=False, markup=False).print(
+        f"key {key['key_id']} for tenant {key['tenant']}; it is not shown again"
+    )
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDirFlag = None) -> None:
+    """List all keys, the revoked ones too. Secrets are not kept."""
+    table = Table("id", "name", "tenant", "admin", "created", "revoked")
+    for key in _client(data_dir).call("GET", "/admin/keys")["keys"]:
+        cells = (key["key_id"], key["name"], key["tenant"], "yes" if key.get("is_admin") else "")
+        table.add_row(*cells, key["created_at"], key.get("revoked_at") or "")
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="The key's id, from `tinsmith keys list`.")],
+    data_dir: DataDirFlag = None,
+) -> None:
+    """Revoke a key; it stops working within a second."""
+    key = _client(data_dir).call("DELETE", f"/admin/keys/{urllib.parse.quote(key_id, safe='')}")
+    typer.echo(f"revoked {key['key_id']} ({key['name']})")
+
+
+def _client(data_dir: Path | None) -> Client:
+    return connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
+
+
+def _demo_main() -> Callable[[Path], Any]:
+    try:
+        return importlib.import_module("tinsmith.demo.main").main  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the demonstration needs {error.name}: pip install 'tinsmith[demo]'") from None
+
+
+def _fail(error: TinsmithError, status: int) -> int:
+    print(f"error: {error.message}", file=sys.stderr)
+    return status

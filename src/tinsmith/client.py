@@ -1,0 +1,99 @@
+"""A thin client of the HTTP API, for the command line: the standard library is all it needs."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from http.client import HTTPException
+from typing import Any
+
+from tinsmith.config import LOOPBACK, client_address
+from tinsmith.datadir import DataDir
+from tinsmith.errors import (
+    AuthError,
+    CapacityError,
+    ConfigError,
+    ForbiddenError,
+    NotFoundError,
+    TinsmithError,
+    UserError,
+)
+
+TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 1.5
+BY_STATUS: dict[int, type[TinsmithError]] = {
+    401: AuthError,
+    403: ForbiddenError,
+    404: NotFoundError,
+    503: CapacityError,
+}
+
+
+class Client:
+    def __init__(self, url: str, key: str = "") -> None:
+        self.url = url.rstrip("/")
+        self._key = key
+        is_local = urllib.parse.urlsplit(url).hostname in LOOPBACK
+        proxies = [urllib.request.ProxyHandler({})] if is_local else []
+        self._opener = urllib.request.build_opener(*proxies)
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer's JSON, None if it has no body. `path` begins after /api/v1.
+
+        Raises:
+            TinsmithError: what the server answered, or that it can't be reached.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
+        request = urllib.request.Request(f"{self.url}/api/v1{path}", data, headers, method=method)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_S) as answer:
+                content = answer.read()
+                return json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            with error:
+                raise BY_STATUS.get(error.code, UserError)(_detail(error)) from None
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(f"no server answers at {self.url} ({reason}); start one with `tinsmith serve`") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.url} did not answer with JSON; is it a tinsmith server? ({error})") from None
+
+    def is_ready(self) -> bool:
+        """Whether every base model has been loaded; False too if nobody answers."""
+        try:
+            with self._opener.open(f"{self.url}/api/v1/healthz", timeout=READY_TIMEOUT_S) as answer:
+                return bool(answer.status == 200)
+        except (OSError, HTTPException):
+            return False
+
+
+def connect(data_dir: DataDir) -> Client:
+    """A client of the server that serves `data_dir` on this machine, else of the one in TINKER_BASE_URL.
+
+    Raises:
+        ConfigError: there is neither, or the second comes without a key.
+    """
+    info, key = data_dir.info(), data_dir.admin_key()
+    if info is not None and key is not None:
+        return Client(info.url, key)
+    address = client_address()
+    if address is None:
+        raise ConfigError(
+            f"no server runs on {data_dir.path}: start `tinsmith serve`, name its directory with --data-dir, "
+            f"or set TINKER_BASE_URL and TINKER_API_KEY"
+        )
+    if not address[1]:
+        raise ConfigError("TINKER_BASE_URL is set, but TINKER_API_KEY is not: export an administrator's key")
+    return Client(*address)
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    try:
+        found = json.loads(error.read())
+        detail = found.get("detail") if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        detail = None
+    return str(detail or f"the server answered {error.code} {error.reason}")

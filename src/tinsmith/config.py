@@ -1,0 +1,223 @@
+"""The settings table: one field a setting, with its default, unit and help.
+
+Command-line flags (`--pass-max-tokens`), environment names (`TINSMITH_PASS_MAX_TOKENS`) and the reference page derive
+from it. This is the only module that reads the environment. Settings are frozen once made; a child process gets them
+back from `as_env()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+from tinsmith.errors import ConfigError
+
+ENV_PREFIX = "TINSMITH_"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def setting(default: Any, help: str, *, unit: str = "", group: str = "server") -> Any:
+    """A field of `Settings`; `unit` is shown in help and docs."""
+    return field(default=default, metadata={"help": help, "unit": unit, "group": group})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of a server, its API process and its workers."""
+
+    base_model: tuple[str, ...] = setting(
+        ("tinsmith/tiny",), "A base model to serve: NAME, PATH or NAME=PATH. May be given several times."
+    )
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    data_dir: Path = setting(Path("~/.tinsmith"), "Where the database, payloads, snapshots and checkpoints live.")
+    public_url: str = setting("", "The URL under which clients reach this server, if not http://HOST:PORT.")
+
+    lora_max_rank: int = setting(128, "Largest LoRA rank a run may ask for.", group="limits")
+    max_body_bytes: int = setting(
+        256 * 2**20, "Largest request body, after decompression.", unit="bytes", group="limits"
+    )
+    max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
+    max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
+    session_timeout_s: float = setting(
+        600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
+    )
+    result_ttl_s: float = setting(
+        24 * 3600.0, "How long the result of a request can be fetched again.", unit="s", group="limits"
+    )
+
+    threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
+    device: str = setting(
+        "auto",
+        "Where the base model lives: auto or cpu (no cuda yet); fake computes nothing real, for tests of clients.",
+        group="engine",
+    )
+    pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
+    pass_cap_ms: float = setting(
+        250.0,
+        "Longest stretch of training between two sampler steps while samples are running.",
+        unit="ms",
+        group="engine",
+    )
+    loss_chunk_tokens: int = setting(
+        512, "Tokens whose logits are held at once by losses.", unit="tokens", group="engine"
+    )
+    max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
+    max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
+    max_resident_samples: int = setting(256, "Sequences that are decoded together.", group="engine")
+    kv_cache_mib: int = setting(1024, "Memory for the sampler's keys and values.", unit="MiB", group="engine")
+    prefill_chunk_tokens: int = setting(
+        512, "Prompt tokens computed in one sampler step.", unit="tokens", group="engine"
+    )
+
+    poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
+    gap_timeout_s: float = setting(
+        60.0,
+        "How long a run waits for a request that later ones have overtaken, once nothing more of it arrives.",
+        unit="s",
+        group="durability",
+    )
+    scan_interval_s: float = setting(
+        1.0, "How often a lost wake-up is made good by looking.", unit="s", group="durability"
+    )
+    lease_s: float = setting(10.0, "How long a worker that fell silent keeps its runs.", unit="s", group="durability")
+    snapshot_debt_bytes: int = setting(
+        64 * 2**20,
+        "A run is snapshotted once this much payload would have to be replayed.",
+        unit="bytes",
+        group="durability",
+    )
+    snapshot_debt_s: float = setting(
+        10.0, "A run is snapshotted once this much computing would have to be repeated.", unit="s", group="durability"
+    )
+    inline_bytes: int = setting(
+        8192,
+        "Payloads and results up to this size are kept in the database, larger ones in files.",
+        unit="bytes",
+        group="durability",
+    )
+    sqlite_synchronous: str = setting("FULL", "SQLite's synchronous pragma: FULL or NORMAL.", group="durability")
+
+    serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
+    tokenizer_id: str = setting(
+        "auto",
+        "What clients are told to load the tokenizer from: path, name, or auto (path on loopback).",
+        group="access",
+    )
+
+    log_level: str = setting("info", "debug, info, warning or error.", group="logging")
+    log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
+
+    crash_point: str = setting(
+        "",
+        "For tests: NAME or NAME:N; a process dies by SIGKILL when it comes past that point the Nth time.",
+        group="tests",
+    )
+
+    @classmethod
+    def load(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Defaults, then the environment, then `overrides` whose value is not None.
+
+        Raises:
+            ConfigError: a value that doesn't parse or lies out of range; the message names the setting.
+        """
+        source = os.environ if env is None else env
+        types = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            raw = source.get(env_name(f))
+            if raw is not None:
+                values[f.name] = _parse(f.name, types[f.name], raw)
+        for name, value in overrides.items():
+            if value is not None:
+                values[name] = value
+        made = cls(**values)
+        made = replace(made, data_dir=Path(made.data_dir).expanduser().absolute())
+        made._check()
+        return made
+
+    def as_env(self) -> dict[str, str]:
+        """The settings as environment variables, for a child process."""
+        return {ENV_PREFIX + name.upper(): _show(value) for name, value in asdict(self).items()}
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    def _check(self) -> None:
+        positive = (
+            "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
+            "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
+            "prefill_chunk_tokens", "poll_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
+            "pass_cap_ms",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
+        if not self.base_model:
+            raise ConfigError("--base-model: name at least one model to serve")
+        choices = {
+            "sqlite_synchronous": ("FULL", "NORMAL"),
+            "log_level": ("debug", "info", "warning", "error"),
+            "log_format": ("auto", "json", "text"),
+            "tokenizer_id": ("auto", "path", "name"),
+            "device": ("auto", "cpu", "cuda", "fake"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{_flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
+def env_name(f: Field[Any]) -> str:
+    return ENV_PREFIX + f.name.upper()
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _parse(name: str, kind: Any, raw: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.strip().lower()]
+        if kind is int:
+            return int(raw)
+        if kind is float:
+            return float(raw)
+        if kind is Path:
+            return Path(raw)
+        if kind is str:
+            return raw
+        return tuple(part.strip() for part in raw.split(",") if part.strip())
+    except (ValueError, KeyError):
+        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r} is not a {getattr(kind, '__name__', 'list')}") from None
+
+
+def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | None:
+    """The server and key that the SDK's own variables name; None if TINKER_BASE_URL is not set."""
+    source = os.environ if env is None else env
+    url = source.get("TINKER_BASE_URL")
+    return (url.rstrip("/"), source.get("TINKER_API_KEY", "")) if url else None
+
+
+def point_sdk_at(url: str, key: str) -> None:
+    """Make SDK clients of this process talk to `url`, and load tokenizers from disk alone."""
+    os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
+
+
+def child_env(settings: Settings, defaults: Mapping[str, str], **forced: str) -> dict[str, str]:
+    """A child process's environment: this one's, with the settings in it; `defaults` yield to what is set already."""
+    return {**defaults, **os.environ, **settings.as_env(), **forced}

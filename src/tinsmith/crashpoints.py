@@ -1,0 +1,70 @@
+"""Named places at which a test can make the process die as if the power had failed.
+
+Owns nothing but a name and a countdown, set by `arm` from the code that starts a process; it reads no environment.
+Unarmed, which is always outside of tests, a crash point costs one look at a variable. SIGKILL runs no handlers and
+flushes nothing: what is on disk then is what a real crash leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from tinsmith.errors import ConfigError
+
+NAMES = frozenset(
+    {
+        "blob.before_rename",
+        "blob.after_rename",
+        "store.before_enqueue_commit",
+        "store.after_enqueue_commit",
+        "store.after_claim",
+        "store.before_finish_commit",
+        "store.after_finish_commit",
+    }
+)
+
+_armed: str | None = None
+_remaining = 0
+
+
+def arm(name: str, after: int = 0) -> None:
+    """Die at the point `name`, once it has been passed `after` times.
+
+    Raises:
+        ConfigError: no such point.
+    """
+    global _armed, _remaining
+    if name not in NAMES:
+        raise ConfigError(f"no crash point {name!r}; there are {', '.join(sorted(NAMES))}")
+    _armed, _remaining = name, after
+
+
+def arm_from(text: str) -> None:
+    """`arm` from the setting's text: empty for none, NAME, or NAME:N for the Nth time (from 1).
+
+    Raises:
+        ConfigError: no such point, or no such number.
+    """
+    if not text:
+        return
+    name, _, nth = text.partition(":")
+    if nth and not (nth.isdecimal() and int(nth) > 0):
+        raise ConfigError(f"--crash-point {text!r}: the part after the colon is a number from 1")
+    arm(name, int(nth or 1) - 1)
+
+
+def disarm() -> None:
+    global _armed  # noqa: PLW0603
+    _armed = None
+
+
+def crash_point(name: str) -> None:
+    """Die here if this point is armed and its count is used up."""
+    global _remaining  # noqa: PLW0603
+    if _armed is None or _armed != name:
+        return
+    if _remaining > 0:
+        _remaining -= 1
+        return
+    os.kill(os.getpid(), signal.SIGKILL)

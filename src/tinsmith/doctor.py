@@ -1,0 +1,250 @@
+"""`tinsmith doctor`: looks at this machine with the eyes of `serve` and says what to do about each trouble.
+
+Each check is a function of what it needs to know and returns rows; none changes anything. Torch is looked at from
+another process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tinsmith import bases
+from tinsmith.config import Settings, child_env
+from tinsmith.datadir import DataDir
+from tinsmith.errors import ConfigError
+from tinsmith.serve import ENV_DEFAULTS, bind
+from tinsmith.supervisor import available_cores
+
+PROBE_TIMEOUT_S = 120.0
+MIN_DISK_BYTES = 2 * 10**9
+LITTLE_DISK_BYTES = 10 * 10**9
+CPU_BYTES_PER_PARAM = 4  # float32
+GPU_BYTES_PER_PARAM = 2  # bfloat16
+WORKER_BYTES = 600 * 2**20  # torch and transformers themselves
+GIB = 2**30
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row. `cure` says what to do; empty if nothing need be done."""
+
+    name: str
+    level: Level
+    found: str
+    cure: str = ""
+
+
+def examine(settings: Settings) -> list[Check]:
+    """All checks, in the order in which they matter."""
+    torch = probe_torch(settings)
+    refs, rows = check_bases(settings)
+    data_dir = DataDir(settings.data_dir)
+    return [
+        check_python(sys.version_info[:2]),
+        *check_torch(torch, settings),
+        *check_threads(child_env(settings, ENV_DEFAULTS), settings.threads, available_cores()),
+        *rows,
+        *check_memory(refs, torch, settings),
+        check_disk(settings.data_dir),
+        check_data_dir(data_dir),
+        check_port(settings, data_dir),
+        check_sdk(),
+    ]
+
+
+def table(checks: Sequence[Check]) -> Table:
+    colors = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "red"}
+    made = Table("check", "", "found")
+    for check in checks:
+        made.add_row(check.name, f"[{colors[check.level]}]{check.level}[/]", check.found)
+    return made
+
+
+def probe_torch(settings: Settings) -> dict[str, Any] | str:
+    """What `torch_probe` prints, or why it doesn't."""
+    command = [sys.executable, "-m", "tinsmith.torch_probe"]
+    threads = str(settings.threads or available_cores())
+    env = child_env(settings, ENV_DEFAULTS, OMP_NUM_THREADS=threads)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PROBE_TIMEOUT_S:.0f} s"
+    except (ValueError, IndexError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    text = ".".join(map(str, version)) + f" on {platform.system()} {platform.machine()}"
+    if version < (3, 11):
+        return Check("Python", Level.FAIL, text, "install Python 3.11 or newer and make the environment anew")
+    return Check("Python", Level.OK, text)
+
+
+def check_torch(torch: dict[str, Any] | str, settings: Settings) -> list[Check]:
+    if isinstance(torch, str):
+        cure = "install it again: pip install --force-reinstall torch"
+        return [Check("torch", Level.FAIL, torch, cure)]
+    found = f"torch {torch['torch']}, transformers {torch['transformers']}, {torch['gflops']:g} GFLOP/s on the CPU"
+    rows = [Check("torch", Level.OK, found)]
+    gpus = torch["gpus"]
+    if gpus:
+        names = ", ".join(
+            f"{g['name']} ({g['free_bytes'] / GIB:.0f} of {g['total_bytes'] / GIB:.0f} GiB free)" for g in gpus
+        )
+        rows.append(Check("accelerator", Level.OK, names))
+    elif settings.device == "cuda":
+        cure = "install the NVIDIA driver and torch's CUDA build, or use --device cpu"
+        rows.append(Check("accelerator", Level.FAIL, "none, but --device cuda was asked for", cure))
+    elif shutil.which("nvidia-smi") is not None:
+        cure = "this torch can't use the NVIDIA GPU here: install torch's CUDA build, or a driver that is new enough"
+        rows.append(Check("accelerator", Level.WARN, "an NVIDIA GPU that torch does not see", cure))
+    else:
+        rows.append(Check("accelerator", Level.OK, "none; computing on the CPU"))
+    return rows
+
+
+def check_threads(env: dict[str, str], threads: int, num_cores: int) -> list[Check]:
+    """`env`: what a worker would get."""
+    wanted = threads or num_cores
+    if wanted > num_cores:
+        cure = f"use --threads {num_cores} or less; more threads than cores wait for one another"
+        rows = [Check("threads", Level.WARN, f"{wanted} on {num_cores} cores", cure)]
+    else:
+        rows = [Check("threads", Level.OK, f"{wanted} on {num_cores} cores")]
+    wrong = [f"{name}={env.get(name)}" for name, value in ENV_DEFAULTS.items() if env.get(name) != value]
+    if wrong:
+        cure = (
+            "unset these: OpenMP threads that wait actively are 11 to 17 times slower on shared cores, "
+            "and another rounding mode of MKL makes results depend on what else is computed"
+        )
+        rows.append(Check("math libraries", Level.WARN, ", ".join(wrong), cure))
+    else:
+        rows.append(Check("math libraries", Level.OK, "threads wait passively, rounding does not depend on neighbours"))
+    return rows
+
+
+def check_bases(settings: Settings) -> tuple[list[bases.BaseRef], list[Check]]:
+    """The bases that are on this machine, and a row for each one named."""
+    good: list[bases.BaseRef] = []
+    rows: list[Check] = []
+    try:
+        refs = bases.parse_all(settings.base_model)
+    except ConfigError as error:
+        return [], [Check("base model", Level.FAIL, error.message, "correct --base-model")]
+    for ref in refs:
+        if ref.path is None:
+            rows.append(Check("base model", Level.OK, f"{ref.name}: fetched from the hub at the first start"))
+            continue
+        try:
+            info = bases.describe(ref)
+            params = bases.num_params(ref.path)
+        except ConfigError as error:
+            rows.append(Check("base model", Level.FAIL, error.message, f"repair or replace {ref.path}"))
+        else:
+            good.append(ref)
+            found = f"{ref.name}: {info.arch}, {params / 1e6:,.1f} M parameters, context {info.max_context}"
+            rows.append(Check("base model", Level.OK, found))
+    return good, rows
+
+
+def check_memory(refs: Sequence[bases.BaseRef], torch: dict[str, Any] | str, settings: Settings) -> list[Check]:
+    """Weights, sampler cache and the process itself, against what is free. Training needs some more on top."""
+    if not refs:
+        return []
+    gpus = [] if isinstance(torch, str) or settings.device in ("cpu", "fake") else torch["gpus"]
+    free = sum(int(g["free_bytes"]) for g in gpus) if gpus else free_memory_bytes()
+    per_param = GPU_BYTES_PER_PARAM if gpus else CPU_BYTES_PER_PARAM
+    weights = sum(bases.num_params(ref.directory) for ref in refs) * per_param
+    needed = weights + len(refs) * (settings.kv_cache_mib * 2**20 + WORKER_BYTES)
+    found = f"{needed / GIB:.1f} GiB needed for {len(refs)} base model(s) before training, {free / GIB:.1f} GiB free"
+    if weights > free:
+        cure = "serve fewer or smaller models, or use a machine with more memory"
+        return [Check("memory", Level.FAIL, found, cure)]
+    if needed > free:
+        cure = "lower --kv-cache-mib, or serve fewer or smaller models"
+        return [Check("memory", Level.WARN, found, cure)]
+    return [Check("memory", Level.OK, found)]
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_disk(path: Path) -> Check:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    found = f"{free / 1e9:.1f} GB free for {path}"
+    cure = "free some space, or name a directory on another disk with --data-dir"
+    if free < MIN_DISK_BYTES:
+        return Check("disk", Level.FAIL, found, cure)
+    if free < LITTLE_DISK_BYTES:
+        return Check("disk", Level.WARN, found, cure)
+    return Check("disk", Level.OK, found)
+
+
+def check_data_dir(data_dir: DataDir) -> Check:
+    path = data_dir.path
+    if not path.exists():
+        parent = next(p for p in path.parents if p.exists())
+        if os.access(parent, os.W_OK | os.X_OK):
+            return Check("data directory", Level.OK, f"{path}: is made at the first start")
+        return Check("data directory", Level.FAIL, f"{parent} can't be written", "name another with --data-dir")
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        return Check("data directory", Level.FAIL, f"{path} can't be written", "name another with --data-dir")
+    holder = data_dir.holder()
+    if holder is not None:
+        return Check("data directory", Level.OK, f"{path}: served now by pid {holder.pid}")
+    if data_dir.left_info() is not None:
+        return Check("data directory", Level.OK, f"{path}: its last server was killed; the next one takes over")
+    return Check("data directory", Level.OK, f"{path}: free")
+
+
+def check_port(settings: Settings, data_dir: DataDir) -> Check:
+    info = data_dir.info()
+    if info is not None and settings.port in (0, info.port):
+        return Check("port", Level.OK, f"{info.port}: {info.url} is this directory's server")
+    try:
+        sock: socket.socket = bind(settings.host, settings.port, may_be_left=False)
+    except ConfigError as error:
+        return Check("port", Level.FAIL, f"{settings.host}:{settings.port}", error.message)
+    sock.close()
+    return Check("port", Level.OK, f"{settings.host}:{settings.port} is free")
+
+
+def check_sdk() -> Check:
+    try:
+        return Check("SDK", Level.OK, f"tinker {importlib.metadata.version('tinker')}")
+    except importlib.metadata.PackageNotFoundError:
+        return Check(
+            "SDK", Level.OK, "tinker is not installed here; clients need it (pip install tinker), the server doesn't"
+        )

@@ -1,0 +1,107 @@
+"""The protocol at which the worker and an engine meet: runs, training passes, optimizer steps, sampling.
+
+An engine owns tensors and knows nothing of rows, files, sockets or clocks. Two engines implement it: the torch engine
+and the fake one, which tests of everything else use. All calls come from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinsmith.types import (
+    BaseInfo,
+    Failure,
+    OpId,
+    OptimItem,
+    OptimResult,
+    RunId,
+    RunSpec,
+    RunState,
+    SampleItem,
+    SampleResult,
+    TrainItem,
+    TrainResult,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PassStats:
+    """What one forward over the base carried."""
+
+    num_runs: int
+    num_tokens: int
+
+
+class TrainingPass(Protocol):
+    """One atomic piece of training over any number of runs, computed in packs of bounded size.
+
+    Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it.
+    """
+
+    def advance(self, max_tokens: int) -> PassStats | None:
+        """Compute the next pack of at most `max_tokens` tokens (at least one datum). None once all are computed."""
+        ...
+
+    def commit(self) -> list[TrainResult | Failure]:
+        """Merge staged gradients of the ops that succeeded; one outcome an item, in the items' order."""
+        ...
+
+
+class Engine(Protocol):
+    """All tensors of one base model: the frozen base, the runs' adapters, the sampler's snapshots and caches."""
+
+    @property
+    def info(self) -> BaseInfo: ...
+
+    def has_run(self, run_id: RunId) -> bool: ...
+
+    def create_run(self, spec: RunSpec) -> None:
+        """A fresh adapter from the spec's seed: A random, B zero, no gradients, no moments."""
+        ...
+
+    def import_run(self, spec: RunSpec, state: RunState) -> None:
+        """Put `state` into the run `spec.run_id`, replacing what is there. Parts it lacks (grad, m, v) become zero.
+
+        Raises:
+            UserError: the state's rank, targets or shapes don't fit the spec or this base.
+        """
+        ...
+
+    def export_run(self, run_id: RunId, parts: Sequence[str] = ("param", "grad", "m", "v")) -> RunState:
+        """A copy on the host of the named parts; later training doesn't change it."""
+        ...
+
+    def drop_run(self, run_id: RunId) -> None: ...
+
+    def start_pass(self, items: Sequence[TrainItem]) -> TrainingPass:
+        """Items come ordered by (run, seq); their runs are present."""
+        ...
+
+    def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
+        """Apply and zero each run's accumulated gradients; at most one item a run."""
+        ...
+
+    def has_adapter(self, key: str) -> bool: ...
+
+    def add_adapter(self, key: str, state: RunState) -> None:
+        """Weights to sample from, frozen under `key`. The engine may drop the least recently used that nobody needs."""
+        ...
+
+    def submit_sample(self, item: SampleItem) -> None:
+        """Queue a request for admission; its adapter is present and stays until it ends."""
+        ...
+
+    def cancel_sample(self, op_id: OpId) -> None:
+        """Forget a submitted request; it never shows up in `step_samples`. Unknown ids are ignored."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Submitted sample requests that have not come back yet."""
+        ...
+
+    def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
+        """Admit what fits, prefill some, advance each decoding sequence by one token; return what ended."""
+        ...

@@ -1,0 +1,91 @@
+"""One tree of exceptions. Each carries a stable code, a category and a message that names the cure.
+
+The categories are three: the user's mistake, a lack of capacity (retry later), and our own fault. Nothing here knows
+HTTP; the edge turns a category into a status.
+"""
+
+from __future__ import annotations
+
+from tinsmith.types import Failure
+
+
+class TinsmithError(Exception):
+    """Base of all errors that are meant to reach a user. The code is part of the contract and never renamed."""
+
+    code = "internal"
+    category = "server"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def as_failure(self) -> Failure:
+        return Failure(code=self.code, category=self.category, message=self.message)
+
+
+class UserError(TinsmithError):
+    """The request can't be carried out as it stands."""
+
+    code = "invalid_request"
+    category = "user"
+
+
+class UnsupportedError(UserError):
+    """The request names something that is known, but not offered here."""
+
+    code = "unsupported"
+
+
+class NotFoundError(UserError):
+    """No such object for this tenant; another tenant's object answers alike."""
+
+    code = "not_found"
+
+
+class AuthError(UserError):
+    """The key is missing, unknown or revoked."""
+
+    code = "unauthorized"
+
+
+class ForbiddenError(UserError):
+    """The key is good, but not for this."""
+
+    code = "forbidden"
+
+
+class GoneError(UserError):
+    """It was there, and is no longer: a finished session, an expired future."""
+
+    code = "gone"
+
+
+class TooLargeError(UserError):
+    """The request is beyond a limit that no waiting would change."""
+
+    code = "too_large"
+
+
+class ConfigError(UserError):
+    """A setting or a command line that can't work."""
+
+    code = "bad_setting"
+
+
+class CapacityError(TinsmithError):
+    """There's no room now; the same request may succeed later."""
+
+    code = "capacity"
+    category = "capacity"
+
+
+class FencedError(TinsmithError):
+    """A worker tried to write for a run whose lease it no longer holds. Nothing was written."""
+
+    code = "fenced"
+
+
+class CorruptError(TinsmithError):
+    """A stored file doesn't match its checksum or its header."""
+
+    code = "corrupt"

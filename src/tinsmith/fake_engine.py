@@ -1,0 +1,189 @@
+"""An engine without a model: arithmetic in place of a transformer, exact and reproducible.
+
+It obeys the whole protocol (atomic passes, accumulated gradients, frozen snapshots, seeded samples), so that the
+worker, the store, the API and clients can be tested fast and to the bit. Its numbers mean nothing. A run's state is one
+vector of `rank` numbers; every op that has an effect changes it in a way that shows if it happened twice or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tinsmith.engine import PassStats
+from tinsmith.errors import UserError
+from tinsmith.types import (
+    BaseInfo,
+    Failure,
+    FloatArray,
+    OpId,
+    OptimItem,
+    OptimResult,
+    RunId,
+    RunSpec,
+    RunState,
+    SampledSequence,
+    SampleItem,
+    SampleResult,
+    TrainItem,
+    TrainResult,
+)
+
+MODULE = "fake.lora_A"
+PARTS = ("param", "grad", "m", "v")
+TOKENS_PER_STEP = 8
+
+
+@dataclass(slots=True)
+class _Run:
+    spec: RunSpec
+    step: int
+    parts: dict[str, FloatArray]
+
+
+class FakePass:
+    """See `engine.TrainingPass`."""
+
+    def __init__(self, engine: FakeEngine, items: Sequence[TrainItem]) -> None:
+        self._engine = engine
+        self._items = tuple(items)
+        self._left = [(item, datum.num_tokens) for item in items for datum in item.data]
+        self._num_tokens = 0
+
+    def advance(self, max_tokens: int) -> PassStats | None:
+        if not self._left:
+            return None
+        runs: set[RunId] = set()
+        tokens = 0
+        while self._left and (tokens == 0 or tokens + self._left[0][1] <= max_tokens):
+            item, count = self._left.pop(0)
+            runs.add(item.run_id)
+            tokens += count
+        self._engine.num_forwards += 1
+        self._num_tokens = max(self._num_tokens, tokens)
+        return PassStats(num_runs=len(runs), num_tokens=tokens)
+
+    def commit(self) -> list[TrainResult | Failure]:
+        runs = len({item.run_id for item in self._items})
+        return [self._engine.apply(item, runs, self._num_tokens) for item in self._items]
+
+
+class FakeEngine:
+    """See `engine.Engine`. `num_forwards` counts packs, as the torch engine's base counts its forward calls."""
+
+    def __init__(self, info: BaseInfo) -> None:
+        self._info = info
+        self._runs: dict[RunId, _Run] = {}
+        self._adapters: dict[str, FloatArray] = {}
+        self._samples: dict[OpId, tuple[SampleItem, int]] = {}
+        self.num_forwards = 0
+
+    @property
+    def info(self) -> BaseInfo:
+        return self._info
+
+    def has_run(self, run_id: RunId) -> bool:
+        return run_id in self._runs
+
+    def create_run(self, spec: RunSpec) -> None:
+        rng = np.random.default_rng(spec.seed)
+        parts = {part: np.zeros(spec.rank, np.float32) for part in PARTS}
+        parts["param"] = rng.standard_normal(spec.rank, dtype=np.float32)
+        self._runs[spec.run_id] = _Run(spec, 0, parts)
+
+    def import_run(self, spec: RunSpec, state: RunState) -> None:
+        param = state.tensors[f"param/{MODULE}"]
+        if param.shape != (spec.rank,) or state.spec.targets != spec.targets:
+            raise UserError(
+                f"the checkpoint has rank {state.spec.rank}, the run rank {spec.rank}: create a run of its rank"
+            )
+        zero = np.zeros(spec.rank, np.float32)
+        parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
+        self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
+
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS) -> RunState:
+        run = self._runs[run_id]
+        return RunState(run.spec, run.step, {f"{part}/{MODULE}": run.parts[part].copy() for part in parts})
+
+    def drop_run(self, run_id: RunId) -> None:
+        self._runs.pop(run_id, None)
+
+    def start_pass(self, items: Sequence[TrainItem]) -> FakePass:
+        return FakePass(self, items)
+
+    def apply(self, item: TrainItem, num_runs: int, num_tokens: int) -> TrainResult | Failure:
+        """The effect and result of one training item: the mean token moves the gradient."""
+        run = self._runs[item.run_id]
+        logprobs: list[FloatArray] = []
+        total = 0.0
+        for datum in item.data:
+            shape = datum.inputs["target_tokens"].shape
+            level = np.float32(-1.0 - np.abs(run.parts["param"]).mean())
+            logprobs.append(np.full(shape, level, np.float32))
+            total -= float(level) * float(np.prod(shape))
+        if not np.isfinite(total):
+            return Failure("non_finite_loss", "user", "the loss is not finite: lower the learning rate")
+        if item.backward:
+            for datum in item.data:
+                run.parts["grad"] += np.float32(datum.tokens.mean() / self._info.vocab_size)
+        metrics = {"loss:sum": total, "pass_runs:max": float(num_runs), "pass_tokens:max": float(num_tokens)}
+        return TrainResult(tuple(logprobs), metrics)
+
+    def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
+        results: list[OptimResult | Failure] = []
+        for item in items:
+            run = self._runs[item.run_id]
+            grad = run.parts["grad"]
+            run.parts["m"] = np.float32(0.5) * run.parts["m"] + grad
+            run.parts["v"] = run.parts["v"] + np.float32(1)
+            run.parts["param"] = run.parts["param"] - np.float32(item.params.learning_rate) * run.parts["m"]
+            run.step += 1
+            results.append(OptimResult({"grad_norm": float(np.linalg.norm(grad)), "step": float(run.step)}))
+            run.parts["grad"] = np.zeros_like(grad)
+        return results
+
+    def has_adapter(self, key: str) -> bool:
+        return key in self._adapters
+
+    def add_adapter(self, key: str, state: RunState) -> None:
+        self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
+
+    def submit_sample(self, item: SampleItem) -> None:
+        limit = item.params.max_tokens
+        room = self._info.max_context - len(item.prompt)
+        self._samples[item.op_id] = (item, min(room, limit) if limit is not None else room)
+
+    def cancel_sample(self, op_id: OpId) -> None:
+        self._samples.pop(op_id, None)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._samples)
+
+    def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
+        ended: list[tuple[OpId, SampleResult | Failure]] = []
+        for op_id, (item, left) in list(self._samples.items()):
+            if left > TOKENS_PER_STEP:
+                self._samples[op_id] = (item, left - TOKENS_PER_STEP)
+                continue
+            del self._samples[op_id]
+            ended.append((op_id, self._sample(item)))
+        return ended
+
+    def _sample(self, item: SampleItem) -> SampleResult:
+        weight = float(self._adapters[item.adapter].sum()) if item.adapter else 0.0
+        room = self._info.max_context - len(item.prompt)
+        length = room if item.params.max_tokens is None else min(room, item.params.max_tokens)
+        sequences = []
+        for index in range(item.num_samples):
+            rng = np.random.default_rng([item.seed & 0x7FFFFFFF, index, abs(int(weight * 1e6))])
+            tokens = rng.integers(0, self._info.vocab_size, length).astype(np.int32)
+            sequences.append(SampledSequence(tokens, np.full(length, -1.0, np.float32), stopped=False))
+        result = SampleResult(tuple(sequences))
+        if item.prompt_logprobs:
+            logprobs = np.full(len(item.prompt), -1.0, np.float32)
+            logprobs[0] = np.nan
+            result = replace(result, prompt_logprobs=logprobs)
+        return result

@@ -1,0 +1,72 @@
+"""Takes out what is no longer needed: silent sessions, old results, expired checkpoints, files without a row.
+
+Every call is harmless at any time and in any number of processes: the rows decide, each in its own transaction, and a
+file is deleted only once nothing refers to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import structlog
+
+from tinsmith.blobs import Blobs
+from tinsmith.config import Settings
+from tinsmith.store import Store
+
+log = structlog.get_logger("tinsmith.janitor")
+
+SWEEP_EVERY_S = 30.0
+PAGE = 1000
+LEFTOVER_AFTER_S = 3600.0  # a file that is still being written is younger
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    num_sessions: int
+    num_results: int
+    num_files: int
+
+
+def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
+    """One round. `now`: unix seconds."""
+    sessions = store.sessions.expire(now - settings.session_timeout_s, now)
+    num_results = 0
+    while (expired := store.ops.expire_results(now - settings.result_ttl_s, now, PAGE)) > 0:
+        num_results += expired
+    while store.samplers.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
+        pass
+    num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
+    while dead := store.checkpoints.collect(now):
+        for key in dead:
+            blobs.delete(key)
+        num_files += len(dead)
+    return Swept(len(sessions), num_results, num_files)
+
+
+@contextlib.contextmanager
+def sweeping(store: Store, blobs: Blobs, settings: Settings) -> Iterator[None]:
+    """Sweep every now and then in a thread of its own, for as long as the block runs."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(SWEEP_EVERY_S):
+            try:
+                swept = sweep(store, blobs, settings, time.time())
+            except Exception:
+                log.exception("sweeping failed; trying again later")
+                continue
+            if any((swept.num_sessions, swept.num_results, swept.num_files)):
+                log.info("swept", sessions=swept.num_sessions, results=swept.num_results, files=swept.num_files)
+
+    thread = threading.Thread(target=work, name="janitor", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,20 @@
+"""The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
+
+from tinsmith.model.base import BaseModel, load_base
+from tinsmith.model.context import MIN_ROWS, ROW_GRID, GradContext, PassContext, padded_rows
+from tinsmith.model.inspect import HEAD, LinearInfo
+from tinsmith.model.layout import RowLayout, init_row
+
+__all__ = [
+    "HEAD",
+    "MIN_ROWS",
+    "ROW_GRID",
+    "BaseModel",
+    "GradContext",
+    "LinearInfo",
+    "PassContext",
+    "RowLayout",
+    "init_row",
+    "load_base",
+    "padded_rows",
+]

@@ -1,0 +1,192 @@
+"""A base model, loaded once from a Hugging Face directory and frozen, with its layers opened to a pass context.
+
+Owns the transformers model and the hooks in it. Refuses to know runs, sequences and losses. What stays true: after
+loading, the opened model gives the logits of the untouched one, and each hook was called (so an upgrade of transformers
+that goes around a hook is refused at start, not answered with wrong numbers).
+Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.model.activation import replace_silu
+from tinsmith.model.context import MIN_ROWS, PassContext
+from tinsmith.model.inspect import LinearInfo, check_head, check_rope, describe_linears, find_linears
+from tinsmith.model.linear import GroupedLinear, PassHolder
+from tinsmith.types import BaseInfo
+
+ATTENTION = "tinsmith_pass"
+HOLDER = "tinsmith_holder"
+MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+class BaseModel:
+    """The frozen model. `num_forwards` counts walks through it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        info: BaseInfo,
+        linears: tuple[LinearInfo, ...],
+        head: nn.Linear,
+        holder: PassHolder,
+    ) -> None:
+        self.info = info
+        self.linears = linears
+        self.head_weight_VD = head.weight.detach()
+        self.num_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.num_forwards = 0
+        self.backbone: nn.Module = getattr(model, model.base_model_prefix)
+        self._embedding: nn.Module = model.get_input_embeddings()
+        self._holder = holder
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight_VD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight_VD.dtype
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
+        """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
+
+        Args:
+            tokens_T, positions_T: int64; positions start at 0 in each sequence. T as `padded_rows` says.
+            context: called for each attention and each linear layer. With autograd on it must be a GradContext, and
+                backward from the result calls its `add_lora_grad`.
+        """
+        self.num_forwards += 1
+        with torch.no_grad():
+            embeds_TD = self._embedding(tokens_T)
+        if torch.is_grad_enabled():
+            embeds_TD = embeds_TD.requires_grad_()
+        self._holder.enter(context)
+        try:
+            out = self.backbone(
+                inputs_embeds=embeds_TD[None], position_ids=positions_T[None], use_cache=False, return_dict=True
+            )
+        finally:
+            self._holder.leave()
+        return cast(Tensor, out.last_hidden_state)[0]
+
+
+def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load `info.path` and open it.
+
+    Raises:
+        UserError: the directory lacks weights.
+        UnsupportedError: the architecture has parts that can't be hooked; they are named.
+    """
+    model = _load(info, device, dtype)
+    head = check_head(model)
+    linears = find_linears(model, head)
+    check_rope(model)
+    tokens_T = torch.arange(MIN_ROWS, device=device) % info.vocab_size
+    with torch.no_grad():
+        logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+
+    holder = PassHolder()
+    infos = describe_linears(linears, head)
+    for name, linear in linears.items():
+        model.set_submodule(name, GroupedLinear(linear, name, holder))
+    replace_silu(model)
+    _hook_attention(model, holder)
+    base = BaseModel(model, info, infos, head, holder)
+    _check(base, model, tokens_T, logits_TV)
+    base.num_forwards = 0
+    return base
+
+
+def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            info.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
+    model, report = loaded
+    lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if lacking:
+        raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
+    return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
+
+
+def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
+    """Route the model's attention to the pass context. A name that has no mask function gets no mask built."""
+    AttentionInterface.register(ATTENTION, _attend)
+    model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, HOLDER, holder)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out."""
+    strange = [name for name in ("sliding_window", "softcap", "s_aux") if extras.get(name) is not None]
+    if attention_mask is not None or dropout or strange or scaling is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} wants {', '.join(strange) or 'a mask or dropout'}: only plain causal attention "
+            "is served"
+        )
+    context = cast(PassHolder, getattr(module, HOLDER)).context
+    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], value[0], scaling)
+    return out_THD[None], None
+
+
+class _CheckContext:
+    """One sequence over all rows, no adapters; counts what was called."""
+
+    def __init__(self) -> None:
+        self.layers: Counter[int] = Counter()
+        self.linears: Counter[str] = Counter()
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        self.layers[layer] += 1
+        out_HTD = F.scaled_dot_product_attention(
+            q_HTD[None], k_GTD[None], v_GTD[None], is_causal=True, scale=scale, enable_gqa=True
+        )[0]
+        return out_HTD.transpose(0, 1)
+
+    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        self.linears[name] += 1
+
+
+def _check(base: BaseModel, model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor) -> None:
+    kind = type(model).__name__
+    context = _CheckContext()
+    with torch.no_grad():
+        h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
+    if context.layers != Counter(range(base.num_layers)):
+        raise UnsupportedError(
+            f"{kind}: attention of its {base.num_layers} layers was reached as {dict(context.layers)}"
+        )
+    expected = Counter(info.name for info in base.linears[:-1])
+    if context.linears != expected:
+        wrong = sorted(set((context.linears - expected) + (expected - context.linears)))
+        raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(wrong[:6])}")
+    logits_TV = h_TD @ base.head_weight_VD.T
+    error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
+    if not error <= MAX_LOGIT_ERROR[base.dtype]:
+        raise UnsupportedError(
+            f"{kind}: the opened model's logits differ from its own by {error:.1e} of their range: it does something "
+            "between hidden states and logits, or in attention, that is not carried here"
+        )

@@ -1,0 +1,66 @@
+"""What one pass over the base has to supply: attention among its rows, and the adapters' part of every linear layer.
+
+The base knows neither sequences nor runs nor caches: training, prefill and decode are three contexts over one model.
+Shape letters: T rows of the pass, H query heads, G key/value heads, D head size, I inputs and O outputs of a linear.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+# Rows of a float32 matrix product are bitwise equal for any number of rows from 12 up (measured); fewer take other
+# kernels. The grid keeps the flat length of [T, width] arrays a multiple of the vector width, so that elementwise
+# kernels never reach their scalar tail, which rounds exp and the like differently.
+MIN_ROWS = 16
+ROW_GRID = 4
+
+
+def padded_rows(num_rows: int) -> int:
+    """The number of rows that a pass of `num_rows` real rows must have, so that its bits don't depend on its size."""
+    return max(MIN_ROWS, -(-num_rows // ROW_GRID) * ROW_GRID)
+
+
+class PassContext(Protocol):
+    """One pass. The base hands it every attention and every linear layer, in the order of the model.
+
+    The caller of `BaseModel.hidden` pads its rows to `padded_rows`; the context sees those rows too and may leave
+    anything finite in them.
+    """
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """Causal attention of each sequence by itself; rotary embedding has been applied, H is a multiple of G.
+
+        Args:
+            layer: index of the decoder layer, from 0.
+            q_HTD, k_GTD, v_GTD: strided views, as a rule with memory in the order T, H, D.
+            scale: factor of the scores.
+
+        Returns:
+            o_THD, shape [T, H, D].
+        """
+        ...
+
+    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """Add the adapters' contribution to the base's output, in place: y += (x Aᵀ) Bᵀ · alpha / rank.
+
+        Called without autograd, with contiguous tensors. `name` is the module's path, such as
+        `model.layers.0.self_attn.q_proj`. The output head is not among them: its owner is whoever reads the logits.
+        """
+        ...
+
+
+class GradContext(PassContext, Protocol):
+    """A pass whose hidden states are differentiated. With autograd on, the context must be of this kind."""
+
+    def needs_input(self, name: str) -> bool:
+        """Whether `add_lora_grad` for this module will want x."""
+        ...
+
+    def add_lora_grad(self, name: str, x_TI: Tensor | None, dy_TO: Tensor, dx_TI: Tensor) -> None:
+        """Take the adapters' gradients, and add to dx, in place: dx += (dy B) A · alpha / rank.
+
+        Called once a module in the backward pass, last module first. x is None if `needs_input` said no.
+        """
+        ...

@@ -1,0 +1,101 @@
+"""What a loaded transformers model consists of, and whether every part of it can be carried.
+
+Pure looking: nothing is changed here. A model with a part that the pass could not hook is refused by name, since
+leaving it alone would give wrong numbers in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tinsmith.errors import UnsupportedError
+from tinsmith.types import Targets
+
+HEAD = "lm_head"
+
+ATTN_PARTS = frozenset({"self_attn", "attn", "attention", "self_attention"})
+MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInfo:
+    """A linear layer that can carry an adapter. group: attn, mlp or unembed."""
+
+    name: str
+    group: str
+    in_features: int
+    out_features: int
+
+    def is_targeted(self, targets: Targets) -> bool:
+        return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
+
+
+def find_linears(model: nn.Module, head: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of attention and MLP by path, in the model's order; the output head is not among them.
+
+    Raises:
+        UnsupportedError: the model has weights that are neither these, nor norms, nor the embedding; they are named.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and _group(name) is not None
+    }
+    known = {id(p) for module in linears.values() for p in module.parameters()}
+    known |= {id(p) for p in head.parameters()}
+    known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    strange = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim != 1]
+    if strange:
+        raise UnsupportedError(
+            f"{type(model).__name__} has parts that can't be trained here: {_summary(strange)}; "
+            "dense models whose attention and MLP are made of nn.Linear layers can be served"
+        )
+    return linears
+
+
+def describe_linears(linears: dict[str, nn.Linear], head: nn.Linear) -> tuple[LinearInfo, ...]:
+    """The layers an adapter may have, in the model's order, the output head last as `lm_head`."""
+    infos = [LinearInfo(name, _group(name) or "", m.in_features, m.out_features) for name, m in linears.items()]
+    return (*infos, LinearInfo(HEAD, "unembed", head.in_features, head.out_features))
+
+
+def check_head(model: PreTrainedModel) -> nn.Linear:
+    """Raises: UnsupportedError: no output head, or one that isn't a plain matrix."""
+    head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Linear) or [name for name, _ in head.named_parameters()] != ["weight"]:
+        raise UnsupportedError(f"{type(model).__name__}: its output head is not an nn.Linear without bias")
+    return head
+
+
+def check_rope(model: nn.Module) -> None:
+    """Raises: UnsupportedError: rotary frequencies that change with the longest sequence of a batch."""
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", "default")
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind not in STATIC_ROPE:
+                raise UnsupportedError(
+                    f"{type(model).__name__}: {name} scales rope by {kind!r}, which depends on the other sequences of "
+                    f"a pass; can be served: {', '.join(sorted(STATIC_ROPE))}"
+                )
+
+
+def _group(name: str) -> str | None:
+    parts = set(name.split("."))
+    if parts & ATTN_PARTS:
+        return "attn"
+    return "mlp" if parts & MLP_PARTS else None
+
+
+def _summary(names: list[str]) -> str:
+    """`model.layers.*.mlp.experts.gate_up_proj` once, not for each layer."""
+    merged = dict.fromkeys(".".join(_starred(name)) for name in names)
+    return ", ".join(list(merged)[:6]) + (", ..." if len(merged) > 6 else "")
+
+
+def _starred(name: str) -> Iterator[str]:
+    return ("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,117 @@
+"""How an adapter lies in memory: one flat float32 row, of which every A and B is a view.
+
+Knows names, offsets and shapes, and how a row becomes named tensors and back. Parameters, gradients and moments of a
+run have the same layout, so saving, clipping and stepping work on whole rows.
+Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.errors import UserError
+from tinsmith.model.inspect import HEAD, LinearInfo
+from tinsmith.types import FloatArray, RunSpec, Targets
+
+HEAD_STATE_NAME = "model.unembed_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where A [R, I] and then B [O, R] of one layer begin in the row."""
+
+    linear: LinearInfo
+    rank: int
+    offset: int
+
+    @property
+    def num_params(self) -> int:
+        return self.rank * (self.linear.in_features + self.linear.out_features)
+
+    @property
+    def state_name(self) -> str:
+        """The layer's name in a RunState."""
+        return HEAD_STATE_NAME if self.linear.name == HEAD else self.linear.name
+
+    def views(self, row_P: Tensor) -> tuple[Tensor, Tensor]:
+        middle = self.offset + self.rank * self.linear.in_features
+        end = self.offset + self.num_params
+        a_RI = row_P[self.offset : middle].view(self.rank, self.linear.in_features)
+        b_OR = row_P[middle:end].view(self.linear.out_features, self.rank)
+        return a_RI, b_OR
+
+
+class RowLayout:
+    """The places of one adapter's matrices in its row, for the layers that `targets` choose."""
+
+    def __init__(self, linears: Iterable[LinearInfo], targets: Targets, rank: int) -> None:
+        places: dict[str, Place] = {}
+        offset = 0
+        for linear in linears:
+            if linear.is_targeted(targets):
+                places[linear.name] = Place(linear, rank, offset)
+                offset += places[linear.name].num_params
+        self.rank = rank
+        self.places: Mapping[str, Place] = places
+        self.num_params = offset
+
+    def views(self, row_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer name (`lm_head` for the head): A [R, I] and B [O, R], views of the row."""
+        return {name: place.views(row_P) for name, place in self.places.items()}
+
+    def row_to_tensors(self, part: str, row_P: Tensor) -> dict[str, FloatArray]:
+        """Copies on the host, named `<part>/<layer>.lora_A` and `.lora_B`."""
+        host_P = row_P.detach().to("cpu", torch.float32).clone()
+        tensors: dict[str, FloatArray] = {}
+        for place in self.places.values():
+            a_RI, b_OR = place.views(host_P)
+            tensors[f"{part}/{place.state_name}.lora_A"] = a_RI.numpy()
+            tensors[f"{part}/{place.state_name}.lora_B"] = b_OR.numpy()
+        return tensors
+
+    def tensors_to_row(self, part: str, tensors: Mapping[str, FloatArray], device: torch.device) -> Tensor:
+        """The row of a part; all zero if no tensor of that part is there.
+
+        Raises:
+            UserError: a tensor is missing, is one too many, or has another shape; the message names it.
+        """
+        row_P = torch.zeros(self.num_params)
+        given = {name for name in tensors if name.startswith(part + "/")}
+        if not given:
+            return row_P.to(device)
+        for place in self.places.values():
+            for suffix, view in zip(("lora_A", "lora_B"), place.views(row_P), strict=True):
+                name = f"{part}/{place.state_name}.{suffix}"
+                if name not in given:
+                    raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
+                if tensors[name].shape != tuple(view.shape):
+                    raise UserError(
+                        f"{name} has shape {list(tensors[name].shape)}, this run needs {list(view.shape)}: "
+                        "the weights were made with another rank or another base model"
+                    )
+                view.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
+                given.remove(name)
+        if given:
+            raise UserError(
+                f"the weights hold {min(given)}, for which this run has no layer: create a run that trains it"
+            )
+        return row_P.to(device)
+
+
+def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
+    """A fresh adapter [P] on the host: A uniform in ±1/sqrt(in), B zero.
+
+    The distribution is that of peft, kaiming_uniform(a=sqrt(5)) (He et al. 2015, equation 10 with gain sqrt(1/3)).
+    The same spec gives the same bits, whatever the thread count.
+    """
+    generator = torch.Generator().manual_seed(spec.seed)
+    row_P = torch.zeros(layout.num_params)
+    for a_RI, _ in layout.views(row_P).values():
+        bound = a_RI.shape[1] ** -0.5
+        a_RI.uniform_(-bound, bound, generator=generator)
+    return row_P

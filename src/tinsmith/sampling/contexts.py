@@ -1,0 +1,185 @@
+"""The two passes of sampling over the base: prefill of prompt chunks, decode of one token for many sequences.
+
+A prefill pass packs chunks of several prompts; attention and LoRA are computed for each chunk by itself, so its
+numbers are those it has alone. A decode pass has one row for each sequence, ordered as the arenas hold them;
+attention is one call for each length class.
+Shape letters: T rows, H query heads, G key/value heads, Q query heads of one key/value head, D head size, W positions
+of a class, N sequences of a class, I inputs, O outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
+from tinsmith.sampling.kv import Arena, KVShape, PromptKV
+from tinsmith.sampling.lora import Adapter, DecodeLora
+from tinsmith.sampling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows first..last-1 of the pass are positions start.. of one prompt."""
+
+    first: int
+    last: int
+    start: int
+    adapter: Adapter | None
+    kv: PromptKV
+
+
+class PrefillContext:
+    """Attention of each chunk over its own prompt so far, LoRA of each chunk by its own adapter."""
+
+    def __init__(self, segments: Seq[Segment], device: torch.device) -> None:
+        self._segments = segments
+        self._masks = [_late_mask(segment, device) for segment in segments]
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        heads, rows, size = q_HTD.shape
+        out_THD = q_HTD.new_zeros(rows, heads, size)
+        for segment, mask in zip(self._segments, self._masks, strict=True):
+            part = slice(segment.first, segment.last)
+            end = segment.start + segment.last - segment.first
+            k_GPD, v_GPD = segment.kv.layers[layer]
+            k_GPD[:, segment.start : end] = k_GTD[:, part]
+            v_GPD[:, segment.start : end] = v_GTD[:, part]
+            out_HND = F.scaled_dot_product_attention(
+                q_HTD[None, :, part],
+                k_GPD[None, :, :end],
+                v_GPD[None, :, :end],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
+            out_THD[part] = out_HND.transpose(0, 1)
+        return out_THD
+
+    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        for segment in self._segments:
+            if segment.adapter is not None:
+                part = slice(segment.first, segment.last)
+                segment.adapter.add(name, x_TI[part], y_TO[part])
+
+
+class DecodeGroup:
+    """The sequences of one length class: rows first..last-1 of the pass are slots 0..N-1 of the arena."""
+
+    def __init__(self, arena: Arena[Sequence], first: int, device: torch.device) -> None:
+        self.arena = arena
+        self.first = first
+        self.last = first + len(arena.owners)
+        self._columns_W = torch.arange(arena.num_positions, device=device)
+        self._slots_N1 = torch.arange(len(arena.owners), device=device)[:, None]
+        self._positions_N = torch.empty(0, dtype=torch.int64, device=device)
+        self._mask = torch.empty(0, device=device)
+        self._indices: dict[int, Tensor] = {}
+
+    def seek(self, positions_N: Tensor, dtype: torch.dtype) -> None:
+        """Prepare the step that writes `positions_N` (int64) and attends up to them."""
+        seen_NW = self._columns_W <= positions_N[:, None]
+        hidden = torch.full(seen_NW.shape, float("-inf"), dtype=dtype, device=positions_N.device)
+        self._mask = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
+        self._positions_N = positions_N
+        self._indices.clear()
+
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
+        """[N, H, D]; writes k and v first."""
+        num, heads, size = q_NHD.shape
+        k_CGWD, v_CGWD = self.arena.layers[layer]
+        groups = k_CGWD.shape[1]
+        index = self._written(groups)
+        k_CGWD.view(-1, size).index_copy_(0, index, k_GND.transpose(0, 1).reshape(-1, size))
+        v_CGWD.view(-1, size).index_copy_(0, index, v_GND.transpose(0, 1).reshape(-1, size))
+        q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
+        mask = self._mask.expand(num, 1, heads // groups, -1)
+        out_NGQD = F.scaled_dot_product_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], attn_mask=mask, scale=scale)
+        return out_NGQD.reshape(num, heads, size)
+
+    def _written(self, heads: int) -> Tensor:
+        """Rows of the arena seen as [C * G * W, D]: where each sequence's keys of each head go, [N * G]."""
+        index = self._indices.get(heads)
+        if index is None:
+            head_G = torch.arange(heads, device=self._positions_N.device)
+            slot_head_NG = self._slots_N1 * heads + head_G
+            index = (slot_head_NG * self.arena.num_positions + self._positions_N[:, None]).view(-1)
+            self._indices[heads] = index
+        return index
+
+
+class DecodeContext:
+    """One token of every sequence in the arenas; rows past the last group are padding."""
+
+    def __init__(self, groups: Seq[DecodeGroup], lora: DecodeLora) -> None:
+        self.groups = groups
+        self._lora = lora
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        heads, rows, size = q_HTD.shape
+        q_THD = q_HTD.transpose(0, 1)
+        out_THD = q_HTD.new_zeros(rows, heads, size)
+        for group in self.groups:
+            part = slice(group.first, group.last)
+            out_THD[part] = group.attend(layer, q_THD[part], k_GTD[:, part], v_GTD[:, part], scale)
+        return out_THD
+
+    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        self._lora.add(name, x_TI, y_TO)
+
+
+class ShapeProbe:
+    """Records the key/value heads and head size of each layer; leaves attention out."""
+
+    def __init__(self) -> None:
+        self.heads: dict[int, tuple[int, int]] = {}
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        self.heads[layer] = (k_GTD.shape[0], k_GTD.shape[2])
+        return torch.zeros_like(q_HTD).transpose(0, 1)
+
+    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        return
+
+
+def probe_kv_shape(base: BaseModel) -> KVShape:
+    """The shape of the model's keys and values, seen in one small pass, which `num_forwards` doesn't count."""
+    probe = ShapeProbe()
+    counted = base.num_forwards
+    rows_T = torch.zeros(MIN_ROWS, dtype=torch.int64, device=base.device)
+    base.hidden(rows_T, torch.arange(MIN_ROWS, device=base.device), probe)
+    base.num_forwards = counted
+    heads = tuple(probe.heads[layer] for layer in range(base.num_layers))
+    return KVShape(heads, base.dtype, base.device)
+
+
+def pad_rows(x_ND: Tensor) -> Tensor:
+    """Rows as a matrix product needs them for bits that don't depend on their number; the added ones are zero."""
+    missing = padded_rows(len(x_ND)) - len(x_ND)
+    return F.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
+
+
+def head_logits(base: BaseModel, hidden_TD: Tensor) -> Tensor:
+    """The base's logits [T, V], without any adapter; T as `padded_rows` says."""
+    return F.linear(hidden_TD, base.head_weight_VD)
+
+
+def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) -> Tensor:
+    """float32 logits [N, V] of rows that share one adapter."""
+    logits_NV = head_logits(base, pad_rows(hidden_ND))[: len(hidden_ND)]
+    if adapter is not None:
+        adapter.add(HEAD, hidden_ND, logits_NV)
+    return logits_NV.float()
+
+
+def _late_mask(segment: Segment, device: torch.device) -> Tensor | None:
+    """bool [n, start + n]: what a chunk that isn't the first may see; None for a first chunk, which is plain causal."""
+    if segment.start == 0:
+        return None
+    num = segment.last - segment.first
+    return torch.ones(num, segment.start + num, dtype=torch.bool, device=device).tril(segment.start)

@@ -1,0 +1,177 @@
+"""The tensors of keys and values. `blocks` decides who gets memory; here it is laid out.
+
+A sequence's KV is contiguous in each layer. Sequences of one length class (the same number of blocks) lie side by
+side in one arena, so that decode attention over a class is one call without gathering or copying. A sequence that
+outgrows its class moves to the next arena: one copy of it every 64 tokens.
+
+What stays true: slots 0..n-1 of an arena hold its n sequences; positions of a slot that its sequence has not reached
+are finite, so masked positions can't poison it; arenas and prompts together hold at most `total` blocks between calls
+(during one, a sequence on the move is there twice, and so is one layer of an arena that is resized).
+Shape letters: L layers, C slots of an arena, G key/value heads, W positions of a slot, D head size, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
+
+MAX_GROWTH_SLOTS = 16
+
+Owner = TypeVar("Owner", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """heads: (key/value heads, head size) of each layer."""
+
+    heads: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values of 64 tokens in all layers."""
+        return 2 * BLOCK_TOKENS * self.dtype.itemsize * sum(heads * size for heads, size in self.heads)
+
+
+class PromptKV:
+    """Keys and values of one prompt while it is computed and until its sequences have their copies.
+
+    layers: each [2, G, P, D], keys first.
+    """
+
+    def __init__(self, shape: KVShape, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.layers: list[Tensor] = [
+            torch.empty(2, heads, num_tokens, size, dtype=shape.dtype, device=shape.device)
+            for heads, size in shape.heads
+        ]
+
+
+class Arena(Generic[Owner]):
+    """All sequences of one length class. layers: each [2, C, G, W, D]; owners[i] holds slot i."""
+
+    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_positions = num_blocks * BLOCK_TOKENS
+        self.num_slots = 0
+        self.owners: list[Owner] = []
+        self.layers: list[Tensor] = [
+            torch.zeros(2, 0, heads, self.num_positions, size, dtype=shape.dtype, device=shape.device)
+            for heads, size in shape.heads
+        ]
+
+    @property
+    def num_allocated_blocks(self) -> int:
+        return self.num_slots * self.num_blocks
+
+    def resize(self, num_slots: int) -> None:
+        """Layer by layer, so that only one layer is there twice."""
+        kept = len(self.owners)
+        for index, old in enumerate(self.layers):
+            _, _, heads, width, size = old.shape
+            new = old.new_zeros(2, num_slots, heads, width, size)
+            new[:, :kept] = old[:, :kept]
+            self.layers[index] = new
+        self.num_slots = num_slots
+
+    def fill(self, slot: int, sources: Iterable[Tensor], num_tokens: int) -> None:
+        """Write a slot from one [2, G, >= num_tokens, D] per layer, and clear the positions after them."""
+        for layer, source in zip(self.layers, sources, strict=True):
+            layer[:, slot, :, :num_tokens] = source[:, :, :num_tokens]
+            layer[:, slot, :, num_tokens:] = 0
+
+    def slot(self, slot: int) -> list[Tensor]:
+        return [layer[:, slot] for layer in self.layers]
+
+    def remove(self, owner: Owner) -> None:
+        """The last slot moves into the hole."""
+        hole = self.owners.index(owner)
+        last = len(self.owners) - 1
+        if hole != last:
+            for layer in self.layers:
+                layer[:, hole] = layer[:, last]
+            self.owners[hole] = self.owners[last]
+        self.owners.pop()
+
+
+class KVCache(Generic[Owner]):
+    """All KV memory of a sampler. `version` changes whenever a sequence gets, changes or leaves its slot."""
+
+    def __init__(self, shape: KVShape, total: int) -> None:
+        self.shape = shape
+        self.total = total
+        self.version = 0
+        self._arenas: dict[int, Arena[Owner]] = {}
+        self._prompts: dict[Hashable, PromptKV] = {}
+
+    @property
+    def arenas(self) -> Sequence[Arena[Owner]]:
+        """Shortest class first."""
+        return [self._arenas[size] for size in sorted(self._arenas)]
+
+    @property
+    def num_allocated_blocks(self) -> int:
+        prompts = sum(num_blocks(prompt.num_tokens) for prompt in self._prompts.values())
+        return prompts + sum(arena.num_allocated_blocks for arena in self._arenas.values())
+
+    def open_prompt(self, owner: Hashable, num_tokens: int) -> PromptKV:
+        self._make_room(num_blocks(num_tokens))
+        prompt = PromptKV(self.shape, num_tokens)
+        self._prompts[owner] = prompt
+        return prompt
+
+    def close_prompt(self, owner: Hashable) -> None:
+        self._prompts.pop(owner, None)
+
+    def place(self, owner: Owner, prompt: PromptKV, size: int) -> None:
+        """Give a new sequence a slot of `size` blocks that begins with its prompt."""
+        arena = self._arena_with_room(size)
+        arena.fill(len(arena.owners), prompt.layers, prompt.num_tokens)
+        arena.owners.append(owner)
+        self.version += 1
+
+    def move(self, owner: Owner, size: int, new_size: int, num_tokens: int) -> None:
+        """Move a sequence with `num_tokens` filled positions from class `size` to `new_size`."""
+        old = self._arenas[size]
+        new = self._arena_with_room(new_size)
+        new.fill(len(new.owners), old.slot(old.owners.index(owner)), num_tokens)
+        new.owners.append(owner)
+        self.release(owner, size)
+
+    def release(self, owner: Owner, size: int) -> None:
+        arena = self._arenas[size]
+        arena.remove(owner)
+        if not arena.owners:
+            del self._arenas[size]
+        elif len(arena.owners) * 4 < arena.num_slots:
+            arena.resize(len(arena.owners) * 2)
+        self._make_room(0)
+        self.version += 1
+
+    def _arena_with_room(self, size: int) -> Arena[Owner]:
+        arena = self._arenas.get(size)
+        if arena is None:
+            arena = self._arenas[size] = Arena(self.shape, size)
+        if len(arena.owners) < arena.num_slots:
+            return arena
+        wanted = min(max(1, arena.num_slots), MAX_GROWTH_SLOTS)
+        if self.num_allocated_blocks + wanted * size > self.total:
+            self._make_room(size)
+            wanted = 1
+        arena.resize(arena.num_slots + wanted)
+        return arena
+
+    def _make_room(self, num_blocks: int) -> None:
+        """Return the slack of all arenas if `num_blocks` more would exceed the total."""
+        if self.num_allocated_blocks + num_blocks <= self.total:
+            return
+        for arena in self._arenas.values():
+            if arena.num_slots > len(arena.owners):
+                arena.resize(len(arena.owners))

@@ -1,0 +1,91 @@
+"""From logits to logprobs and tokens. Every operation works on each row by itself, whatever the other rows are.
+
+Logprobs are those of the full distribution at the row's temperature; top-k and top-p only decide which tokens can be
+drawn. A token is drawn by inverting the cumulative distribution in the order of the vocabulary at a given uniform
+number.
+Shape letters: B rows, V vocabulary, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinsmith.types import SamplingParams
+
+MIN_TEMPERATURE = 1e-6  # smaller ones would overflow; they are computed at this one
+
+
+@dataclass(frozen=True, slots=True)
+class Warp:
+    """The sampling parameters of B rows as tensors; `truncated` and `greedy` list the rows they concern."""
+
+    temperatures_B1: Tensor
+    has_temperature: bool
+    greedy: Tensor
+    truncated: Tensor
+    top_k: Tensor
+    top_p: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Warp:
+        temperatures = [max(p.temperature, MIN_TEMPERATURE) if p.temperature else 1.0 for p in params]
+        greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+        truncated = [row for row, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1)]
+        top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in truncated]
+        return cls(
+            temperatures_B1=torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None],
+            has_temperature=any(t != 1.0 for t in temperatures),
+            greedy=torch.tensor(greedy, dtype=torch.int64, device=device),
+            truncated=torch.tensor(truncated, dtype=torch.int64, device=device),
+            top_k=torch.tensor(top_k, dtype=torch.int64, device=device)[:, None],
+            top_p=torch.tensor([params[row].top_p for row in truncated], dtype=torch.float64, device=device)[:, None],
+        )
+
+
+def draw(logits_BV: Tensor, warp: Warp, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row.
+
+    Args:
+        logits_BV: float32.
+        uniforms_B: float64 in [0, 1).
+
+    Returns:
+        tokens int64 [B] and their logprobs float32 [B]; the logprob is NaN where the logits are not finite.
+    """
+    scaled_BV = logits_BV / warp.temperatures_B1 if warp.has_temperature else logits_BV
+    probs_BV = torch.softmax(scaled_BV, dim=-1)
+    if len(warp.truncated):
+        probs_BV[warp.truncated] = truncate(probs_BV[warp.truncated], warp.top_k, warp.top_p)
+    cumulative_BV = torch.cumsum(probs_BV, dim=-1, dtype=torch.float64)
+    targets_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    tokens_B = torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[1] - 1)
+    if len(warp.greedy):
+        tokens_B[warp.greedy] = logits_BV[warp.greedy].argmax(dim=-1)
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero what top-k and then top-p leave out; the rest is not renormalised.
+
+    Top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens whose share of what top-k left reaches p;
+    the most likely token is always kept. Of equal probabilities the lower token id counts as the more likely.
+    """
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    ranks_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
+    sorted_BV = sorted_BV.masked_fill(ranks_V >= top_k, 0.0)
+    cumulative_BV = sorted_BV.cumsum(dim=-1, dtype=torch.float64)
+    before_BV = cumulative_BV - sorted_BV
+    kept_BV = sorted_BV.masked_fill((before_BV >= top_p * cumulative_BV[:, -1:]) & (ranks_V > 0), 0.0)
+    return torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
+
+
+def target_logprobs(logits_TV: Tensor, targets_T: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprobs [T] of given tokens at temperature 1, and the k most likely tokens [T, k] with theirs [T, k]."""
+    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+    top = logprobs_TV.topk(k, dim=-1)
+    return logprobs_TV.gather(1, targets_T[:, None])[:, 0], top.indices, top.values

@@ -1,0 +1,175 @@
+"""Adapters as the sampler holds them, and how a decode batch of mixed adapters is computed.
+
+In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class) into one tensor a
+layer, so that a layer's LoRA is two batched products whatever the number of adapters. Each stacked adapter serves a
+tile of 4 to 16 rows: batched products give the same bits for any number of matrices and of rows from 2 up (measured; a
+single row, and a product of fewer than 400 multiplications, take other kernels), so a row's numbers depend on its own
+adapter alone. Rows without adapter are not touched.
+Shape letters: T rows, I inputs, O outputs, R rank, S slots of a stack, M rows of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinsmith.model import RowLayout
+from tinsmith.types import Targets
+
+MIN_TILE = 4
+MAX_TILE = 16
+MIN_RANK = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A frozen snapshot. matrices: by layer, A [R, I] and B [O, R], in the base's dtype; scale: alpha / rank."""
+
+    targets: Targets
+    rank: int
+    scale: float
+    matrices: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, layout: RowLayout, targets: Targets, row_P: Tensor, alpha: float) -> Adapter:
+        return cls(targets, layout.rank, alpha / layout.rank, layout.views(row_P))
+
+    @property
+    def rank_class(self) -> int:
+        """The rank padded to a power of two; it is the adapter's own, so padding never depends on neighbours."""
+        return max(MIN_RANK, 1 << (self.rank - 1).bit_length())
+
+    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """y += (x Aᵀ) Bᵀ · scale, in place, if this layer has an adapter; all rows belong to this adapter."""
+        pair = self.matrices.get(name)
+        if pair is not None:
+            a_RI, b_OR = pair
+            y_TO.addmm_(x_TI @ a_RI.T, b_OR.T, alpha=self.scale)
+
+
+def tile_rows(num_rows: int, num_adapters: int) -> int:
+    """Rows of a tile: the mean number of rows of an adapter, rounded up to a power of two, within 4..16."""
+    mean = -(-num_rows // num_adapters)
+    return min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
+
+
+def assign_slots(held: Sequence[Adapter | None], wanted: Sequence[Adapter]) -> list[int]:
+    """A slot for each wanted adapter (which may repeat): one that holds it already where there is one, else a free one.
+
+    Free are slots whose adapter isn't wanted there; slots past the end are appended. No slot is given twice.
+    """
+    slots: dict[int, list[int]] = {}
+    for slot, adapter in enumerate(held):
+        slots.setdefault(id(adapter), []).append(slot)
+    assigned = [slots[id(a)].pop(0) if slots.get(id(a)) else -1 for a in wanted]
+    taken = set(assigned)
+    free = (slot for slot in range(len(held) + len(wanted)) if slot not in taken)
+    return [slot if slot >= 0 else next(free) for slot in assigned]
+
+
+class AdapterStack:
+    """Adapters of one (targets, rank class), stacked, and the rows of the current batch that they serve.
+
+    Slots of adapters that left stay until they are needed or outnumber the used ones; a change of the batch copies
+    only the adapters that are new.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Adapter | None] = []
+        self._a_SIR: dict[str, Tensor] = {}
+        self._b_SRO: dict[str, Tensor] = {}
+        self._num_slots = 0
+        self._tile = MIN_TILE
+
+    def arrange(self, rows: Mapping[Adapter, Sequence[int]], device: torch.device) -> None:
+        """Take the rows of each adapter of the batch."""
+        num_rows = sum(len(of_adapter) for of_adapter in rows.values())
+        self._tile = tile_rows(num_rows, len(rows))
+        tiles = [
+            (adapter, of_adapter[at : at + self._tile])
+            for adapter, of_adapter in rows.items()
+            for at in range(0, len(of_adapter), self._tile)
+        ]
+        wanted = [adapter for adapter, _ in tiles]
+        if len(self._held) > 2 * len(wanted):
+            self._held, self._a_SIR, self._b_SRO = [], {}, {}
+        slots = assign_slots(self._held, wanted)
+        self._load(slots, wanted)
+        self._num_slots = max(slots) + 1
+        gather = [0] * (self._num_slots * self._tile)
+        places: list[int] = []
+        targets: list[int] = []
+        for slot, (_, tile) in zip(slots, tiles, strict=True):
+            start = slot * self._tile
+            gather[start : start + len(tile)] = tile
+            places.extend(range(start, start + len(tile)))
+            targets.extend(tile)
+        self._gather = torch.tensor(gather, device=device)
+        self._places = torch.tensor(places, device=device)
+        self._targets = torch.tensor(targets, device=device)
+
+    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """y += the adapters' part, in place, on the rows they serve."""
+        a_SIR = self._a_SIR.get(name)
+        if a_SIR is None:
+            return
+        x_SMI = x_TI.index_select(0, self._gather).view(self._num_slots, self._tile, -1)
+        delta_SMO = torch.bmm(torch.bmm(x_SMI, a_SIR[: self._num_slots]), self._b_SRO[name][: self._num_slots])
+        delta_NO = delta_SMO.view(-1, y_TO.shape[1]).index_select(0, self._places)
+        y_TO.index_add_(0, self._targets, delta_NO)
+
+    def _load(self, slots: Sequence[int], wanted: Sequence[Adapter]) -> None:
+        num_slots = max(*slots, len(self._held) - 1) + 1
+        if num_slots > len(self._held):
+            self._reserve(wanted[0], num_slots)
+        for slot, adapter in zip(slots, wanted, strict=True):
+            if self._held[slot] is adapter:
+                continue
+            self._held[slot] = adapter
+            for name, (a_RI, b_OR) in adapter.matrices.items():
+                a_IR, b_RO = self._a_SIR[name][slot], self._b_SRO[name][slot]
+                a_IR[:, : adapter.rank] = a_RI.T
+                a_IR[:, adapter.rank :] = 0
+                torch.mul(b_OR.T, adapter.scale, out=b_RO[: adapter.rank])
+                b_RO[adapter.rank :] = 0
+
+    def _reserve(self, like: Adapter, num_slots: int) -> None:
+        """Make room for at least `num_slots`, keeping what is loaded; grows by half, so that growing stays rare."""
+        capacity = max(num_slots, len(self._held) * 3 // 2)
+        kept = len(self._held)
+        for name, (a_RI, b_OR) in like.matrices.items():
+            for stacks, shape in (
+                (self._a_SIR, (capacity, a_RI.shape[1], like.rank_class)),
+                (self._b_SRO, (capacity, like.rank_class, b_OR.shape[0])),
+            ):
+                new = a_RI.new_zeros(shape)
+                if kept:
+                    new[:kept] = stacks[name]
+                stacks[name] = new
+        self._held += [None] * (capacity - kept)
+
+
+class DecodeLora:
+    """The LoRA of a decode batch: which stack serves which rows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stacks: dict[tuple[Targets, int], AdapterStack] = {}
+
+    def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
+        """Take a new batch: the adapter of each row. Rows past the end are padding."""
+        rows: dict[tuple[Targets, int], dict[Adapter, list[int]]] = {}
+        for row, adapter in enumerate(adapters_B):
+            if adapter is not None:
+                of_stack = rows.setdefault((adapter.targets, adapter.rank_class), {})
+                of_stack.setdefault(adapter, []).append(row)
+        self._stacks = {key: self._stacks.get(key) or AdapterStack() for key in rows}
+        for key, of_stack in rows.items():
+            self._stacks[key].arrange(of_stack, self._device)
+
+    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        for stack in self._stacks.values():
+            stack.add(name, x_TI, y_TO)

@@ -1,0 +1,213 @@
+"""Continuous batching over one base: requests come in, each step moves all of them on, results come out.
+
+Owns the queues and the order of things in a step; memory is decided by `blocks` and laid out by `kv`, prompts are
+chosen by `admission`, the arithmetic is in `prefill` and `decode`. What stays true: a sequence's tokens and logprobs
+are a function of its request, its adapter and the base, never of what else is running; a request leaves nothing behind
+when it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+
+from tinsmith.config import Settings
+from tinsmith.errors import ConfigError
+from tinsmith.model import BaseModel
+from tinsmith.sampling.adapters import AdapterCache
+from tinsmith.sampling.admission import plan_prefill
+from tinsmith.sampling.contexts import probe_kv_shape
+from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.kv import KVCache
+from tinsmith.sampling.limits import SampleLimits
+from tinsmith.sampling.memory import Memory
+from tinsmith.sampling.prefill import run_prefill
+from tinsmith.sampling.rng import streams
+from tinsmith.sampling.sequence import Request, Sequence
+from tinsmith.sampling.stop import Detokenizer, StopRule
+from tinsmith.types import Failure, OpId, RunState, SampleItem, SampleResult
+
+Ended = list[tuple[OpId, SampleResult | Failure]]
+
+NON_FINITE = Failure(
+    "non_finite_logits",
+    "user",
+    "the model gives no finite probabilities with these weights: they diverged in training; sample from an earlier "
+    "checkpoint, or train with a lower learning rate",
+)
+
+
+class Sampler:
+    """All sample requests of one base model. Not thread-safe.
+
+    memory: what the requests hold; to be looked at, not changed.
+    """
+
+    def __init__(self, base: BaseModel, settings: Settings, tokenizer: Detokenizer) -> None:
+        """Raises: ConfigError: the KV memory holds not even one block."""
+        self._base = base
+        self._settings = settings
+        self._tokenizer = tokenizer
+        with torch.inference_mode():
+            shape = probe_kv_shape(base)
+        total = settings.kv_cache_mib * 2**20 // shape.block_bytes
+        self._limits = SampleLimits(base.info, total, shape.block_bytes)
+        if total < 1:
+            raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
+        self.memory = Memory(KVCache(shape, total))
+        self._adapters = AdapterCache(base, settings.max_resident_adapters)
+        self._decoder = Decoder(base, self.memory.kv)
+        self._requests: dict[OpId, Request] = {}
+        self._waiting: deque[Request] = deque()  # nothing computed yet
+        self._begun: list[Request] = []  # in prefill
+        self._ready: list[Request] = []  # prompt computed, some sequences not started
+        self._running: dict[Sequence, None] = {}  # decoding, oldest first
+        self._paused: set[Sequence] = set()  # running ones that wait for memory
+        self._is_short = False  # memory was refused in this step
+
+    def has_adapter(self, key: str) -> bool:
+        return key in self._adapters
+
+    def add_adapter(self, key: str, state: RunState) -> None:
+        """Freeze a copy of the state's `param` part under `key`; the least recently used that nobody needs may go.
+
+        Raises:
+            UserError: the state's layers or shapes aren't those of this base.
+        """
+        self._adapters.add(key, state)
+
+    @property
+    def num_samples(self) -> int:
+        """Requests submitted and not yet returned by `step`."""
+        return len(self._requests)
+
+    def submit(self, item: SampleItem) -> None:
+        """Queue a request.
+
+        Raises:
+            UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
+        """
+        max_tokens = self._limits.max_tokens(item)
+        adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
+        request = Request(
+            item=item,
+            adapter=adapter,
+            stop=StopRule.of(item.params, self._base.info.eos_tokens, self._tokenizer),
+            max_tokens=max_tokens,
+            streams=streams(item.seed, item.num_samples),
+        )
+        self._requests[item.op_id] = request
+        self._waiting.append(request)
+
+    def cancel(self, op_id: OpId) -> None:
+        """Forget a request and free what it holds; unknown ids are ignored."""
+        request = self._requests.get(op_id)
+        if request is not None:
+            with torch.inference_mode():
+                self._drop(request)
+
+    def step(self) -> Ended:
+        """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
+        ended: Ended = []
+        with torch.inference_mode():
+            self._grow()
+            if self._running:
+                for drawn in self._decoder.step(self._paused):
+                    self._accept(drawn, ended)
+            self._prefill()
+            self._start(ended)
+        return ended
+
+    def _grow(self) -> None:
+        """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
+        self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
+        self._is_short = self._is_short or bool(self._paused)
+
+    def _prefill(self) -> None:
+        chunks = plan_prefill(self._begun, self._waiting, self._settings.prefill_chunk_tokens, self._may_begin)
+        self._is_short = False
+        if not chunks:
+            return
+        for chunk in chunks:
+            if chunk.start == 0:
+                self._begun.append(self._waiting.popleft())
+        run_prefill(self._base, chunks)
+        self._ready += [request for request in self._begun if request.is_prefilled]
+        self._begun = [request for request in self._begun if not request.is_prefilled]
+
+    def _may_begin(self, request: Request) -> bool:
+        """Whether seats and memory allow a prompt to be computed; takes its memory if so.
+
+        While those that came before lack memory, nobody new begins.
+        """
+        coming = sum(r.num_unstarted for r in (*self._begun, *self._ready))
+        is_full = len(self._running) + coming >= self._settings.max_resident_samples
+        return not is_full and not self._is_short and self.memory.open_prompt(request)
+
+    def _start(self, ended: Ended) -> None:
+        """Begin sequences of computed prompts, oldest request first: each gets its first token."""
+        started: list[Sequence] = []
+        for request in self._ready:
+            while request.num_unstarted:
+                sequence = Sequence(request, request.num_started)
+                request.num_started += 1
+                if not request.is_one_step and not self._seat(sequence):
+                    request.num_started -= 1
+                    break
+                started.append(sequence)
+        for drawn in self._decoder.draw_first(started):
+            self._accept(drawn, ended)
+        for request in self._ready:
+            if not request.num_unstarted:
+                request.first_logits_V = None
+        self._ready = [request for request in self._ready if request.num_unstarted]
+
+    def _seat(self, sequence: Sequence) -> bool:
+        """Paused sequences take no seat: the one that is seated now may be the one that frees memory for them."""
+        if len(self._running) - len(self._paused) >= self._settings.max_resident_samples:
+            return False
+        if not self.memory.seat(sequence):
+            self._is_short = True
+            return False
+        self._running[sequence] = None
+        return True
+
+    def _accept(self, drawn: Drawn, ended: Ended) -> None:
+        """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
+        sequence, token, logprob = drawn
+        request = sequence.request
+        op_id = request.item.op_id
+        if op_id not in self._requests:
+            return
+        if not math.isfinite(logprob):
+            self._drop(request)
+            ended.append((op_id, NON_FINITE))
+            return
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        is_stopped = request.stop.ends(sequence.tokens)
+        if not is_stopped and len(sequence.tokens) < request.max_tokens:
+            return
+        self._leave(sequence)
+        request.finished[sequence.index] = sequence.result(is_stopped)
+        if request.is_finished:
+            self._drop(request)
+            ended.append((op_id, request.result()))
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._running.pop(sequence, None)
+        self._paused.discard(sequence)
+        self.memory.leave(sequence)
+
+    def _drop(self, request: Request) -> None:
+        del self._requests[request.item.op_id]
+        for sequence in [s for s in self._running if s.request is request]:
+            self._leave(sequence)
+        self.memory.close_prompt(request)
+        for queue in (self._waiting, self._begun, self._ready):
+            if request in queue:
+                queue.remove(request)
+        if request.item.adapter is not None:
+            self._adapters.release(request.item.adapter)

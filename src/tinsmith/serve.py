@@ -1,0 +1,284 @@
+"""`tinsmith serve`: settings become processes, one for the API and one for each base model.
+
+Owns the start (models, data directory, port, first key), the supervision and the clean end. It loads neither torch
+nor the HTTP framework, so that it stays up whatever they do. It holds three things that outlive its children: the
+lock of the data directory, the listening socket (a restarted API is on the same port, clients only wait) and the pipe
+whose closing ends them if it is killed itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+from rich.console import Console
+
+from tinsmith import __version__, observe
+from tinsmith.admin import ensure_admin_key
+from tinsmith.bases import BaseRef, describe, parse_all
+from tinsmith.client import Client
+from tinsmith.config import Settings, child_env
+from tinsmith.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
+from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.hub import fetch
+from tinsmith.relay import Relay, RelayStream
+from tinsmith.store import open_store
+from tinsmith.supervisor import ChildSpec, Supervisor, available_cores
+
+log = structlog.get_logger("tinsmith.serve")
+
+API = "api"
+BACKLOG = 2048
+HELD_PORT_S = 6.0  # the API of a killed server ends within 5 s and frees its port
+READY_POLL_S = 0.2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAX_SOCKET_DIR_CHARS = 70  # a unix socket's path has room for about 100
+ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+ENV_DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # busy-waiting is 11-17 times slower where processes share few cores
+    "GOMP_SPINCOUNT": "0",
+    "MKL_CBWR": "AUTO,STRICT",  # a matrix product's rows round alike, however many there are
+}
+# glibc keeps freed memory between passes: fetching it anew took up to a sixth of a large pass
+WORKER_DEFAULTS = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+
+
+def serve(settings: Settings) -> int:
+    """Serve until Ctrl-C or SIGTERM; 0 after a clean stop.
+
+    Raises:
+        ConfigError: the settings, a model, the directory or the port can't be used; nothing is left running.
+    """
+    out = Console(highlight=False, soft_wrap=True)
+    refs = parse_all(settings.base_model)
+    data_dir = DataDir(settings.data_dir)
+    data_dir.make()
+    with contextlib.ExitStack() as held:
+        sockets = held.enter_context(_socket_dir())
+        left = data_dir.left_info()
+        held.enter_context(data_dir.locked(sockets))
+        listener = held.enter_context(
+            contextlib.closing(bind(settings.host, settings.port, left is not None and left.port == settings.port))
+        )
+        refs = tuple(fetch(ref, out.print) for ref in refs)
+        for ref in refs:
+            describe(ref)
+        resolved = _resolve(settings, refs, listener)
+        secret = ensure_admin_key(data_dir, settings.sqlite_synchronous)
+        listener.listen(BACKLOG)
+        return _Serving(resolved, refs, data_dir, listener, sockets, out).run(secret)
+
+
+class _Serving:
+    """One server while it runs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        refs: Sequence[BaseRef],
+        data_dir: DataDir,
+        listener: socket.socket,
+        sockets: Path,
+        out: Console,
+    ) -> None:
+        self._settings = settings
+        self._refs = refs
+        self._data_dir = data_dir
+        self._out = out
+        self._url = settings.public_url.rstrip("/") or local_url(settings)
+        self._started = time.monotonic()
+        self._err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._relay = Relay(self._write_line)
+        self._read_fd, self._write_fd = os.pipe()
+        self._supervisor = Supervisor(
+            child_specs(settings, refs, sockets, listener.fileno(), self._read_fd),
+            on_line=self._on_line,
+            on_start=self._record,
+            on_death=self._vacate,
+        )
+        self._ended = threading.Event()
+
+    def run(self, secret: str | None) -> int:
+        stream = RelayStream(self._relay, self._err.is_terminal)
+        observe.configure(self._settings, process="serve", stream=stream)
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        watcher = threading.Thread(target=self._say_when_ready, name="ready", daemon=True)
+        try:
+            self._greet(secret)
+            watcher.start()
+            self._supervisor.run()
+        finally:
+            self._ended.set()
+            self._data_dir.remove_info()
+            os.close(self._read_fd)
+            os.close(self._write_fd)
+            if watcher.ident is not None:
+                watcher.join(2.0)
+            self._relay.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self._out.print("stopped")
+        return 0
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._supervisor.stop()  # and nothing else: the interrupted code may hold any lock
+
+    def _record(self) -> None:
+        """Write server.json for the children as they are now."""
+        api, *workers = self._supervisor.children
+        pids = {ref.name: child.pid for ref, child in zip(self._refs, workers, strict=True)}
+        info = ServerInfo(__version__, self._url, self._settings.port, os.getpid(), api.pid, pids)
+        try:
+            self._data_dir.write_info(info)
+        except OSError as error:
+            log.error("server.json can't be written", error=str(error))
+
+    def _vacate(self, name: str) -> None:
+        """A dead worker's place is given up at once, so that nothing waits for its lease, and healthz says so."""
+        slots = [str(slot) for slot, ref in enumerate(self._refs) if name == worker_name(ref)]
+        if not slots:
+            return
+        try:
+            with contextlib.closing(open_store(self._data_dir.path)) as store:
+                store.workers.vacate(slots[0])
+        except (TinsmithError, OSError) as error:
+            log.error("a dead worker's place can't be given up; its lease runs out by itself", error=str(error))
+
+    def _greet(self, secret: str | None) -> None:
+        say = self._out.print
+        say(f"tinsmith {__version__} serves {', '.join(ref.name for ref in self._refs)} from {self._data_dir.path}")
+        if secret is not None:
+            say(f"first start: the administrator's key, shown once and kept in {self._data_dir.admin_key_file}")
+        say(f"  export TINKER_BASE_URL={self._url}", markup=False)
+        say(f"  export TINKER_API_KEY={secret or f'$(cat {self._data_dir.admin_key_file})'}", markup=False)
+        say(f"API reference: {self._url}/schema", markup=False)
+
+    def _say_when_ready(self) -> None:
+        client = Client(local_url(self._settings))
+        names = ", ".join(ref.name for ref in self._refs)
+        waiting = f"loading {names}"
+        with self._err.status(waiting) if self._err.is_terminal else contextlib.nullcontext():
+            while not client.is_ready():
+                if self._ended.wait(READY_POLL_S):
+                    return
+        self._out.print(f"ready after {time.monotonic() - self._started:.1f} s: {names}")
+
+    def _on_line(self, name: str, line: str) -> None:
+        if self._settings.log_format == "text":
+            self._relay.put(f"[{name}] {line}")
+        elif line.startswith("{"):
+            self._relay.put(line)
+        else:
+            self._relay.put(json.dumps({"process": name, "level": "info", "event": line}))
+
+    def _write_line(self, line: str) -> None:
+        if self._err.is_terminal:
+            self._err.print(line)  # above the spinner
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def child_specs(
+    settings: Settings, refs: Sequence[BaseRef], sockets: Path, listen_fd: int, parent_fd: int
+) -> list[ChildSpec]:
+    """The API first, then one worker a base, in the order of `refs`."""
+    bells = {ref.name: sockets / f"worker-{slot}.sock" for slot, ref in enumerate(refs)}
+    common = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    api = [sys.executable, "-m", "tinsmith.api", "--fd", str(listen_fd), "--bell", str(sockets / "api.sock")]
+    for name, path in bells.items():
+        api += ["--worker-bell", f"{name}={path}"]
+    specs = [
+        ChildSpec(
+            API,
+            (*api, "--parent-fd", str(parent_fd)),
+            child_env(settings, ENV_DEFAULTS, **common, OMP_NUM_THREADS="1"),
+            (listen_fd, parent_fd),
+        )
+    ]
+    for slot, ref in enumerate(refs):
+        argv = (
+            *(sys.executable, "-m", "tinsmith.worker", "--base", str(ref), "--slot", str(slot)),
+            *("--bell", str(bells[ref.name]), "--api-bell", str(sockets / "api.sock"), "--parent-fd", str(parent_fd)),
+        )
+        env = child_env(settings, {**ENV_DEFAULTS, **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(settings.threads))
+        specs.append(ChildSpec(worker_name(ref), argv, env, (parent_fd,)))
+    return specs
+
+
+def worker_name(ref: BaseRef) -> str:
+    return f"worker {ref.name}"
+
+
+def bind(host: str, port: int, may_be_left: bool) -> socket.socket:
+    """A bound TCP socket, not listening yet. `may_be_left`: children of a killed server may hold the port for a moment.
+
+    Raises:
+        ConfigError: the port is taken, or the address isn't this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from None
+    family, kind, proto, _, address = found[0]
+    deadline = time.monotonic() + (HELD_PORT_S if may_be_left else 0.0)
+    while True:
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            sock.close()
+            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                time.sleep(READY_POLL_S)
+                continue
+            raise ConfigError(_bind_trouble(host, port, error)) from None
+        return sock
+
+
+def local_url(settings: Settings) -> str:
+    """How this machine reaches the server."""
+    host = ANY_HOST.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _bind_trouble(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is taken; stop what listens there, or choose another with --port (0: a free one)"
+    if error.errno == errno.EACCES:
+        return f"port {port} may not be used by this user; choose one above 1023 with --port"
+    return f"can't listen on {host}:{port}: {error.strerror}; choose another --host"
+
+
+def _resolve(settings: Settings, refs: Sequence[BaseRef], listener: socket.socket) -> Settings:
+    """The settings as the children get them: nothing left to look up, download or choose."""
+    return replace(
+        settings,
+        base_model=tuple(map(str, refs)),
+        port=int(listener.getsockname()[1]),
+        threads=settings.threads or available_cores(),
+        log_format=observe.log_format(settings, sys.stderr),
+    )
+
+
+@contextlib.contextmanager
+def _socket_dir() -> Iterator[Path]:
+    """A private directory with a short path, for as long as the block runs."""
+    parent = tempfile.gettempdir()
+    short = parent if len(parent) <= MAX_SOCKET_DIR_CHARS else "/tmp"
+    with tempfile.TemporaryDirectory(prefix=SOCKET_DIR_PREFIX, dir=short, ignore_cleanup_errors=True) as path:
+        yield Path(path)

@@ -1,0 +1,57 @@
+"""The store: the only code that speaks SQL, and the truth about every request.
+
+`open_store` makes or upgrades the database and hands out one object a noun. Callers see frozen rows (rows.py) and typed
+errors; transactions, connections and statements stay inside. Any method may be called from any thread, and several
+processes may have the same store open. A method that takes a tenant answers another tenant's object like one that
+doesn't exist.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinsmith.store.checkpoints import Checkpoints
+from tinsmith.store.database import Database, errors_by_name
+from tinsmith.store.migrate import upgrade
+from tinsmith.store.ops import Ops
+from tinsmith.store.runs import Runs
+from tinsmith.store.samplers import Samplers
+from tinsmith.store.sessions import Sessions
+from tinsmith.store.tenants import Tenants
+from tinsmith.store.workers import Workers
+
+DATABASE_FILE = "tinsmith.db"
+
+
+class Store:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.tenants = Tenants(database)
+        self.sessions = Sessions(database)
+        self.runs = Runs(database)
+        self.ops = Ops(database)
+        self.checkpoints = Checkpoints(database)
+        self.samplers = Samplers(database)
+        self.workers = Workers(database)
+
+    def close(self) -> None:
+        """Close all connections. Calls made afterwards raise RuntimeError."""
+        self._database.close()
+
+
+def open_store(data_dir: Path, *, synchronous: str = "FULL") -> Store:
+    """The store in `data_dir`, which is made if it is missing; its database is brought to the newest schema first.
+
+    Raises:
+        ConfigError: another value of `synchronous` than FULL and NORMAL, or the database is of a newer tinsmith.
+        CorruptError: the file is no database, or can't be read or written.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    path = data_dir / DATABASE_FILE
+    database = Database(path, synchronous=synchronous)
+    with errors_by_name():
+        upgrade(database, path.with_suffix(".lock"))
+    return Store(database)
+
+
+__all__ = ["DATABASE_FILE", "Store", "open_store"]

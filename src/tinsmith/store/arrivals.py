@@ -1,0 +1,136 @@
+"""How a request becomes a row: deduplication, and the contiguous prefix of a run's log.
+
+Works within the caller's transaction, which is alone (see database.py); the run's row is locked first where a dialect
+needs that. What stays true:
+
+* The first request with a (run, seq_id) or (sampler, seq_id) is the one; every later one is answered with its row.
+* `runs.head_seq` is the highest seq_id up to which nothing is missing; rejected ops count as arrived.
+* A free run whose prefix grew says so in `wants_worker`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, bindparam, insert, select, update
+
+from tinsmith.errors import NotFoundError
+from tinsmith.store.graveyard import bury
+from tinsmith.store.op_rows import WHOLE, born, to_columns, to_op
+from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow
+from tinsmith.store.runs import new_run_columns
+from tinsmith.store.schema import ops, runs, samplers, sessions
+from tinsmith.types import RunId
+
+WALK = 256
+
+_RUN = (
+    select(runs.c.head_seq, runs.c.max_seq, runs.c.lease_owner, runs.c.wants_worker)
+    .where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
+    .with_for_update()
+)
+_SAMPLER = select(samplers.c.sampler_id).where(
+    samplers.c.sampler_id == bindparam("sampler_id"), samplers.c.tenant_id == bindparam("tenant_id")
+)
+_SESSION = (
+    select(sessions.c.session_id)
+    .where(sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id"))
+    .with_for_update()
+)
+_OP_OF_RUN = select(*WHOLE).where(ops.c.run_id == bindparam("run_id"), ops.c.seq_id == bindparam("seq_id"))
+_OP_OF_SAMPLER = select(*WHOLE).where(ops.c.sampler_id == bindparam("sampler_id"), ops.c.seq_id == bindparam("seq_id"))
+_INSERT_OP = insert(ops).inline()
+_INSERT_RUN = insert(runs).inline()
+_ADVANCE = (
+    update(runs)
+    .where(runs.c.run_id == bindparam("id"))
+    .values(
+        head_seq=bindparam("head"), max_seq=bindparam("max"), last_request_at=bindparam("now"),
+        wants_worker=bindparam("wants"),
+    )
+)  # fmt: skip
+_ARRIVED = (
+    select(ops.c.seq_id)
+    .where(ops.c.run_id == bindparam("run_id"), ops.c.seq_id > bindparam("above"))
+    .order_by(ops.c.seq_id)
+    .limit(WALK)
+)
+
+
+def arrive(conn: Connection, new: NewOp, now: float) -> Enqueued:
+    """Insert the op, or find the one that holds its seq_id.
+
+    Raises:
+        NotFoundError: its run or sampler is not the tenant's.
+    """
+    if new.run_id is not None:
+        return _arrive_in_run(conn, new, new.run_id, now)
+    if conn.execute(_SAMPLER, {"sampler_id": new.sampler_id, "tenant_id": new.tenant_id}).first() is None:
+        raise NotFoundError(f"no sampler {new.sampler_id}")
+    first = conn.execute(_OP_OF_SAMPLER, {"sampler_id": new.sampler_id, "seq_id": new.seq_id}).first()
+    if first is not None:
+        return Enqueued(to_op(first), is_new=False)
+    return Enqueued(_insert(conn, new, now), is_new=True)
+
+
+def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> Enqueued:
+    """Insert a run and its CREATE op, or find the op that made it. A rejected op makes no run.
+
+    Raises:
+        NotFoundError: the session is not the tenant's.
+    """
+    if conn.execute(_SESSION, {"session_id": run.session_id, "tenant_id": run.tenant_id}).first() is None:
+        raise NotFoundError(f"no session {run.session_id}")
+    first = conn.execute(_OP_OF_RUN, {"run_id": run.spec.run_id, "seq_id": new.seq_id}).first()
+    if first is not None:
+        op = to_op(first)
+        if op.tenant_id != run.tenant_id:
+            raise NotFoundError(f"no run {run.spec.run_id}")
+        return Enqueued(op, is_new=False)
+    if new.failure is None:
+        conn.execute(_INSERT_RUN, new_run_columns(run, now))
+    return Enqueued(_insert(conn, new, now), is_new=True)
+
+
+def _arrive_in_run(conn: Connection, new: NewOp, run_id: RunId, now: float) -> Enqueued:
+    run = conn.execute(_RUN, {"run_id": run_id, "tenant_id": new.tenant_id}).first()
+    if run is None:
+        raise NotFoundError(f"no training run {run_id}")
+    if new.seq_id <= run.max_seq:
+        first = conn.execute(_OP_OF_RUN, {"run_id": run_id, "seq_id": new.seq_id}).first()
+        if first is not None:
+            return Enqueued(to_op(first), is_new=False)
+    row = _insert(conn, new, now)
+    head = run.head_seq
+    if new.seq_id == head + 1:
+        head = new.seq_id if new.seq_id >= run.max_seq else _contiguous(conn, run_id, new.seq_id)
+    has_work = head > run.head_seq and (new.failure is None or head > new.seq_id)
+    conn.execute(
+        _ADVANCE,
+        {
+            "id": run_id,
+            "head": head,
+            "max": max(run.max_seq, new.seq_id),
+            "now": now,
+            "wants": run.wants_worker or (run.lease_owner is None and has_work),
+        },
+    )
+    return Enqueued(row, is_new=True)
+
+
+def _contiguous(conn: Connection, run_id: RunId, head: int) -> int:
+    """The end of the unbroken sequence that `head` belongs to."""
+    while True:
+        arrived = conn.execute(_ARRIVED, {"run_id": run_id, "above": head}).scalars().all()
+        for seq_id in arrived:
+            if seq_id != head + 1:
+                return head
+            head = seq_id
+        if len(arrived) < WALK:
+            return head
+
+
+def _insert(conn: Connection, new: NewOp, now: float) -> OpRow:
+    row = born(new, now)
+    conn.execute(_INSERT_OP, to_columns(row))
+    if new.failure is not None and new.payload_blob is not None:
+        bury(conn, [new.payload_blob], now)
+    return row

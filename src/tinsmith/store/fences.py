@@ -1,0 +1,53 @@
+"""Who may write: the worker whose incarnation is the newest of its slot, for the runs that it has leased.
+
+Also what taking a worker's place does: its runs become free and its running ops are queued again. Works within the
+caller's transaction; every store module that a worker writes through asks here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import ColumnElement, Connection, bindparam, exists, literal_column, select, update
+
+from tinsmith.errors import FencedError
+from tinsmith.store.rows import WorkerId
+from tinsmith.store.schema import ops, runs, workers
+from tinsmith.types import RunId
+
+# Literals, not parameters: a partial index is used only where its condition is in the text of the statement.
+IS_QUEUED: ColumnElement[bool] = ops.c.state == literal_column("'queued'")
+IS_RUNNING: ColumnElement[bool] = ops.c.state == literal_column("'running'")
+HAS_RUNNABLE = exists().where(ops.c.run_id == runs.c.run_id, IS_QUEUED, ops.c.seq_id <= runs.c.head_seq).correlate(runs)
+
+_INCARNATION = select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update()
+_LEASED = select(runs.c.run_id).where(
+    runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot")
+)
+_REQUEUE = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(state="queued", started_at=None)
+_FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=HAS_RUNNABLE)
+
+
+def require_current(conn: Connection, worker: WorkerId) -> None:
+    """Raises: FencedError: another process has taken this worker's slot, or its place was given up."""
+    incarnation = conn.execute(_INCARNATION, {"slot": worker.slot}).scalar()
+    if incarnation != worker.incarnation:
+        raise FencedError(
+            f"worker {worker.slot} is incarnation {incarnation} now, not {worker.incarnation}: it was replaced"
+        )
+
+
+def require_leased(conn: Connection, worker: WorkerId, run_ids: Collection[RunId]) -> None:
+    """Raises: FencedError: the worker doesn't hold all of these runs."""
+    if not run_ids:
+        return
+    held = set(conn.execute(_LEASED, {"run_ids": list(run_ids), "slot": worker.slot}).scalars())
+    lost = set(run_ids) - held
+    if lost:
+        raise FencedError(f"worker {worker.slot} doesn't hold {', '.join(sorted(lost))}")
+
+
+def dispossess(conn: Connection, slot: str) -> None:
+    """Free the slot's runs and queue its running ops again; what they had of `attempts` stays."""
+    conn.execute(_REQUEUE, {"slot": slot})
+    conn.execute(_FREE, {"slot": slot})

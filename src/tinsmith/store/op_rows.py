@@ -1,0 +1,116 @@
+"""Between the columns of `ops` and OpRow: the select lists and the conversion. Knows no statement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, null
+
+from tinsmith.store.rows import NewOp, OpRow
+from tinsmith.store.schema import ops
+from tinsmith.types import Failure, OpKind, OpState
+
+PINNING = (OpKind.CREATE, OpKind.LOAD)
+
+_LIGHT: tuple[ColumnElement[Any], ...] = (
+    ops.c.op_id, ops.c.tenant_id, ops.c.kind, ops.c.base_model, ops.c.run_id, ops.c.sampler_id, ops.c.seq_id,
+    ops.c.state, ops.c.cost_tokens, ops.c.attempts, ops.c.owner, ops.c.created_at, ops.c.started_at,
+    ops.c.finished_at, ops.c.media, ops.c.payload_bytes, ops.c.payload_blob, ops.c.meta, ops.c.result_media,
+    ops.c.result_bytes, ops.c.result_blob, ops.c.failure_code, ops.c.failure_category, ops.c.failure_message,
+)  # fmt: skip
+LIGHT = (*_LIGHT, null().label("payload"), null().label("result"))
+WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
+WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
+
+
+def to_op(row: Sequence[Any]) -> OpRow:
+    """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
+    (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
+     started_at, finished_at, media, payload_bytes, payload_blob, meta, result_media, result_bytes, result_blob,
+     code, category, message, payload, result) = row  # fmt: skip
+    return OpRow(
+        id=op_id,
+        tenant_id=tenant_id,
+        kind=OpKind(kind),
+        base_model=base_model,
+        run_id=run_id,
+        sampler_id=sampler_id,
+        seq_id=seq_id,
+        state=OpState(state),
+        cost_tokens=cost_tokens,
+        attempts=attempts,
+        owner=owner,
+        created_at=created_at,
+        started_at=started_at,
+        finished_at=finished_at,
+        media=media,
+        payload_bytes=payload_bytes,
+        payload_blob=payload_blob,
+        meta=meta,
+        result_media=result_media,
+        result_bytes=result_bytes,
+        result_blob=result_blob,
+        failure=None if code is None else Failure(code, category, message),
+        payload=payload,
+        result=result,
+    )
+
+
+def born(new: NewOp, now: float) -> OpRow:
+    """The row that a new op starts as: QUEUED, or FAILED if it was rejected."""
+    return OpRow(
+        id=new.id,
+        tenant_id=new.tenant_id,
+        kind=new.kind,
+        base_model=new.base_model,
+        run_id=new.run_id,
+        sampler_id=new.sampler_id,
+        seq_id=new.seq_id,
+        state=OpState.QUEUED if new.failure is None else OpState.FAILED,
+        cost_tokens=new.cost_tokens,
+        attempts=0,
+        owner=None,
+        created_at=now,
+        started_at=None,
+        finished_at=None if new.failure is None else now,
+        media=new.media,
+        payload_bytes=new.payload_bytes,
+        payload_blob=new.payload_blob if new.failure is None else None,
+        meta=dict(new.meta),
+        result_media=None,
+        result_bytes=0,
+        result_blob=None,
+        failure=new.failure,
+        payload=new.payload if new.failure is None else None,
+    )
+
+
+def to_columns(op: OpRow) -> dict[str, Any]:
+    """The parameters that insert an op that was just born."""
+    failure = op.failure
+    return {
+        "op_id": op.id,
+        "tenant_id": op.tenant_id,
+        "kind": op.kind.value,
+        "base_model": op.base_model,
+        "run_id": op.run_id,
+        "sampler_id": op.sampler_id,
+        "seq_id": op.seq_id,
+        "state": op.state.value,
+        "cost_tokens": op.cost_tokens,
+        "attempts": 0,
+        "created_at": op.created_at,
+        "finished_at": op.finished_at,
+        "is_expired": False,
+        "media": op.media,
+        "payload_bytes": op.payload_bytes,
+        "payload_blob": op.payload_blob,
+        "meta": op.meta,
+        "pin_blob": op.meta.get("blob") if op.kind in PINNING and failure is None else None,
+        "result_bytes": 0,
+        "failure_code": failure.code if failure else None,
+        "failure_category": failure.category if failure else None,
+        "failure_message": failure.message if failure else None,
+        "payload": op.payload,
+    }

@@ -1,0 +1,293 @@
+"""The queue: requests from their acknowledgement to their outcome.
+
+Owns every change of an op's state. What stays true:
+
+* queued ▸ running ▸ done | failed; only a clean stop or a takeover leads back from running to queued.
+* A final op never changes again: its result is written once, and expires as a whole.
+* A worker's write is one transaction, checked against its incarnation and its leases; fenced, it writes nothing.
+
+Which payloads are worth keeping follows from replay: those of DONE ops with an effect above the run's snapshot. All
+others are forgotten as soon as the op is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import Select, and_, bindparam, func, or_, select, update
+
+from tinsmith.crashpoints import crash_point
+from tinsmith.errors import GoneError
+from tinsmith.store.arrivals import arrive, arrive_with_run
+from tinsmith.store.database import Database
+from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
+from tinsmith.store.graveyard import bury
+from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, to_op
+from tinsmith.store.outcomes import record
+from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
+from tinsmith.store.schema import ops, runs
+from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
+
+FINAL = [state.value for state in OpState if state.is_final]
+EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
+
+_GET = select(*WHOLE, ops.c.is_expired).where(
+    ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id")
+)
+_RUNNABLE_IN_RUNS = (
+    select(*LIGHT)
+    .join(runs, runs.c.run_id == ops.c.run_id)
+    .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id <= runs.c.head_seq)
+)
+_WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)
+_CLAIM = (
+    update(ops)
+    .where(
+        ops.c.op_id.in_(bindparam("op_ids", expanding=True)),
+        IS_QUEUED,
+        or_(
+            ops.c.run_id.is_(None),
+            ops.c.run_id.in_(select(runs.c.run_id).where(runs.c.lease_owner == bindparam("slot"))),
+        ),
+    )
+    .values(
+        state=OpState.RUNNING.value, owner=bindparam("slot"), attempts=ops.c.attempts + 1, started_at=bindparam("now")
+    )
+    .returning(*WITH_PAYLOAD)
+)
+_UNCLAIM = (
+    update(ops)
+    .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
+    .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
+)
+_FINAL_AMONG = select(ops.c.op_id).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), ops.c.state.in_(FINAL))
+_REPLAYABLE = (
+    select(*WITH_PAYLOAD)
+    .where(
+        ops.c.run_id == bindparam("run_id"),
+        ops.c.seq_id > bindparam("above"),
+        ops.c.state == OpState.DONE.value,
+        ops.c.kind.in_(EFFECTS),
+    )
+    .order_by(ops.c.seq_id)
+)
+_COVERED = select(runs.c.pruned_seq, runs.c.snapshot_seq).where(runs.c.run_id == bindparam("run_id")).with_for_update()
+_PRUNABLE = and_(
+    ops.c.run_id == bindparam("of_run"),
+    ops.c.seq_id > bindparam("above"),
+    ops.c.seq_id <= bindparam("upto"),
+    ops.c.state.in_(FINAL),
+)
+_PRUNED_BLOBS = select(ops.c.payload_blob).where(_PRUNABLE, ops.c.payload_blob.is_not(None))
+_PRUNE = (
+    update(ops)
+    .where(_PRUNABLE, or_(ops.c.payload.is_not(None), ops.c.payload_blob.is_not(None)))
+    .values(payload=None, payload_blob=None)
+)
+_SET_PRUNED = update(runs).where(runs.c.run_id == bindparam("of_run")).values(pruned_seq=bindparam("upto"))
+_PLACE = (
+    select(ops.c.num, ops.c.base_model, ops.c.seq_id, ops.c.state, runs.c.head_seq)
+    .outerjoin(runs, runs.c.run_id == ops.c.run_id)
+    .where(ops.c.op_id == bindparam("op_id"))
+)
+_AHEAD = select(func.count()).where(ops.c.base_model == bindparam("base"), ops.c.num < bindparam("num"), IS_QUEUED)
+_STALE = (
+    select(ops.c.num, ops.c.result_blob)
+    .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
+    .order_by(ops.c.finished_at)
+    .limit(bindparam("limit"))
+)
+_EXPIRE = (
+    update(ops)
+    .where(ops.c.num.in_(bindparam("nums", expanding=True)))
+    .values(is_expired=True, result=None, result_blob=None)
+)
+
+
+class Ops:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def enqueue(self, new: NewOp, now: float) -> Enqueued:
+        """Acknowledge a request. One with a seq_id that is taken gets the first one's row, untouched.
+
+        With `new.failure` the op is born FAILED: it consumes its seq_id and has no effect. Moves the run's head over
+        all that has arrived without a gap, and touches its `last_request_at`.
+
+        Raises:
+            NotFoundError: the run or sampler is not the tenant's, or doesn't exist.
+            ValueError: not exactly one of run_id and sampler_id is set.
+        """
+        if (new.run_id is None) == (new.sampler_id is None):
+            raise ValueError("an op belongs to a run or to a sampler")
+        with self._database.write() as conn:
+            enqueued = arrive(conn, new, now)
+            crash_point("store.before_enqueue_commit")
+        crash_point("store.after_enqueue_commit")
+        return enqueued
+
+    def create_run(self, run: NewRun, op: NewOp, now: float) -> Enqueued:
+        """A run and its CREATE op (seq_id 0) in one transaction; the run's id again gets the first op's row.
+
+        With `op.failure` there's the op, but no run: later requests of that run are not found.
+
+        Raises:
+            NotFoundError: the session is not the tenant's.
+            ValueError: `op` isn't the run's op with seq_id 0.
+        """
+        if op.seq_id != 0 or op.run_id != run.spec.run_id or op.tenant_id != run.tenant_id or op.sampler_id is not None:
+            raise ValueError("a run is created by its own op with seq_id 0")
+        with self._database.write() as conn:
+            enqueued = arrive_with_run(conn, run, op, now)
+            crash_point("store.before_enqueue_commit")
+        crash_point("store.after_enqueue_commit")
+        return enqueued
+
+    def get(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
+        """Raises: GoneError: no such op of this tenant, or its result has expired."""
+        with self._database.read() as conn:
+            row = conn.execute(_GET, {"op_id": op_id, "tenant_id": tenant_id}).first()
+        if row is None or row.is_expired:
+            raise GoneError("unknown or expired request id")
+        return to_op(row[:-1])
+
+    def runnable(self, worker: WorkerId, base_model: str, limit: int) -> list[OpRow]:
+        """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
+        waiting samples of the base, oldest first. At most `limit` of either.
+
+        Where there are more, every run has its first ones among them, and every tenant its oldest samples.
+        """
+        with self._database.read() as conn:
+            of_runs = _fair(
+                conn.execute,
+                _RUNNABLE_IN_RUNS,
+                {"slot": worker.slot},
+                limit,
+                (ops.c.run_id, ops.c.seq_id),
+                ops.c.run_id,
+            )
+            samples = _fair(conn.execute, _WAITING_SAMPLES, {"base": base_model}, limit, (ops.c.num,), ops.c.tenant_id)
+        return of_runs + samples
+
+    def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
+        """QUEUED ▸ RUNNING in one statement; those that were claimed, with payload, in the order of `op_ids`.
+
+        Left out are ops that aren't queued any more and ops of runs that this worker doesn't hold.
+
+        Raises:
+            FencedError: the worker's place was taken.
+        """
+        if not op_ids:
+            return []
+        with self._database.write(is_durable=False) as conn:
+            require_current(conn, worker)
+            rows = conn.execute(_CLAIM, {"op_ids": list(op_ids), "slot": worker.slot, "now": now}).all()
+        crash_point("store.after_claim")
+        claimed = {op.id: op for op in map(to_op, rows)}
+        return [claimed[op_id] for op_id in op_ids if op_id in claimed]
+
+    def finish(self, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
+        """Record outcomes and the rows that come with them, in one transaction; the ids that were not final before.
+
+        Raises:
+            FencedError: the worker's place was taken, it doesn't hold an op's run, or it didn't claim an op.
+            NotFoundError: no such op.
+            ValueError: an outcome that is neither DONE nor FAILED with a failure.
+        """
+        if not finished:
+            return []
+        with self._database.write() as conn:
+            new = record(conn, worker, finished, now)
+            crash_point("store.before_finish_commit")
+        crash_point("store.after_finish_commit")
+        return new
+
+    def unclaim(self, worker: WorkerId, op_ids: Sequence[OpId]) -> None:
+        """RUNNING ▸ QUEUED, as if they had not been claimed (`attempts` goes back too).
+
+        Raises:
+            FencedError: the worker's place was taken.
+        """
+        if not op_ids:
+            return
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            conn.execute(_UNCLAIM, {"op_ids": list(op_ids), "slot": worker.slot})
+
+    def final_among(self, op_ids: Collection[OpId]) -> set[OpId]:
+        """Those of `op_ids` that have an outcome. Give at most some 10000 at once."""
+        if not op_ids:
+            return set()
+        with self._database.read() as conn:
+            return set(conn.execute(_FINAL_AMONG, {"op_ids": list(op_ids)}).scalars())
+
+    def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
+        """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
+        with self._database.read() as conn:
+            return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
+
+    def prune_payloads(self, run_id: RunId, upto_seq: int) -> list[BlobKey]:
+        """Forget the payloads of final ops up to `upto_seq`, never beyond the recorded snapshot.
+
+        Returns:
+            The payload files, for the caller to delete.
+        """
+        with self._database.write() as conn:
+            run = conn.execute(_COVERED, {"run_id": run_id}).first()
+            if run is None:
+                return []
+            upto = min(upto_seq, run.snapshot_seq)
+            if upto <= run.pruned_seq:
+                return []
+            span = {"of_run": run_id, "above": run.pruned_seq, "upto": upto}
+            blobs = list(conn.execute(_PRUNED_BLOBS, span).scalars())
+            conn.execute(_PRUNE, span)
+            conn.execute(_SET_PRUNED, {"of_run": run_id, "upto": upto})
+        return blobs
+
+    def queue_position(self, op_id: OpId) -> tuple[int, int | None]:
+        """(queued ops of its base that arrived before it, the first seq_id of its run that it still waits for).
+
+        (0, None) for an op that isn't queued.
+        """
+        with self._database.read() as conn:
+            place = conn.execute(_PLACE, {"op_id": op_id}).first()
+            if place is None or place.state != OpState.QUEUED:
+                return 0, None
+            ahead = conn.execute(_AHEAD, {"base": place.base_model, "num": place.num}).scalar_one()
+        is_early = place.head_seq is not None and place.head_seq < place.seq_id
+        return ahead, place.head_seq + 1 if is_early else None
+
+    def expire_results(self, finished_before: float, now: float, limit: int = 1000) -> int:
+        """Forget results that are older; their ops answer GoneError from then on. Their files go to the graveyard,
+        from which `checkpoints.collect` hands them out.
+
+        Returns:
+            How many; `limit` means that there may be more.
+        """
+        with self._database.read() as conn:
+            if not conn.execute(_STALE, {"before": finished_before, "limit": 1}).all():
+                return 0
+        with self._database.write() as conn:
+            stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
+            conn.execute(_EXPIRE, {"nums": [row.num for row in stale]})
+            bury(conn, [row.result_blob for row in stale], now)
+        return len(stale)
+
+
+def _fair(
+    execute: Any, query: Select[Any], values: dict[str, Any], limit: int, order: tuple[Any, ...], share: Any
+) -> list[OpRow]:
+    """The query in `order`; if that is cut by the limit, the first rows of every `share` instead, still in `order`."""
+    rows = execute(query.order_by(*order).limit(limit + 1), values).all()
+    if len(rows) > limit:
+        turn = func.row_number().over(partition_by=share, order_by=order)
+        ranked = query.add_columns(*(c.label(f"order_{i}") for i, c in enumerate(order)), turn.label("turn")).subquery()
+        keys = [ranked.c[f"order_{i}"] for i in range(len(order))]
+        chosen = select(ranked).order_by(ranked.c.turn, *keys).limit(limit).subquery()
+        width = len(LIGHT)
+        rows = execute(
+            select(*list(chosen.c)[:width]).order_by(*(chosen.c[f"order_{i}"] for i in range(len(order)))), values
+        )
+    return [to_op(row) for row in rows]

@@ -1,0 +1,112 @@
+"""How an op becomes final, with everything that commits beside it.
+
+Works within the caller's transaction: the fence, the op's outcome, its run's status, its checkpoint and sampler rows,
+and the burial of a payload that nobody will read again. An op that is final already keeps its outcome, and nothing of
+the new one is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, select, update
+
+from tinsmith.errors import FencedError, NotFoundError
+from tinsmith.store.checkpoints import put_checkpoint
+from tinsmith.store.fences import require_current, require_leased
+from tinsmith.store.graveyard import bury
+from tinsmith.store.rows import Finished, WorkerId
+from tinsmith.store.samplers import put_sampler
+from tinsmith.store.schema import ops, runs
+from tinsmith.types import OpId, OpKind, OpState
+
+_OPEN = (
+    select(
+        ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.kind, ops.c.state, ops.c.owner, ops.c.payload_blob
+    )
+    .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+    .with_for_update()
+)  # fmt: skip
+_OUTCOME: dict[str, Any] = {
+    "state": bindparam("new_state"),
+    "finished_at": bindparam("now"),
+    "result": bindparam("new_result"),
+    "result_blob": bindparam("new_result_blob"),
+    "result_bytes": bindparam("new_result_bytes"),
+    "result_media": bindparam("new_result_media"),
+    "failure_code": bindparam("code"),
+    "failure_category": bindparam("category"),
+    "failure_message": bindparam("message"),
+}
+_FINISH = update(ops).where(ops.c.op_id == bindparam("id")).values(**_OUTCOME)
+_FINISH_AND_FORGET = _FINISH.values(payload=None, payload_blob=None, pin_blob=None)
+_SET_STATUS = update(runs).where(runs.c.run_id == bindparam("id")).values(status=bindparam("new_status"))
+
+
+def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
+    """Record the outcomes of ops that are still open. See `Ops.finish`."""
+    for outcome in finished:
+        _check(outcome)
+    require_current(conn, worker)
+    rows = {row.op_id: row for row in conn.execute(_OPEN, {"op_ids": [f.op_id for f in finished]})}
+    require_leased(conn, worker, {row.run_id for row in rows.values() if row.run_id is not None})
+    fresh = {f.op_id: f for f in finished if _is_open(worker, f.op_id, rows.get(f.op_id))}
+    _write(conn, [(f, rows[f.op_id]) for f in fresh.values()], now)
+    for op_id, outcome in fresh.items():
+        row = rows[op_id]
+        if row.kind == OpKind.CREATE:
+            status = "ready" if outcome.state is OpState.DONE else "failed"
+            conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status})
+        if outcome.checkpoint is not None:
+            put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
+        if outcome.sampler is not None:
+            put_sampler(conn, outcome.sampler, now)
+    return list(fresh)
+
+
+def _check(outcome: Finished) -> None:
+    if outcome.state not in (OpState.DONE, OpState.FAILED):
+        raise ValueError(f"an op ends as done or failed, not {outcome.state}")
+    if (outcome.state is OpState.FAILED) != (outcome.failure is not None):
+        raise ValueError("an op that failed has a failure, and no other has")
+
+
+def _is_open(worker: WorkerId, op_id: OpId, row: Any) -> bool:
+    if row is None:
+        raise NotFoundError(f"no op {op_id}")
+    if OpState(row.state).is_final:
+        return False
+    if row.state != OpState.RUNNING or row.owner != worker.slot:
+        raise FencedError(f"op {op_id} is {row.state} and was not claimed by worker {worker.slot}")
+    return True
+
+
+def _write(conn: Connection, outcomes: Sequence[tuple[Finished, Any]], now: float) -> None:
+    keep: list[dict[str, Any]] = []
+    drop: list[dict[str, Any]] = []
+    for outcome, row in outcomes:
+        is_replayed = outcome.state is OpState.DONE and OpKind(row.kind).has_effect
+        (keep if is_replayed else drop).append(_columns(outcome, now))
+    if keep:
+        conn.execute(_FINISH, keep)
+    if drop:
+        conn.execute(_FINISH_AND_FORGET, drop)
+        dropped = {columns["id"] for columns in drop}
+        bury(conn, [row.payload_blob for outcome, row in outcomes if outcome.op_id in dropped], now)
+
+
+def _columns(outcome: Finished, now: float) -> dict[str, Any]:
+    failure = outcome.failure
+    return {
+        "id": outcome.op_id,
+        "now": now,
+        "new_state": outcome.state.value,
+        "new_result": outcome.result,
+        "new_result_blob": outcome.result_blob,
+        "new_result_bytes": outcome.result_bytes,
+        "new_result_media": outcome.media,
+        "code": failure.code if failure else None,
+        "category": failure.category if failure else None,
+        "message": failure.message if failure else None,
+    }

@@ -1,0 +1,286 @@
+"""The rows as the rest of the house sees them: frozen data, no SQL.
+
+`New*` and `Finished` go into the store, `*Row` come out of it. Times are unix seconds. Nothing here opens a connection,
+and nothing here knows HTTP or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinsmith.types import (
+    BlobKey,
+    CheckpointKind,
+    Failure,
+    OpId,
+    OpKind,
+    OpState,
+    RunId,
+    RunSpec,
+    SamplerId,
+    SessionId,
+    TenantId,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerId:
+    """A worker process: its place, and which of the processes that filled it. Every write by a worker carries this."""
+
+    slot: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    slot: str
+    incarnation: int
+    base_model: str
+    registered_at: float
+    lease_until: float  # before this moment nobody takes its runs
+    is_ready: bool  # its base model is loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a key speaks for."""
+
+    tenant_id: TenantId
+    tenant_name: str
+    key_id: str
+    is_admin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRow:
+    tenant_id: TenantId
+    name: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A key without its secret, which is kept nowhere."""
+
+    key_id: str
+    tenant_id: TenantId
+    tenant_name: str
+    name: str
+    is_admin: bool
+    created_at: float
+    revoked_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """`finished_at` is set once the session has been finished or has expired; `finish_reason` says which."""
+
+    session_id: SessionId
+    tenant_id: TenantId
+    tags: tuple[str, ...]
+    user_metadata: dict[str, Any]
+    sdk_version: str | None
+    project_id: str | None
+    display_name: str | None
+    created_at: float
+    last_beat_at: float
+    finished_at: float | None
+    finish_reason: str | None
+    finish_detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """`spec.run_id` is the run's id; `model_seq_id` is its number within the session."""
+
+    tenant_id: TenantId
+    session_id: SessionId
+    model_seq_id: int
+    spec: RunSpec
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run, its lease and its snapshot.
+
+    head_seq: the highest seq_id up to which every op has arrived; -1 before the first.
+    epoch: how often the run was leased. lease_owner: the slot that holds it, None if it is free.
+    snapshot_seq: the highest op that the snapshot holds; -1 without one.
+    status: "creating", then "ready" once its CREATE op is done, or "failed" if that failed.
+    """
+
+    run_id: RunId
+    tenant_id: TenantId
+    session_id: SessionId
+    model_seq_id: int
+    spec: RunSpec
+    user_metadata: dict[str, str]
+    created_at: float
+    last_request_at: float
+    head_seq: int
+    epoch: int
+    lease_owner: str | None
+    snapshot_seq: int
+    snapshot_blob: BlobKey | None
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewOp:
+    """A request as acknowledged. Exactly one of `run_id` and `sampler_id` is set.
+
+    seq_id: 64 bit; an order in a run (0 is CREATE), a mere identity in a sampler.
+    payload: the request's body if small, else `payload_blob` names its file; `payload_bytes` is its size either way.
+    meta: small JSON; `meta["blob"]` is the blob that a CREATE or LOAD reads, kept until a snapshot covers the op.
+    failure: set for a request that was rejected but has to consume its seq_id; the op is born FAILED with it.
+    """
+
+    tenant_id: TenantId
+    kind: OpKind
+    base_model: str
+    id: OpId
+    seq_id: int
+    run_id: RunId | None = None
+    sampler_id: SamplerId | None = None
+    cost_tokens: int = 0
+    payload: bytes | None = None
+    payload_blob: BlobKey | None = None
+    payload_bytes: int = 0
+    media: str = "application/json"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """An op and, once it is final, its outcome.
+
+    payload is None where the call says so (`runnable`), once it was forgotten, and when `payload_blob` has it.
+    media and payload_bytes describe the payload; result_media and result_bytes the result.
+    attempts: how many workers claimed it without either finishing it or handing it back.
+    owner: the slot that claimed it last.
+    """
+
+    id: OpId
+    tenant_id: TenantId
+    kind: OpKind
+    base_model: str
+    run_id: RunId | None
+    sampler_id: SamplerId | None
+    seq_id: int
+    state: OpState
+    cost_tokens: int
+    attempts: int
+    owner: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    media: str
+    payload_bytes: int
+    payload_blob: BlobKey | None
+    meta: dict[str, Any]
+    result_media: str | None
+    result_bytes: int
+    result_blob: BlobKey | None
+    failure: Failure | None
+    payload: bytes | None = None
+    result: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """The op that holds the seq_id: the new one, or the one that was there first."""
+
+    row: OpRow
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewCheckpoint:
+    """A file that a name points at.
+
+    expires_at: None: never.
+    overwrite: replace the user_metadata of an earlier checkpoint of this name wholly; else the keys that the new one
+    lacks stay. The weights are replaced either way.
+    """
+
+    run_id: RunId
+    kind: CheckpointKind
+    name: str
+    blob: BlobKey
+    size_bytes: int
+    sha256: str
+    expires_at: float | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    has_optimizer: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """A named checkpoint and what is needed of its run to make another one from it."""
+
+    tenant_id: TenantId
+    run_id: RunId
+    kind: CheckpointKind
+    name: str
+    blob: BlobKey
+    size_bytes: int
+    sha256: str
+    created_at: float
+    expires_at: float | None
+    user_metadata: dict[str, str]
+    has_optimizer: bool
+    spec: RunSpec
+
+    @property
+    def path(self) -> str:
+        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class NewSampler:
+    """`blob` None: the plain base. `run_id` and `spec` are those of the run whose weights it samples."""
+
+    tenant_id: TenantId
+    session_id: SessionId
+    sampler_id: SamplerId
+    base_model: str
+    model_path: str | None = None
+    run_id: RunId | None = None
+    blob: BlobKey | None = None
+    spec: RunSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    sampler_id: SamplerId
+    tenant_id: TenantId
+    session_id: SessionId
+    base_model: str
+    model_path: str | None
+    run_id: RunId | None
+    blob: BlobKey | None
+    spec: RunSpec | None
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
+
+    `checkpoint` and `sampler` are rows that come to be in the same transaction.
+    """
+
+    op_id: OpId
+    state: OpState
+    result: bytes | None = None
+    result_blob: BlobKey | None = None
+    result_bytes: int = 0
+    media: str = "application/json"
+    failure: Failure | None = None
+    checkpoint: NewCheckpoint | None = None
+    sampler: NewSampler | None = None

@@ -1,0 +1,235 @@
+"""Training runs: their rows, their leases and the record of their snapshots.
+
+Owns who holds a run. A lease is an owner and an epoch on the run's row; a worker that falls silent loses its runs to
+the next one that looks. Ops belong to arrivals.py and outcomes.py; here they are only queued again when a run
+changes hands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+from sqlalchemy import bindparam, func, select, update
+
+from tinsmith.errors import NotFoundError
+from tinsmith.store.database import Database
+from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_current, require_leased
+from tinsmith.store.graveyard import bury
+from tinsmith.store.rows import NewRun, RunRow, WorkerId
+from tinsmith.store.schema import ops, runs, workers
+from tinsmith.types import BlobKey, RunId, RunSpec, TenantId
+
+RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
+
+COLUMNS = (
+    runs.c.run_id, runs.c.tenant_id, runs.c.session_id, runs.c.model_seq_id, runs.c.spec, runs.c.user_metadata,
+    runs.c.created_at, runs.c.last_request_at, runs.c.head_seq, runs.c.epoch, runs.c.lease_owner, runs.c.snapshot_seq,
+    runs.c.snapshot_blob, runs.c.status,
+)  # fmt: skip
+
+_GET = select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
+_LIST = (
+    select(*COLUMNS)
+    .where(runs.c.tenant_id == bindparam("tenant_id"))
+    .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+    .limit(bindparam("limit"))
+    .offset(bindparam("offset"))
+)
+_COUNT = select(func.count()).select_from(runs).where(runs.c.tenant_id == bindparam("tenant_id"))
+_WANTING = (
+    select(runs.c.run_id)
+    .where(runs.c.wants_worker.is_(True), runs.c.base_model == bindparam("base"))
+    .limit(bindparam("limit"))
+    .with_for_update(skip_locked=True)
+)
+_SILENT = select(workers.c.slot).where(
+    workers.c.base_model == bindparam("base"),
+    workers.c.lease_until > 0,
+    workers.c.lease_until < bindparam("now"),
+    workers.c.slot != bindparam("slot"),
+)
+_RETIRE = (
+    update(workers)
+    .where(workers.c.slot == bindparam("of_slot"))
+    .values(incarnation=workers.c.incarnation + 1, lease_until=0.0)
+)
+_REQUEUE = (
+    update(ops)
+    .where(ops.c.run_id.in_(bindparam("run_ids", expanding=True)), IS_RUNNING)
+    .values(state="queued", started_at=None)
+)
+_TAKE = (
+    update(runs)
+    .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)))
+    .values(lease_owner=bindparam("slot"), epoch=runs.c.epoch + 1, wants_worker=False)
+    .returning(*COLUMNS)
+)
+_HELD = select(*COLUMNS).where(runs.c.lease_owner == bindparam("slot")).order_by(runs.c.run_id)
+_HAND_BACK = (
+    update(ops)
+    .where(ops.c.run_id.in_(bindparam("run_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
+    .values(state="queued", started_at=None, attempts=ops.c.attempts - 1)
+)
+_RELEASE = (
+    update(runs)
+    .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot"))
+    .values(lease_owner=None, wants_worker=HAS_RUNNABLE)
+)
+_SNAPSHOT = select(runs.c.snapshot_seq, runs.c.snapshot_blob).where(runs.c.run_id == bindparam("run_id"))
+_SET_SNAPSHOT = (
+    update(runs)
+    .where(runs.c.run_id == bindparam("of_run"))
+    .values(snapshot_seq=bindparam("seq"), snapshot_blob=bindparam("blob"), snapshot_bytes=bindparam("size"))
+)
+_UNPIN = (
+    update(ops)
+    .where(ops.c.run_id == bindparam("of_run"), ops.c.seq_id <= bindparam("seq"), ops.c.pin_blob.is_not(None))
+    .values(pin_blob=None)
+)
+
+
+class Runs:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, tenant_id: TenantId, run_id: RunId) -> RunRow:
+        """Raises: NotFoundError: no such run of this tenant."""
+        with self._database.read() as conn:
+            row = conn.execute(_GET, {"run_id": run_id, "tenant_id": tenant_id}).first()
+        if row is None:
+            raise NotFoundError(f"no training run {run_id}")
+        return to_run(row)
+
+    def list(self, tenant_id: TenantId, limit: int, offset: int) -> tuple[RunRows, int]:
+        """One page, newest first, and how many there are in all."""
+        with self._database.read() as conn:
+            total = conn.execute(_COUNT, {"tenant_id": tenant_id}).scalar_one()
+            rows = conn.execute(_LIST, {"tenant_id": tenant_id, "limit": limit, "offset": offset})
+            return [to_run(row) for row in rows], total
+
+    def lease(self, worker: WorkerId, base_model: str, limit: int, now: float | None = None) -> RunRows:
+        """Take runs of the base that have runnable queued ops and no living holder; the newly taken ones.
+
+        Each gets the next epoch, and its running ops are queued again. A worker of the base that fell silent (its
+        lease is over by `now`, default: the clock) loses its place here: all of its runs become free, its running
+        ops are queued again, and whatever it still tries to write is fenced. Writes nothing if there's nothing to take.
+
+        Raises:
+            FencedError: this worker's place was taken.
+        """
+        now = time.time() if now is None else now
+        watch = {"base": base_model, "now": now, "slot": worker.slot}
+        with self._database.read() as conn:
+            silent = conn.execute(_SILENT, watch).first()
+            if silent is None and conn.execute(_WANTING, {"base": base_model, "limit": 1}).first() is None:
+                return []
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            for slot in conn.execute(_SILENT, watch).scalars().all():
+                dispossess(conn, slot)
+                conn.execute(_RETIRE, {"of_slot": slot})
+            run_ids = list(conn.execute(_WANTING, {"base": base_model, "limit": limit}).scalars())
+            if not run_ids:
+                return []
+            conn.execute(_REQUEUE, {"run_ids": run_ids})
+            rows = conn.execute(_TAKE, {"run_ids": run_ids, "slot": worker.slot}).all()
+        return sorted((to_run(row) for row in rows), key=lambda run: run.run_id)
+
+    def release(self, worker: WorkerId, run_ids: Sequence[RunId]) -> None:
+        """Give runs back; ops of them that this worker still has claimed are queued as if they had not been.
+
+        Runs that it doesn't hold are left alone.
+
+        Raises:
+            FencedError: the worker's place was taken (and its runs with it).
+        """
+        if not run_ids:
+            return
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            values = {"run_ids": list(run_ids), "slot": worker.slot}
+            conn.execute(_HAND_BACK, values)
+            conn.execute(_RELEASE, values)
+
+    def held(self, worker: WorkerId) -> RunRows:
+        """The runs that this worker's slot holds."""
+        with self._database.read() as conn:
+            return [to_run(row) for row in conn.execute(_HELD, {"slot": worker.slot})]
+
+    def record_snapshot(
+        self, worker: WorkerId, run_id: RunId, seq: int, blob: BlobKey, size: int, now: float
+    ) -> BlobKey | None:
+        """The run's state up to op `seq` is in `blob`, which is on disk: recovery starts there from now on.
+
+        CREATE and LOAD ops up to `seq` let go of the checkpoint that they read. A snapshot older than the recorded one
+        is ignored, and its file goes to the graveyard.
+
+        Returns:
+            The file of the snapshot that this one replaces, for the caller to delete unless it is the same.
+
+        Raises:
+            FencedError: the worker doesn't hold the run.
+        """
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            require_leased(conn, worker, [run_id])
+            recorded = conn.execute(_SNAPSHOT, {"run_id": run_id}).one()
+            previous: BlobKey | None = recorded.snapshot_blob
+            if seq < recorded.snapshot_seq:
+                bury(conn, [blob] if blob != previous else [], now)
+                return None
+            conn.execute(_SET_SNAPSHOT, {"of_run": run_id, "seq": seq, "blob": blob, "size": size})
+            conn.execute(_UNPIN, {"of_run": run_id, "seq": seq})
+        return previous
+
+
+def to_run(row: Sequence[Any]) -> RunRow:
+    """A RunRow from a row of COLUMNS."""
+    (run_id, tenant_id, session_id, model_seq_id, spec, user_metadata, created_at, last_request_at, head_seq, epoch,
+     lease_owner, snapshot_seq, snapshot_blob, status) = row  # fmt: skip
+    return RunRow(
+        run_id=run_id,
+        tenant_id=tenant_id,
+        session_id=session_id,
+        model_seq_id=model_seq_id,
+        spec=to_spec(spec),
+        user_metadata=user_metadata,
+        created_at=created_at,
+        last_request_at=last_request_at,
+        head_seq=head_seq,
+        epoch=epoch,
+        lease_owner=lease_owner,
+        snapshot_seq=snapshot_seq,
+        snapshot_blob=snapshot_blob,
+        status=status,
+    )
+
+
+def to_spec(stored: Any) -> RunSpec:
+    return msgspec.convert(stored, RunSpec)
+
+
+def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
+    """The parameters that insert a run whose CREATE op is inserted beside it: free, and in want of a worker."""
+    return {
+        "run_id": run.spec.run_id,
+        "tenant_id": run.tenant_id,
+        "session_id": run.session_id,
+        "model_seq_id": run.model_seq_id,
+        "base_model": run.spec.base_model,
+        "spec": run.spec,
+        "user_metadata": dict(run.user_metadata),
+        "created_at": now,
+        "last_request_at": now,
+        "head_seq": 0,
+        "max_seq": 0,
+        "pruned_seq": -1,
+        "epoch": 0,
+        "wants_worker": True,
+        "snapshot_seq": -1,
+        "snapshot_bytes": 0,
+        "status": "creating",
+    }

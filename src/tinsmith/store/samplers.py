@@ -1,0 +1,143 @@
+"""Samplers: a base model with or without a run's weights, frozen under an id.
+
+Owns the rows; a sampler keeps its file from being deleted (see graveyard.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, exists, insert, select
+
+from tinsmith.errors import NotFoundError
+from tinsmith.store.database import Database
+from tinsmith.store.graveyard import bury
+from tinsmith.store.rows import NewSampler, SamplerRow
+from tinsmith.store.runs import to_spec
+from tinsmith.store.schema import ops, samplers, sessions
+from tinsmith.types import SamplerId, TenantId
+
+_COLUMNS = (
+    samplers.c.sampler_id, samplers.c.tenant_id, samplers.c.session_id, samplers.c.base_model, samplers.c.model_path,
+    samplers.c.run_id, samplers.c.blob, samplers.c.spec, samplers.c.created_at,
+)  # fmt: skip
+_GET_ANY = select(*_COLUMNS).where(samplers.c.sampler_id == bindparam("sampler_id"))
+_GET = _GET_ANY.where(samplers.c.tenant_id == bindparam("tenant_id"))
+_SESSION = select(sessions.c.session_id).where(
+    sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id")
+)
+_INSERT = insert(samplers).inline()
+_RETIRED = (
+    select(samplers.c.sampler_id, samplers.c.blob)
+    .join(sessions, sessions.c.session_id == samplers.c.session_id)
+    .where(
+        sessions.c.finished_at < bindparam("before"),
+        ~exists().where(ops.c.sampler_id == samplers.c.sampler_id, ops.c.state.in_(["queued", "running"])),
+    )
+    .limit(bindparam("limit"))
+)
+_DELETE = delete(samplers).where(samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True)))
+
+
+class Samplers:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, new: NewSampler, now: float) -> SamplerRow:
+        """The sampler with this id: the new one, or the one that was there first.
+
+        Raises:
+            NotFoundError: the session is not the tenant's, or the id belongs to another tenant.
+        """
+        with self._database.write() as conn:
+            return put_sampler(conn, new, now)
+
+    def get(self, tenant_id: TenantId, sampler_id: SamplerId) -> SamplerRow:
+        """Raises: NotFoundError: no such sampler of this tenant."""
+        with self._database.read() as conn:
+            row = conn.execute(_GET, {"sampler_id": sampler_id, "tenant_id": tenant_id}).first()
+        return _found(row, sampler_id)
+
+    def get_any(self, sampler_id: SamplerId) -> SamplerRow:
+        """For the worker, whose ops were checked when they arrived.
+
+        Raises:
+            NotFoundError: no such sampler.
+        """
+        with self._database.read() as conn:
+            row = conn.execute(_GET_ANY, {"sampler_id": sampler_id}).first()
+        return _found(row, sampler_id)
+
+    def retire(self, finished_before: float, now: float, limit: int = 1000) -> int:
+        """Drop the samplers of sessions that ended before that time, unless requests still wait for them; their files
+        go to the graveyard. Later requests answer NotFoundError.
+
+        Returns:
+            How many; `limit` means that there may be more.
+        """
+        with self._database.read() as conn:
+            if conn.execute(_RETIRED, {"before": finished_before, "limit": 1}).first() is None:
+                return 0
+        with self._database.write() as conn:
+            retired = conn.execute(_RETIRED, {"before": finished_before, "limit": limit}).all()
+            conn.execute(_DELETE, {"sampler_ids": [row.sampler_id for row in retired]})
+            bury(conn, [row.blob for row in retired], now)
+        return len(retired)
+
+
+def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
+    """See `Samplers.create`; within the caller's transaction."""
+    row = conn.execute(_GET_ANY, {"sampler_id": new.sampler_id}).first()
+    if row is not None:
+        if row.tenant_id != new.tenant_id:
+            raise NotFoundError(f"no sampler {new.sampler_id}")
+        return _to_sampler(row)
+    if conn.execute(_SESSION, {"session_id": new.session_id, "tenant_id": new.tenant_id}).first() is None:
+        raise NotFoundError(f"no session {new.session_id}")
+    conn.execute(
+        _INSERT,
+        {
+            "sampler_id": new.sampler_id,
+            "tenant_id": new.tenant_id,
+            "session_id": new.session_id,
+            "base_model": new.base_model,
+            "model_path": new.model_path,
+            "run_id": new.run_id,
+            "blob": new.blob,
+            "spec": new.spec,
+            "created_at": now,
+        },
+    )
+    return SamplerRow(
+        sampler_id=new.sampler_id,
+        tenant_id=new.tenant_id,
+        session_id=new.session_id,
+        base_model=new.base_model,
+        model_path=new.model_path,
+        run_id=new.run_id,
+        blob=new.blob,
+        spec=new.spec,
+        created_at=now,
+    )
+
+
+def _found(row: Sequence[Any] | None, sampler_id: SamplerId) -> SamplerRow:
+    if row is None:
+        raise NotFoundError(f"no sampler {sampler_id}")
+    return _to_sampler(row)
+
+
+def _to_sampler(row: Sequence[Any]) -> SamplerRow:
+    sampler_id, tenant_id, session_id, base_model, model_path, run_id, blob, spec, created_at = row
+    return SamplerRow(
+        sampler_id=sampler_id,
+        tenant_id=tenant_id,
+        session_id=session_id,
+        base_model=base_model,
+        model_path=model_path,
+        run_id=run_id,
+        blob=blob,
+        spec=None if spec is None else to_spec(spec),
+        created_at=created_at,
+    )

@@ -1,0 +1,206 @@
+"""The tables. Migrations bring a database to this shape; a test compares the two.
+
+Owns names, types and indices; knows no statement. Dialect-neutral: times are unix seconds as floats, enums their text,
+JSON goes through the engine's serializer. What stays true:
+
+* Rows that change state stay small: payloads and results beyond `inline_bytes` are files, named by a blob key.
+* `ops.run_id` and `ops.sampler_id` are no foreign keys: a rejected request occupies its place in a run that never was.
+* The queue's indices are partial (`state = 'queued'`), so that finished ops cost nothing.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
+metadata = MetaData(naming_convention=NAMING)
+
+RowNum = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows itself only in an INTEGER column
+QUEUED = text("state = 'queued'")
+PINNED = text("pin_blob IS NOT NULL")
+FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
+FRESH_RESULT_PG = text("finished_at IS NOT NULL AND NOT is_expired")
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),  # sha256 of the secret, hex
+    Column("is_admin", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("user_metadata", JSON, nullable=False),
+    Column("sdk_version", Text),
+    Column("project_id", Text),
+    Column("display_name", Text),
+    Column("created_at", Float, nullable=False),
+    Column("last_beat_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("finish_reason", Text),
+    Column("finish_detail", Text),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "finished_at", "last_beat_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("slot", Text, primary_key=True),
+    Column("incarnation", Integer, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("registered_at", Float, nullable=False),
+    Column("lease_until", Float, nullable=False),
+    Column("is_ready", Boolean, nullable=False),  # its base model is loaded
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("model_seq_id", BigInteger, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("user_metadata", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_request_at", Float, nullable=False),
+    Column("head_seq", BigInteger, nullable=False),
+    Column("max_seq", BigInteger, nullable=False),  # highest seq_id that arrived, gaps or not
+    Column("pruned_seq", BigInteger, nullable=False),  # payloads up to here are forgotten
+    Column("epoch", Integer, nullable=False),
+    Column("lease_owner", Text, ForeignKey("workers.slot")),
+    Column("wants_worker", Boolean, nullable=False),  # free, and an op may have become runnable
+    Column("snapshot_seq", BigInteger, nullable=False),
+    Column("snapshot_blob", Text),
+    Column("snapshot_bytes", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    UniqueConstraint("session_id", "model_seq_id"),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "lease_owner"),
+    Index(None, "wants_worker", "base_model"),
+)
+
+ops = Table(
+    "ops",
+    metadata,
+    Column("num", RowNum, primary_key=True, autoincrement=True),  # order of arrival
+    Column("op_id", Text, nullable=False, unique=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("run_id", Text),
+    Column("sampler_id", Text),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("cost_tokens", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("owner", Text),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    Column("is_expired", Boolean, nullable=False),  # its result is gone for good
+    Column("media", Text, nullable=False),
+    Column("payload_bytes", BigInteger, nullable=False),
+    Column("payload_blob", Text),
+    Column("meta", JSON, nullable=False),
+    Column("pin_blob", Text),  # meta["blob"] of a CREATE or LOAD that no snapshot covers yet
+    Column("result_media", Text),
+    Column("result_bytes", BigInteger, nullable=False),
+    Column("result_blob", Text),
+    Column("failure_code", Text),
+    Column("failure_category", Text),
+    Column("failure_message", Text),
+    Column("payload", LargeBinary),
+    Column("result", LargeBinary),
+    UniqueConstraint("run_id", "seq_id"),
+    UniqueConstraint("sampler_id", "seq_id"),
+    Index("ix_ops_queue", "base_model", "kind", "num", sqlite_where=QUEUED, postgresql_where=QUEUED),
+    Index("ix_ops_run_queue", "run_id", "seq_id", sqlite_where=QUEUED, postgresql_where=QUEUED),
+    Index(
+        "ix_ops_running", "owner", sqlite_where=text("state = 'running'"), postgresql_where=text("state = 'running'")
+    ),
+    Index("ix_ops_pins", "pin_blob", sqlite_where=PINNED, postgresql_where=PINNED),
+    Index("ix_ops_results", "finished_at", sqlite_where=FRESH_RESULT, postgresql_where=FRESH_RESULT_PG),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("sampler_id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("model_path", Text),
+    Column("run_id", Text),
+    Column("blob", Text),
+    Column("spec", JSON(none_as_null=True)),
+    Column("created_at", Float, nullable=False),
+    Index(None, "session_id"),
+    Index(None, "blob"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.run_id"), primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("blob", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("user_metadata", JSON, nullable=False),
+    Column("has_optimizer", Boolean, nullable=False),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "expires_at"),
+    Index(None, "blob"),
+)
+
+dead_blobs = Table(  # files whose row is gone; `checkpoints.collect` hands them out for deletion
+    "dead_blobs",
+    metadata,
+    Column("blob", Text, primary_key=True),
+    Column("died_at", Float, nullable=False),
+    Index(None, "died_at"),
+)

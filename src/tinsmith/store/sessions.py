@@ -1,0 +1,189 @@
+"""Sessions: one client process each, alive as long as it sends heartbeats.
+
+Owns how a session begins and ends; the first end wins. Its runs and samplers outlive it as rows.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from sqlalchemy import Connection, bindparam, func, insert, select, update
+
+from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store.database import Database
+from tinsmith.store.rows import SessionRow
+from tinsmith.store.schema import runs, samplers, sessions
+from tinsmith.types import RunId, SamplerId, SessionId, TenantId
+
+EXPIRED = "expired"  # finish_reason of a session whose heartbeats stopped
+
+SessionRows: TypeAlias = list[SessionRow]  # within the class, `list` is a method
+
+_COLUMNS = (
+    sessions.c.session_id, sessions.c.tenant_id, sessions.c.tags, sessions.c.user_metadata, sessions.c.sdk_version,
+    sessions.c.project_id, sessions.c.display_name, sessions.c.created_at, sessions.c.last_beat_at,
+    sessions.c.finished_at, sessions.c.finish_reason, sessions.c.finish_detail,
+)  # fmt: skip
+_IS_TENANTS = sessions.c.tenant_id == bindparam("tenant_id")
+_GET = select(*_COLUMNS).where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
+_INSERT = insert(sessions).inline()
+_BEAT = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("id"),
+        sessions.c.tenant_id == bindparam("of_tenant"),
+        sessions.c.finished_at.is_(None),
+    )
+    .values(last_beat_at=bindparam("now"))
+)
+_FINISH = (
+    update(sessions)
+    .where(
+        sessions.c.session_id == bindparam("id"),
+        sessions.c.tenant_id == bindparam("of_tenant"),
+        sessions.c.finished_at.is_(None),
+    )
+    .values(finished_at=bindparam("now"), finish_reason=bindparam("reason"), finish_detail=bindparam("detail"))
+)
+_SILENT = select(sessions.c.session_id).where(
+    sessions.c.finished_at.is_(None), sessions.c.last_beat_at < bindparam("before")
+)
+_EXPIRE = (
+    update(sessions)
+    .where(sessions.c.finished_at.is_(None), sessions.c.last_beat_at < bindparam("before"))
+    .values(finished_at=bindparam("now"), finish_reason=EXPIRED)
+    .returning(sessions.c.session_id)
+)
+_LIST = (
+    select(*_COLUMNS)
+    .where(_IS_TENANTS)
+    .order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
+    .limit(bindparam("limit"))
+    .offset(bindparam("offset"))
+)
+_COUNT = select(func.count()).select_from(sessions).where(_IS_TENANTS)
+_RUNS = select(runs.c.run_id).where(runs.c.session_id == bindparam("session_id")).order_by(runs.c.model_seq_id)
+_SAMPLERS = (
+    select(samplers.c.sampler_id)
+    .where(samplers.c.session_id == bindparam("session_id"))
+    .order_by(samplers.c.created_at, samplers.c.sampler_id)
+)
+
+
+class Sessions:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(
+        self,
+        tenant_id: TenantId,
+        *,
+        tags: Sequence[str] = (),
+        user_metadata: Mapping[str, Any] | None = None,
+        sdk_version: str | None = None,
+        project_id: str | None = None,
+        display_name: str | None = None,
+        now: float | None = None,
+    ) -> SessionRow:
+        """A new session, whose first heartbeat is its creation (`now`, default: the clock)."""
+        created_at = time.time() if now is None else now
+        row = SessionRow(
+            session_id=SessionId("s" + secrets.token_hex(12)),
+            tenant_id=tenant_id,
+            tags=tuple(tags),
+            user_metadata=dict(user_metadata or {}),
+            sdk_version=sdk_version,
+            project_id=project_id,
+            display_name=display_name,
+            created_at=created_at,
+            last_beat_at=created_at,
+            finished_at=None,
+            finish_reason=None,
+            finish_detail=None,
+        )
+        with self._database.write() as conn:
+            conn.execute(
+                _INSERT,
+                {
+                    "session_id": row.session_id,
+                    "tenant_id": tenant_id,
+                    "tags": row.tags,
+                    "user_metadata": row.user_metadata,
+                    "sdk_version": sdk_version,
+                    "project_id": project_id,
+                    "display_name": display_name,
+                    "created_at": created_at,
+                    "last_beat_at": created_at,
+                },
+            )
+        return row
+
+    def get(self, tenant_id: TenantId, session_id: SessionId) -> SessionRow:
+        """Raises: NotFoundError: no such session of this tenant."""
+        with self._database.read() as conn:
+            return _get(conn, tenant_id, session_id)
+
+    def beat(self, tenant_id: TenantId, session_id: SessionId, now: float) -> None:
+        """The session is alive at `now`.
+
+        Raises:
+            GoneError: it was finished, or has expired.
+            NotFoundError: no such session of this tenant.
+        """
+        with self._database.write(is_durable=False) as conn:
+            if not conn.execute(_BEAT, {"id": session_id, "of_tenant": tenant_id, "now": now}).rowcount:
+                row = _get(conn, tenant_id, session_id)
+                raise GoneError(f"session {session_id} has ended ({row.finish_reason}); open a new one")
+
+    def finish(self, tenant_id: TenantId, session_id: SessionId, reason: str, detail: str | None, now: float) -> None:
+        """End the session. Only its first end counts; a later one changes nothing.
+
+        Raises:
+            NotFoundError: no such session of this tenant.
+        """
+        values = {"id": session_id, "of_tenant": tenant_id, "reason": reason, "detail": detail, "now": now}
+        with self._database.write() as conn:
+            if not conn.execute(_FINISH, values).rowcount:
+                _get(conn, tenant_id, session_id)
+
+    def expire(self, silent_since: float, now: float) -> Sequence[SessionId]:
+        """End all sessions whose last heartbeat is older than `silent_since`; their ids. Writes nothing if none is."""
+        with self._database.read() as conn:
+            if conn.execute(_SILENT.limit(1), {"before": silent_since}).first() is None:
+                return []
+        with self._database.write() as conn:
+            return sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
+
+    def list(self, tenant_id: TenantId, limit: int, offset: int) -> tuple[SessionRows, int]:
+        """One page, newest first, and how many there are in all."""
+        with self._database.read() as conn:
+            total = conn.execute(_COUNT, {"tenant_id": tenant_id}).scalar_one()
+            rows = conn.execute(_LIST, {"tenant_id": tenant_id, "limit": limit, "offset": offset})
+            return [_to_session(row) for row in rows], total
+
+    def children(self, tenant_id: TenantId, session_id: SessionId) -> tuple[Sequence[RunId], Sequence[SamplerId]]:
+        """(ids of its runs, ids of its samplers), oldest first.
+
+        Raises:
+            NotFoundError: no such session of this tenant.
+        """
+        with self._database.read() as conn:
+            _get(conn, tenant_id, session_id)
+            run_ids = conn.execute(_RUNS, {"session_id": session_id}).scalars().all()
+            sampler_ids = conn.execute(_SAMPLERS, {"session_id": session_id}).scalars().all()
+        return run_ids, sampler_ids
+
+
+def _get(conn: Connection, tenant_id: TenantId, session_id: SessionId) -> SessionRow:
+    row = conn.execute(_GET, {"session_id": session_id, "tenant_id": tenant_id}).first()
+    if row is None:
+        raise NotFoundError(f"no session {session_id}")
+    return _to_session(row)
+
+
+def _to_session(row: Sequence[Any]) -> SessionRow:
+    session_id, tenant_id, tags, *rest = row
+    return SessionRow(session_id, tenant_id, tuple(tags), *rest)

@@ -1,0 +1,213 @@
+"""Text to tokens and chat to text, for processes without transformers.
+
+Owns the reading of tokenizer.json, of the special tokens and of the chat template. Renders as transformers'
+`apply_chat_template` does (same sandbox, filters and whitespace rules), and knows nothing of models or requests.
+Templates are foreign code: they run in jinja2's immutable sandbox and see plain JSON values alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from tinsmith.errors import ConfigError, UnsupportedError, UserError
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+Message = Mapping[str, Any]
+
+
+class ChatTokenizer:
+    """The tokenizer of one base model. Thread-safe; all token ids are the model's own."""
+
+    def __init__(self, tokenizer: Tokenizer, special: Mapping[str, str], templates: Mapping[str, str]) -> None:
+        """`special`: the template's variables such as eos_token; `templates`: by name, "default" first among them."""
+        self._tokenizer = tokenizer
+        self._special = dict(special)
+        self._templates = {name: _compile(source) for name, source in templates.items()}
+
+    @classmethod
+    def from_dir(cls, path: Path) -> Self:
+        """Read a Hugging Face model directory.
+
+        Raises:
+            ConfigError: tokenizer.json is missing or not a tokenizer, or the chat template is not one.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception for a missing or malformed file
+            raise ConfigError(f"{path / 'tokenizer.json'} can't be read: {error}") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        config = _read_json(path / "tokenizer_config.json")
+        special = {**_special(_read_json(path / "special_tokens_map.json")), **_special(config)}
+        try:
+            return cls(tokenizer, special, _templates(path, config))
+        except TemplateError as error:
+            raise ConfigError(f"{path}: the chat template can't be used: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that decode to something, added tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids. Bytes that are not whole characters (yet) show as U+FFFD; unknown ids as nothing."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one token by its exact content, None if there is none."""
+        found = self._tokenizer.token_to_id(token)
+        return None if found is None else int(found)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> str:
+        """The chat as the model was trained to read it. `extra` goes to the template (e.g. enable_thinking=False).
+
+        Raises:
+            UnsupportedError: this model has no chat template.
+            UserError: the template refuses these messages; its own words are in the message.
+        """
+        if not messages:
+            raise UserError("messages is empty; give at least one message")
+        template = self._templates.get("tool_use" if tools is not None else "default") or self._templates.get("default")
+        if template is None:
+            raise UnsupportedError("this base model has no chat template; send a prompt of tokens or text")
+        plain = [_aliased({k: v for k, v in _plain(dict(m)).items() if v is not None}) for m in messages]
+        variables = {**self._special, **_plain(extra)}
+        tool_list = None if tools is None else _plain(list(tools))
+        try:
+            return template.render(
+                messages=plain,
+                tools=tool_list,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"the chat template refused these messages: {error}") from None
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """`render`, then `encode`; the template writes the special tokens itself."""
+        return self.encode(self.render(messages, **options))
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant wrote, for loss masks; in rendering it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON's own types; anything else becomes its type's name, so that no template can call into it."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, convert in _SCALARS:
+        if isinstance(value, kind):
+            return convert(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return f"<{type(value).__name__}>"
+
+
+_SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str.__str__), (int, int), (float, float))
+
+
+def _aliased(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its reasoning under the names that templates read."""
+    reasoning = next((message[name] for name in REASONING_NAMES if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _special(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """By name: chat_template.jinja and additional_chat_templates/NAME.jinja, else those of the JSON files."""
+    files = {"default": path / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    if found:
+        return found
+    given = _read_json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(given, str):
+        return {"default": given}
+    return {entry["name"]: entry["template"] for entry in given} if isinstance(given, list) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty if the file isn't there, as all but tokenizer.json are optional."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value

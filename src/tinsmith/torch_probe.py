@@ -1,0 +1,46 @@
+"""What torch finds on this machine, as one line of JSON: `python -m tinsmith.torch_probe`.
+
+A program of its own, so that whoever asks need not load torch, and sees it as a worker would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+import transformers
+
+GEMM_SIZE = 512
+REPEATS = 8
+
+
+def probe() -> dict[str, object]:
+    """Versions, threads, speed of a float32 matrix product (GFLOP/s), and accelerators with their memory in bytes."""
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append({"name": torch.cuda.get_device_name(index), "free_bytes": free, "total_bytes": total})
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "gflops": round(_gemm_gflops(), 1),
+        "gpus": gpus,
+    }
+
+
+def _gemm_gflops() -> float:
+    a = torch.ones(GEMM_SIZE, GEMM_SIZE)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        a @ a
+    return 2 * GEMM_SIZE**3 * REPEATS / (time.perf_counter() - started) / 1e9
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(probe()) + "\n")

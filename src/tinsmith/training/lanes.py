@@ -1,0 +1,76 @@
+"""The bookkeeping of a pass: how far each op is, and which rows of the pack belong to which datum and run.
+
+Plain state that the head, the linear layers and the pass share; no computing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tinsmith.training.losses import LOSSES, TARGETS, Loss
+from tinsmith.training.packing import DatumRef
+from tinsmith.training.runs import RunSlot, Staging
+from tinsmith.types import Datum, Failure, FloatArray, TrainItem, TrainResult
+
+
+@dataclass(slots=True)
+class OpProgress:
+    """One item of a pass. num_left counts its data that no pack has taken yet: above zero, it may yet be taken back."""
+
+    item: TrainItem
+    slot: RunSlot
+    staging: Staging | None
+    num_left: int
+    failure: Failure | None = None
+    loss: float = 0.0
+    logprobs: dict[int, FloatArray] = field(default_factory=dict)
+    max_runs: int = 0
+    max_tokens: int = 0
+
+    @property
+    def loss_fn(self) -> Loss:
+        return LOSSES[self.item.loss.name]
+
+    def fail(self, failure: Failure) -> None:
+        """Leave no trace of this op in its staging row."""
+        if self.failure is None:
+            self.failure = failure
+            if self.staging is not None:
+                self.staging.take_back()
+
+    def outcome(self) -> TrainResult | Failure:
+        if self.failure is not None:
+            return self.failure
+        metrics = {
+            "loss:sum": self.loss,
+            "tokens:sum": float(self.item.num_tokens),
+            "pass_runs:max": float(self.max_runs),
+            "pass_tokens:max": float(self.max_tokens),
+        }
+        return TrainResult(tuple(self.logprobs[i] for i in range(len(self.item.data))), metrics)
+
+
+@dataclass(slots=True)
+class Lane:
+    """One datum in a pack: rows start..end. is_live: some coefficient of its loss isn't zero, so it has gradients."""
+
+    op: OpProgress
+    ref: DatumRef
+    start: int
+    end: int
+    is_live: bool = False
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def datum(self) -> Datum:
+        return self.op.item.data[self.ref.datum]
+
+    def load_inputs(self, device: torch.device) -> None:
+        """The loss's inputs as tensors: targets int64, others float32, each [N, K] or [N]."""
+        self.inputs = {
+            name: torch.from_numpy(array).to(device, torch.int64 if name == TARGETS else torch.float32)
+            for name, array in self.datum.inputs.items()
+        }

@@ -1,0 +1,46 @@
+"""All runs of one base: their slots, the passes over them and their optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tinsmith.config import Settings
+from tinsmith.model import BaseModel, RowLayout
+from tinsmith.training.head import Head
+from tinsmith.training.optimizer import optim_step
+from tinsmith.training.runs import PARTS, RunSlot
+from tinsmith.training.training_pass import TorchPass
+from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
+
+
+class Trainer:
+    """The training half of an engine; methods as in `engine.Engine`."""
+
+    def __init__(self, base: BaseModel, settings: Settings) -> None:
+        self._base = base
+        self._head = Head(base.head_weight_VD, settings.loss_chunk_tokens)
+        self._slots: dict[RunId, RunSlot] = {}
+
+    def has_run(self, run_id: RunId) -> bool:
+        return run_id in self._slots
+
+    def create_run(self, spec: RunSpec) -> None:
+        self._slots[spec.run_id] = RunSlot.fresh(spec, self._layout(spec), self._base.device)
+
+    def import_run(self, spec: RunSpec, state: RunState) -> None:
+        self._slots[spec.run_id] = RunSlot.restored(spec, self._layout(spec), state, self._base.device)
+
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS) -> RunState:
+        return self._slots[run_id].export(parts)
+
+    def drop_run(self, run_id: RunId) -> None:
+        self._slots.pop(run_id, None)
+
+    def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+        return TorchPass(self._base, self._head, self._slots, items)
+
+    def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
+        return [optim_step(self._slots[item.run_id], item.params) for item in items]
+
+    def _layout(self, spec: RunSpec) -> RowLayout:
+        return RowLayout(self._base.linears, spec.targets, spec.rank)

@@ -1,0 +1,250 @@
+"""The vocabulary of the house: what an op, a run, a datum, a loss, a sample and an outcome are.
+
+Everything here is frozen data and knows nothing of HTTP, SQL, files or torch. Arrays are numpy, so that the process
+without torch can hold them too. Shape letters: N tokens of one datum, K targets a position, P prompt tokens,
+S sampled tokens, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+TenantId = NewType("TenantId", str)
+SessionId = NewType("SessionId", str)
+RunId = NewType("RunId", str)  # "<session>:train:<model_seq_id>": clients derive it themselves
+SamplerId = NewType("SamplerId", str)  # "<session>:sample:<sampling_session_seq_id>"
+OpId = NewType("OpId", str)  # what the wire calls request_id
+BlobKey = NewType("BlobKey", str)  # always begins with the tenant
+
+IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+Array = npt.NDArray[np.int64] | npt.NDArray[np.int32] | npt.NDArray[np.float32]
+
+
+class OpKind(StrEnum):
+    """What one acknowledged request asks for."""
+
+    CREATE = "create"  # seq 0 of a run: a fresh adapter, or one made from a checkpoint
+    FORWARD = "forward"
+    FORWARD_BACKWARD = "forward_backward"
+    OPTIM_STEP = "optim_step"
+    LOAD = "load"
+    SAVE = "save"  # weights and optimizer state, to go on training from
+    SAVE_SAMPLER = "save_sampler"  # weights alone, to sample from
+    SAMPLE = "sample"
+
+    @property
+    def is_pass(self) -> bool:
+        """Computed by a training pass over the base; ops of this kind commute between two barriers."""
+        return self in (OpKind.FORWARD, OpKind.FORWARD_BACKWARD)
+
+    @property
+    def has_effect(self) -> bool:
+        """Changes the state of its run, and so is replayed when a run is recovered."""
+        return self in (OpKind.CREATE, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP, OpKind.LOAD)
+
+
+class OpState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (OpState.DONE, OpState.FAILED, OpState.CANCELLED)
+
+
+class CheckpointKind(StrEnum):
+    """The middle part of a tinker path."""
+
+    TRAINING = "weights"
+    SAMPLER = "sampler_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which groups of linear layers carry an adapter."""
+
+    attn: bool = True
+    mlp: bool = True
+    unembed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """All that is needed to make a run's adapter from nothing, to the bit."""
+
+    run_id: RunId
+    base_model: str
+    rank: int = 32
+    seed: int = 0
+    targets: Targets = field(default_factory=Targets)
+    alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One training sequence. Position i of `tokens` predicts target i of each input.
+
+    tokens: int32 [N].
+    inputs: by name, each [N] or [N, K]; `target_tokens` int64, the others float32.
+    """
+
+    tokens: TokenArray
+    inputs: Mapping[str, Array]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    name: str
+    config: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamParams:
+    """AdamW with decoupled weight decay; `grad_clip_norm` 0 means off, else a bound on the run's global norm."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainItem:
+    """One forward or forward_backward request, as the engine takes it."""
+
+    op_id: OpId
+    run_id: RunId
+    seq_id: int
+    data: tuple[Datum, ...]
+    loss: LossSpec
+    backward: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(d.num_tokens for d in self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """logprobs: one float32 array a datum, shaped as its target_tokens. Metric keys hold exactly one colon."""
+
+    logprobs: tuple[FloatArray, ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimItem:
+    op_id: OpId
+    run_id: RunId
+    params: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class OptimResult:
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """max_tokens None: up to the model's context. stop_tokens None: stop at the model's own end tokens; an empty
+    `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleItem:
+    """One sample request, as the engine takes it. `adapter` names loaded sampler weights; None is the plain base.
+
+    prompt: int32 [P]. Sample i of the request draws from the stream (seed, i, position).
+    """
+
+    op_id: OpId
+    adapter: str | None
+    prompt: TokenArray
+    params: SamplingParams
+    num_samples: int
+    seed: int
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature."""
+
+    tokens: TokenArray
+    logprobs: FloatArray
+    stopped: bool  # False: ended at max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """prompt_logprobs: float32 [P], NaN at position 0; topk_prompt: ids int32 [P, k] and logprobs float32 [P, k]
+    (row 0 holds the sentinel token 0, logprob -99999)."""
+
+    sequences: tuple[SampledSequence, ...]
+    prompt_logprobs: FloatArray | None = None
+    topk_prompt_tokens: TokenArray | None = None
+    topk_prompt_logprobs: FloatArray | None = None
+    prompt_cache_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an op failed: a stable code, whose fault (user | capacity | server), and a message that names the cure."""
+
+    code: str
+    category: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A run's whole state on the host, in named tensors, free of any engine's memory layout.
+
+    tensors: float32, keyed `<part>/<module>.lora_A` [R, in] and `.lora_B` [out, R] with part in param, grad, m, v.
+    A sampler's snapshot holds the `param` part alone. `step` counts optimizer steps taken.
+    """
+
+    spec: RunSpec
+    step: int
+    tensors: Mapping[str, FloatArray]
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any(name.startswith("m/") for name in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """What the API has to know of a served base model without loading it."""
+
+    name: str
+    path: str
+    arch: str
+    vocab_size: int
+    max_context: int
+    eos_tokens: tuple[int, ...]

@@ -1,0 +1,245 @@
+"""Pure checks of decoded requests against the base model and the limits. No I/O, no store, no torch.
+
+Each check raises a UserError whose message names the cure. `LOSSES` is the list of losses on offer; the engine
+implements exactly these names. Shape letters: N tokens of one datum, K targets a position, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinsmith.config import Settings
+from tinsmith.errors import TooLargeError, UnsupportedError, UserError
+from tinsmith.types import AdamParams, Array, BaseInfo, Datum, LossSpec, Targets
+from tinsmith.wire.sampling import SampleRequest
+from tinsmith.wire.training import TrainingRequest
+
+TARGETS = "target_tokens"
+MAX_TTL_S = 10 * 366 * 24 * 3600
+MAX_METADATA_BYTES = 8192
+MAX_TOPK = 128
+MAX_STOPS = 64
+MAX_SEED = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class LossSignature:
+    """The inputs of a loss and its configuration keys with their defaults. `has_many_targets`: [N, K] is allowed."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    config: Mapping[str, float] = field(default_factory=dict)
+    has_many_targets: bool = False
+
+
+POLICY = (TARGETS, "logprobs", "advantages")
+LOW, HIGH = "clip_low_threshold", "clip_high_threshold"
+LOSSES: Mapping[str, LossSignature] = {
+    "cross_entropy": LossSignature(required=(TARGETS,), optional=("weights",), has_many_targets=True),
+    "importance_sampling": LossSignature(required=POLICY),
+    "ppo": LossSignature(required=POLICY, config={LOW: 0.8, HIGH: 1.2}),
+    "cispo": LossSignature(required=POLICY, config={LOW: 0.0, HIGH: 4.0}),
+    "dro": LossSignature(required=POLICY, config={"beta": 0.05}),
+}
+LATER_LOSSES = ("gspo", "custom")
+
+
+def check_training(request: TrainingRequest, info: BaseInfo, settings: Settings) -> None:
+    """Raises: UserError: naming the datum and the input that is wrong. TooLargeError: beyond a limit."""
+    signature = check_loss(request.loss)
+    if not request.data:
+        raise UserError("data is empty: send at least one datum")
+    if request.num_tokens > settings.max_request_tokens:
+        raise TooLargeError(
+            f"the request holds {request.num_tokens} tokens, at most {settings.max_request_tokens} are allowed: "
+            "send it in several calls; gradients add up until optim_step"
+        )
+    for index, datum in enumerate(request.data):
+        _check_datum(datum, f"datum {index}", request.loss.name, signature, info)
+
+
+def check_loss(loss: LossSpec) -> LossSignature:
+    """Raises: UserError: unknown loss or configuration. UnsupportedError: a known loss that is not on offer."""
+    offered = ", ".join(LOSSES)
+    if loss.name == "stable_reinforce":
+        raise UnsupportedError(
+            "stable_reinforce is not offered, its formula is not published: use importance_sampling with "
+            "target_tokens, logprobs and advantages"
+        )
+    if loss.name in LATER_LOSSES:
+        raise UnsupportedError(f"loss {loss.name} is not offered yet; offered: {offered}")
+    if loss.name not in LOSSES:
+        raise UserError(f"unknown loss {loss.name[:100]!r}; offered: {offered}")
+    signature = LOSSES[loss.name]
+    for key, value in loss.config.items():
+        if key not in signature.config:
+            known = ", ".join(signature.config) or "none"
+            raise UserError(f"loss {loss.name} has no setting {key[:100]!r}; it has: {known}")
+        if isinstance(value, str) or not math.isfinite(value):
+            raise UserError(f"loss {loss.name}: {key} must be a finite number, not {value!r:.100}")
+    _check_thresholds(loss, signature)
+    return signature
+
+
+def check_adam(params: AdamParams) -> None:
+    """Raises: UserError: a value that is not finite or out of its range."""
+    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm", "beta1", "beta2"):
+        if not math.isfinite(getattr(params, name)):
+            raise UserError(f"{name} must be a finite number, not {getattr(params, name)}")
+    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+        if getattr(params, name) < 0:
+            raise UserError(f"{name} must be 0 or more, not {getattr(params, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(params, name) < 1:
+            raise UserError(f"{name} must lie in [0, 1), not {getattr(params, name)}")
+    if params.eps <= 0:
+        raise UserError(f"eps must be greater than 0, not {params.eps}")
+
+
+def check_sample(request: SampleRequest, info: BaseInfo, settings: Settings) -> None:
+    """Raises: UserError: a prompt or parameter that can't be sampled with; the message names the range."""
+    num_prompt = int(request.prompt.size)
+    if not 1 <= request.num_samples <= settings.max_samples_per_request:
+        raise UserError(f"num_samples must lie in 1..{settings.max_samples_per_request}, not {request.num_samples}")
+    if num_prompt == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    _check_range(request.prompt, info.vocab_size, "prompt tokens")
+    if num_prompt >= info.max_context:
+        raise UserError(
+            f"the prompt has {num_prompt} tokens; {info.name} holds at most {info.max_context - 1} and one more"
+        )
+    _check_sampling_params(request, num_prompt, info)
+    check_seed(request.seed)
+
+
+def check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < MAX_SEED:
+        raise UserError(f"seed must lie in 0..2^63-1, not {seed}; leave it out for a random one")
+
+
+def check_lora(rank: int, seed: int | None, targets: Targets, settings: Settings) -> None:
+    """Raises: UserError: naming the largest rank."""
+    if not 1 <= rank <= settings.lora_max_rank:
+        raise UserError(f"rank must lie in 1..{settings.lora_max_rank}, not {rank}")
+    if not (targets.attn or targets.mlp or targets.unembed):
+        raise UserError("nothing to train: set at least one of train_attn, train_mlp and train_unembed")
+    check_seed(seed)
+
+
+def check_optimizer(name: str) -> None:
+    if name != "adamw":
+        raise UnsupportedError(f"optimizer {name[:100]!r} is not offered here: use adamw")
+
+
+def check_ttl(ttl_seconds: int | None) -> None:
+    if ttl_seconds is not None and not 1 <= ttl_seconds <= MAX_TTL_S:
+        raise UserError(
+            f"ttl_seconds must lie in 1..{MAX_TTL_S}, not {ttl_seconds}; leave it out to keep the checkpoint"
+        )
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    """The metadata with every value a string, as clients want it back; other values become their JSON.
+
+    Raises:
+        UserError: larger than 8 KiB.
+    """
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in texts.items())
+    if size > MAX_METADATA_BYTES:
+        raise UserError(f"user_metadata holds {size} bytes, at most {MAX_METADATA_BYTES} are kept: shorten it")
+    return texts
+
+
+def _check_thresholds(loss: LossSpec, signature: LossSignature) -> None:
+    if LOW not in signature.config:
+        return
+    low, high = (float(loss.config.get(key, signature.config[key])) for key in (LOW, HIGH))
+    if low > high:
+        raise UserError(
+            f"loss {loss.name}: {LOW} ({low}) is above {HIGH} ({high}): give bounds of the ratio, such as 0.8 and 1.2"
+        )
+
+
+def _check_datum(datum: Datum, where: str, loss: str, signature: LossSignature, info: BaseInfo) -> None:
+    num_tokens = datum.num_tokens
+    if num_tokens == 0:
+        raise UserError(f"{where}: the model input is empty: give at least one token")
+    if num_tokens > info.max_context:
+        raise UserError(f"{where}: {num_tokens} tokens are longer than the context of {info.name}, {info.max_context}")
+    _check_range(datum.tokens, info.vocab_size, f"{where}: model input tokens")
+    for name in signature.required:
+        if name not in datum.inputs:
+            raise UserError(f"{where}: loss {loss} needs the input {name}")
+    for name in datum.inputs:
+        if name not in signature.required and name not in signature.optional:
+            takes = ", ".join((*signature.required, *signature.optional))
+            raise UserError(f"{where}: loss {loss} takes no input {name[:100]!r}; it takes: {takes}")
+    targets = datum.inputs[TARGETS]
+    _check_targets(targets, num_tokens, where, signature, loss, info)
+    for name, array in datum.inputs.items():
+        if name != TARGETS:
+            _check_floats(array, targets.shape, f"{where}: {name}")
+
+
+def _check_targets(
+    targets: Array, num_tokens: int, where: str, signature: LossSignature, loss: str, info: BaseInfo
+) -> None:
+    if targets.dtype != np.int64:
+        raise UserError(f"{where}: {TARGETS} must be int64, not {targets.dtype}")
+    if targets.ndim != 1 and not signature.has_many_targets:
+        raise UserError(f"{where}: loss {loss} takes {TARGETS} of shape [N], not {list(targets.shape)}")
+    if targets.shape[0] != num_tokens or targets.size == 0:
+        raise UserError(
+            f"{where}: {TARGETS} has shape {list(targets.shape)}, but the model input has {num_tokens} tokens: give "
+            "one target a token"
+        )
+    _check_range(targets, info.vocab_size, f"{where}: {TARGETS}", "; a position counts for nothing with weight 0")
+
+
+def _check_floats(array: Array, shape: tuple[int, ...], where: str) -> None:
+    if array.dtype != np.float32:
+        raise UserError(f"{where} must be float32, not {array.dtype}")
+    if array.shape != shape:
+        raise UserError(f"{where} has shape {list(array.shape)}, {TARGETS} has {list(shape)}: they must be equal")
+    if not np.isfinite(array).all():
+        raise UserError(f"{where} holds NaN or infinity: send finite numbers")
+
+
+def _check_range(ids: Array, vocab_size: int, where: str, hint: str = "") -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise UserError(f"{where} must lie in 0..{vocab_size - 1}, found {wrong}{hint}")
+
+
+def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseInfo) -> None:
+    params = request.params
+    room = info.max_context - num_prompt
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, not {params.max_tokens}")
+    if params.max_tokens is not None and params.max_tokens > room:
+        raise UserError(
+            f"prompt ({num_prompt}) plus max_tokens ({params.max_tokens}) exceed the context of {info.name}, "
+            f"{info.max_context}: ask for at most {room}"
+        )
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise UserError(f"temperature must be 0 (greedy) or more, not {params.temperature}")
+    if params.top_k != -1 and params.top_k < 1:
+        raise UserError(f"top_k must be -1 (off) or at least 1, not {params.top_k}")
+    if not 0 < params.top_p <= 1:
+        raise UserError(f"top_p must lie in (0, 1], not {params.top_p}")
+    if not 0 <= request.topk_prompt_logprobs <= min(MAX_TOPK, info.vocab_size):
+        raise UserError(f"topk_prompt_logprobs must lie in 0..{MAX_TOPK}, not {request.topk_prompt_logprobs}")
+    if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOPS:
+        raise UserError(f"stop may hold at most {MAX_STOPS} entries")
+    if any(not text for text in params.stop_strings):
+        raise UserError("stop holds an empty string: leave it out")
+    if any(not 0 <= token < info.vocab_size for token in params.stop_tokens or ()):
+        raise UserError(f"stop tokens must lie in 0..{info.vocab_size - 1}")

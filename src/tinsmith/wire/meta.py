@@ -1,0 +1,73 @@
+"""What the server adds to an op beside the client's payload: `ops.meta`, a small JSON object, one struct a kind.
+
+    CREATE        CreateMeta       no payload   the spec; from a checkpoint also its path, blob, optimizer
+    LOAD          LoadMeta         no payload   the checkpoint's path, blob and whether its moments are wanted
+    SAVE          SaveMeta         no payload   the checkpoint's name, expiry, metadata
+    SAVE_SAMPLER  SaveSamplerMeta  no payload   the same with a name, or the id of the sampler to make
+    SAMPLE        SampleMeta       the request  the drawn seed, the sampler
+    FORWARD, FORWARD_BACKWARD, OPTIM_STEP       the request; their meta is {}
+
+The API writes them, the worker reads them. A store keeps meta as a plain dict, so `to_meta` and `read_meta` convert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from tinsmith.types import BlobKey, RunSpec, SamplerId, SessionId
+
+MetaStruct = TypeVar("MetaStruct", bound=Struct)
+
+
+class CreateMeta(Struct, frozen=True):
+    """blob None: a fresh adapter from `spec`; else weights (and moments, if `optimizer`) come from the blob."""
+
+    spec: RunSpec
+    path: str | None = None
+    blob: BlobKey | None = None
+    optimizer: bool = False
+
+
+class LoadMeta(Struct, frozen=True):
+    path: str
+    blob: BlobKey
+    optimizer: bool = False
+
+
+class SaveMeta(Struct, frozen=True):
+    """expires_at: unix seconds; None: never."""
+
+    name: str
+    expires_at: float | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] = {}
+
+
+class SaveSamplerMeta(Struct, frozen=True):
+    """Exactly one of `name` (a checkpoint, kept) and `sampler_id` (ephemeral, lives with its session) is set."""
+
+    name: str | None
+    sampler_id: SamplerId | None
+    session_id: SessionId
+    expires_at: float | None = None
+    user_metadata: dict[str, str] = {}
+
+
+class SampleMeta(Struct, frozen=True):
+    seed: int
+    sampler_id: SamplerId
+    num_samples: int
+
+
+def to_meta(value: Struct) -> dict[str, Any]:
+    """A struct as the plain JSON object that the store keeps."""
+    plain: dict[str, Any] = msgspec.to_builtins(value)
+    return plain
+
+
+def read_meta(meta: dict[str, Any], kind: type[MetaStruct]) -> MetaStruct:
+    """Raises: msgspec.ValidationError: another kind of op's meta, or one written by an incompatible version."""
+    return msgspec.convert(meta, type=kind)

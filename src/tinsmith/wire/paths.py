@@ -1,0 +1,50 @@
+"""The grammar of tinker paths and of checkpoint names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tinsmith.errors import UserError
+from tinsmith.types import CheckpointKind, RunId
+
+SCHEME = "tinker://"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class TinkerPath:
+    run_id: RunId
+    kind: CheckpointKind
+    name: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.run_id}/{self.kind.value}/{self.name}"
+
+
+def parse_path(path: str) -> TinkerPath:
+    """`tinker://<run>/<weights|sampler_weights>/<name>`.
+
+    Raises:
+        UserError: anything else.
+    """
+    run_id, kind, name = [*path.removeprefix(SCHEME).split("/"), "", "", ""][:3]
+    known = {member.value: member for member in CheckpointKind}
+    if not path.startswith(SCHEME) or path.count("/") != 4 or not run_id or kind not in known:
+        raise UserError(
+            f"{path!r} is no checkpoint path: give tinker://<run>/weights/<name> or .../sampler_weights/<name>"
+        )
+    return TinkerPath(RunId(run_id), known[kind], check_name(name))
+
+
+def check_name(name: str) -> str:
+    """The name of a checkpoint, if it is a good one.
+
+    Raises:
+        UserError: it is empty, too long, or holds other characters than letters, digits, '.', '_' and '-'.
+    """
+    if not NAME.fullmatch(name) or ".." in name or name == ".":
+        raise UserError(
+            f"{name[:200]!r} is no checkpoint name: use 1 to 128 letters, digits, '.', '_' and '-', without '..'"
+        )
+    return name

@@ -1,0 +1,175 @@
+"""The JSON requests, as structs; fields that the server ignores on purpose are left out.
+
+An op's request is read in two goes: its address first (an address makes a bad request an op that failed), then the
+rest. `decode_optim_step` is shared with the worker, which reads the stored body of an op again; what the server adds to
+an op is in `meta`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct, structs
+
+from tinsmith.errors import UnsupportedError
+from tinsmith.types import AdamParams
+from tinsmith.wire.media import WireError, decode_json
+
+NonNegative = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+TrainingSeq = Annotated[int, Meta(ge=1, lt=2**31)]
+ObjectId = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class RunAddress(Struct):
+    """Of an op on a run that exists."""
+
+    model_id: ObjectId
+    seq_id: TrainingSeq
+
+
+class NewRunAddress(Struct):
+    """Of an op that makes a run: its request 0."""
+
+    session_id: ObjectId
+    model_seq_id: NonNegative
+
+
+class SamplerAddress(Struct):
+    sampling_session_id: ObjectId
+    seq_id: NonNegative
+
+
+class ClientConfig(Struct):
+    sdk_version: str = ""
+
+
+class CreateSession(Struct):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionHeartbeat(Struct):
+    session_id: ObjectId
+
+
+class FinishReason(Struct):
+    type: str = "success"
+
+
+class FinishSession(Struct):
+    reason: FinishReason = msgspec.field(default_factory=FinishReason)
+    detail: str | None = None
+
+
+class LoraConfig(Struct):
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerConfig(Struct, frozen=True):
+    type: str = "adamw"
+
+
+class CreateModel(Struct):
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig | None = None
+
+
+class GetInfo(Struct):
+    model_id: ObjectId
+
+
+class AdamBody(Struct):
+    """None stands for NaN or an infinity: the client's JSON writes them as null."""
+
+    learning_rate: float | None = 1e-4
+    beta1: float | None = 0.9
+    beta2: float | None = 0.95
+    eps: float | None = 1e-12
+    weight_decay: float | None = 0.0
+    grad_clip_norm: float | None = 0.0
+
+
+class OptimStep(Struct):
+    adam_params: AdamBody | None = None
+    optimizer_params: OptimizerConfig | None = None
+
+
+class SaveWeights(Struct):
+    path: str | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any] | None = None
+
+
+class SaveWeightsForSampler(Struct):
+    path: str | None = None
+    sampling_session_seq_id: NonNegative | None = None
+    kind: str = "snapshot"
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+class LoadWeights(Struct):
+    """Both addressings: (session_id, model_seq_id) makes a run, (model_id, seq_id) loads into one."""
+
+    path: str
+    optimizer: bool = False
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: OptimizerConfig | None = None
+
+
+class WeightsInfo(Struct):
+    tinker_path: str
+
+
+class CreateSamplingSession(Struct):
+    session_id: ObjectId
+    sampling_session_seq_id: NonNegative
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class RetrieveFuture(Struct):
+    request_id: ObjectId
+
+
+class SetTtl(Struct):
+    ttl_seconds: int | None = None
+
+
+class CreateKey(Struct):
+    """tenant None: the caller's own."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    is_admin: bool = False
+
+
+def decode_optim_step(body: bytes) -> AdamParams:
+    """The AdamW parameters of an optim_step request; what was no number in the client is NaN.
+
+    Raises:
+        WireError: the body doesn't read as one.
+        UnsupportedError: another optimizer is asked for.
+    """
+    request = decode_json(body, OptimStep)
+    if request.optimizer_params is not None:
+        raise UnsupportedError(
+            f"optimizer {request.optimizer_params.type!r} is not offered here: pass AdamParams (adamw)"
+        )
+    if request.adam_params is None:
+        raise WireError("optim_step needs adam_params")
+    adam = {name: math.nan if value is None else value for name, value in structs.asdict(request.adam_params).items()}
+    return AdamParams(**adam)

@@ -1,0 +1,166 @@
+"""The asample surface: a JSON request in, a protobuf result out.
+
+`stop` is read thus: absent or null keeps the model's own end tokens; a list of token ids replaces them; strings are
+looked for beside them; an empty list stops at nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from msgspec import Meta, Struct
+
+from tinsmith.errors import UnsupportedError
+from tinsmith.types import OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
+from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.media import WireError, decode_json
+from tinsmith.wire.tensors import encode_floats, encode_ids
+
+Token = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+
+
+class ChunkBody(Struct):
+    type: str = "encoded_text"
+    tokens: list[Token] | None = None
+
+
+class PromptBody(Struct):
+    chunks: list[ChunkBody]
+
+
+class ParamsBody(Struct):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class SampleBody(Struct):
+    prompt: PromptBody
+    sampling_params: ParamsBody
+    num_samples: int = 1
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Any = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """prompt: int32 [P]. seed None: the server draws one."""
+
+    prompt: TokenArray
+    params: SamplingParams
+    num_samples: int
+    seed: int | None
+    prompt_logprobs: bool
+    topk_prompt_logprobs: int
+
+    def item(self, op_id: OpId, adapter: str | None, seed: int) -> SampleItem:
+        """The request as the engine takes it, with the seed that was stored for it."""
+        return SampleItem(
+            op_id=op_id,
+            adapter=adapter,
+            prompt=self.prompt,
+            params=self.params,
+            num_samples=self.num_samples,
+            seed=seed,
+            prompt_logprobs=self.prompt_logprobs,
+            topk_prompt_logprobs=self.topk_prompt_logprobs,
+        )
+
+
+def decode_sample(body: bytes) -> SampleRequest:
+    """An asample request.
+
+    Raises:
+        WireError: it doesn't read as one.
+        UnsupportedError: it asks for an extra that isn't offered; the message names it.
+    """
+    request = decode_json(body, SampleBody)
+    _refuse_extras(request)
+    params = request.sampling_params
+    stop_tokens, stop_strings = _decode_stop(params.stop)
+    return SampleRequest(
+        prompt=_decode_prompt(request.prompt),
+        params=SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k or -1,
+            top_p=params.top_p,
+            stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
+        ),
+        num_samples=request.num_samples,
+        seed=params.seed,
+        prompt_logprobs=bool(request.prompt_logprobs),
+        topk_prompt_logprobs=request.topk_prompt_logprobs,
+    )
+
+
+def encode_sample_result(result: SampleResult) -> bytes:
+    """A SampleResponse: sequences in order, float32 logprobs, NaN for the first prompt token."""
+    response = pb.SampleResponse(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
+    for sequence in result.sequences:
+        _add_sequence(response, sequence)
+    if result.prompt_logprobs is not None:
+        response.prompt_logprobs = encode_floats(result.prompt_logprobs)
+    if result.topk_prompt_tokens is not None and result.topk_prompt_logprobs is not None:
+        length, k = result.topk_prompt_tokens.shape
+        topk = response.topk_prompt_logprobs
+        topk.token_ids = encode_ids(result.topk_prompt_tokens)
+        topk.logprobs = encode_floats(result.topk_prompt_logprobs)
+        topk.k, topk.length = k, length
+    return bytes(response.SerializeToString())
+
+
+def _add_sequence(response: pb.SampleResponse, sequence: SampledSequence) -> None:
+    response.sequences.add(
+        stop_reason=pb.SR_STOP if sequence.stopped else pb.SR_LENGTH,
+        tokens=encode_ids(sequence.tokens),
+        logprobs=encode_floats(sequence.logprobs),
+    )
+
+
+def _decode_prompt(prompt: PromptBody) -> TokenArray:
+    tokens: list[int] = []
+    for chunk in prompt.chunks:
+        if chunk.type != "encoded_text":
+            raise UnsupportedError(f"prompt chunk {chunk.type!r} is not offered here: only token chunks are")
+        if chunk.tokens is None:
+            raise WireError("an encoded_text chunk needs tokens")
+        tokens.extend(chunk.tokens)
+    return np.array(tokens, np.int32)
+
+
+def _decode_stop(stop: str | Sequence[str | int] | None) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    if stop is None:
+        return None, ()
+    if isinstance(stop, str):
+        return None, (stop,)
+    tokens = tuple(item for item in stop if isinstance(item, int))
+    strings = tuple(item for item in stop if isinstance(item, str))
+    if tokens and strings:
+        raise WireError("stop is a list of strings or a list of token ids, not of both")
+    return (None, strings) if strings else (tokens, ())
+
+
+def _refuse_extras(request: SampleBody) -> None:
+    asked: dict[str, bool] = {
+        "topk_sample_logprobs": request.topk_sample_logprobs != 0,
+        "target_prompt_logprobs": request.target_prompt_logprobs is not None,
+        "prompt_alt_tokens_k": request.prompt_alt_tokens_k != 0,
+        "prompt_logprobs_last_n": request.prompt_logprobs_last_n is not None,
+        "record_stability_info": bool(request.record_stability_info),
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UnsupportedError(f"{name} is not offered here: leave it out")

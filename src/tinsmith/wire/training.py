@@ -1,0 +1,186 @@
+"""The forward_backward surface: a protobuf request in, a protobuf result out.
+
+Knows the messages and nothing of what makes a request sensible (see `validate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from tinsmith.errors import UnsupportedError
+from tinsmith.types import Array, Datum, FloatArray, LossSpec, OpId, OpKind, RunId, TokenArray, TrainItem, TrainResult
+from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.media import WireError
+from tinsmith.wire.tensors import ElementBudget, decode_tensor, decode_tokens, encode_floats
+
+OUTPUT_TYPE = "ArrayRecord"
+VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequest:
+    run_id: RunId
+    seq_id: int
+    data: tuple[Datum, ...]
+    loss: LossSpec
+    forward_only: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(datum.num_tokens for datum in self.data)
+
+    @property
+    def kind(self) -> OpKind:
+        return OpKind.FORWARD if self.forward_only else OpKind.FORWARD_BACKWARD
+
+    def item(self, op_id: OpId) -> TrainItem:
+        """The request as the engine takes it."""
+        return TrainItem(
+            op_id=op_id,
+            run_id=self.run_id,
+            seq_id=self.seq_id,
+            data=self.data,
+            loss=self.loss,
+            backward=not self.forward_only,
+        )
+
+
+def decode_training(body: bytes) -> TrainingRequest:
+    """A forward_backward request, of either kind; sparse inputs come out dense.
+
+    Raises:
+        WireError: it can't be read; `address` is set if the run and seq_id could.
+        UnsupportedError: images or audio among the inputs.
+    """
+    address = read_address(body)
+    message = pb.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        raise WireError("the request body is no ForwardBackwardRequest message", address) from None
+    if address is None:
+        raise WireError("a forward_backward request needs a model_id and a seq_id of at least 1")
+    budget = ElementBudget()
+    try:
+        data = tuple(_decode_datum(datum, index, budget) for index, datum in enumerate(message.data))
+    except WireError as error:
+        raise WireError(error.message, address) from None
+    return TrainingRequest(
+        run_id=RunId(message.model_id),
+        seq_id=message.seq_id,
+        data=data,
+        loss=LossSpec(name=message.loss_fn, config=_decode_config(message)),
+        forward_only=message.forward_only,
+    )
+
+
+def read_address(body: bytes) -> tuple[str, int] | None:
+    """(model_id, seq_id) of a whole request, in whatever order its fields were written."""
+    address = peek_address(body)
+    if address is not None:
+        return address
+    message = pb.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        return None
+    return (message.model_id, message.seq_id) if message.model_id and message.seq_id >= 1 else None
+
+
+def peek_address(prefix: bytes) -> tuple[str, int] | None:
+    """(model_id, seq_id) from the first bytes of a request, however it goes on; None if they aren't there.
+
+    Reads the fields before the first datum by the protobuf encoding rules
+    (https://protobuf.dev/programming-guides/encoding).
+    """
+    model_id, seq_id = "", 0
+    try:
+        for number, value in _leading_fields(prefix):
+            if number == 1 and isinstance(value, bytes):
+                model_id = value.decode()
+            elif number == 2 and isinstance(value, int):
+                seq_id = value
+            if model_id and seq_id:
+                break
+    except (IndexError, UnicodeDecodeError):
+        return None
+    return (model_id, seq_id) if model_id and 1 <= seq_id < 2**31 else None
+
+
+def encode_train_result(result: TrainResult) -> bytes:
+    """A ForwardBackwardOutput with `logprobs` for each datum, in order; where K changes a new record begins."""
+    output = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE)
+    for trailing, group in groupby(result.logprobs, key=lambda array: array.shape[1:]):
+        _add_record(output, list(group), trailing)
+    for key, value in result.metrics.items():
+        output.metrics[key] = value
+    return bytes(output.SerializeToString())
+
+
+def _add_record(output: pb.ForwardBackwardOutput, arrays: Sequence[FloatArray], trailing: Sequence[int]) -> None:
+    parts = [encode_floats(array) for array in arrays]
+    record = output.loss_fn_outputs.add(type_tag=OUTPUT_TYPE, num_datums=len(arrays))
+    field = record.fields["logprobs"]
+    field.data = b"".join(parts)
+    field.offsets = np.cumsum([0, *map(len, parts)]).astype("<i8").tobytes()
+    field.dtype = pb.DT_F32
+    field.trailing_shape.extend(trailing)
+
+
+def _decode_datum(datum: pb.Datum, index: int, budget: ElementBudget) -> Datum:
+    chunks: list[TokenArray] = []
+    for chunk in datum.model_input:
+        if chunk.WhichOneof("chunk") != "encoded_text":
+            raise UnsupportedError(f"datum {index}: only token chunks can be trained on here, no images and no audio")
+        chunks.append(decode_tokens(chunk.encoded_text.tokens))
+    inputs: dict[str, Array] = {
+        name: decode_tensor(tensor, f"datum {index}, {name}", budget) for name, tensor in datum.loss_fn_inputs.items()
+    }
+    tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
+    return Datum(tokens=tokens, inputs=inputs)
+
+
+def _decode_config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]:
+    config: dict[str, float | str] = dict(message.loss_fn_config)
+    for key, value in message.loss_fn_config_v2.items():
+        config[key] = value.text if value.WhichOneof("value") == "text" else value.number
+    return config
+
+
+def _leading_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of the fields before the first datum (field 3). IndexError where the bytes end."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, kind = tag >> 3, tag & 7
+        if number == 3:
+            return
+        if kind == VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+        elif kind == LENGTH_DELIMITED:
+            size, at = _varint(data, at)
+            if at + size > len(data):
+                raise IndexError(at)
+            yield number, data[at : at + size]
+            at += size
+        elif kind in (FIXED64, FIXED32):
+            at += 8 if kind == FIXED64 else 4
+        else:
+            return
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise IndexError(at)

@@ -1,0 +1,7 @@
+"""`python -m tinsmith.worker`."""
+
+import sys
+
+from tinsmith.worker.main import main
+
+sys.exit(main())

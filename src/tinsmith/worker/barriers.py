@@ -1,0 +1,187 @@
+"""Carries out the ops that stand between passes: create, load, save, optimizer steps.
+
+Each touches one run. Creating, loading and stepping act at once; a save copies the run and leaves the file to the
+writer, so its outcome comes later, through `settle`. A failed op leaves its run as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key
+from tinsmith.checkpoint_file import dump_state, load_state
+from tinsmith.engine import Engine
+from tinsmith.errors import TinsmithError, UserError
+from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
+from tinsmith.types import BlobKey, CheckpointKind, Failure, OpKind, OptimItem, RunState
+from tinsmith.wire import results
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveMeta, SaveSamplerMeta, read_meta
+from tinsmith.worker.decode import Payloads
+from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.runs import HeldRuns
+from tinsmith.worker.writer import Writer
+
+log = structlog.get_logger("tinsmith.worker")
+
+
+class Barriers:
+    def __init__(
+        self,
+        engine: Engine,
+        blobs: Blobs,
+        payloads: Payloads,
+        runs: HeldRuns,
+        writer: Writer,
+        settle: Callable[[Outcome], None],
+    ) -> None:
+        """`settle` is called from the loop's thread with the outcome of each save, once its file is on disk."""
+        self._engine = engine
+        self._blobs = blobs
+        self._payloads = payloads
+        self._runs = runs
+        self._writer = writer
+        self._settle = settle
+
+    def carry_out(self, ops: Sequence[OpRow]) -> list[Outcome]:
+        """The outcomes of all ops but saves, which are settled later. At most one op a run."""
+        finished: list[Outcome] = []
+        steps = [op for op in ops if op.kind is OpKind.OPTIM_STEP]
+        for op in ops:
+            if op.kind is OpKind.OPTIM_STEP:
+                continue
+            try:
+                outcome = self._carry_out_one(op)
+            except TinsmithError as error:
+                outcome = failed(op, error.as_failure())
+            if outcome is not None:
+                finished.append(outcome)
+        return finished + self._step(steps)
+
+    def _carry_out_one(self, op: OpRow) -> Outcome | None:
+        if op.kind is OpKind.CREATE and op.run_id is not None:
+            return self._create(op, self._runs[op.run_id].row)
+        run = self._runs.need(op.run_id).row
+        if op.kind is OpKind.LOAD:
+            load = read_meta(op.meta, LoadMeta)
+            self._import(run, load.blob, with_optimizer=load.optimizer)
+            return succeeded(op, results.load_result(run.run_id, load.path))
+        if op.kind is OpKind.SAVE:
+            self._save(op, run)
+            return None
+        if op.kind is OpKind.SAVE_SAMPLER:
+            self._save_sampler(op, run)
+            return None
+        raise UserError(f"{op.kind} is not a request of a run")
+
+    def _create(self, op: OpRow, run: RunRow) -> Outcome:
+        create = read_meta(op.meta, CreateMeta)
+        if create.blob is None:
+            self._engine.create_run(run.spec)
+            return succeeded(op, results.create_result(run.run_id))
+        self._import(run, create.blob, with_optimizer=create.optimizer)
+        return succeeded(op, results.load_result(run.run_id, create.path or ""))
+
+    def _import(self, run: RunRow, blob: BlobKey, *, with_optimizer: bool) -> None:
+        state = load_state(self._blobs.get(blob))
+        keep = ("param/", "m/", "v/") if with_optimizer else ("param/",)
+        tensors = {name: tensor for name, tensor in state.tensors.items() if name.startswith(keep)}
+        step = state.step if with_optimizer else 0
+        self._engine.import_run(run.spec, RunState(spec=state.spec, step=step, tensors=tensors))
+
+    def _step(self, ops: Sequence[OpRow]) -> list[Outcome]:
+        finished: list[Outcome] = []
+        ready: list[tuple[OpRow, OptimItem]] = []
+        for op in ops:
+            try:
+                run = self._runs.need(op.run_id).row
+                ready.append((op, OptimItem(op.id, run.run_id, self._payloads.adam_params(op))))
+            except TinsmithError as error:
+                finished.append(failed(op, error.as_failure()))
+        outcomes = self._engine.optim_step([item for _, item in ready]) if ready else []
+        for (op, _), outcome in zip(ready, outcomes, strict=True):
+            if isinstance(outcome, Failure):
+                finished.append(failed(op, outcome))
+            else:
+                finished.append(succeeded(op, results.optim_result(outcome)))
+        return finished
+
+    def _save(self, op: OpRow, run: RunRow) -> None:
+        save = read_meta(op.meta, SaveMeta)
+        state = self._engine.export_run(run.run_id, ("param", "m", "v"))
+        path = f"tinker://{run.run_id}/{CheckpointKind.TRAINING}/{save.name}"
+
+        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+            checkpoint = NewCheckpoint(
+                run_id=run.run_id,
+                kind=CheckpointKind.TRAINING,
+                name=save.name,
+                blob=key,
+                size_bytes=info.size,
+                sha256=info.sha256,
+                expires_at=save.expires_at,
+                user_metadata=save.user_metadata,
+                has_optimizer=True,
+                overwrite=save.overwrite,
+            )
+            return succeeded(op, results.save_result(path), checkpoint=checkpoint)
+
+        self._write(op, run, state, outcome)
+
+    def _save_sampler(self, op: OpRow, run: RunRow) -> None:
+        save = read_meta(op.meta, SaveSamplerMeta)
+        state = self._engine.export_run(run.run_id, ("param",))
+
+        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+            checkpoint = sampler = path = None
+            if save.name is not None:
+                path = f"tinker://{run.run_id}/{CheckpointKind.SAMPLER}/{save.name}"
+                checkpoint = NewCheckpoint(
+                    run_id=run.run_id,
+                    kind=CheckpointKind.SAMPLER,
+                    name=save.name,
+                    blob=key,
+                    size_bytes=info.size,
+                    sha256=info.sha256,
+                    expires_at=save.expires_at,
+                    user_metadata=save.user_metadata,
+                    has_optimizer=False,
+                    overwrite=True,
+                )
+            if save.sampler_id is not None:
+                sampler = NewSampler(
+                    tenant_id=run.tenant_id,
+                    session_id=run.session_id,
+                    sampler_id=save.sampler_id,
+                    base_model=run.spec.base_model,
+                    model_path=path,
+                    run_id=run.run_id,
+                    blob=key,
+                    spec=run.spec,
+                )
+            body = results.sampler_result(path, save.sampler_id)
+            return succeeded(op, body, checkpoint=checkpoint, sampler=sampler)
+
+        self._write(op, run, state, outcome)
+
+    def _write(self, op: OpRow, run: RunRow, state: RunState, outcome: Callable[[BlobKey, BlobInfo], Outcome]) -> None:
+        key = checkpoint_key(run.tenant_id)
+        held = self._runs[run.run_id]
+        held.num_saves += 1
+
+        def write() -> BlobInfo:
+            return self._blobs.put(key, dump_state(state))
+
+        def written(info: BlobInfo | BaseException) -> None:
+            held.num_saves -= 1
+            if isinstance(info, BaseException):
+                log.error("checkpoint not written", op_id=op.id, error=str(info))
+                message = f"the checkpoint could not be written ({type(info).__name__}): mend the disk, save again"
+                self._settle(failed(op, Failure("storage", "server", message)))
+                return
+            if op.kind is OpKind.SAVE_SAMPLER:
+                self._engine.add_adapter(key, state)
+            self._settle(outcome(key, info))
+
+        self._writer.submit(write, written)

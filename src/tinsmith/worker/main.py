@@ -1,0 +1,118 @@
+"""The worker process: one base model, one engine, one loop. Started by `serve`, or alone on the same data directory."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from tinsmith import crashpoints, lifeline, observe
+from tinsmith.bases import BaseRef, describe, parse
+from tinsmith.bell import Bell, Ringer
+from tinsmith.blobs import Blobs
+from tinsmith.config import Settings
+from tinsmith.engine import Engine
+from tinsmith.errors import FencedError, TinsmithError
+from tinsmith.store import Store, open_store
+from tinsmith.store.rows import WorkerId
+from tinsmith.types import BaseInfo
+from tinsmith.worker.loop import Worker
+
+log = structlog.get_logger("tinsmith.worker")
+
+EXIT_FENCED = 75
+EXIT_UNUSABLE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve one base model until SIGTERM. 0 after a clean stop, 2 if the base can't be used, 75 if fenced off."""
+    args = _arguments().parse_args(argv)
+    settings = Settings.load()
+    observe.configure(settings, process=f"worker {args.slot}")
+    crashpoints.arm_from(settings.crash_point)
+    if args.parent_fd is not None:
+        lifeline.watch(args.parent_fd)
+    base = parse(args.base)
+    stop = threading.Event()
+    own_bell = Ringer(args.bell)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end(*_: object) -> None:
+        stop.set()
+        own_bell.ring()
+
+    signal.signal(signal.SIGTERM, end)
+    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
+    try:
+        with Bell(args.bell) as bell:
+            _serve(args.slot, base, settings, store, bell, Ringer(args.api_bell), own_bell, stop)
+    except FencedError as error:
+        log.error("another worker took over", slot=args.slot, error=error.message)
+        return EXIT_FENCED
+    except TinsmithError as error:
+        log.error("the worker can't start", base=base.name, error=error.message)
+        return EXIT_UNUSABLE
+    finally:
+        store.close()
+    return 0
+
+
+def _serve(
+    slot: str,
+    base: BaseRef,
+    settings: Settings,
+    store: Store,
+    bell: Bell,
+    api: Ringer,
+    own_bell: Ringer,
+    stop: threading.Event,
+) -> None:
+    me = store.workers.register(slot, base.name, settings.lease_s, time.time())
+    renewing = threading.Thread(target=_renew, args=(store, me, settings.lease_s, stop), name="lease", daemon=True)
+    renewing.start()
+    started = time.monotonic()
+    engine = make_engine(describe(base), settings)
+    store.workers.set_ready(me)
+    api.ring()
+    log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
+    blobs = Blobs(settings.data_dir / "blobs")
+    Worker(me, store, blobs, engine, settings, bell, api, wake=own_bell.ring).run(stop)
+    store.workers.deregister(me)
+
+
+def make_engine(info: BaseInfo, settings: Settings) -> Engine:
+    """The engine of the settings' device.
+
+    Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
+    """
+    name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
+    made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
+    engine: Engine = made(info) if settings.device == "fake" else made(info, settings)
+    return engine
+
+
+def _renew(store: Store, me: WorkerId, lease_s: float, stop: threading.Event) -> None:
+    """Keep the lease while the loop is inside a long pass; end the process at once if it is lost."""
+    while not stop.wait(lease_s / 3):
+        try:
+            store.workers.renew(me, lease_s, time.time())
+        except FencedError as error:
+            log.error("lease lost", slot=me.slot, error=error.message)
+            os._exit(EXIT_FENCED)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tinsmith.worker", description=__doc__)
+    parser.add_argument("--base", required=True, help="NAME=PATH of the base model to serve")
+    parser.add_argument("--slot", required=True, help="this worker's lasting name; a new process under it takes over")
+    parser.add_argument("--bell", required=True, type=Path, help="socket on which this worker is woken")
+    parser.add_argument("--api-bell", required=True, type=Path, help="socket of the API process")
+    parser.add_argument("--parent-fd", type=int, default=None, help="pipe that closes when the parent is gone")
+    return parser

@@ -1,0 +1,67 @@
+"""Outcomes of ops, and how they are recorded: large results to files first, then one transaction, then the bell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tinsmith.bell import Ringer
+from tinsmith.blobs import Blobs, result_key
+from tinsmith.store import Store
+from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow, WorkerId
+from tinsmith.types import Failure, OpState
+from tinsmith.wire.media import JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    op: OpRow
+    finished: Finished
+
+
+def succeeded(
+    op: OpRow,
+    body: bytes,
+    media: str = JSON,
+    *,
+    checkpoint: NewCheckpoint | None = None,
+    sampler: NewSampler | None = None,
+) -> Outcome:
+    finished = Finished(
+        op_id=op.id,
+        state=OpState.DONE,
+        result=body,
+        result_bytes=len(body),
+        media=media,
+        checkpoint=checkpoint,
+        sampler=sampler,
+    )
+    return Outcome(op, finished)
+
+
+def failed(op: OpRow, failure: Failure) -> Outcome:
+    return Outcome(op, Finished(op_id=op.id, state=OpState.FAILED, media=JSON, failure=failure))
+
+
+class Recorder:
+    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Ringer, inline_bytes: int) -> None:
+        """`api` is rung once outcomes can be fetched."""
+        self._me = me
+        self._store = store
+        self._blobs = blobs
+        self._api = api
+        self._inline_bytes = inline_bytes
+
+    def record(self, outcomes: Sequence[Outcome]) -> None:
+        """Raises: FencedError: this worker's place was taken; nothing was recorded."""
+        self._store.ops.finish(self._me, [self._spill(outcome) for outcome in outcomes], time.time())
+        self._api.ring()
+
+    def _spill(self, outcome: Outcome) -> Finished:
+        finished = outcome.finished
+        if finished.result is None or len(finished.result) <= self._inline_bytes:
+            return finished
+        key = result_key(outcome.op.tenant_id, outcome.op.id)
+        self._blobs.put(key, finished.result)
+        return replace(finished, result=None, result_blob=key)

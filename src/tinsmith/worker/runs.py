@@ -1,0 +1,154 @@
+"""The runs that this worker holds: leased, restored, evicted.
+
+Owns the answer to "up to which op is this run's state in memory". What stays true: a run leaves memory only when its
+row and files alone can bring it back, and after an error that may have left it half changed it is read anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import structlog
+
+from tinsmith.blobs import Blobs
+from tinsmith.checkpoint_file import load_state
+from tinsmith.config import Settings
+from tinsmith.engine import Engine
+from tinsmith.errors import UserError
+from tinsmith.recovery import Logged, plan_recovery
+from tinsmith.scheduler import Candidate
+from tinsmith.store import Store
+from tinsmith.store.rows import OpRow, RunRow, WorkerId
+from tinsmith.types import RunId
+from tinsmith.worker.snapshots import HeldRun, Snapshots
+from tinsmith.worker.writer import Writer
+
+log = structlog.get_logger("tinsmith.worker")
+
+
+class HeldRuns:
+    def __init__(
+        self, me: WorkerId, base: str, store: Store, blobs: Blobs, engine: Engine, settings: Settings, writer: Writer
+    ) -> None:
+        self._me = me
+        self._base = base
+        self._store = store
+        self._blobs = blobs
+        self._engine = engine
+        self._settings = settings
+        self._writer = writer
+        self._snapshots = Snapshots(me, store, blobs, engine, settings, writer)
+        self._held: dict[RunId, HeldRun] = {}
+
+    def __getitem__(self, run_id: RunId) -> HeldRun:
+        return self._held[run_id]
+
+    def lease(self) -> None:
+        """Take the runs of this base that have work and no living holder."""
+        for row in self._store.runs.lease(self._me, self._base, limit=1024):
+            self._adopt(row)
+
+    def replay_candidates(self) -> list[Candidate]:
+        return [
+            Candidate(op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens, is_replay=True)
+            for held in self._held.values()
+            for op in held.replays.values()
+        ]
+
+    def replayed_op(self, run_id: RunId, seq_id: int) -> OpRow:
+        return self._held[run_id].replays[seq_id]
+
+    def restore(self, run_id: RunId) -> bool:
+        """Bring the run's snapshot into the engine if it isn't there. False: nothing is on disk to start from."""
+        held = self._held[run_id]
+        held.used_at = time.monotonic()
+        if self._engine.has_run(run_id):
+            return True
+        if held.snapshot is None:
+            return False
+        state = load_state(self._blobs.get(held.snapshot))
+        self._engine.import_run(held.row.spec, state)
+        log.info("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
+        return True
+
+    def need(self, run_id: RunId | None) -> HeldRun:
+        """The run, in the engine.
+
+        Raises:
+            UserError: it was never created.
+        """
+        if run_id is None:
+            raise UserError("this request needs a run")
+        if not self.restore(run_id):
+            raise UserError(f"the run {run_id} was not created: look at the error of its create request")
+        return self._held[run_id]
+
+    def applied(self, op: OpRow, seconds: float) -> None:
+        """The op has been computed (again or for the first time) and, unless it is a replay, committed."""
+        held = self._held.get(op.run_id) if op.run_id else None
+        if held is None:
+            return
+        held.replays.pop(op.seq_id, None)
+        held.applied_seq = max(held.applied_seq, op.seq_id)
+        if op.kind.has_effect:
+            held.debt_bytes += op.payload_bytes
+            held.debt_s += seconds
+
+    def forget(self, run_ids: Iterable[RunId]) -> None:
+        """Drop the runs' tensors and read their logs again: after an error that may have left them half changed."""
+        self._writer.flush()
+        for run_id in set(run_ids):
+            self._engine.drop_run(run_id)
+            row = self._held[run_id].row
+            self._adopt(self._store.runs.get(row.tenant_id, run_id))
+
+    def snapshot_due(self) -> None:
+        """Start a snapshot of each run whose debt has grown past the settings."""
+        for held in self._held.values():
+            if self._snapshots.is_due(held):
+                self._snapshots.start(held)
+
+    def snapshot_all(self) -> None:
+        """Start a snapshot of every run that has any debt: before a clean stop."""
+        for held in self._held.values():
+            if held.applied_seq > held.snapshot_seq and self._snapshots.can_start(held):
+                self._snapshots.start(held)
+
+    def evict(self, busy: frozenset[RunId]) -> None:
+        """Let go of the least recently used runs beyond the settings' number, those in `busy` excepted."""
+        surplus = len(self._held) - self._settings.max_resident_runs
+        if surplus <= 0:
+            return
+        idle = sorted((h for r, h in self._held.items() if r not in busy), key=lambda h: h.used_at)
+        for held in idle[:surplus]:
+            run_id = held.row.run_id
+            if held.num_saves or held.is_snapshotting or held.replays:
+                continue
+            if held.applied_seq > held.snapshot_seq and held.debt_bytes + held.debt_s > 0:
+                if self._snapshots.can_start(held):
+                    self._snapshots.start(held)
+                continue
+            self._engine.drop_run(run_id)
+            del self._held[run_id]
+            self._store.runs.release(self._me, [run_id])
+
+    def release_all(self) -> None:
+        self._store.runs.release(self._me, list(self._held))
+        self._held.clear()
+
+    def _adopt(self, row: RunRow) -> None:
+        log_rows = self._store.ops.replayable(row.run_id, row.snapshot_seq)
+        recovery = plan_recovery(
+            row.run_id, row.snapshot_seq, row.snapshot_blob, [Logged(op.seq_id, op.kind) for op in log_rows]
+        )
+        by_seq = {op.seq_id: op for op in log_rows}
+        self._held[row.run_id] = HeldRun(
+            row=row,
+            snapshot=recovery.snapshot,
+            snapshot_seq=row.snapshot_seq,
+            applied_seq=recovery.applied_seq,
+            replays={seq: by_seq[seq] for seq in recovery.replays},
+        )
+        if recovery.replays:
+            log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))

@@ -1,0 +1,289 @@
+"""A house for the API's tests: a real store and files on disk, and a worker that finishes ops by hand."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from litestar.testing import TestClient
+
+from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.main import Server, make_server
+from tinsmith.api.services import ServedBase, Services
+from tinsmith.api.waiters import Waiters
+from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
+from tinsmith.bell import Bell, Ringer
+from tinsmith.blobs import Blobs, checkpoint_key
+from tinsmith.config import Settings
+from tinsmith.store import Store, open_store
+from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
+from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
+from tinsmith.wire import results
+from tinsmith.wire.media import JSON, PROTOBUF
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SampleMeta, SaveMeta, SaveSamplerMeta, read_meta
+from tinsmith.wire.requests import decode_optim_step
+from tinsmith.wire.sampling import decode_sample, encode_sample_result
+from tinsmith.wire.training import decode_training, encode_train_result
+
+BASE = SHIPPED_NAME
+
+
+class HandWorker:
+    """Claims what is runnable and finishes it with made-up numbers; `seen` is the order of its work."""
+
+    def __init__(self, store: Store, blobs: Blobs, bell: Bell, api: Ringer) -> None:
+        self._store, self._blobs, self._bell, self._api = store, blobs, bell, api
+        self._me = store.workers.register("hand", BASE, 3600.0, time.time())
+        store.workers.set_ready(self._me)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="hand-worker")
+        self.seen: list[OpRow] = []
+
+    def step(self) -> int:
+        """Finish all that is runnable now; how many ops."""
+        self._store.runs.lease(self._me, BASE, 100)
+        runnable = self._store.ops.runnable(self._me, BASE, 1000)
+        ops = self._store.ops.claim(self._me, [op.id for op in runnable], time.time())
+        ops.sort(key=lambda op: (op.run_id or "", op.seq_id))
+        if ops:
+            self._store.ops.finish(self._me, [self._outcome(op) for op in ops], time.time())
+            self.seen.extend(ops)
+            self._api.ring()
+        return len(ops)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._api.close()
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            if not self.step():
+                self._bell.wait(0.05)
+
+    def _payload(self, op: OpRow) -> bytes:
+        return op.payload if op.payload is not None else self._blobs.get(op.payload_blob)
+
+    def _outcome(self, op: OpRow) -> Finished:
+        extra: dict[str, Any] = {}
+        media = JSON
+        if op.kind.is_pass:
+            data = decode_training(self._payload(op)).data
+            logprobs = tuple(np.full(d.inputs["target_tokens"].shape, -1, np.float32) for d in data)
+            body, media = encode_train_result(TrainResult(logprobs, {"loss:sum": float(len(data))})), PROTOBUF
+        elif op.kind is OpKind.SAMPLE:
+            body, media = self._sampled(op), PROTOBUF
+        elif op.kind is OpKind.OPTIM_STEP:
+            body = results.optim_result(OptimResult({"lr": decode_optim_step(self._payload(op)).learning_rate}))
+        elif op.kind is OpKind.CREATE:
+            create = read_meta(op.meta, CreateMeta)
+            body = results.create_result(op.run_id) if create.blob is None else self._loaded(op, create.path)
+        elif op.kind is OpKind.LOAD:
+            body = self._loaded(op, read_meta(op.meta, LoadMeta).path)
+        else:
+            body, extra = self._saved(op)
+        return Finished(op.id, OpState.DONE, result=body, result_bytes=len(body), media=media, **extra)
+
+    def _loaded(self, op: OpRow, path: str | None) -> bytes:
+        assert self._blobs.exists(op.meta["blob"])
+        return results.load_result(op.run_id, path or "")
+
+    def _sampled(self, op: OpRow) -> bytes:
+        asked = decode_sample(self._payload(op))
+        seed = read_meta(op.meta, SampleMeta).seed
+        tokens = np.full(asked.params.max_tokens or 3, seed % 50, np.int32)
+        sequence = SampledSequence(tokens, np.full(tokens.size, -0.5, np.float32), stopped=False)
+        prompt = np.full(asked.prompt.size, -2, np.float32) if asked.prompt_logprobs else None
+        if prompt is not None:
+            prompt[0] = np.nan
+        return encode_sample_result(SampleResult((sequence,) * asked.num_samples, prompt_logprobs=prompt))
+
+    def _saved(self, op: OpRow) -> tuple[bytes, dict[str, Any]]:
+        run = self._store.runs.get(op.tenant_id, op.run_id)
+        key = checkpoint_key(op.tenant_id)
+        info = self._blobs.put(key, b"weights")
+        is_training = op.kind is OpKind.SAVE
+        save = read_meta(op.meta, SaveMeta if is_training else SaveSamplerMeta)
+        kind = CheckpointKind.TRAINING if is_training else CheckpointKind.SAMPLER
+        if save.name is not None:
+            checkpoint = NewCheckpoint(
+                run.run_id, kind, save.name, key, info.size, info.sha256,
+                save.expires_at, save.user_metadata, has_optimizer=is_training,
+            )  # fmt: skip
+            path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
+            body = results.save_result(path) if is_training else results.sampler_result(path, None)
+            return body, {"checkpoint": checkpoint}
+        sampler = NewSampler(
+            op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, key, run.spec
+        )  # fmt: skip
+        return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
+
+
+@dataclass
+class House:
+    """`key` speaks for tenant alice (an admin), `other_key` for bob. `make_worker` may be called once."""
+
+    root: Path
+    settings: Settings
+    store: Store = field(init=False)
+    ready: set[str] = field(default_factory=lambda: {BASE})
+    workers: list[HandWorker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = open_store(self.settings.data_dir, synchronous="NORMAL")
+        self.blobs = Blobs(self.settings.data_dir / "blobs")
+        alice, bob = self.store.tenants.create("alice"), self.store.tenants.create("bob")
+        _, self.key = self.store.tenants.create_key(alice.tenant_id, "laptop", is_admin=True)
+        _, self.other_key = self.store.tenants.create_key(bob.tenant_id, "laptop")
+        self.tenant_id = alice.tenant_id
+        self.api_bell = Bell(self.root / "api.sock")
+        self.worker_bell = Bell(self.root / "worker.sock")
+        ref = BaseRef(BASE, SHIPPED_PATH)
+        files = {file.name: file for file in tokenizer_files(SHIPPED_PATH)}
+        self.services = Services(
+            settings=self.settings,
+            store=self.store,
+            blobs=self.blobs,
+            bases={BASE: ServedBase(describe(ref), files)},
+            waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
+            ringers={BASE: Ringer(self.root / "worker.sock")},
+            ready_bases=lambda: self.ready,
+        )
+
+    def make_worker(self) -> HandWorker:
+        self.workers.append(HandWorker(self.store, self.blobs, self.worker_bell, Ringer(self.root / "api.sock")))
+        return self.workers[-1]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+        self.services.close()
+        self.api_bell.close()
+        self.worker_bell.close()
+        self.store.close()
+
+
+class Api:
+    """A client of the app in this process, as one tenant."""
+
+    def __init__(self, client: TestClient[Any], key: str | None) -> None:
+        self._client = client
+        self.headers = {} if key is None else {"X-API-Key": key}
+
+    def post(self, path: str, body: Any = None, status: int = 200, **options: Any) -> Any:
+        return self.call("POST", path, status, json={} if body is None else body, **options)
+
+    def get(self, path: str, status: int = 200, **options: Any) -> Any:
+        return self.call("GET", path, status, **options)
+
+    def call(self, method: str, path: str, status: int, **options: Any) -> Any:
+        headers = {**self.headers, **options.pop("headers", {})}
+        response = self._client.request(method, f"/api/v1{path}", headers=headers, **options)
+        assert response.status_code == status, f"{response.status_code}: {response.text}"
+        return response.json() if response.content else None
+
+    def raw(self, method: str, url: str, **options: Any) -> Any:
+        headers = {**self.headers, **options.pop("headers", {})}
+        return self._client.request(method, url, headers=headers, **options)
+
+    def session(self) -> str:
+        return str(
+            self.post("/create_session", {"tags": [], "user_metadata": {"a": 1}, "sdk_version": "t"})["session_id"]
+        )
+
+    def create(self, session: str, seq: int = 0, **changes: Any) -> dict[str, Any]:
+        body = {"session_id": session, "model_seq_id": seq, "base_model": BASE, "lora_config": {"rank": 4}, **changes}
+        return dict(self.post("/create_model", body))
+
+    def result(self, promise: dict[str, Any], status: int = 200) -> Any:
+        return self.post("/retrieve_future", {"request_id": promise["request_id"]}, status)
+
+
+@pytest.fixture
+def make_house(tmp_path: Path) -> Iterator[Any]:
+    houses: list[House] = []
+
+    def make(**changes: Any) -> House:
+        defaults = {"data_dir": tmp_path / "data", "poll_hold_s": 0.3, "scan_interval_s": 0.1}
+        houses.append(House(tmp_path, Settings(**{**defaults, **changes})))
+        return houses[-1]
+
+    yield make
+    for made in houses:
+        made.close()
+
+
+@pytest.fixture
+def house(make_house: Any) -> House:
+    return make_house()
+
+
+@pytest.fixture
+def client(house: House) -> Iterator[TestClient[Any]]:
+    with TestClient(with_edge(build_app(house.services)), raise_server_exceptions=False) as test_client:
+        yield test_client
+
+
+@pytest.fixture
+def api(house: House, client: TestClient[Any]) -> Api:
+    return Api(client, house.key)
+
+
+@pytest.fixture
+def other(house: House, client: TestClient[Any]) -> Api:
+    return Api(client, house.other_key)
+
+
+@pytest.fixture
+def anonymous(client: TestClient[Any]) -> Api:
+    return Api(client, None)
+
+
+@pytest.fixture
+def worker(house: House) -> HandWorker:
+    """Not started: call `step`, or `start` its thread."""
+    return house.make_worker()
+
+
+@dataclass
+class Live:
+    """The API behind uvicorn on a free port, in a thread."""
+
+    url: str
+    server: Server
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+
+
+@pytest.fixture
+def live(house: House) -> Iterator[Live]:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = make_server(house.services)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="uvicorn")
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    made = Live(f"http://127.0.0.1:{sock.getsockname()[1]}", server, thread)
+    yield made
+    made.stop()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # connections that the SDK never closes

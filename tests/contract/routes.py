@@ -1,0 +1,145 @@
+"""Every closed route and the request that exercises it, so that a new route can't be forgotten by the tests of access.
+
+`KINDS` are the kinds of ids that a request may carry; a request that carries none has an empty set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tests.contract.raw import BASE, PROTOBUF
+from tinsmith.api import app
+from tinsmith.wire import wire_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """What a tenant has: one of each kind. `sampler_path` and `path` are checkpoints of `run`."""
+
+    session: str
+    run: str
+    sampler: str
+    future: str
+    path: str
+    sampler_path: str
+
+    def hide(self, text: str) -> str:
+        """The text without the ids, to compare answers about different objects."""
+        for name in ("path", "sampler_path", "run", "sampler", "session", "future"):
+            text = text.replace(getattr(self, name), f"<{name}>")
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One request."""
+
+    method: str
+    path: str
+    json: Any = None
+    content: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        body = {"json": self.json} if self.content is None else {"content": self.content}
+        return {**({} if self.json is None and self.content is None else body), "headers": dict(self.headers)}
+
+
+def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
+    """By route: requests about the objects `at`, by someone who has `mine`; `seq_id` is one that isn't taken yet."""
+    checkpoints = f"/training_runs/{at.run}/checkpoints"
+    seq = {"model_id": at.run, "seq_id": seq_id}
+    new_run = {"session_id": at.session, "model_seq_id": seq_id}
+    my_run = {"session_id": mine.session, "model_seq_id": seq_id}
+    my_sampler = {"session_id": mine.session, "sampling_session_seq_id": seq_id}
+    sample = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
+    return {
+        "POST /create_session": [],
+        "POST /session_heartbeat": [Probe("POST", "/session_heartbeat", {"session_id": at.session})],
+        "POST /sessions/{session_id:str}/finish": [Probe("POST", f"/sessions/{at.session}/finish", {})],
+        "GET /sessions": [],
+        "GET /sessions/{session_id:str}": [Probe("GET", f"/sessions/{at.session}")],
+        "POST /client/config": [],
+        "POST /client/dynamic_config": [],
+        "POST /telemetry": [],
+        "GET /get_server_capabilities": [],
+        "POST /create_model": [Probe("POST", "/create_model", {**new_run, "base_model": BASE})],
+        "POST /get_info": [Probe("POST", "/get_info", {"model_id": at.run})],
+        "POST /forward_backward": [
+            Probe("POST", "/forward_backward", content=training(at.run, seq_id), headers={"content-type": PROTOBUF})
+        ],
+        "POST /optim_step": [Probe("POST", "/optim_step", {**seq, "adam_params": {}})],
+        "POST /save_weights": [Probe("POST", "/save_weights", {**seq, "path": "x"})],
+        "POST /save_weights_for_sampler": [
+            Probe("POST", "/save_weights_for_sampler", {**seq, "path": "x"}),
+            Probe("POST", "/save_weights_for_sampler", {**seq, "sampling_session_seq_id": 5}),
+        ],
+        "POST /save_weights_external": [Probe("POST", "/save_weights_external", {**seq, "path": "x"})],
+        "POST /load_weights": [
+            Probe("POST", "/load_weights", {**seq, "path": mine.path, "optimizer": False}),
+            Probe("POST", "/load_weights", {**new_run, "path": mine.path}),
+            Probe("POST", "/load_weights", {**my_run, "path": at.path}),
+            Probe("POST", "/load_weights", {"model_id": mine.run, "seq_id": seq_id, "path": at.path}),
+        ],
+        "POST /weights_info": [
+            Probe("POST", "/weights_info", {"tinker_path": at.path}),
+            Probe("POST", "/weights_info", {"tinker_path": at.sampler_path}),
+        ],
+        "POST /create_sampling_session": [
+            Probe("POST", "/create_sampling_session", {**my_sampler, "model_path": at.sampler_path}),
+            Probe("POST", "/create_sampling_session", {**my_sampler, "session_id": at.session, "base_model": BASE}),
+        ],
+        "GET /samplers/{sampler_id:str}": [Probe("GET", f"/samplers/{at.sampler}")],
+        "POST /asample": [
+            Probe("POST", "/asample", {"sampling_session_id": at.sampler, "seq_id": seq_id, **sample}),
+        ],
+        "POST /retrieve_future": [Probe("POST", "/retrieve_future", {"request_id": at.future})],
+        "GET /training_runs": [],
+        "GET /training_runs/{run_id:str}": [Probe("GET", f"/training_runs/{at.run}")],
+        "GET /training_runs/{run_id:str}/checkpoints": [Probe("GET", checkpoints)],
+        "GET /checkpoints": [],
+        "DELETE /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}": [
+            Probe("DELETE", f"{checkpoints}/weights/kept"),
+            Probe("DELETE", f"{checkpoints}/sampler_weights/kept"),
+        ],
+        "PUT /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/ttl": [
+            Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 1}),
+            Probe("PUT", f"{checkpoints}/sampler_weights/kept/ttl", {"ttl_seconds": None}),
+        ],
+        "POST /admin/keys": [],
+        "GET /admin/keys": [],
+        "DELETE /admin/keys/{key_id:str}": [],
+    }
+
+
+def closed_routes() -> list[str]:
+    """ "METHOD /path" of every route that needs a key."""
+    return sorted(
+        f"{method} {path}"
+        for handler in (*app.CLOSED, *app.ADMIN)
+        for path in handler.paths
+        for method in handler.http_methods
+        if method not in ("OPTIONS", "HEAD")
+    )
+
+
+def concrete(route: str) -> tuple[str, str]:
+    """A method and a path with something in each of its holes."""
+    method, _, path = route.partition(" ")
+    for hole in ("run_id", "session_id", "sampler_id", "key_id", "kind", "name"):
+        path = path.replace(f"{{{hole}:str}}", "weights" if hole == "kind" else "x")
+    return method, path
+
+
+def training(run_id: str, seq_id: int) -> bytes:
+    message = pb.ForwardBackwardRequest(model_id=run_id, seq_id=seq_id, loss_fn="cross_entropy")
+    datum = message.data.add()
+    datum.model_input.add().encoded_text.tokens = np.array([1, 2], "<i4").tobytes()
+    targets = datum.loss_fn_inputs["target_tokens"]
+    targets.dense, targets.dtype = np.array([2, 3], "<i8").tobytes(), pb.DT_I64
+    return bytes(message.SerializeToString())

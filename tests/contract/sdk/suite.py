@@ -1,0 +1,400 @@
+"""What any supported SDK may expect of a server, written so that SDK 0.25 and SDK 0.38 both can run it.
+
+Runs in the client's own environment (`python -m pytest tests/contract/sdk`) against the server named by
+TINKER_BASE_URL and TINKER_API_KEY, which serves tinsmith/tiny. Imports nothing of tinsmith. The releases differ in
+what a call hands back (a client, or a future of one), which `done` hides, and in how they resume: a test each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import pickle
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+BASE = "tinsmith/tiny"
+TEXT = [5, 17, 42, 99, 7, 13, 28, 64]
+VERSION = tuple(int(part) for part in importlib.metadata.version("tinker").split(".")[:2])
+HELLO = "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
+
+
+def done(value: Any) -> Any:
+    """What a call is about: the value itself, or the result of the future."""
+    return value.result() if hasattr(value, "result") else value
+
+
+@pytest.fixture(scope="module")
+def client() -> tinker.ServiceClient:
+    return tinker.ServiceClient()
+
+
+@pytest.fixture
+def run(client: Any) -> Any:
+    return done(client.create_lora_training_client(BASE, rank=8, seed=3))
+
+
+@pytest.fixture
+def rest(client: Any) -> Any:
+    return client.create_rest_client()
+
+
+def datum(tokens: list[int] = TEXT, **inputs: Any) -> types.Datum:
+    arrays = {name: np.array(values, np.float32) for name, values in inputs.items()}
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": np.array(tokens[1:], np.int64), **arrays},
+    )
+
+
+def logprobs(output: Any) -> list[np.ndarray]:
+    return [np.array(row["logprobs"].tolist(), np.float32) for row in output.loss_fn_outputs]
+
+
+def current(run: Any, tokens: list[int] = TEXT) -> np.ndarray:
+    return logprobs(run.forward([datum(tokens)], "cross_entropy").result())[0]
+
+
+def step(run: Any, learning_rate: float = 5e-3) -> float:
+    """One supervised step; the loss before it. The step is posted before the pass is fetched."""
+    passed = run.forward_backward([datum()], "cross_entropy")
+    run.optim_step(types.AdamParams(learning_rate=learning_rate)).result()
+    return float(passed.result().metrics["loss:sum"])
+
+
+def test_capabilities(client: Any) -> None:
+    models = done(client.get_server_capabilities()).supported_models
+    assert BASE in [model.model_name for model in models]
+
+
+def test_supervised_training(run: Any) -> None:
+    losses = [step(run) for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_optim_step_says_what_it_did(run: Any) -> None:
+    run.forward_backward([datum()], "cross_entropy").result()
+    metrics = run.optim_step(types.AdamParams(learning_rate=1e-3)).result().metrics
+    assert metrics["grad_norm"] > 0
+
+
+def test_weights_of_any_sign(run: Any) -> None:
+    weights = [0.5, -2.0, 0.0, 3.0, 1.0, 0.25, 1.5]
+    output = run.forward_backward([datum(weights=weights)], "cross_entropy").result()
+    assert output.metrics["loss:sum"] == pytest.approx(-float(np.dot(logprobs(output)[0], weights)), abs=1e-4)
+
+
+def test_several_targets_a_position(run: Any) -> None:
+    item = types.Datum(
+        model_input=types.ModelInput.from_ints([1, 2, 3]),
+        loss_fn_inputs={
+            "target_tokens": np.array([[4, 5], [6, 7], [8, 9]], np.int64),
+            "weights": np.full((3, 2), 0.5, np.float32),
+        },
+    )
+    output = run.forward_backward([item], "cross_entropy").result()
+    assert output.loss_fn_outputs[0]["logprobs"].shape == [3, 2]
+
+
+def test_a_batch_of_two_requests(run: Any) -> None:
+    """1,030 data are two requests; the SDK posts the second first."""
+    data = [datum([3 + i % 50, 4, 5 + i % 7]) for i in range(1030)]
+    output = run.forward_backward(data, "cross_entropy").result()
+    assert len(output.loss_fn_outputs) == 1030
+    single = current(run, [3 + 1029 % 50, 4, 5 + 1029 % 7])
+    np.testing.assert_array_equal(logprobs(output)[1029], single)
+
+
+def test_reinforcement_learning(run: Any) -> None:
+    """Two steps on groups: sample from a snapshot, train with the sampler's own log-probabilities."""
+    prompt = types.ModelInput.from_ints(TEXT)
+    for _ in range(2):
+        sampler = done(run.save_weights_and_get_sampling_client())
+        params = types.SamplingParams(max_tokens=6, temperature=1.0, seed=4, stop=[0])
+        group = sampler.sample(prompt, num_samples=4, sampling_params=params).result().sequences
+        assert len(group) == 4
+        data = []
+        for index, sequence in enumerate(group):
+            tokens = TEXT + list(sequence.tokens)
+            padding = [0.0] * (len(TEXT) - 1)
+            advantages = padding + [1.0 if index % 2 else -1.0] * len(sequence.tokens)
+            data.append(datum(tokens, logprobs=padding + list(sequence.logprobs), advantages=advantages))
+        output = run.forward_backward(data, "importance_sampling").result()
+        for sequence, trained in zip(group, logprobs(output), strict=True):
+            np.testing.assert_allclose(trained[len(TEXT) - 1 :], sequence.logprobs, atol=1e-5)
+        run.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "dro"])
+def test_clipped_and_regularised_losses(run: Any, loss: str) -> None:
+    """On policy each of them has the gradient of -Σ A·lp, whatever its thresholds."""
+    now = current(run).tolist()
+    item = datum(logprobs=now, advantages=[1.0] * len(now))
+    config = {"dro": {"beta": 0.1}}.get(loss, {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1})
+    plain = run.forward_backward([datum(weights=[1.0] * len(now))], "cross_entropy")
+    expected = run.optim_step(types.AdamParams(learning_rate=0.0)).result().metrics["grad_norm"]
+    passed = run.forward_backward([item], loss, config)
+    found = run.optim_step(types.AdamParams(learning_rate=0.0)).result().metrics["grad_norm"]
+    assert np.isfinite(plain.result().metrics["loss:sum"] + passed.result().metrics["loss:sum"])
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_of_the_callers_own(run: Any) -> None:
+    pytest.importorskip("torch")
+    seen: list[float] = []
+
+    def loss(data: Any, found: Any) -> Any:
+        seen.append(float(found[0].detach().sum()))
+        return -found[0].sum(), {"mine": 3.0}
+
+    before = run.forward([datum()], "cross_entropy").result().metrics["loss:sum"]
+    metrics = done(run.forward_backward_custom([datum()], loss)).metrics
+    run.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+    assert seen == [pytest.approx(-before, abs=1e-4)]
+    assert metrics["loss:sum"] == pytest.approx(before, abs=1e-4)
+    assert run.forward([datum()], "cross_entropy").result().metrics["loss:sum"] < before
+
+
+def test_resume_with_and_without_the_optimizer(client: Any, run: Any) -> None:
+    """As the release resumes when it follows the server's flags."""
+    step(run)
+    path = run.save_state("mid").result().path
+    assert path.endswith("/weights/mid")
+    step(run)
+    expected = step(run)
+    resumed = done(client.create_training_client_from_state_with_optimizer(path))
+    step(resumed)
+    assert step(resumed) == expected
+    weights_only = done(client.create_training_client_from_state(path, user_metadata={"from": "mid"}))
+    step(weights_only)
+    assert step(weights_only) != expected
+
+
+@pytest.mark.skipif(VERSION >= (0, 38), reason="0.38 resumes in one request only")
+@pytest.mark.parametrize("keeps_optimizer", [False, True])
+def test_resume_in_three_requests(run: Any, keeps_optimizer: bool) -> None:
+    """weights_info, create_model, load_weights: what 0.25 does where a server doesn't say better."""
+    old = tinker.ServiceClient()
+    old.holder._client_config = old.holder._client_config.model_copy(update={"create_model_via_load_weights": False})
+    step(run)
+    path = run.save_state("old-way").result().path
+    step(run)
+    expected = step(run)
+    make = old.create_training_client_from_state
+    if keeps_optimizer:
+        make = old.create_training_client_from_state_with_optimizer
+    resumed = done(make(path, user_metadata={"from": "old-way"}))
+    assert resumed.get_info().lora_rank == 8
+    step(resumed)
+    assert (step(resumed) == expected) is keeps_optimizer
+
+
+def test_load_state_into_the_run(run: Any) -> None:
+    path = run.save_state("start").result().path
+    start = current(run)
+    step(run)
+    assert (current(run) != start).any()
+    run.load_state(path).result()
+    np.testing.assert_array_equal(current(run), start)
+
+
+def test_a_snapshot_is_frozen(run: Any) -> None:
+    sampler = done(run.save_weights_and_get_sampling_client())
+    prompt = types.ModelInput.from_ints(TEXT)
+    before = sampler.compute_logprobs(prompt).result()
+    assert before[0] is None
+    np.testing.assert_allclose(before[1:], current(run), atol=1e-5)
+    step(run)
+    assert sampler.compute_logprobs(prompt).result() == before
+
+
+def test_a_named_sampler_checkpoint(client: Any, run: Any) -> None:
+    path = run.save_weights_for_sampler("published").result().path
+    for sampler in (done(client.create_sampling_client(model_path=path)), done(run.create_sampling_client(path))):
+        assert sampler.get_base_model() == BASE
+        found = sampler.compute_logprobs(types.ModelInput.from_ints(TEXT)).result()
+        np.testing.assert_allclose(found[1:], current(run), atol=1e-5)
+
+
+def test_sampling_is_seeded(client: Any) -> None:
+    sampler = done(client.create_sampling_client(base_model=BASE))
+    prompt = types.ModelInput.from_ints(TEXT)
+
+    def tokens(seed: int) -> list[list[int]]:
+        params = types.SamplingParams(max_tokens=12, seed=seed, top_k=50, top_p=0.95)
+        return [list(s.tokens) for s in sampler.sample(prompt, 2, params).result().sequences]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_prompt_logprobs_and_their_alternatives(client: Any) -> None:
+    sampler = done(client.create_sampling_client(base_model=BASE))
+    answer = sampler.sample(
+        types.ModelInput.from_ints(TEXT),
+        num_samples=1,
+        sampling_params=types.SamplingParams(max_tokens=1),
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+    ).result()
+    assert len(answer.prompt_logprobs) == len(answer.topk_prompt_logprobs) == len(TEXT)
+    assert answer.topk_prompt_logprobs[0] is None
+    top = dict(answer.topk_prompt_logprobs[1])
+    assert len(top) == 3
+    assert answer.prompt_logprobs[1] <= max(top.values()) + 1e-6
+
+
+def test_stops(client: Any, run: Any) -> None:
+    """At the model's own end, at a string, at a token, never."""
+    sampler = done(client.create_sampling_client(base_model=BASE))
+    tokenizer = run.get_tokenizer()
+    prompt = types.ModelInput.from_ints(tokenizer.encode(HELLO))
+
+    def sample(max_tokens: int = 60, **params: Any) -> Any:
+        asked = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, **params)
+        return sampler.sample(prompt, num_samples=1, sampling_params=asked).result().sequences[0]
+
+    plain = sample()
+    assert plain.stop_reason == "stop"
+    assert plain.tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    endless = sample(stop=[])
+    assert (endless.stop_reason, len(endless.tokens)) == ("length", 60)
+    needle = tokenizer.decode(endless.tokens)[3:6]
+    for stop in (needle, [needle]):
+        cut = sample(stop=stop)
+        assert cut.stop_reason == "stop"
+        assert needle in tokenizer.decode(cut.tokens)
+        assert needle not in tokenizer.decode(cut.tokens[:-1])
+    at_token = sample(stop=[plain.tokens[2]])
+    assert at_token.tokens[-1] == plain.tokens[2]
+    assert sample(max_tokens=2).stop_reason == "length"
+
+
+def test_a_sampling_client_in_another_process(client: Any) -> None:
+    """A copy draws its sequence numbers from far above 32 bits."""
+    sampler = done(client.create_sampling_client(base_model=BASE))
+    copy = pickle.loads(pickle.dumps(sampler))
+    params = types.SamplingParams(max_tokens=4, seed=1)
+    prompt = types.ModelInput.from_ints(TEXT)
+    here, there = (one.sample(prompt, 1, params).result().sequences[0].tokens for one in (sampler, copy))
+    assert here == there
+
+
+def test_the_async_calls(client: Any) -> None:
+    async def go() -> float:
+        run = await client.create_lora_training_client_async(BASE, rank=4)
+        passed = await run.forward_backward_async([datum()], "cross_entropy")
+        stepped = await run.optim_step_async(types.AdamParams())
+        await stepped
+        sampler = await run.save_weights_and_get_sampling_client_async()
+        params = types.SamplingParams(max_tokens=3)
+        answer = await sampler.sample_async(types.ModelInput.from_ints(TEXT), 2, params)
+        assert len(answer.sequences) == 2
+        return float((await passed).metrics["loss:sum"])
+
+    assert asyncio.run(go()) > 0
+
+
+def test_runs_are_listed(client: Any, rest: Any) -> None:
+    run = done(client.create_lora_training_client(BASE, rank=2, user_metadata={"who": "suite"}))
+    listed = rest.list_training_runs(limit=100).result()
+    assert run.model_id in [row.training_run_id for row in listed.training_runs]
+    assert listed.cursor.total_count >= 1
+    info = rest.get_training_run(run.model_id).result()
+    assert (info.base_model, info.lora_rank, info.user_metadata) == (BASE, 2, {"who": "suite"})
+
+
+def test_checkpoints_are_listed_kept_and_deleted(run: Any, rest: Any) -> None:
+    training = run.save_state("one", ttl_seconds=7200).result().path
+    sampler = run.save_weights_for_sampler("two").result().path
+    rows = {row.checkpoint_id: row for row in rest.list_checkpoints(run.model_id).result().checkpoints}
+    assert {name: row.checkpoint_type for name, row in rows.items()} == {
+        "weights/one": "training",
+        "sampler_weights/two": "sampler",
+    }
+    assert rows["weights/one"].size_bytes > 0
+    assert rows["weights/one"].tinker_path == training
+    assert rows["weights/one"].expires_at is not None
+    assert rows["sampler_weights/two"].expires_at is None
+    assert rest.get_training_run_by_tinker_path(training).result().last_checkpoint.checkpoint_id == "weights/one"
+    info = rest.get_weights_info_by_tinker_path(training).result()
+    assert (info.base_model, info.is_lora, info.lora_rank) == (BASE, True, 8)
+    rest.set_checkpoint_ttl_from_tinker_path(training, None).result()
+    rest.set_checkpoint_ttl_from_tinker_path(sampler, 3600).result()
+    kept = {row.tinker_path: row.expires_at for row in rest.list_user_checkpoints().result().checkpoints}
+    assert kept[training] is None
+    assert kept[sampler] is not None
+    rest.delete_checkpoint_from_tinker_path(sampler).result()
+    rest.delete_checkpoint(run.model_id, "weights/one").result()
+    assert rest.list_checkpoints(run.model_id).result().checkpoints == []
+
+
+def test_sessions_and_samplers_are_listed(client: Any, run: Any, rest: Any) -> None:
+    path = run.save_weights_for_sampler("seen").result().path
+    done(client.create_sampling_client(model_path=path))
+    session_id = run.model_id.partition(":")[0]
+    assert session_id in rest.list_sessions(limit=100).result().sessions
+    session = rest.get_session(session_id).result()
+    assert run.model_id in session.training_run_ids
+    sampler = rest.get_sampler(session.sampler_ids[-1]).result()
+    assert sampler.base_model == BASE
+
+
+def test_mistakes_in_training_spare_the_run(run: Any) -> None:
+    step(run)
+    for call, words in [
+        (lambda: run.forward_backward([datum([1, 10**6, 3])], "cross_entropy"), "0..1023"),
+        (lambda: run.forward_backward([datum()], "importance_sampling"), "logprobs"),
+        (lambda: run.forward_backward([datum()], "no_such_loss"), "cross_entropy"),
+        (lambda: run.forward_backward([datum()], "cross_entropy", {"gamma": 1.0}), "gamma"),
+        (lambda: run.optim_step(types.AdamParams(learning_rate=-1.0)), "learning_rate"),
+        (lambda: run.save_state("../etc/passwd"), "letters"),
+    ]:
+        started = time.monotonic()
+        with pytest.raises(tinker.RequestFailedError, match=words.replace(".", r"\.")):
+            call().result()
+        assert time.monotonic() - started < 2
+    assert step(run) > 0
+
+
+def test_mistakes_in_making_clients(client: Any, run: Any) -> None:
+    for call, words in [
+        (lambda: client.create_lora_training_client("nobody/nothing", rank=8), BASE),
+        (lambda: client.create_lora_training_client(BASE, rank=4096), "128"),
+        (lambda: client.create_training_client_from_state("tinker://nowhere:train:0/weights/x"), "checkpoint"),
+        (lambda: client.create_sampling_client(model_path="tinker://nowhere/other/x"), "tinker://"),
+        (lambda: client.create_sampling_client(base_model="nobody/nothing"), BASE),
+    ]:
+        with pytest.raises(tinker.TinkerError, match=words):
+            done(call())
+    assert current(run).size == len(TEXT) - 1
+
+
+def test_mistakes_in_sampling(client: Any) -> None:
+    sampler = done(client.create_sampling_client(base_model=BASE))
+    prompt = types.ModelInput.from_ints(TEXT)
+    for num_samples, params, words in [
+        (0, types.SamplingParams(max_tokens=1), "num_samples"),
+        (1, types.SamplingParams(max_tokens=0), "max_tokens"),
+        (1, types.SamplingParams(max_tokens=1, temperature=-1.0), "temperature"),
+    ]:
+        with pytest.raises(tinker.TinkerError, match=words):
+            sampler.sample(prompt, num_samples=num_samples, sampling_params=params).result()
+    assert sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)).result().sequences
+
+
+def test_a_wrong_key_is_refused() -> None:
+    stranger = tinker.ServiceClient(api_key="tml-wrong")
+    with pytest.raises(tinker.TinkerError, match="401"):
+        done(stranger.create_lora_training_client(BASE))
+
+
+@pytest.mark.skipif(VERSION < (0, 38), reason="0.25 never ends its session itself")
+def test_a_session_is_finished(rest: Any) -> None:
+    with tinker.ServiceClient() as client:
+        run = done(client.create_lora_training_client(BASE, rank=2))
+        assert done(rest.get_session(run.model_id.partition(":")[0])).training_run_ids == [run.model_id]

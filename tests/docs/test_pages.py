@@ -1,0 +1,48 @@
+"""Pages speak of what exists: tests named in proof.md, links, make targets, generated pages."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dev/*.md")])
+TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+
+
+def test_every_test_that_proof_names_exists() -> None:
+    named = TEST.findall((ROOT / "docs/reference/proof.md").read_text())
+    assert len(named) > 30
+    missing = [f"{path}::{name}" for path, name in named if not defines(ROOT / path, name)]
+    assert not missing
+
+
+def defines(path: Path, name: str) -> bool:
+    if not path.is_file():
+        return False
+    functions = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+    return not name or name in functions
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(re.findall(r"^\s*make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert used
+    assert used <= targets
+
+
+def test_pages_stand_on_their_own() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        assert "../shared" not in text, page
+        assert not re.search(r"(?<![\w.])/(root|home/\w+)/", text), page

@@ -1,0 +1,131 @@
+"""Every example learns: run one after another against one real server, each judged by what it measures itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.service import Service, running
+from tinsmith.demo.reinforcement import reinforcement
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+HOW_TO = EXAMPLES.parent / "docs" / "how-to"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "many_runs")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.timeout(300),
+]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running(tmp_path_factory.mktemp("examples") / "data") as service, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_BASE_URL", service.url)
+        patch.setenv("TINKER_API_KEY", service.key)
+        yield service
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def learn(name: str) -> Any:
+    return load(name).run(seed=0)
+
+
+@pytest.mark.usefixtures("service")
+class TestLearns:
+    def test_supervised(self) -> None:
+        report = learn("supervised")
+        assert report.before == 0
+        assert report.after >= 0.7
+        assert report.nll_after < 0.1 * report.nll_before
+
+    def test_grpo_as_the_demonstration_shows_it(self, tmp_path: Path) -> None:
+        out = io.StringIO()
+        example = load("grpo")
+        assert reinforcement(Console(file=out, width=120), tmp_path, example) == 0
+        assert (tmp_path / "reward.png").stat().st_size > 10_000
+        assert f"answers after step {example.EARLY_STEP}" in out.getvalue()
+        assert "What is" in out.getvalue()
+
+    def test_async_rl(self) -> None:
+        report = learn("async_rl")
+        assert report.before < 0.7
+        assert report.after >= 0.9
+        assert max(report.lags) > 0, "no batch was older than the weights: not off-policy"
+
+    def test_dpo(self) -> None:
+        report = learn("dpo")
+        assert report.before < 0.6
+        assert report.after >= 0.85
+        assert report.losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference start equal: log 2"
+
+    def test_on_policy_distillation(self) -> None:
+        report = learn("on_policy_distillation")
+        assert report.teacher >= 0.95
+        assert report.before < 0.7
+        assert report.after >= 0.85
+        assert report.kl_after < 0.5 * report.kl_before
+
+    def test_prompt_distillation(self) -> None:
+        report = learn("prompt_distillation")
+        assert report.before <= 0.3
+        assert report.after >= 0.7
+        assert report.prompt_tokens_saved > 50
+
+    def test_custom_loss(self) -> None:
+        report = learn("custom_loss")
+        assert report.after <= 0.5 * report.before
+
+    def test_tool_use(self) -> None:
+        report = learn("tool_use")
+        assert report.base < 0.5
+        assert report.before < report.after
+        assert report.after >= 0.8
+        assert report.calls_after > report.calls_before
+
+    def test_self_play(self) -> None:
+        report = learn("self_play")
+        assert report.before < 0.7
+        assert report.after >= 0.8
+        assert report.best_after > report.best_before
+
+
+class TestFailureShows:
+    @pytest.mark.usefixtures("service")
+    def test_demonstration_fails_when_nothing_is_learned(self, tmp_path: Path) -> None:
+        example = load("grpo")
+        example.STEPS, example.QUESTIONS_PER_STEP, example.PEAK_LEARNING_RATE = 2, 2, 0.0  # type: ignore[attr-defined]
+        out = io.StringIO()
+        assert reinforcement(Console(file=out, width=120), tmp_path, example) == 1
+        assert "failed" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_has_a_how_to_page(name: str) -> None:
+    page = (HOW_TO / f"{name.replace('_', '-')}.md").read_text()
+    assert f"examples/{name}.py" in page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_short_and_uses_only_the_sdk(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert "tinsmith." not in source.replace("tinsmith/tiny", "")
+    assert source.count("\n") <= 260
+    assert source.startswith('"""')

@@ -1,0 +1,204 @@
+"""A store, files and workers over the fake engine in one process: crashes are objects that are dropped."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinsmith.bell import Bell, Ringer
+from tinsmith.blobs import Blobs, payload_key
+from tinsmith.config import Settings
+from tinsmith.fake_engine import MODULE, FakeEngine
+from tinsmith.store import open_store
+from tinsmith.store.rows import NewOp, NewRun, NewSampler, OpRow
+from tinsmith.types import (
+    BaseInfo,
+    BlobKey,
+    OpId,
+    OpKind,
+    RunId,
+    RunSpec,
+    RunState,
+    SamplerId,
+    SessionId,
+    TenantId,
+)
+from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.media import JSON, PROTOBUF, encode_json
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SampleMeta, SaveMeta, SaveSamplerMeta, to_meta
+from tinsmith.worker.loop import Worker
+
+BASE = BaseInfo("fake/base", "/nowhere", "Fake", vocab_size=100, max_context=256, eos_tokens=(0,))
+
+
+class House:
+    """One data directory. `worker()` is a new worker process on it; the one before is dead from then on."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.root = root
+        defaults = {"data_dir": root, "scan_interval_s": 0.05, "device": "fake"}
+        self.settings = Settings.load({}, **(defaults | settings))
+        self.store = open_store(root, synchronous="NORMAL")
+        self.blobs = Blobs(root / "blobs")
+        self.tenant = self.store.tenants.create("alice").tenant_id
+        self.session = self.store.sessions.create(
+            self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
+        ).session_id
+        self._num_runs = 0
+        self._open: list[Bell | Ringer] = []
+        self.engine = FakeEngine(BASE)
+
+    def worker(self, slot: str = "fake/base#0") -> Worker:
+        self.engine = FakeEngine(BASE)
+        me = self.store.workers.register(slot, BASE.name, self.settings.lease_s, time.time())
+        path = self.root / f"b{len(self._open)}"
+        bell, wake, api = Bell(path), Ringer(path), Ringer(self.root / "api")
+        self._open += [bell, wake, api]
+        return Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, wake.ring)
+
+    def close(self) -> None:
+        for open_socket in self._open:
+            open_socket.close()
+        self.store.close()
+
+    def create_run(self, rank: int = 4, seed: int = 1, *, tenant: TenantId | None = None) -> RunId:
+        run_id = RunId(f"{self.session}:train:{self._num_runs}")
+        spec = RunSpec(run_id, BASE.name, rank=rank, seed=seed)
+        owner = tenant or self.tenant
+        run = NewRun(owner, self.session, self._num_runs, spec)
+        self._num_runs += 1
+        op = self.op(OpKind.CREATE, run_id, 0, meta=to_meta(CreateMeta(spec)), payload=None)
+        self.store.ops.create_run(run, op, time.time())
+        return run_id
+
+    def forward_backward(
+        self, run: RunId, seq: int, tokens: list[int], *, forward_only: bool = False, copies: int = 1
+    ) -> OpRow:
+        request = pb.ForwardBackwardRequest(
+            model_id=run, seq_id=seq, loss_fn="cross_entropy", forward_only=forward_only
+        )
+        for _ in range(copies):
+            datum = request.data.add()
+            datum.model_input.add().encoded_text.tokens = np.array(tokens, "<i4").tobytes()
+            target = datum.loss_fn_inputs["target_tokens"]
+            target.dense = np.array(tokens, "<i8").tobytes()
+            target.dtype = pb.DT_I64
+            target.shape.append(len(tokens))
+        kind = OpKind.FORWARD if forward_only else OpKind.FORWARD_BACKWARD
+        body = request.SerializeToString()
+        return self.enqueue(self.op(kind, run, seq, payload=body, media=PROTOBUF, cost=len(tokens) * copies))
+
+    def optim_step(self, run: RunId, seq: int, learning_rate: float = 0.1) -> OpRow:
+        body = encode_json({"adam_params": {"learning_rate": learning_rate}})
+        return self.enqueue(self.op(OpKind.OPTIM_STEP, run, seq, payload=body))
+
+    def save(self, run: RunId, seq: int, name: str) -> OpRow:
+        return self.enqueue(self.op(OpKind.SAVE, run, seq, meta=to_meta(SaveMeta(name)), payload=None))
+
+    def save_sampler(self, run: RunId, seq: int, sampler: SamplerId) -> OpRow:
+        meta = to_meta(SaveSamplerMeta(None, sampler, SessionId(self.session)))
+        return self.enqueue(self.op(OpKind.SAVE_SAMPLER, run, seq, meta=meta, payload=None))
+
+    def load(self, run: RunId, seq: int, blob: BlobKey, *, optimizer: bool = True) -> OpRow:
+        meta = to_meta(LoadMeta("tinker://x/weights/y", blob, optimizer))
+        return self.enqueue(self.op(OpKind.LOAD, run, seq, meta=meta, payload=None))
+
+    def sampler(self, blob: BlobKey | None = None, number: int = 0) -> SamplerId:
+        sampler_id = SamplerId(f"{self.session}:sample:{number}")
+        new = NewSampler(self.tenant, SessionId(self.session), sampler_id, BASE.name, blob=blob)
+        self.store.samplers.create(new, time.time())
+        return sampler_id
+
+    def sample(self, sampler: SamplerId, seq: int, *, seed: int = 3, max_tokens: int = 40) -> OpRow:
+        body = {
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
+            "sampling_params": {"max_tokens": max_tokens},
+            "num_samples": 2,
+        }
+        op = NewOp(
+            tenant_id=self.tenant,
+            kind=OpKind.SAMPLE,
+            base_model=BASE.name,
+            id=_op_id(),
+            seq_id=seq,
+            sampler_id=sampler,
+            cost_tokens=max_tokens,
+            payload=encode_json(body),
+            meta=to_meta(SampleMeta(seed, sampler, 2)),
+        )
+        return self.enqueue(op)
+
+    def enqueue(self, op: NewOp) -> OpRow:
+        return self.store.ops.enqueue(op, time.time()).row
+
+    def get(self, op: OpRow) -> OpRow:
+        return self.store.ops.get(op.tenant_id, op.id)
+
+    def result(self, op: OpRow) -> bytes:
+        row = self.get(op)
+        assert row.failure is None, row.failure
+        assert row.state == "done", row.state
+        if row.result_blob is not None:
+            return self.blobs.get(row.result_blob)
+        assert row.result is not None
+        return row.result
+
+    def weights(self, run: RunId) -> np.ndarray:
+        return self.engine.export_run(run).tensors[f"param/{MODULE}"]
+
+    def state(self, run: RunId) -> RunState:
+        return self.engine.export_run(run)
+
+    def op(
+        self,
+        kind: OpKind,
+        run: RunId,
+        seq: int,
+        *,
+        payload: bytes | None,
+        meta: dict[str, Any] | None = None,
+        media: str = JSON,
+        cost: int = 0,
+    ) -> NewOp:
+        op_id = _op_id()
+        blob = None
+        size = len(payload or b"")
+        if payload is not None and size > self.settings.inline_bytes:
+            blob = payload_key(self.tenant, op_id)
+            self.blobs.put(blob, payload)
+            payload = None
+        return NewOp(
+            tenant_id=self.tenant,
+            kind=kind,
+            base_model=BASE.name,
+            id=op_id,
+            seq_id=seq,
+            run_id=run,
+            cost_tokens=cost,
+            payload=payload,
+            payload_blob=blob,
+            payload_bytes=size,
+            media=media,
+            meta=meta or {},
+        )
+
+
+def settle(worker: Worker, *, steps: int = 400) -> None:
+    """Let the worker work until nothing is left to do, its files included."""
+    idle = 0
+    for _ in range(steps):
+        if worker.step():
+            idle = 0
+        elif (idle := idle + 1) > 3:
+            return
+        else:
+            time.sleep(0.02)
+    raise AssertionError("the worker did not come to rest")
+
+
+def _op_id() -> OpId:
+    return OpId(f"req-{uuid.uuid4().hex}")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flow.house import House, settle
+from tinsmith.errors import GoneError
+from tinsmith.janitor import Swept, sweep
+from tinsmith.types import CheckpointKind
+
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with contextlib.closing(House(tmp_path, inline_bytes=1, result_ttl_s=DAY)) as house:
+        yield house
+
+
+def files(house: House) -> set[str]:
+    return {p.name for p in (house.root / "blobs").rglob("*") if p.is_file()}
+
+
+def test_nothing_is_swept_before_its_time(house: House) -> None:
+    run = house.create_run()
+    op = house.forward_backward(run, 1, [1, 2])
+    house.save(run, 2, "kept")
+    settle(house.worker())
+    before = files(house)
+    assert sweep(house.store, house.blobs, house.settings, time.time()) == Swept(0, 0, 0)
+    assert files(house) == before
+    assert house.result(op)
+
+
+def test_old_results_go_with_their_files(house: House) -> None:
+    run = house.create_run()
+    op = house.forward_backward(run, 1, [1, 2])
+    settle(house.worker())
+    swept = sweep(house.store, house.blobs, house.settings, time.time() + 2 * DAY)
+    assert swept.num_results >= 1
+    with pytest.raises(GoneError):
+        house.get(op)
+
+
+def test_a_deleted_checkpoint_stays_while_a_load_needs_it(house: House) -> None:
+    run = house.create_run()
+    house.save(run, 1, "mid")
+    worker = house.worker()
+    settle(worker)
+    blob = house.store.checkpoints.get(house.tenant, run, CheckpointKind.TRAINING, "mid").blob
+    house.load(run, 2, blob)
+    house.store.checkpoints.delete(house.tenant, run, CheckpointKind.TRAINING, "mid")
+    sweep(house.store, house.blobs, house.settings, time.time() + 1)
+    assert house.blobs.exists(blob)
+    settle(worker)
+    worker.close()
+    sweep(house.store, house.blobs, house.settings, time.time() + DAY)
+    assert not house.blobs.exists(blob)

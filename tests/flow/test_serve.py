@@ -1,0 +1,109 @@
+"""Whole servers, with the engine that computes nothing: what a user of `tinsmith serve` sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.service import Service, is_alive, running, until
+from tinsmith.bases import SHIPPED_PATH
+
+FAKE = ("--device", "fake")
+
+
+def tinsmith(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinsmith", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def children(service: Service) -> list[int]:
+    info = service.info()
+    return [info["api_pid"], *info["worker_pids"].values()]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_a_server_says_how_to_reach_it(data_dir: Path) -> None:
+    with running(
+        data_dir, *FAKE, "--base-model", "tinsmith/tiny", "--base-model", f"org/big={SHIPPED_PATH}"
+    ) as service:
+        info = service.info()
+        assert set(info) == {"version", "url", "port", "pid", "api_pid", "worker_pids"}
+        assert info["pid"] == service.process.pid
+        assert set(info["worker_pids"]) == {"tinsmith/tiny", "org/big"}
+        assert all(map(is_alive, children(service)))
+        log = service.log.read_text()
+        assert f"export TINKER_BASE_URL={service.url}" in log
+        assert log.count(f"export TINKER_API_KEY={service.key}") == 1
+        assert f"{service.url}/schema" in log
+        assert (data_dir / "admin.key").stat().st_mode & 0o777 == 0o600
+        assert data_dir.stat().st_mode & 0o777 == 0o700
+        until(lambda: "ready after" in service.log.read_text(), 10)
+
+
+def test_keys_come_and_go_by_the_command_line(data_dir: Path) -> None:
+    with running(data_dir, *FAKE):
+        made = tinsmith("keys", "create", "--name", "alice", "--data-dir", data_dir)
+        assert made.stdout.startswith("tml-")
+        key_id = made.stderr.split()[1]
+        listed = tinsmith("keys", "list", "--data-dir", data_dir).stdout
+        assert key_id in listed
+        assert made.stdout.strip() not in listed
+        assert tinsmith("keys", "revoke", key_id, "--data-dir", data_dir).returncode == 0
+        again = tinsmith("keys", "revoke", "no-such-key", "--data-dir", data_dir)
+        assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+
+
+def test_a_second_server_on_the_directory_is_refused(data_dir: Path) -> None:
+    with running(data_dir, *FAKE) as service:
+        second = tinsmith("serve", *FAKE, "--port", "0", "--data-dir", data_dir)
+        assert second.returncode == 2
+        assert f"pid {service.process.pid}" in second.stderr
+        assert second.stderr.count("\n") == 1
+        assert service.is_ready()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_cleanly(data_dir: Path, number: signal.Signals) -> None:
+    with running(data_dir, *FAKE) as service:
+        pids = children(service)
+        os.kill(service.process.pid, number)
+        assert service.process.wait(30) == 0
+        assert not any(map(is_alive, pids))
+        assert not (data_dir / "server.json").exists()
+
+
+def test_a_killed_server_leaves_nothing_and_is_taken_over_on_its_port(data_dir: Path) -> None:
+    port = free_port()
+    with running(data_dir, *FAKE, "--port", str(port)) as service:
+        pids, key = children(service), service.key
+        service.kill()
+        until(lambda: not any(map(is_alive, pids)), 5)
+        assert json.loads((data_dir / "server.json").read_text())["port"] == port
+        service.restart()
+        assert service.url == f"http://127.0.0.1:{port}"
+        assert (data_dir / "admin.key").read_text().strip() == key
+        assert "$(cat" in service.log.read_text()
+
+
+def test_a_worker_that_cannot_load_ends_the_start(data_dir: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in SHIPPED_PATH.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "config.json").write_text('{"model_type": "qwen3", "vocab_size": 1024}')
+    done = tinsmith("serve", "--port", "0", "--data-dir", data_dir, "--base-model", f"a={broken}")
+    assert done.returncode == 2
+    assert "max_position_embeddings" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,39 @@
+"""Small random bases on disk, and the settings of the machine that bits depend on."""
+
+import os
+
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read by MKL at its first call, so before torch computes anything
+
+import pytest
+import torch
+
+from tests.numerics.lab import make_base
+from tinsmith.model import BaseModel
+
+
+@pytest.fixture(params=[1, 3], ids=lambda n: f"{n}threads")
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=["qwen3", "llama"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Qwen3: grouped heads, tied head, odd widths. Llama: one key head, untied head, biases."""
+    return make_base(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Wide and shallow: matrix products large enough to be split over threads."""
+    return make_base("wide", tmp_path_factory.mktemp("wide"))

@@ -1,0 +1,132 @@
+"""What a base must be to be served, and that hooks which an upgrade goes around are noticed at start."""
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from tests.numerics.lab import COMMON, CONFIGS, CPU, make_base
+from tinsmith.errors import TinsmithError, UnsupportedError
+from tinsmith.model import base as base_module
+from tinsmith.model import load_base
+from tinsmith.model.activation import StableSiLU
+from tinsmith.training.packing import bucketed, length_class, num_fitting, pieces
+from tinsmith.types import BaseInfo
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, **COMMON}
+
+
+def load(model, path):
+    model.save_pretrained(path)
+    return load_base(BaseInfo("x", str(path), "x", 211, 512, ()), device=CPU, dtype=torch.float32)
+
+
+def test_linears_are_named_and_grouped(base):
+    groups = {info.name: info.group for info in base.linears}
+    assert groups["model.layers.0.self_attn.q_proj"] == "attn"
+    assert groups["model.layers.1.mlp.down_proj"] == "mlp"
+    assert groups["lm_head"] == "unembed"
+    assert len(groups) == 2 * 7 + 1
+    assert base.head_weight_VD.shape[0] == 211
+    assert sum(isinstance(module, StableSiLU) for module in base.backbone.modules()) == 2
+
+
+def test_experts_are_refused_by_name(tmp_path):
+    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, head_dim=16)
+    with pytest.raises(UnsupportedError, match=r"mlp\.experts\.gate_up_proj"):
+        load(Qwen3MoeForCausalLM(config), tmp_path)
+
+
+def test_other_linear_modules_are_refused_by_name(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"attn\.c_attn"):
+        load(GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=64, n_layer=1, n_head=2)), tmp_path)
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="sliding_window"):
+        load(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)), tmp_path)
+
+
+def test_a_directory_without_all_weights_is_refused(tmp_path):
+    model_class, config = CONFIGS["llama"]
+    model = model_class(config)
+    state = {k: v for k, v in model.state_dict().items() if "q_proj" not in k}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(TinsmithError, match="lacks weights"):
+        load_base(BaseInfo("x", str(tmp_path), "x", 211, 512, ()), device=CPU, dtype=torch.float32)
+
+
+def test_a_layer_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
+    with pytest.raises(UnsupportedError, match="up_proj"):
+        make_base("llama", tmp_path)
+
+
+def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(UnsupportedError, match="attention of its 2 layers"):
+        make_base("llama", tmp_path)
+
+
+def test_a_difference_between_hidden_states_and_logits_is_noticed(tmp_path, monkeypatch):
+    check = base_module._check
+    monkeypatch.setattr(
+        base_module, "_check", lambda base, model, tokens, logits: check(base, model, tokens, logits * 1.1)
+    )
+    with pytest.raises(UnsupportedError, match="differ"):
+        make_base("llama", tmp_path)
+
+
+def test_packing_rules():
+    assert [length_class(n) for n in (1, 16, 17, 64, 65, 100, 129, 512, 513)] == [
+        16,
+        16,
+        32,
+        64,
+        80,
+        112,
+        160,
+        512,
+        640,
+    ]
+    assert all(n <= length_class(n) <= max(16, n * 1.25 + 16) for n in range(1, 5000))
+    assert [(b.length, b.members) for b in bucketed([5, 40, 16])] == [(16, (0, 2)), (48, (1,))]
+    assert [num_fitting([5, 5, 5], budget) for budget in (1, 10, 14, 99)] == [1, 2, 2, 3]
+    assert num_fitting([], 5) == 0
+    assert list(pieces(7, 3)) == [(0, 3), (3, 6), (6, 7)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_silu_rounds_an_element_the_same_wherever_it_lies(threads, grad):
+    """torch's own does not, from three threads up."""
+    x = torch.randn(300, 1024, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.silu(x)
+    silu = StableSiLU()
+
+    def both(rows):
+        leaf = x[:rows].clone().requires_grad_(grad)
+        y = silu(leaf)
+        return (y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]) if grad else (y, y)
+
+    whole = both(300)
+    torch.testing.assert_close(whole[0], expected)
+    if grad:
+        leaf = x.clone().requires_grad_()
+        reference = torch.autograd.grad(torch.nn.functional.silu(leaf).square().sum(), leaf)[0]
+        torch.testing.assert_close(whole[1], reference)
+    for rows in range(16, 300, 12):
+        for part, all_rows in zip(both(rows), whole, strict=True):
+            assert torch.equal(part, all_rows[:rows])
+
+
+def test_silu_of_extreme_numbers():
+    x = torch.tensor([-1e4, -100.0, 0.0, 100.0])
+    assert StableSiLU()(x).tolist() == [0.0, 0.0, 0.0, 100.0]

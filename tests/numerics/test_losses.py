@@ -1,0 +1,143 @@
+"""Each loss against a few lines of plain PyTorch on the peft model: value, log-probabilities and gradient."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics.lab import (
+    PeftTwin,
+    assert_same_bits,
+    assert_same_result,
+    datum,
+    grads,
+    make_trainer,
+    relative,
+    run_pass,
+    spec,
+)
+from tinsmith.training.losses import LOSSES, evaluate
+from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem
+from tinsmith.validate import LOSSES as OFFERED
+
+Plain = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+def plain_ppo(low: float, high: float) -> Plain:
+    def loss(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+        r = (lp - x["logprobs"]).exp()
+        return -torch.minimum(r * x["advantages"], torch.clamp(r, low, high) * x["advantages"]).sum()
+
+    return loss
+
+
+def plain_cispo(low: float, high: float) -> Plain:
+    def loss(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+        r = (lp - x["logprobs"]).exp().detach()
+        return -(torch.clamp(r, low, high) * lp * x["advantages"]).sum()
+
+    return loss
+
+
+def plain_dro(beta: float) -> Plain:
+    def loss(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+        return -(lp * x["advantages"] - beta / 2 * (lp - x["logprobs"]).square()).sum()
+
+    return loss
+
+
+def plain_cross_entropy(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+    return -(x["weights"] * lp).sum()
+
+
+def plain_importance_sampling(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+    return -((lp - x["logprobs"]).exp() * x["advantages"]).sum()
+
+
+CASES: list[tuple[LossSpec, Plain]] = [
+    (LossSpec("cross_entropy"), plain_cross_entropy),
+    (LossSpec("importance_sampling"), plain_importance_sampling),
+    (LossSpec("ppo"), plain_ppo(0.8, 1.2)),
+    (LossSpec("ppo", {"clip_low_threshold": 0.5, "clip_high_threshold": 3.0}), plain_ppo(0.5, 3.0)),
+    (LossSpec("cispo"), plain_cispo(0.0, 4.0)),
+    (LossSpec("cispo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}), plain_cispo(0.9, 1.1)),
+    (LossSpec("dro"), plain_dro(0.05)),
+    (LossSpec("dro", {"beta": 0.7}), plain_dro(0.7)),
+]
+IDS = [f"{loss.name}-{'-'.join(map(str, loss.config.values())) or 'default'}" for loss, _ in CASES]
+
+
+def near_policy(rng: np.random.Generator, length: int, loss: str, lp: np.ndarray) -> Datum:
+    """Sampling log-probabilities around the present ones, so that ratios fall on both sides of the thresholds."""
+    made = datum(rng, length, loss)
+    if loss == "cross_entropy":
+        return made
+    q = (lp + rng.normal(0, 0.6, length)).astype(np.float32)
+    return Datum(made.tokens, {**made.inputs, "logprobs": q})
+
+
+@pytest.mark.parametrize(("loss", "plain"), CASES, ids=IDS)
+def test_value_and_gradient(base, loss, plain):
+    rng = np.random.default_rng(8)
+    trainer = make_trainer(base, spec("a", 8))
+    first = [datum(rng, n, loss.name) for n in (9, 40)]
+    (probe,) = run_pass(trainer, [TrainItem(OpId("p"), RunId("a"), 1, tuple(first), LossSpec("cross_entropy"), False)])
+    data = tuple(
+        Datum(
+            d.tokens,
+            {**near_policy(rng, len(d.tokens), loss.name, lp).inputs, "target_tokens": d.inputs["target_tokens"]},
+        )
+        for d, lp in zip(first, probe.logprobs, strict=True)
+    )
+    (result,) = run_pass(trainer, [TrainItem(OpId("o"), RunId("a"), 2, data, loss, True)])
+    twin = PeftTwin(base, trainer.export_run(RunId("a")))
+    total = torch.zeros(())
+    for d in data:
+        logits = twin.model(input_ids=torch.from_numpy(d.tokens.astype(np.int64))[None]).logits[0]
+        inputs = {name: torch.from_numpy(array) for name, array in d.inputs.items()}
+        lp = logits.log_softmax(-1).gather(1, inputs["target_tokens"][:, None])[:, 0]
+        total = total + plain(lp, inputs)
+    total.backward()
+    assert result.metrics["loss:sum"] == pytest.approx(float(total.detach()), rel=1e-5, abs=1e-4)
+    errors = {name: relative(grads(trainer, "a")[f"grad/{name}"], p.grad) for name, p in twin.params.items()}
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(("loss", "plain"), CASES, ids=IDS)
+def test_coefficients_within_a_millionth(loss, plain):
+    """The loss as a function of the log-probabilities alone: value and derivative within 1e-6 of double precision."""
+    rng = np.random.default_rng(9)
+    lp = torch.from_numpy(rng.normal(-1.5, 0.5, 64).astype(np.float32))
+    made = near_policy(rng, 64, loss.name, lp.numpy())
+    inputs = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
+    value, coef = evaluate(LOSSES[loss.name], lp, inputs, loss.config)
+    exact_lp = lp.double().requires_grad_()
+    exact = plain(exact_lp, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
+    (exact_coef,) = torch.autograd.grad(exact, exact_lp)
+    assert value == pytest.approx(float(exact.detach()), rel=1e-6, abs=1e-5)
+    assert float((coef - exact_coef).norm() / exact_coef.norm()) < 1e-6
+
+
+def test_losses_and_settings_mix_in_one_pass(base):
+    """Eight losses and settings of eight runs in one forward give each the bits that it has alone."""
+    rng = np.random.default_rng(10)
+    specs = [spec(f"r{i}", 4 + 2 * (i % 3), seed=i) for i in range(len(CASES))]
+    items = [
+        TrainItem(OpId(f"o{i}"), RunId(f"r{i}"), 1, (datum(rng, 12 + i, loss.name),), loss, True)
+        for i, (loss, _) in enumerate(CASES)
+    ]
+    together = make_trainer(base, *specs)
+    before = base.num_forwards
+    results = run_pass(together, items)
+    assert base.num_forwards == before + 1
+    for one, item, result in zip(specs, items, results, strict=True):
+        alone = make_trainer(base, one)
+        (expected,) = run_pass(alone, [item])
+        assert_same_result(result, expected)
+        assert_same_bits(grads(together, one.run_id), grads(alone, one.run_id))
+
+
+def test_the_engine_computes_exactly_the_losses_on_offer():
+    assert LOSSES.keys() == OFFERED.keys()

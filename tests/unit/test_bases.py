@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tinsmith import bases, hub
+from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, parse, parse_all
+from tinsmith.errors import ConfigError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SHIPPED_PATH, tmp_path / "mine"))
+
+
+def test_the_shipped_model_needs_no_path() -> None:
+    assert parse("tinsmith/tiny") == BaseRef(SHIPPED_NAME, SHIPPED_PATH)
+
+
+def test_a_directory_can_have_any_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(f"Qwen/Qwen3-8B={model}") == BaseRef("Qwen/Qwen3-8B", model.resolve())
+    assert parse(str(model)) == BaseRef("mine", model.resolve())
+    monkeypatch.chdir(model.parent)
+    assert parse("./mine") == parse("mine") == BaseRef("mine", model.resolve())
+    assert parse(str(parse("a=./mine"))) == parse("a=./mine")
+
+
+def test_a_hub_id_is_left_to_be_fetched() -> None:
+    ref = parse("Qwen/Qwen3-0.6B")
+    assert ref == BaseRef("Qwen/Qwen3-0.6B", None)
+    with pytest.raises(ConfigError, match="fetches it first"):
+        _ = ref.directory
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("nonsense", "neither a directory nor a hub id"),
+        ("a=", "NAME=PATH"),
+        ("=/x", "NAME=PATH"),
+        ("a=/no/such/place", "there is no directory"),
+        ("/no/such/place", "there is no directory"),
+    ],
+)
+def test_what_is_no_model_is_refused(text: str, cure: str) -> None:
+    with pytest.raises(ConfigError, match=cure):
+        parse(text)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_incomplete_directory_says_what_it_lacks(model: Path, missing: str) -> None:
+    (model / missing).unlink()
+    with pytest.raises(ConfigError, match=missing if missing.endswith("json") else "weights"):
+        parse(f"a={model}")
+
+
+def test_names_are_distinct(model: Path) -> None:
+    with pytest.raises(ConfigError, match="two models are called mine"):
+        parse_all([str(model), f"mine={model}"])
+
+
+def test_describe_reads_the_configs() -> None:
+    info = describe(parse(SHIPPED_NAME))
+    assert (info.arch, info.vocab_size, info.max_context, info.eos_tokens) == ("qwen3", 1024, 2048, (1000, 998))
+
+
+def test_end_tokens_fall_back_to_the_config(model: Path) -> None:
+    (model / "generation_config.json").unlink()
+    assert describe(parse(f"a={model}")).eos_tokens == (1000,)
+
+
+def test_a_nested_text_config_is_found(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    nested = {"model_type": "vlm", "text_config": config}
+    (model / "config.json").write_text(json.dumps(nested))
+    info = describe(parse(f"a={model}"))
+    assert (info.arch, info.vocab_size) == ("vlm", 1024)
+
+
+def test_a_broken_config_is_named(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        describe(parse(f"a={model}"))
+
+
+def test_tokenizer_files_hold_no_weights() -> None:
+    names = {file.name for file in bases.tokenizer_files(SHIPPED_PATH)}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"} <= names
+    assert not any(name.endswith((".safetensors", ".bin")) for name in names)
+
+
+def test_parameters_are_counted_from_the_header(model: Path) -> None:
+    assert bases.num_params(SHIPPED_PATH) * 2 < (SHIPPED_PATH / "model.safetensors").stat().st_size
+    assert bases.num_params(SHIPPED_PATH) > 2_000_000
+    (model / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        bases.num_params(model)
+
+
+def test_a_hub_model_out_of_reach_names_the_cure() -> None:
+    with pytest.raises(ConfigError, match="nobody/nothing=PATH"):
+        hub.fetch(parse("nobody/nothing"), say=lambda text: None)
+
+
+def test_a_local_model_is_not_fetched() -> None:
+    assert hub.fetch(parse(SHIPPED_NAME), say=lambda text: None) == parse(SHIPPED_NAME)
+
+
+def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class File:
+        file_size, will_download = 3_000_000_000, True
+
+    def snapshot_download(name: str, **options: object) -> object:
+        if options.get("local_files_only"):
+            raise FileNotFoundError
+        return [File()] if options.get("dry_run") else str(model)
+
+    said: list[str] = []
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert hub.fetch(parse("org/model"), said.append) == BaseRef("org/model", model.resolve())
+    assert said == ["downloading org/model from the Hugging Face hub: 3.00 GB"]

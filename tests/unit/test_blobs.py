@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tinsmith import crashpoints
+from tinsmith.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
+from tinsmith.errors import ConfigError, NotFoundError, UserError
+from tinsmith.types import BlobKey, OpId, RunId, TenantId
+
+TENANT = TenantId("t1")
+KEY = payload_key(TENANT, OpId("req-1"))
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs(tmp_path / "data" / "blobs")
+
+
+def test_put_get(blobs: Blobs) -> None:
+    info = blobs.put(KEY, b"hello")
+    assert (info.size, info.sha256) == (5, hashlib.sha256(b"hello").hexdigest())
+    assert blobs.get(KEY) == b"hello"
+    assert blobs.exists(KEY)
+    assert blobs.size(KEY) == 5
+    blobs.put(KEY, b"other")
+    assert blobs.get(KEY) == b"other"
+
+
+def test_put_takes_pieces(blobs: Blobs) -> None:
+    info = blobs.put(KEY, (memoryview(piece) for piece in (b"he", b"", b"llo")))
+    assert info == blobs.put(KEY, memoryview(b"hello"))
+    assert blobs.get(KEY) == b"hello"
+
+
+def test_open_outlives_a_replacement(blobs: Blobs) -> None:
+    blobs.put(KEY, b"old")
+    with blobs.open(KEY) as file:
+        blobs.put(KEY, b"new")
+        assert file.read() == b"old"
+
+
+def test_missing(blobs: Blobs) -> None:
+    blobs.delete(KEY)
+    assert not blobs.exists(KEY)
+    for read in (blobs.get, blobs.open, blobs.size):
+        with pytest.raises(NotFoundError):
+            read(KEY)
+
+
+def test_delete(blobs: Blobs) -> None:
+    blobs.put(KEY, b"x")
+    blobs.delete(KEY)
+    assert not blobs.exists(KEY)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "", "a", "/etc/passwd", "tenants/t/../../x", "tenants/t/a/../x", "tenants//a", "tenants/t", "other/t/a",
+        "tenants/t/a/", "tenants/t/a b", "tenants/t/a\0", "tenants/t/a:b", "tenants/t/./a", "tenants/t/.tmp-1",
+    ],
+)  # fmt: skip
+def test_malformed_keys(blobs: Blobs, key: str) -> None:
+    with pytest.raises(UserError):
+        blobs.put(BlobKey(key), b"x")
+    with pytest.raises(UserError):
+        blobs.exists(BlobKey(key))
+
+
+def test_a_failed_write_leaves_nothing(blobs: Blobs, tmp_path: Path) -> None:
+    blobs.put(KEY, b"old")
+
+    def pieces():  # type: ignore[no-untyped-def]
+        yield memoryview(b"half")
+        raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError):
+        blobs.put(KEY, pieces())
+    assert blobs.get(KEY) == b"old"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["req-1"]
+
+
+def test_keys(blobs: Blobs) -> None:
+    run = RunId("s1:train:0")
+    snapshot = snapshot_key(TENANT, run, 7)
+    assert snapshot.startswith("tenants/t1/snapshots/s1-train-0/7-")
+    assert snapshot != snapshot_key(TENANT, run, 7)
+    assert checkpoint_key(TENANT) != checkpoint_key(TENANT)
+    for key in (snapshot, checkpoint_key(TENANT), result_key(TENANT, OpId("req-1"))):
+        blobs.put(key, b"x")
+        assert blobs.exists(key)
+
+
+def _put_and_die(root: Path, point: str) -> None:
+    crashpoints.arm(point)
+    Blobs(root).put(KEY, b"new")
+
+
+@pytest.mark.parametrize(("point", "left"), [("blob.before_rename", b"old"), ("blob.after_rename", b"new")])
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, point: str, left: bytes) -> None:
+    blobs = Blobs(tmp_path)
+    blobs.put(KEY, b"old")
+    process = multiprocessing.get_context("spawn").Process(target=_put_and_die, args=(tmp_path, point))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert blobs.get(KEY) == left
+    leftovers = list(tmp_path.rglob(".tmp-*"))
+    assert len(leftovers) == (1 if left == b"old" else 0)
+    assert blobs.sweep(before=0.0) == 0
+    assert blobs.sweep(before=2**40) == len(leftovers)
+    assert blobs.get(KEY) == left
+
+
+def test_crash_points_count_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, sig: killed.append(pid))
+    with pytest.raises(ConfigError):
+        crashpoints.arm("nowhere")
+    crashpoints.arm("store.after_claim", after=1)
+    crashpoints.crash_point("store.before_finish_commit")
+    crashpoints.crash_point("store.after_claim")
+    assert killed == []
+    crashpoints.crash_point("store.after_claim")
+    crashpoints.disarm()
+    crashpoints.crash_point("store.after_claim")
+    assert killed == [os.getpid()]

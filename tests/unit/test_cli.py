@@ -1,0 +1,182 @@
+"""The command line, in this process; the HTTP API behind it is a small stand-in."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tinsmith import __version__, cli
+from tinsmith.config import Settings
+from tinsmith.datadir import DataDir, ServerInfo
+from tinsmith.errors import ConfigError, ForbiddenError, TinsmithError
+
+KEY = {"key_id": "k1", "name": "alice", "tenant": "alice", "created_at": "2026-01-01T00:00:00+00:00"}
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers the admin endpoints; `calls` is what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.calls: list[tuple[str, str, str | None, Any]] = []
+        self.answer: tuple[int, Any] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.server.calls.append((self.command, self.path, self.headers.get("X-API-Key"), body))
+        default = {"GET": {"keys": [KEY]}, "POST": {**KEY, "secret": "tml-new"}, "DELETE": KEY}[self.command]
+        status, content = self.server.answer or (200, default)
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_DELETE = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    server = Stub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def served(stub: Stub, tmp_path: Path) -> Iterator[Path]:
+    """A data directory that the stand-in seems to serve."""
+    data_dir = DataDir(tmp_path)
+    with data_dir.locked(tmp_path / "sockets"):
+        holder = data_dir.holder()
+        assert holder is not None
+        data_dir.write_admin_key("tml-admin")
+        data_dir.write_info(ServerInfo("0", stub.url, stub.server_port, holder.pid, 1, {}))
+        yield tmp_path
+
+
+def run(*args: str | Path) -> Any:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def failure(*args: str | Path) -> TinsmithError:
+    error = run(*args).exception
+    assert isinstance(error, TinsmithError)
+    return error
+
+
+@pytest.mark.parametrize("args", [["version"], ["--version"]])
+def test_the_version_is_printed(args: list[str]) -> None:
+    assert run(*args).stdout.strip() == f"tinsmith {__version__}"
+
+
+def test_every_setting_is_a_flag_of_serve() -> None:
+    text = run("serve", "--help").stdout.replace("\n", " ")
+    for field in fields(Settings):
+        assert "--" + field.name.replace("_", "-")[:20] in text
+    assert "--no-serve-tokenizers" in text
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Settings] = []
+    monkeypatch.setattr(cli, "serve", lambda settings: got.append(settings) or 0)
+    flags = ["--base-model", "a=/x", "--base-model", "b=/y", "--port", "0", "--no-serve-tokenizers", "--lease-s", "2.5"]
+    assert run("serve", *flags).exit_code == 0
+    assert got[0] == Settings.load({}, base_model=("a=/x", "b=/y"), port=0, serve_tokenizers=False, lease_s=2.5)
+    assert run("serve").exit_code == 0
+    assert got[1] == Settings.load({})
+
+
+def test_a_key_is_made_and_shown_once(served: Path, stub: Stub) -> None:
+    done = run("keys", "create", "--name", "alice", "--data-dir", served)
+    assert done.stdout == "tml-new\n"
+    assert "not shown again" in done.stderr
+    body = {"name": "alice", "tenant": "alice", "is_admin": False}
+    assert stub.calls == [("POST", "/api/v1/admin/keys", "tml-admin", body)]
+
+
+def test_keys_are_listed_without_secrets(served: Path) -> None:
+    assert "alice" in run("keys", "list", "--data-dir", served).stdout
+
+
+def test_a_key_is_revoked(served: Path, stub: Stub) -> None:
+    assert run("keys", "revoke", "k/1", "--data-dir", served).stdout == "revoked k1 (alice)\n"
+    assert stub.calls[0][:2] == ("DELETE", "/api/v1/admin/keys/k%2F1")
+
+
+def test_a_remote_server_is_found_in_the_environment(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINKER_BASE_URL", stub.url + "/")
+    assert "TINKER_API_KEY" in failure("keys", "list", "--data-dir", tmp_path).message
+    monkeypatch.setenv("TINKER_API_KEY", "tml-remote")
+    assert run("keys", "list", "--data-dir", tmp_path).exit_code == 0
+    assert stub.calls[0][2] == "tml-remote"
+
+
+def test_without_a_server_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "tinsmith serve" in failure("keys", "list", "--data-dir", tmp_path).message
+    monkeypatch.setenv("TINKER_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TINKER_API_KEY", "tml-x")
+    assert "no server answers" in failure("keys", "list", "--data-dir", tmp_path).message
+
+
+def test_what_the_server_refuses_is_said(served: Path, stub: Stub) -> None:
+    stub.answer = (403, {"detail": "an admin key is needed"})
+    error = failure("keys", "list", "--data-dir", served)
+    assert isinstance(error, ForbiddenError)
+    assert error.message == "an admin key is needed"
+
+
+def test_errors_are_one_line_and_choose_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_with(error: TinsmithError) -> Any:
+        def app(**options: Any) -> None:
+            raise error
+
+        return app
+
+    monkeypatch.setattr(cli, "app", fail_with(ConfigError("port taken")))
+    assert cli.main() == 2
+    assert capsys.readouterr().err == "error: port taken\n"
+    monkeypatch.setattr(cli, "app", fail_with(TinsmithError("broken")))
+    assert cli.main() == 1
+
+
+def test_migrate_makes_a_database(tmp_path: Path) -> None:
+    done = run("migrate", "--data-dir", tmp_path / "new")
+    assert "up to date" in done.stdout
+    assert (tmp_path / "new" / "tinsmith.db").is_file()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name="matplotlib")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert failure("demo").message == "the demonstration needs matplotlib: pip install 'tinsmith[demo]'"

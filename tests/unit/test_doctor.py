@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tinsmith import cli, doctor
+from tinsmith.config import Settings
+from tinsmith.datadir import DataDir, ServerInfo
+from tinsmith.doctor import Level
+from tinsmith.serve import ENV_DEFAULTS
+
+TORCH: dict[str, Any] = {"torch": "2.13.0", "transformers": "5", "cuda": None, "threads": 2, "gflops": 80.0, "gpus": []}
+GPU = {"name": "H200", "free_bytes": 100 * 2**30, "total_bytes": 140 * 2**30}
+
+
+def settings(tmp_path: Path, **changes: Any) -> Settings:
+    return Settings.load({}, data_dir=tmp_path / "data", port=0, **changes)
+
+
+def test_a_healthy_machine_passes(tmp_path: Path) -> None:
+    checks = doctor.examine(settings(tmp_path))
+    assert {c.name for c in checks} >= {
+        "Python", "torch", "accelerator", "threads", "math libraries", "base model", "memory", "disk", "data directory",
+        "port", "SDK",
+    }  # fmt: skip
+    assert not [c for c in checks if c.level is Level.FAIL and c.name != "disk"]
+    assert not (tmp_path / "data").exists()
+
+
+def test_trouble_is_shown_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe_torch", lambda settings: "No module named torch")
+    done = CliRunner().invoke(
+        cli.app, ["doctor", "--data-dir", str(tmp_path), "--port", "0", "--base-model", "nonsense"]
+    )
+    assert done.exit_code == 1
+    assert "torch: install it again" in done.stdout
+    assert "base model: correct --base-model" in done.stdout
+
+
+def test_torch_and_accelerators(tmp_path: Path) -> None:
+    wants_cuda = settings(tmp_path, device="cuda")
+    assert [c.level for c in doctor.check_torch(TORCH, wants_cuda)] == [Level.OK, Level.FAIL]
+    assert [c.level for c in doctor.check_torch({**TORCH, "gpus": [GPU]}, wants_cuda)] == [Level.OK, Level.OK]
+    assert doctor.check_torch("broken", wants_cuda)[0].level is Level.FAIL
+
+
+def test_threads_that_fight_are_found() -> None:
+    calm = dict(ENV_DEFAULTS)
+    assert [c.level for c in doctor.check_threads(calm, 0, 4)] == [Level.OK, Level.OK]
+    assert [c.level for c in doctor.check_threads({**calm, "OMP_WAIT_POLICY": "ACTIVE"}, 8, 4)] == [Level.WARN] * 2
+
+
+def test_memory_is_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs, rows = doctor.check_bases(settings(tmp_path))
+    assert [row.level for row in rows] == [Level.OK]
+    levels = []
+    for free in (10**6, 10**8, 10**11):
+        monkeypatch.setattr(doctor, "free_memory_bytes", lambda free=free: free)
+        levels += [c.level for c in doctor.check_memory(refs, TORCH, settings(tmp_path))]
+    assert levels == [Level.FAIL, Level.WARN, Level.OK]
+    assert "100.0 GiB free" in doctor.check_memory(refs, {**TORCH, "gpus": [GPU]}, settings(tmp_path))[0].found
+    assert doctor.check_memory([], TORCH, settings(tmp_path)) == []
+
+
+def test_a_taken_port_is_found(tmp_path: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        taken = Settings.load({}, data_dir=tmp_path, port=sock.getsockname()[1])
+        check = doctor.check_port(taken, DataDir(tmp_path))
+        assert check.level is Level.FAIL
+        assert "--port" in check.cure
+
+
+def test_the_directory_and_its_server(tmp_path: Path) -> None:
+    data_dir = DataDir(tmp_path)
+    assert doctor.check_data_dir(data_dir).found.endswith("free")
+    with data_dir.locked(tmp_path / "sockets"):
+        holder = data_dir.holder()
+        assert holder is not None
+        data_dir.write_info(ServerInfo("0", "http://x:5", 5, holder.pid, 1, {}))
+        assert f"pid {holder.pid}" in doctor.check_data_dir(data_dir).found
+        assert doctor.check_port(Settings.load({}, data_dir=tmp_path, port=5), data_dir).level is Level.OK
+    assert "takes over" in doctor.check_data_dir(data_dir).found
+    (tmp_path / "file").write_text("")
+    assert doctor.check_data_dir(DataDir(tmp_path / "file")).level is Level.FAIL
+
+
+def test_the_disk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    for free in (10**9, 5 * 10**9, 10**11):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, usage=usage: usage)
+        levels.append(doctor.check_disk(tmp_path / "not" / "there").level)
+    assert levels == [Level.FAIL, Level.WARN, Level.OK]
+
+
+def test_an_old_python_is_named() -> None:
+    assert doctor.check_python((3, 10)).level is Level.FAIL

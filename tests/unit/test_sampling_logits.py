@@ -1,0 +1,123 @@
+"""Temperature, top-k, top-p, greedy; each row for itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from tinsmith.sampling.logits import Warp, draw, target_logprobs, truncate
+from tinsmith.types import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one(logits: list[float], uniform: float = 0.5, **params: float) -> tuple[int, float]:
+    warp = Warp.of([SamplingParams(**params)], len(logits), CPU)
+    tokens, logprobs = draw(torch.tensor([logits]), warp, torch.tensor([uniform], dtype=torch.float64))
+    return int(tokens[0]), float(logprobs[0])
+
+
+def kept(probs: list[float], k: int, p: float) -> list[int]:
+    rows = truncate(torch.tensor([probs]), torch.tensor([[k]]), torch.tensor([[p]], dtype=torch.float64))
+    assert all(float(q) in (0.0, pytest.approx(orig)) for q, orig in zip(rows[0], probs, strict=True))
+    return torch.nonzero(rows[0])[:, 0].tolist()
+
+
+def test_the_uniform_number_chooses_by_cumulative_probability():
+    logits = np.log([0.1, 0.2, 0.3, 0.4]).tolist()
+    assert [one(logits, u)[0] for u in (0.0, 0.099, 0.101, 0.299, 0.301, 0.599, 0.601, 1 - 2**-52)] == [
+        0, 0, 1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+    assert one(logits, 0.5)[1] == pytest.approx(np.log(0.3), abs=1e-6)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    inf = float("-inf")
+    assert one([inf, 0.0, inf, 0.0, inf], 0.0)[0] == 1
+    assert one([inf, 0.0, inf, 0.0, inf], 1 - 2**-52)[0] == 3
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_logprobs_are_at_the_temperature(temperature):
+    logits = [0.3, -1.0, 2.0]
+    expected = torch.log_softmax(torch.tensor(logits) / temperature, 0)
+    token, logprob = one(logits, 0.1, temperature=temperature)
+    assert logprob == pytest.approx(float(expected[token]), abs=1e-6)
+
+
+def test_greedy_takes_the_largest_and_reports_temperature_one():
+    logits = [0.3, 2.0, 2.0, -1.0]
+    assert one(logits, 0.99, temperature=0.0, top_k=1)[0] == 1
+    assert one(logits, temperature=0.0)[1] == pytest.approx(float(torch.log_softmax(torch.tensor(logits), 0)[1]))
+
+
+def test_a_tiny_temperature_is_no_overflow():
+    assert one([1.0, 3.0, 2.0], 0.9, temperature=1e-30) == (1, 0.0)
+
+
+def test_truncation_changes_what_is_drawn_but_not_the_logprob():
+    logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
+    token, logprob = one(logits, 0.9, top_k=2)
+    assert token == 1
+    assert logprob == pytest.approx(np.log(0.3), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "p", "expected"),
+    [
+        (9, 1.0, [0, 1, 2, 3]),
+        (2, 1.0, [1, 3]),
+        (1, 1.0, [1]),
+        (9, 0.4, [1]),
+        (9, 0.41, [1, 3]),
+        (9, 0.8, [1, 2, 3]),
+        (9, 1e-9, [1]),
+        (2, 0.6, [1, 3]),
+        (2, 0.5, [1]),
+    ],
+)
+def test_top_k_then_top_p(k, p, expected):
+    assert kept([0.125, 0.40625, 0.15625, 0.3125], k, p) == expected
+
+
+def test_of_equal_tokens_the_lower_ids_are_kept():
+    assert kept([0.25, 0.25, 0.25, 0.25], 2, 1.0) == [0, 1]
+    assert kept([0.25, 0.25, 0.25, 0.25], 9, 0.5) == [0, 1]
+
+
+def test_logits_that_are_not_finite_show():
+    assert np.isnan(one([0.0, float("nan"), 1.0])[1])
+    assert np.isnan(one([0.0, float("inf"), 1.0])[1])
+
+
+@pytest.mark.parametrize("vocab", [7, 211, 1024, 4001])
+def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
+    params = [
+        SamplingParams(temperature=(1.0, 0.0, 0.7)[i % 3], top_k=(-1, 3)[i % 2], top_p=(1.0, 0.9)[i % 5 == 0])
+        for i in range(37)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(37, vocab, generator=generator) * 3
+    uniforms = torch.rand(37, dtype=torch.float64, generator=generator)
+    tokens, logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
+    for i in range(37):
+        token, logprob = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
+        assert torch.equal(token[0], tokens[i])
+        assert torch.equal(logprob[0], logprobs[i])
+
+
+def test_target_logprobs_and_the_most_likely():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
+    own, ids, top = target_logprobs(logits, torch.tensor([0, 1]), 2)
+    expected = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(own, expected[[0, 1], [0, 1]])
+    assert ids.tolist() == [[2, 1], [0, 1]]
+    torch.testing.assert_close(top, expected.gather(1, ids))
+    assert target_logprobs(logits, torch.tensor([0, 1]), 0)[1].shape == (2, 0)

@@ -1,0 +1,54 @@
+"""How a batch of mixed adapters is cut into tiles and slots."""
+
+import pytest
+import torch
+
+from tinsmith.sampling.lora import Adapter, DecodeLora, assign_slots, tile_rows
+from tinsmith.types import Targets
+
+
+def adapter(seed: int, rank: int = 4, targets: Targets | None = None, width: int = 64) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, width, generator=generator) * 0.1
+    b = torch.randn(32, rank, generator=generator)
+    return Adapter(targets or Targets(), rank, 32 / rank, {"layer": (a, b)})
+
+
+@pytest.mark.parametrize(
+    ("rows", "adapters", "tile"), [(1, 1, 4), (32, 32, 4), (5, 1, 8), (9, 1, 16), (100, 1, 16), (63, 32, 4)]
+)
+def test_tile_rows(rows, adapters, tile):
+    assert tile_rows(rows, adapters) == tile
+
+
+def test_slots_are_kept_and_reused():
+    a, b, c, d = (adapter(i) for i in range(4))
+    assert assign_slots([], [a, b, a]) == [0, 1, 2]
+    assert assign_slots([a, b, c], [c, a]) == [2, 0]
+    assert assign_slots([a, b, c], [d, c]) == [0, 2]
+    assert assign_slots([a, None], [b, c, a, a]) == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 9, 32])
+def test_rank_class(rank):
+    assert adapter(0, rank).rank_class == {1: 8, 4: 8, 8: 8, 9: 16, 32: 32}[rank]
+
+
+def test_a_changing_batch_gives_each_row_its_own_adapter():
+    adapters = [adapter(i, (4, 8, 12, 32)[i % 4], Targets(mlp=i % 3 == 0)) for i in range(12)]
+    generator = torch.Generator().manual_seed(1)
+    lora = DecodeLora(torch.device("cpu"))
+    for count in (1, 5, 12, 40, 3, 0, 7, 40, 2):
+        chosen = [int(i) for i in torch.randint(0, 13, (count,), generator=generator)]
+        rows = [None if i == 12 else adapters[i] for i in chosen]
+        x, y = torch.randn(count + 4, 64, generator=generator), torch.randn(count + 4, 32, generator=generator)
+        before = y.clone()
+        lora.arrange(rows)
+        lora.add("layer", x, y)
+        lora.add("another layer", x, y)
+        for row, own in enumerate([*rows, None, None, None, None]):
+            if own is None:
+                assert torch.equal(y[row], before[row])
+            else:
+                a, b = own.matrices["layer"]
+                torch.testing.assert_close(y[row], before[row] + own.scale * (b @ (a @ x[row])), atol=1e-4, rtol=1e-4)

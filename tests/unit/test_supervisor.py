@@ -1,0 +1,169 @@
+"""Supervision with small scripts as children: restart, back-off, clean stop, and a parent that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service import is_alive, until
+from tinsmith.config import Settings, child_env
+from tinsmith.errors import ConfigError
+from tinsmith.supervisor import Backoff, ChildSpec, Supervisor, describe_exit
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+PARENT = """
+import os, subprocess, sys
+read, write = os.pipe()
+code = "import sys, time; from tinsmith import lifeline; lifeline.watch(int(sys.argv[1]));"
+code += "print('up', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code, str(read)], pass_fds=(read,), stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+class Watched:
+    """A supervisor of scripts, running in a thread."""
+
+    def __init__(self, *codes: str, **options: Any) -> None:
+        self.lines: list[str] = []
+        self.pids: list[list[int]] = []
+        env = child_env(Settings(), {})
+        specs = [ChildSpec(f"child{i}", (sys.executable, "-c", code), env) for i, code in enumerate(codes)]
+        self.supervisor = Supervisor(
+            specs, on_line=lambda name, line: self.lines.append(line), on_start=self._started, **options
+        )
+        self.error: ConfigError | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _started(self) -> None:
+        self.pids.append([child.pid for child in self.supervisor.children])
+
+    def _run(self) -> None:
+        try:
+            self.supervisor.run()
+        except ConfigError as error:
+            self.error = error
+
+    def stop(self) -> None:
+        self.supervisor.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[..., Watched]]:
+    made: list[Watched] = []
+
+    def start(*codes: str, **options: Any) -> Watched:
+        made.append(Watched(*codes, **options))
+        return made[-1]
+
+    yield start
+    for watched in made:
+        if watched.thread.is_alive():
+            watched.supervisor.stop()
+            watched.thread.join(20)
+
+
+def test_a_dead_child_is_restarted_at_once(watch: Callable[..., Watched]) -> None:
+    watched = watch(SLEEP, SLEEP)
+    until(lambda: watched.lines.count("up") == 2, 20)
+    first, second = watched.pids[-1]
+    started = time.monotonic()
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(watched.pids) == 2, 5)
+    assert time.monotonic() - started < 1.0
+    assert watched.pids[-1][0] != first
+    assert watched.pids[-1][1] == second
+    watched.stop()
+    assert not any(is_alive(pid) for pids in watched.pids for pid in pids)
+
+
+def test_a_crash_loop_backs_off(watch: Callable[..., Watched]) -> None:
+    watched = watch("raise SystemExit(7)", backoff=Backoff(steady_s=60.0, max_s=60.0))
+    until(lambda: len(watched.pids) == 3, 20)
+    (child,) = watched.supervisor.children
+    until(lambda: child.restart_at is not None, 10)
+    assert child.num_deaths == 3
+    started = time.monotonic()
+    watched.stop()
+    assert time.monotonic() - started < 1.5
+    assert len(watched.pids) == 3
+
+
+def test_back_off_grows_to_its_bound_and_is_forgiven() -> None:
+    backoff = Backoff(steady_s=5.0, max_s=30.0)
+    deaths, waits = 0, []
+    for _ in range(8):
+        deaths, wait_s = backoff.after(deaths, 0.1)
+        waits.append(wait_s)
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert backoff.after(deaths, 5.0) == (1, 0.0)
+
+
+def test_stopping_waits_for_the_work_under_way(watch: Callable[..., Watched], tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    code = f"""
+import pathlib, signal, time
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(done)!r}).write_text("finished")
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, end)
+print("up", flush=True)
+time.sleep(60)
+"""
+    watched = watch(code)
+    until(lambda: "up" in watched.lines, 20)
+    watched.stop()
+    assert done.read_text() == "finished"
+
+
+def test_a_child_that_will_not_stop_is_ended_by_force(watch: Callable[..., Watched]) -> None:
+    watched = watch(f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}", grace_s=0.5)
+    until(lambda: "up" in watched.lines, 20)
+    watched.stop()
+    assert not is_alive(watched.pids[-1][0])
+
+
+def test_unusable_settings_end_the_start(watch: Callable[..., Watched]) -> None:
+    watched = watch(SLEEP, "print('no weights in this directory'); raise SystemExit(2)")
+    watched.thread.join(20)
+    assert watched.error is not None
+    assert watched.error.message == "child1 can't start: no weights in this directory"
+    assert not any(is_alive(pid) for pid in watched.pids[-1])
+
+
+def test_a_chatty_child_is_never_blocked(watch: Callable[..., Watched]) -> None:
+    watched = watch(
+        "for i in range(20000): print('x' * 100)\nprint('through', flush=True)\nimport time; time.sleep(60)"
+    )
+    until(lambda: "through" in watched.lines, 20)
+
+
+def test_children_end_when_their_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout as out:
+        child = int(out.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait()
+    until(lambda: not is_alive(child), 5)
+
+
+def test_exits_are_named() -> None:
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(1) == "exit status 1"

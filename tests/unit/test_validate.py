@@ -1,0 +1,186 @@
+"""Each check refuses what it should, with the cure in its message, and lets the rest pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinsmith.config import Settings
+from tinsmith.errors import TooLargeError, UnsupportedError, UserError
+from tinsmith.types import AdamParams, BaseInfo, Datum, LossSpec, SamplingParams, Targets
+from tinsmith.validate import check_adam, check_lora, check_metadata, check_sample, check_training, check_ttl
+from tinsmith.wire.sampling import SampleRequest
+from tinsmith.wire.training import TrainingRequest
+
+INFO = BaseInfo("base", "/nowhere", "llama", vocab_size=100, max_context=16, eos_tokens=(0,))
+SETTINGS = Settings(max_request_tokens=40, lora_max_rank=8, max_samples_per_request=4)
+
+
+def datum(num_tokens: int = 3, **inputs: Any) -> Datum:
+    targets = {"target_tokens": np.arange(num_tokens, dtype=np.int64)}
+    return Datum(np.arange(num_tokens, dtype=np.int32), {**targets, **inputs})
+
+
+def training(*data: Datum, loss: str = "cross_entropy", **config: float | str) -> TrainingRequest:
+    return TrainingRequest("r", 1, data, LossSpec(loss, config), forward_only=False)
+
+
+def floats(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.float32)
+
+
+def policy(**inputs: Any) -> Datum:
+    return datum(logprobs=floats(3), advantages=floats(3), **inputs)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        training(datum()),
+        training(datum(weights=floats(3))),
+        training(datum(16)),
+        training(datum(weights=floats(3, 2), target_tokens=np.ones((3, 2), np.int64))),
+        training(policy(), loss="importance_sampling"),
+        training(policy(), loss="ppo", clip_low_threshold=0.5),
+        training(policy(), loss="cispo", clip_low_threshold=1.0, clip_high_threshold=1.0),
+        training(policy(), loss="dro", beta=0.0),
+    ],
+)
+def test_good_training_requests_pass(request_: TrainingRequest) -> None:
+    check_training(request_, INFO, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (training(), "data is empty"),
+        (training(datum(0)), "datum 0.*empty"),
+        (training(datum(17)), "context of base, 16"),
+        (
+            training(datum(), Datum(np.int32([1, 100]), datum(2).inputs)),
+            "datum 1: model input tokens.*0..99, found 100",
+        ),
+        (training(datum(target_tokens=np.int64([1, -100, 2]))), "found -100.*weight 0"),
+        (training(datum(target_tokens=np.int64([1, 2]))), "one target a token"),
+        (training(datum(target_tokens=np.ones((3, 0), np.int64))), "one target a token"),
+        (training(datum(target_tokens=floats(3))), "must be int64"),
+        (training(datum(weights=floats(2))), "they must be equal"),
+        (training(datum(weights=np.ones(3, np.int64))), "weights must be float32"),
+        (training(datum(weights=np.float32([1, np.nan, 1]))), "NaN"),
+        (training(datum(weights=np.float32([1, np.inf, 1]))), "infinity"),
+        (training(datum(mask=floats(3))), "takes no input 'mask'.*target_tokens, weights"),
+        (training(Datum(np.int32([1]), {})), "needs the input target_tokens"),
+        (training(datum(logprobs=floats(3)), loss="importance_sampling"), "needs the input advantages"),
+        (training(datum(target_tokens=np.ones((3, 2), np.int64)), loss="importance_sampling"), "needs|shape"),
+        (training(datum(), loss="nonsense"), "offered: cross_entropy, importance_sampling, ppo, cispo, dro"),
+        (training(datum(), beta=1.0), "no setting 'beta'"),
+        (training(policy(), loss="ppo", beta=1.0), "it has: clip_low_threshold, clip_high_threshold"),
+        (training(policy(), loss="ppo", clip_low_threshold=1.3), r"clip_low_threshold \(1.3\) is above .* \(1.2\)"),
+        (training(policy(), loss="cispo", clip_high_threshold=-1.0), r"clip_low_threshold \(0.0\) is above"),
+        (training(policy(), loss="ppo", clip_high_threshold=float("inf")), "must be a finite number"),
+        (training(policy(), loss="dro", beta=float("nan")), "beta must be a finite number"),
+        (training(policy(), loss="dro", beta="0.1"), "beta must be a finite number"),
+        (training(datum(), loss="dro"), "needs the input logprobs"),
+        (training(policy(weights=floats(3)), loss="ppo"), "takes no input 'weights'"),
+    ],
+)
+def test_bad_training_requests(request_: TrainingRequest, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_training(request_, INFO, SETTINGS)
+
+
+def test_too_many_tokens() -> None:
+    with pytest.raises(TooLargeError, match="several calls"):
+        check_training(training(*[datum(14)] * 3), INFO, SETTINGS)
+
+
+@pytest.mark.parametrize(("loss", "words"), [("stable_reinforce", "importance_sampling"), ("gspo", "not offered yet")])
+def test_known_losses_that_are_not_on_offer(loss: str, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        check_training(training(datum(), loss=loss), INFO, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite"),
+        ({"learning_rate": -1.0}, "0 or more"),
+        ({"beta1": 1.0}, "beta1 must lie"),
+        ({"beta2": -0.1}, "beta2 must lie"),
+        ({"eps": 0.0}, "eps must be greater"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"grad_clip_norm": -1.0}, "grad_clip_norm"),
+    ],
+)
+def test_bad_adam(changes: dict[str, float], words: str) -> None:
+    check_adam(AdamParams(learning_rate=0.0))
+    with pytest.raises(UserError, match=words):
+        check_adam(replace(AdamParams(), **changes))
+
+
+def sample(**changes: Any) -> SampleRequest:
+    names = SampleRequest.__dataclass_fields__
+    params = SamplingParams(**{"max_tokens": 4, **{k: v for k, v in changes.items() if k not in names}})
+    good = SampleRequest(np.int32([1, 2]), params, 1, None, prompt_logprobs=False, topk_prompt_logprobs=0)
+    return replace(good, **{k: v for k, v in changes.items() if k in names})
+
+
+@pytest.mark.parametrize("good", [{}, {"max_tokens": None}, {"max_tokens": 14}, {"temperature": 0.0}, {"seed": 0}])
+def test_good_samples_pass(good: dict[str, Any]) -> None:
+    check_sample(sample(**good), INFO, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 5}, "1..4"),
+        ({"prompt": np.zeros(0, np.int32)}, "prompt is empty"),
+        ({"prompt": np.int32([100])}, "0..99"),
+        ({"prompt": np.ones(16, np.int32)}, "at most 15"),
+        ({"max_tokens": 15}, "ask for at most 14"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop_strings": ("",)}, "empty string"),
+        ({"stop_tokens": (100,)}, "stop tokens"),
+        ({"topk_prompt_logprobs": 101}, "topk_prompt_logprobs"),
+    ],
+)
+def test_bad_samples(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_sample(sample(**bad), INFO, SETTINGS)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_bad_ranks_name_the_largest(rank: int) -> None:
+    with pytest.raises(UserError, match=r"1\.\.8"):
+        check_lora(rank, None, Targets(), SETTINGS)
+
+
+def test_lora_needs_a_target() -> None:
+    check_lora(8, 0, Targets(attn=False, mlp=False), SETTINGS)
+    with pytest.raises(UserError, match="train_attn"):
+        check_lora(8, 0, Targets(attn=False, mlp=False, unembed=False), SETTINGS)
+
+
+def test_metadata_becomes_text_and_is_bounded() -> None:
+    assert check_metadata({"a": "x", "b": [1], "c": None}) == {"a": "x", "b": "[1]", "c": "null"}
+    assert check_metadata(None) == {}
+    with pytest.raises(UserError, match="shorten"):
+        check_metadata({"a": "x" * 10_000})
+
+
+@pytest.mark.parametrize("ttl", [0, -1, 10**10])
+def test_bad_ttl(ttl: int) -> None:
+    check_ttl(None)
+    with pytest.raises(UserError, match="ttl_seconds"):
+        check_ttl(ttl)
