@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,24 @@ def own_imports(path: Path) -> set[str]:
             below = ".".join(name.split(".")[1:])
             own.add(below if below in known else below.rpartition(".")[0])
     return own
+
+
+def distribution(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_used_is_declared_and_the_other_way_round() -> None:
+    project = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {distribution(re.split(r"[<>=]", text)[0]) for text in project["dependencies"]}
+    demo = {distribution(re.split(r"[<>=]", text)[0]) for text in project["optional-dependencies"]["demo"]}
+    owners = importlib.metadata.packages_distributions()
+    used: dict[str, set[str]] = {"demo": set(), "rest": set()}
+    for path in sources():
+        resources = set(re.findall(r"resources\.files\(\"(\w+)\"\)", path.read_text(encoding="utf-8")))
+        foreign = (tops_of(path) | resources) - set(sys.stdlib_module_names) - {"tinsmith"}
+        used["demo" if room_of(path) == "demo" else "rest"] |= {distribution(owners[top][0]) for top in foreign}
+    assert used["rest"] == declared
+    assert used["demo"] <= declared | demo
 
 
 def test_every_module_has_a_layer() -> None:

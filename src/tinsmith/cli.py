@@ -134,10 +134,12 @@ def create_key(
 @keys.command("list")
 def list_keys(data_dir: DataDirFlag = None) -> None:
     """List all keys, the revoked ones too. Secrets are not kept."""
-    table = Table("id", "name", "tenant", "admin", "created", "revoked")
+    table = Table("id", "name", "tenant", "admin")
+    table.add_column("created", no_wrap=True)
+    table.add_column("revoked", no_wrap=True)
     for key in _client(data_dir).call("GET", "/admin/keys")["keys"]:
         cells = (key["key_id"], key["name"], key["tenant"], "yes" if key.get("is_admin") else "")
-        table.add_row(*cells, key["created_at"], key.get("revoked_at") or "")
+        table.add_row(*cells, _day_and_time(key["created_at"]), _day_and_time(key.get("revoked_at") or ""))
     Console().print(table)
 
 
@@ -149,6 +151,11 @@ def revoke_key(
     """Revoke a key; it stops working within a second."""
     key = _client(data_dir).call("DELETE", f"/admin/keys/{urllib.parse.quote(key_id, safe='')}")
     typer.echo(f"revoked {key['key_id']} ({key['name']})")
+
+
+def _day_and_time(iso: str) -> str:
+    """ "2026-01-31 12:34" of an ISO time in UTC."""
+    return iso[:16].replace("T", " ")
 
 
 def _client(data_dir: Path | None) -> Client:

@@ -52,7 +52,7 @@ class Settings:
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
     device: str = setting(
         "auto",
-        "Where the base model lives: auto or cpu (no cuda yet); fake computes nothing real, for tests of clients.",
+        "Where the base model lives: auto and cpu mean the CPU; fake computes nothing real, for tests of clients.",
         group="engine",
     )
     pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
@@ -166,7 +166,7 @@ class Settings:
             "log_level": ("debug", "info", "warning", "error"),
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
-            "device": ("auto", "cpu", "cuda", "fake"),
+            "device": ("auto", "cpu", "fake"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

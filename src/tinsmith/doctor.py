@@ -27,13 +27,13 @@ from tinsmith.config import Settings, child_env
 from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
 from tinsmith.serve import ENV_DEFAULTS, bind
+from tinsmith.store import CURE, DATABASE_FILE, damage
 from tinsmith.supervisor import available_cores
 
 PROBE_TIMEOUT_S = 120.0
 MIN_DISK_BYTES = 2 * 10**9
 LITTLE_DISK_BYTES = 10 * 10**9
-CPU_BYTES_PER_PARAM = 4  # float32
-GPU_BYTES_PER_PARAM = 2  # bfloat16
+BYTES_PER_PARAM = 4  # float32
 WORKER_BYTES = 600 * 2**20  # torch and transformers themselves
 GIB = 2**30
 
@@ -61,12 +61,13 @@ def examine(settings: Settings) -> list[Check]:
     data_dir = DataDir(settings.data_dir)
     return [
         check_python(sys.version_info[:2]),
-        *check_torch(torch, settings),
+        *check_torch(torch),
         *check_threads(child_env(settings, ENV_DEFAULTS), settings.threads, available_cores()),
         *rows,
-        *check_memory(refs, torch, settings),
+        *check_memory(refs, settings),
         check_disk(settings.data_dir),
         check_data_dir(data_dir),
+        check_database(settings.data_dir / DATABASE_FILE),
         check_port(settings, data_dir),
         check_sdk(),
     ]
@@ -104,7 +105,7 @@ def check_python(version: tuple[int, ...]) -> Check:
     return Check("Python", Level.OK, text)
 
 
-def check_torch(torch: dict[str, Any] | str, settings: Settings) -> list[Check]:
+def check_torch(torch: dict[str, Any] | str) -> list[Check]:
     if isinstance(torch, str):
         cure = "install it again: pip install --force-reinstall torch"
         return [Check("torch", Level.FAIL, torch, cure)]
@@ -115,13 +116,7 @@ def check_torch(torch: dict[str, Any] | str, settings: Settings) -> list[Check]:
         names = ", ".join(
             f"{g['name']} ({g['free_bytes'] / GIB:.0f} of {g['total_bytes'] / GIB:.0f} GiB free)" for g in gpus
         )
-        rows.append(Check("accelerator", Level.OK, names))
-    elif settings.device == "cuda":
-        cure = "install the NVIDIA driver and torch's CUDA build, or use --device cpu"
-        rows.append(Check("accelerator", Level.FAIL, "none, but --device cuda was asked for", cure))
-    elif shutil.which("nvidia-smi") is not None:
-        cure = "this torch can't use the NVIDIA GPU here: install torch's CUDA build, or a driver that is new enough"
-        rows.append(Check("accelerator", Level.WARN, "an NVIDIA GPU that torch does not see", cure))
+        rows.append(Check("accelerator", Level.OK, f"{names}: left unused, this version computes on the CPU"))
     else:
         rows.append(Check("accelerator", Level.OK, "none; computing on the CPU"))
     return rows
@@ -171,14 +166,12 @@ def check_bases(settings: Settings) -> tuple[list[bases.BaseRef], list[Check]]:
     return good, rows
 
 
-def check_memory(refs: Sequence[bases.BaseRef], torch: dict[str, Any] | str, settings: Settings) -> list[Check]:
+def check_memory(refs: Sequence[bases.BaseRef], settings: Settings) -> list[Check]:
     """Weights, sampler cache and the process itself, against what is free. Training needs some more on top."""
     if not refs:
         return []
-    gpus = [] if isinstance(torch, str) or settings.device in ("cpu", "fake") else torch["gpus"]
-    free = sum(int(g["free_bytes"]) for g in gpus) if gpus else free_memory_bytes()
-    per_param = GPU_BYTES_PER_PARAM if gpus else CPU_BYTES_PER_PARAM
-    weights = sum(bases.num_params(ref.directory) for ref in refs) * per_param
+    free = free_memory_bytes()
+    weights = sum(bases.num_params(ref.directory) for ref in refs) * BYTES_PER_PARAM
     needed = weights + len(refs) * (settings.kv_cache_mib * 2**20 + WORKER_BYTES)
     found = f"{needed / GIB:.1f} GiB needed for {len(refs)} base model(s) before training, {free / GIB:.1f} GiB free"
     if weights > free:
@@ -227,6 +220,15 @@ def check_data_dir(data_dir: DataDir) -> Check:
     if data_dir.left_info() is not None:
         return Check("data directory", Level.OK, f"{path}: its last server was killed; the next one takes over")
     return Check("data directory", Level.OK, f"{path}: free")
+
+
+def check_database(path: Path) -> Check:
+    if not path.exists():
+        return Check("database", Level.OK, "none yet: it is made at the first start")
+    found = damage(path)
+    if found is not None:
+        return Check("database", Level.FAIL, f"{path}: {found}", CURE)
+    return Check("database", Level.OK, f"{path}: sound, {path.stat().st_size / 1e6:,.1f} MB")
 
 
 def check_port(settings: Settings, data_dir: DataDir) -> Check:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -69,6 +70,7 @@ def serve(settings: Settings) -> int:
     data_dir = DataDir(settings.data_dir)
     data_dir.make()
     with contextlib.ExitStack() as held:
+        held.callback(os.umask, os.umask(0o077))  # files of the server and its children are their owner's alone
         sockets = held.enter_context(_socket_dir())
         left = data_dir.left_info()
         held.enter_context(data_dir.locked(sockets))
@@ -165,7 +167,9 @@ class _Serving:
         if secret is not None:
             say(f"first start: the administrator's key, shown once and kept in {self._data_dir.admin_key_file}")
         say(f"  export TINKER_BASE_URL={self._url}", markup=False)
-        say(f"  export TINKER_API_KEY={secret or f'$(cat {self._data_dir.admin_key_file})'}", markup=False)
+        key_file = shlex.quote(str(self._data_dir.admin_key_file))
+        kept = f'"$(cat {key_file})"'
+        say(f"  export TINKER_API_KEY={secret or kept}", markup=False)
         say(f"API reference: {self._url}/schema", markup=False)
 
     def _say_when_ready(self) -> None:
@@ -184,7 +188,7 @@ class _Serving:
         elif line.startswith("{"):
             self._relay.put(line)
         else:
-            self._relay.put(json.dumps({"process": name, "level": "info", "event": line}))
+            self._relay.put(json.dumps({"process": name, "level": "warning", "event": line}))
 
     def _write_line(self, line: str) -> None:
         if self._err.is_terminal:

@@ -8,6 +8,7 @@ never blocks it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -189,7 +190,9 @@ class Supervisor:
         uptime_s = time.monotonic() - child.started_at
         why = describe_exit(child.status)
         if child.status == UNUSABLE and child.num_starts == 1:
-            raise ConfigError(f"{child.spec.name} can't start: {child.last_lines[-1] if child.last_lines else why}")
+            raise ConfigError(
+                f"{child.spec.name} can't start: {_gist(child.last_lines[-1]) if child.last_lines else why}"
+            )
         self._on_death(child.spec.name)
         child.num_deaths, wait_s = self._backoff.after(child.num_deaths, uptime_s)
         child.restart_at = time.monotonic() + wait_s
@@ -250,3 +253,12 @@ def describe_exit(status: int) -> str:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gist(line: str) -> str:
+    """What a log line says: of a JSON line its error, or else its event; another line as it is."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return line
+    return str(said.get("error") or said.get("event") or line) if isinstance(said, dict) else line

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
@@ -38,12 +37,10 @@ class TorchEngine:
 
     Raises:
         UserError: the base's directory lacks weights.
-        UnsupportedError: the device, or a part of the architecture, isn't one that can be served.
+        UnsupportedError: a part of the architecture isn't one that can be served.
     """
 
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
-        if settings.device not in ("auto", "cpu"):
-            raise UnsupportedError(f"--device {settings.device}: the torch engine computes on the CPU; use cpu or auto")
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         self._base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
         self._trainer = Trainer(self._base, settings)

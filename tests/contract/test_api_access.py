@@ -216,3 +216,11 @@ def test_the_reference_page_asks_nobody_else(anonymous: Any) -> None:
         assert f"/schema/assets/{name}" in page
         assert anonymous.raw("GET", f"/schema/assets/{name}").status_code == 200
     assert anonymous.raw("GET", "/schema/assets/index.html").status_code == 404
+
+
+def test_the_openapi_document_says_where_a_key_goes(anonymous: Any) -> None:
+    document = anonymous.raw("GET", "/schema/openapi.json").json()
+    assert document["components"]["securitySchemes"].keys() == {"key", "bearer"}
+    paths = document["paths"]
+    assert paths["/api/v1/asample"]["post"]["security"] == [{"key": []}, {"bearer": []}]
+    assert "security" not in paths["/api/v1/healthz"]["get"]

@@ -49,6 +49,7 @@ def test_a_server_says_how_to_reach_it(data_dir: Path) -> None:
         assert f"{service.url}/schema" in log
         assert (data_dir / "admin.key").stat().st_mode & 0o777 == 0o600
         assert data_dir.stat().st_mode & 0o777 == 0o700
+        assert not [path for path in data_dir.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
         until(lambda: "ready after" in service.log.read_text(), 10)
 
 

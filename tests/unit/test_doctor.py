@@ -12,6 +12,7 @@ from tinsmith.config import Settings
 from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.doctor import Level
 from tinsmith.serve import ENV_DEFAULTS
+from tinsmith.store import DATABASE_FILE, open_store
 
 TORCH: dict[str, Any] = {"torch": "2.13.0", "transformers": "5", "cuda": None, "threads": 2, "gflops": 80.0, "gpus": []}
 GPU = {"name": "H200", "free_bytes": 100 * 2**30, "total_bytes": 140 * 2**30}
@@ -25,7 +26,7 @@ def test_a_healthy_machine_passes(tmp_path: Path) -> None:
     checks = doctor.examine(settings(tmp_path))
     assert {c.name for c in checks} >= {
         "Python", "torch", "accelerator", "threads", "math libraries", "base model", "memory", "disk", "data directory",
-        "port", "SDK",
+        "database", "port", "SDK",
     }  # fmt: skip
     assert not [c for c in checks if c.level is Level.FAIL and c.name != "disk"]
     assert not (tmp_path / "data").exists()
@@ -41,11 +42,11 @@ def test_trouble_is_shown_with_its_cure(tmp_path: Path, monkeypatch: pytest.Monk
     assert "base model: correct --base-model" in done.stdout
 
 
-def test_torch_and_accelerators(tmp_path: Path) -> None:
-    wants_cuda = settings(tmp_path, device="cuda")
-    assert [c.level for c in doctor.check_torch(TORCH, wants_cuda)] == [Level.OK, Level.FAIL]
-    assert [c.level for c in doctor.check_torch({**TORCH, "gpus": [GPU]}, wants_cuda)] == [Level.OK, Level.OK]
-    assert doctor.check_torch("broken", wants_cuda)[0].level is Level.FAIL
+def test_torch_and_accelerators() -> None:
+    assert [c.level for c in doctor.check_torch(TORCH)] == [Level.OK, Level.OK]
+    unused = doctor.check_torch({**TORCH, "gpus": [GPU]})[1]
+    assert "H200 (100 of 140 GiB free): left unused" in unused.found
+    assert doctor.check_torch("broken")[0].level is Level.FAIL
 
 
 def test_threads_that_fight_are_found() -> None:
@@ -60,10 +61,9 @@ def test_memory_is_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     levels = []
     for free in (10**6, 10**8, 10**11):
         monkeypatch.setattr(doctor, "free_memory_bytes", lambda free=free: free)
-        levels += [c.level for c in doctor.check_memory(refs, TORCH, settings(tmp_path))]
+        levels += [c.level for c in doctor.check_memory(refs, settings(tmp_path))]
     assert levels == [Level.FAIL, Level.WARN, Level.OK]
-    assert "100.0 GiB free" in doctor.check_memory(refs, {**TORCH, "gpus": [GPU]}, settings(tmp_path))[0].found
-    assert doctor.check_memory([], TORCH, settings(tmp_path)) == []
+    assert doctor.check_memory([], settings(tmp_path)) == []
 
 
 def test_a_taken_port_is_found(tmp_path: Path) -> None:
@@ -97,6 +97,19 @@ def test_the_disk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, usage=usage: usage)
         levels.append(doctor.check_disk(tmp_path / "not" / "there").level)
     assert levels == [Level.FAIL, Level.WARN, Level.OK]
+
+
+def test_a_damaged_database_is_found(tmp_path: Path) -> None:
+    path = tmp_path / DATABASE_FILE
+    assert doctor.check_database(path).level is Level.OK
+    open_store(tmp_path).close()
+    assert "sound" in doctor.check_database(path).found
+    path.write_bytes(path.read_bytes()[:6000] + b"\xff" * 3000)
+    damaged = doctor.check_database(path)
+    assert damaged.level is Level.FAIL
+    assert "backup" in damaged.cure
+    path.write_bytes(b"not a database at all" * 100)
+    assert "not a database" in doctor.check_database(path).found
 
 
 def test_an_old_python_is_named() -> None:

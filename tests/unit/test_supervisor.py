@@ -146,6 +146,14 @@ def test_unusable_settings_end_the_start(watch: Callable[..., Watched]) -> None:
     assert not any(is_alive(pid) for pid in watched.pids[-1])
 
 
+def test_a_json_log_line_is_told_in_its_own_words(watch: Callable[..., Watched]) -> None:
+    line = '{"event": "the worker can not start", "error": "no weights"}'
+    watched = watch(SLEEP, f"print({line!r}); raise SystemExit(2)")
+    watched.thread.join(20)
+    assert watched.error is not None
+    assert watched.error.message == "child1 can't start: no weights"
+
+
 def test_a_chatty_child_is_never_blocked(watch: Callable[..., Watched]) -> None:
     watched = watch(
         "for i in range(20000): print('x' * 100)\nprint('through', flush=True)\nimport time; time.sleep(60)"

@@ -94,8 +94,8 @@ def build_app(services: Services) -> Litestar:
     return Litestar(
         route_handlers=[
             *OPEN,
-            Router("/api/v1", route_handlers=CLOSED, guards=[guard]),
-            Router("/api/v1", route_handlers=ADMIN, guards=[guard, admin_guard]),
+            Router("/api/v1", route_handlers=CLOSED, guards=[guard], security=reference.NEEDS_KEY),
+            Router("/api/v1", route_handlers=ADMIN, guards=[guard, admin_guard], security=reference.NEEDS_KEY),
         ],
         dependencies={"services": Provide(provide_services, sync_to_thread=False)},
         exception_handlers=HANDLERS,

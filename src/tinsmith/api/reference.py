@@ -10,6 +10,7 @@ from importlib import resources
 from litestar import get
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath
 from litestar.response import File
 
@@ -17,6 +18,7 @@ from tinsmith import __version__
 from tinsmith.errors import NotFoundError
 
 PATH = "/schema"
+NEEDS_KEY = [{"key": list[str]()}, {"bearer": list[str]()}]  # either
 ASSETS = "/schema/assets"
 FILES = {
     "swagger-ui-bundle.js": "text/javascript",
@@ -44,4 +46,14 @@ def openapi_config() -> OpenAPIConfig:
         standalone_preset_js_url=f"{ASSETS}/swagger-ui-standalone-preset.js",
         favicon=f'<link rel="icon" href="{ASSETS}/favicon-32x32.png">',
     )
-    return OpenAPIConfig(title="tinsmith", version=__version__, path=PATH, render_plugins=[page])
+    schemes = {
+        "key": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
+        "bearer": SecurityScheme(type="http", scheme="bearer"),
+    }
+    return OpenAPIConfig(
+        title="tinsmith",
+        version=__version__,
+        path=PATH,
+        render_plugins=[page],
+        components=Components(security_schemes=dict(schemes)),
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinsmith.store.checkpoints import Checkpoints
-from tinsmith.store.database import Database, errors_by_name
+from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
@@ -54,4 +54,4 @@ def open_store(data_dir: Path, *, synchronous: str = "FULL") -> Store:
     return Store(database)
 
 
-__all__ = ["DATABASE_FILE", "Store", "open_store"]
+__all__ = ["CURE", "DATABASE_FILE", "Store", "damage", "open_store"]

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ class Database:
         if self._is_closed:
             raise RuntimeError("the store is closed")
         return self._engine.connect().execution_options(**{IS_WRITE: is_write})
+
+
+def damage(path: Path) -> str | None:
+    """What SQLite's quick check finds wrong with a database file, or None. Changes nothing; it may be in use."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            found = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+    except sqlite3.Error as error:
+        return str(error)
+    return None if found == ["ok"] else "; ".join(map(str, found))
 
 
 def _make_engine(path: Path, synchronous: str) -> Engine:
