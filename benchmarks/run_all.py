@@ -22,7 +22,8 @@ from pathlib import Path
 
 import rows
 
-from tinsmith.serve import ENV_DEFAULTS, WORKER_DEFAULTS
+from tinsmith.cpu import math_env
+from tinsmith.serve import WORKER_DEFAULTS
 from tinsmith.supervisor import available_cores
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def run(command: str, rows_file: Path) -> str:
     """Its standard output, shown as it comes."""
     script, *flags = command.split()
     argv = [sys.executable, str(HERE / script), *flags, "--rows", str(rows_file)]
-    env = {**os.environ, **ENV_DEFAULTS, **WORKER_DEFAULTS, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, **math_env(), **WORKER_DEFAULTS, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     lines = []
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # both are read when torch loads
+from tinsmith.cpu import math_env
+
+os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
 import argparse
 import statistics

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # these are read when torch loads, or by glibc in a child
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+from tinsmith.cpu import math_env
+
+os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
 import argparse
 import contextlib
@@ -36,7 +36,6 @@ from tinker import types
 
 from tinsmith.bases import describe, parse
 from tinsmith.config import Settings, point_sdk_at
-from tinsmith.serve import ENV_DEFAULTS
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, RunSpec, TrainItem
 
@@ -244,7 +243,7 @@ def create(client: Any) -> Any:
 
 def gemm_ms(count: int) -> list[float]:
     """The median time of a small product in each of `count` processes, with the environment that `serve` gives."""
-    env = {**os.environ, **ENV_DEFAULTS}
+    env = dict(os.environ)
     children = [subprocess.Popen([sys.executable, "-c", GEMM], env=env, stdout=subprocess.PIPE) for _ in range(count)]
     return [float(child.communicate()[0]) for child in children]
 

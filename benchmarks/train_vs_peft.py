@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "--plain-mkl" not in sys.argv:
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+from tinsmith.cpu import OPENMP, math_env
+
+os.environ.update({**(OPENMP if "--plain-mkl" in sys.argv else math_env()), **os.environ})  # read when torch loads
 
 import numpy as np
 import rows

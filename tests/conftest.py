@@ -1,4 +1,4 @@
-"""What all tests share: a quiet OpenMP before torch loads, data directories, and a real server."""
+"""What all tests share: the math libraries set up before torch loads, data directories, and a real server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # both are read when torch loads, so before any import of it
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+from tinsmith.cpu import math_env
+
+os.environ.update({**math_env(), **os.environ})  # read when torch loads and first computes
 os.environ.update(HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
 for name in [name for name in os.environ if name.startswith(("TINSMITH_", "TINKER_BASE_URL", "TINKER_API_KEY"))]:
     del os.environ[name]

@@ -19,7 +19,7 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "errors", "config", "crashpoints"},
+    {"", "types", "errors", "config", "cpu", "crashpoints"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "bell", "tokenizer", "lifeline", "datadir",
         "checkpoint_file", "relay",

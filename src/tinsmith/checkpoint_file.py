@@ -1,6 +1,7 @@
 """A run's state as one safetensors file, and back. Numpy only; no pickle, no torch.
 
-The header's metadata carries the spec, the optimizer step and a format number; tensors are named as in `RunState`.
+The header's metadata has one entry, a JSON object with the format, the optimizer step and the spec (several entries
+would come out of the library in a new order each time); tensors are named as in `RunState`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -19,18 +21,23 @@ from tinsmith.errors import CorruptError
 from tinsmith.types import RunSpec, RunState
 
 FORMAT = "tinsmith-run-state-1"
+ENTRY = "tinsmith"
 MAX_HEADER_BYTES = 16 * 2**20
+
+
+class Label(Struct):
+    """What the metadata says; `spec` as in `RunState`."""
+
+    format: str
+    step: int
+    spec: RunSpec
 
 
 def dump_state(state: RunState) -> bytes:
     """The file's bytes. Equal states give equal bytes."""
-    metadata = {
-        "format": FORMAT,
-        "spec": msgspec.json.encode(state.spec).decode(),
-        "step": str(state.step),
-    }
+    label = msgspec.json.encode(Label(FORMAT, state.step, state.spec)).decode()
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in state.tensors.items()}
-    return save_tensors(tensors, metadata=metadata)
+    return save_tensors(tensors, metadata={ENTRY: label})
 
 
 def load_state(data: bytes) -> RunState:
@@ -39,16 +46,14 @@ def load_state(data: bytes) -> RunState:
     Raises:
         CorruptError: it isn't such a file, or is cut short.
     """
-    metadata = _metadata(data)
-    if metadata.get("format") != FORMAT:
-        raise CorruptError(f"not a run state: format {metadata.get('format')!r}, expected {FORMAT!r}")
     try:
-        spec = msgspec.json.decode(metadata["spec"], type=RunSpec)
-        step = int(metadata["step"])
+        label = msgspec.json.decode(_metadata(data)[ENTRY], type=Label)
         tensors = load_tensors(data)
-    except (KeyError, ValueError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, msgspec.MsgspecError, SafetensorError) as error:
         raise CorruptError(f"unreadable run state: {error}") from error
-    return RunState(spec=spec, step=step, tensors=tensors)
+    if label.format != FORMAT:
+        raise CorruptError(f"not a run state: format {label.format[:40]!r}, expected {FORMAT!r}")
+    return RunState(spec=label.spec, step=label.step, tensors=tensors)
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

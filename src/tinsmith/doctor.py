@@ -24,9 +24,10 @@ from rich.table import Table
 
 from tinsmith import bases
 from tinsmith.config import Settings, child_env
+from tinsmith.cpu import OPENMP, math_env
 from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
-from tinsmith.serve import ENV_DEFAULTS, bind
+from tinsmith.serve import bind
 from tinsmith.store import CURE, DATABASE_FILE, damage
 from tinsmith.supervisor import available_cores
 
@@ -62,7 +63,7 @@ def examine(settings: Settings) -> list[Check]:
     return [
         check_python(sys.version_info[:2]),
         *check_torch(torch),
-        *check_threads(child_env(settings, ENV_DEFAULTS), settings.threads, available_cores()),
+        *check_threads(child_env(settings, math_env()), settings.threads, available_cores()),
         *rows,
         *check_memory(refs, settings),
         check_disk(settings.data_dir),
@@ -85,7 +86,7 @@ def probe_torch(settings: Settings) -> dict[str, Any] | str:
     """What `torch_probe` prints, or why it doesn't."""
     command = [sys.executable, "-m", "tinsmith.torch_probe"]
     threads = str(settings.threads or available_cores())
-    env = child_env(settings, ENV_DEFAULTS, OMP_NUM_THREADS=threads)
+    env = child_env(settings, math_env(), OMP_NUM_THREADS=threads)
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -111,6 +112,11 @@ def check_torch(torch: dict[str, Any] | str) -> list[Check]:
         return [Check("torch", Level.FAIL, torch, cure)]
     found = f"torch {torch['torch']}, transformers {torch['transformers']}, {torch['gflops']:g} GFLOP/s on the CPU"
     rows = [Check("torch", Level.OK, found)]
+    if torch["uneven"]:
+        cure = "unset MKL_CBWR, or try another number of --threads: results would depend on what else is computed"
+        rows.append(Check("rounding", Level.WARN, f"rows of products {torch['uneven']} depend on the others", cure))
+    else:
+        rows.append(Check("rounding", Level.OK, "a row of a product has the same bits among any others"))
     gpus = torch["gpus"]
     if gpus:
         names = ", ".join(
@@ -130,15 +136,12 @@ def check_threads(env: dict[str, str], threads: int, num_cores: int) -> list[Che
         rows = [Check("threads", Level.WARN, f"{wanted} on {num_cores} cores", cure)]
     else:
         rows = [Check("threads", Level.OK, f"{wanted} on {num_cores} cores")]
-    wrong = [f"{name}={env.get(name)}" for name, value in ENV_DEFAULTS.items() if env.get(name) != value]
+    wrong = [f"{name}={env.get(name)}" for name, value in OPENMP.items() if env.get(name) != value]
     if wrong:
-        cure = (
-            "unset these: OpenMP threads that wait actively are 11 to 17 times slower on shared cores, "
-            "and another rounding mode of MKL makes results depend on what else is computed"
-        )
-        rows.append(Check("math libraries", Level.WARN, ", ".join(wrong), cure))
+        cure = "unset these: OpenMP threads that wait actively are 11 to 17 times slower on shared cores"
+        rows.append(Check("waiting threads", Level.WARN, ", ".join(wrong), cure))
     else:
-        rows.append(Check("math libraries", Level.OK, "threads wait passively, rounding does not depend on neighbours"))
+        rows.append(Check("waiting threads", Level.OK, "they sleep"))
     return rows
 
 

@@ -31,6 +31,7 @@ from tinsmith.admin import ensure_admin_key
 from tinsmith.bases import BaseRef, describe, parse_all
 from tinsmith.client import Client
 from tinsmith.config import Settings, child_env
+from tinsmith.cpu import math_env
 from tinsmith.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.hub import fetch
@@ -47,11 +48,6 @@ READY_POLL_S = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_SOCKET_DIR_CHARS = 70  # a unix socket's path has room for about 100
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-ENV_DEFAULTS = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # busy-waiting is 11-17 times slower where processes share few cores
-    "GOMP_SPINCOUNT": "0",
-    "MKL_CBWR": "AUTO,STRICT",  # a matrix product's rows round alike, however many there are
-}
 # glibc keeps freed memory between passes: fetching it anew took up to a sixth of a large pass
 WORKER_DEFAULTS = {
     "MALLOC_MMAP_THRESHOLD_": str(128 * 2**20),
@@ -210,7 +206,7 @@ def child_specs(
         ChildSpec(
             API,
             (*api, "--parent-fd", str(parent_fd)),
-            child_env(settings, ENV_DEFAULTS, **common, OMP_NUM_THREADS="1"),
+            child_env(settings, math_env(), **common, OMP_NUM_THREADS="1"),
             (listen_fd, parent_fd),
         )
     ]
@@ -219,7 +215,7 @@ def child_specs(
             *(sys.executable, "-m", "tinsmith.worker", "--base", str(ref), "--slot", str(slot)),
             *("--bell", str(bells[ref.name]), "--api-bell", str(sockets / "api.sock"), "--parent-fd", str(parent_fd)),
         )
-        env = child_env(settings, {**ENV_DEFAULTS, **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(settings.threads))
+        env = child_env(settings, {**math_env(), **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(settings.threads))
         specs.append(ChildSpec(worker_name(ref), argv, env, (parent_fd,)))
     return specs
 

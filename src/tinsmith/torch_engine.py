@@ -9,10 +9,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
 import torch
 
 from tinsmith.config import Settings
 from tinsmith.model import load_base
+from tinsmith.model.row_probe import uneven_products
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
@@ -31,6 +33,13 @@ from tinsmith.types import (
     TrainItem,
 )
 
+log = structlog.get_logger("tinsmith.worker")
+
+RESULTS_DEPEND = (
+    "on this machine the last bits of a run's numbers depend on what shares its passes; "
+    "`tinsmith doctor` says what can be done"
+)
+
 
 class TorchEngine:
     """See `engine.Engine`.
@@ -43,6 +52,9 @@ class TorchEngine:
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         self._base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+        uneven = uneven_products(self._base.weights())
+        if uneven:
+            log.warning(RESULTS_DEPEND, base=info.name, products=uneven, threads=torch.get_num_threads())
         self._trainer = Trainer(self._base, settings)
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 

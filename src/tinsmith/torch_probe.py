@@ -12,12 +12,16 @@ import time
 import torch
 import transformers
 
+from tinsmith.model.row_probe import uneven_products
+
 GEMM_SIZE = 512
 REPEATS = 8
+SHAPES = ((32, 128), (64, 64), (576, 192), (512, 1536), (1024, 192))
 
 
 def probe() -> dict[str, object]:
-    """Versions, threads, speed of a float32 matrix product (GFLOP/s), and accelerators with their memory in bytes."""
+    """Versions, threads, speed of a float32 matrix product (GFLOP/s), accelerators with their memory in bytes, and the
+    shapes of products whose rows depend on their neighbours."""
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -30,6 +34,7 @@ def probe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gflops": round(_gemm_gflops(), 1),
         "gpus": gpus,
+        "uneven": uneven_products(torch.randn(shape) for shape in SHAPES),
     }
 
 

@@ -1,8 +1,4 @@
-"""Small random bases on disk, and the settings of the machine that bits depend on."""
-
-import os
-
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read by MKL at its first call, so before torch computes anything
+"""Small random bases on disk, and numbers of threads."""
 
 import pytest
 import torch

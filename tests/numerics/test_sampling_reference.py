@@ -42,9 +42,10 @@ def test_logprobs_are_those_of_transformers_and_peft(base, temperature):
 
 
 def test_logprobs_are_those_of_the_trainer(base):
-    specs = [spec(f"run{i}", RANKS[i], seed=i + 1) for i in range(4)]
-    trainer = make_trainer(base, *specs)
-    states = {s.run_id: trainer.export_run(s.run_id, ("param",)) for s in specs}
+    states = {f"run{i}": state_of(base, spec(f"run{i}", RANKS[i], seed=i + 1)) for i in range(4)}
+    trainer = make_trainer(base)
+    for state in states.values():
+        trainer.import_run(state.spec, state)
     items = [
         sample(f"r{i}", prompt(i, LENGTHS[i % 6]), f"run{i % 4}", seed=i, max_tokens=50, prompt_logprobs=True)
         for i in range(8)

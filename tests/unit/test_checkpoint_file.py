@@ -26,7 +26,7 @@ def test_a_state_comes_back_exactly() -> None:
 
 
 def test_equal_states_give_equal_bytes() -> None:
-    assert dump_state(STATE) == dump_state(load_state(dump_state(STATE)))
+    assert len({dump_state(load_state(dump_state(STATE))) for _ in range(20)}) == 1
 
 
 @given(st.integers(0, 400))

@@ -9,12 +9,14 @@ from typer.testing import CliRunner
 
 from tinsmith import cli, doctor
 from tinsmith.config import Settings
+from tinsmith.cpu import OPENMP
 from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.doctor import Level
-from tinsmith.serve import ENV_DEFAULTS
 from tinsmith.store import DATABASE_FILE, open_store
 
-TORCH: dict[str, Any] = {"torch": "2.13.0", "transformers": "5", "cuda": None, "threads": 2, "gflops": 80.0, "gpus": []}
+TORCH: dict[str, Any] = {
+    "torch": "2.13.0", "transformers": "5", "cuda": None, "threads": 2, "gflops": 80.0, "gpus": [], "uneven": [],
+}  # fmt: skip
 GPU = {"name": "H200", "free_bytes": 100 * 2**30, "total_bytes": 140 * 2**30}
 
 
@@ -25,8 +27,8 @@ def settings(tmp_path: Path, **changes: Any) -> Settings:
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
     checks = doctor.examine(settings(tmp_path))
     assert {c.name for c in checks} >= {
-        "Python", "torch", "accelerator", "threads", "math libraries", "base model", "memory", "disk", "data directory",
-        "database", "port", "SDK",
+        "Python", "torch", "rounding", "accelerator", "threads", "waiting threads", "base model", "memory", "disk",
+        "data directory", "database", "port", "SDK",
     }  # fmt: skip
     assert not [c for c in checks if c.level is Level.FAIL and c.name != "disk"]
     assert not (tmp_path / "data").exists()
@@ -43,14 +45,15 @@ def test_trouble_is_shown_with_its_cure(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_torch_and_accelerators() -> None:
-    assert [c.level for c in doctor.check_torch(TORCH)] == [Level.OK, Level.OK]
-    unused = doctor.check_torch({**TORCH, "gpus": [GPU]})[1]
+    assert [c.level for c in doctor.check_torch(TORCH)] == [Level.OK] * 3
+    unused = doctor.check_torch({**TORCH, "gpus": [GPU]})[-1]
     assert "H200 (100 of 140 GiB free): left unused" in unused.found
+    assert doctor.check_torch({**TORCH, "uneven": [[32, 128]]})[1].level is Level.WARN
     assert doctor.check_torch("broken")[0].level is Level.FAIL
 
 
 def test_threads_that_fight_are_found() -> None:
-    calm = dict(ENV_DEFAULTS)
+    calm = dict(OPENMP)
     assert [c.level for c in doctor.check_threads(calm, 0, 4)] == [Level.OK, Level.OK]
     assert [c.level for c in doctor.check_threads({**calm, "OMP_WAIT_POLICY": "ACTIVE"}, 8, 4)] == [Level.WARN] * 2
 

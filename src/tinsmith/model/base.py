@@ -9,6 +9,7 @@ Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -56,6 +57,13 @@ class BaseModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.head_weight_VD.dtype
+
+    def weights(self) -> Iterator[Tensor]:
+        """The frozen matrices [O, I] that rows of a pass are multiplied with, the head's last."""
+        for module in self.backbone.modules():
+            if isinstance(module, GroupedLinear):
+                yield module.weight_OI
+        yield self.head_weight_VD
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
         """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
