@@ -56,6 +56,7 @@ def test_threads_that_fight_are_found() -> None:
     calm = dict(OPENMP)
     assert [c.level for c in doctor.check_threads(calm, 0, 4)] == [Level.OK, Level.OK]
     assert [c.level for c in doctor.check_threads({**calm, "OMP_WAIT_POLICY": "ACTIVE"}, 8, 4)] == [Level.WARN] * 2
+    assert [c.level for c in doctor.check_threads({**calm, "GOMP_SPINCOUNT": "30000"}, 4, 4)] == [Level.OK, Level.WARN]
 
 
 def test_memory_is_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
