@@ -168,8 +168,7 @@ class House:
         blob = None
         size = len(payload or b"")
         if payload is not None and size > self.settings.inline_bytes:
-            blob = payload_key(self.tenant, op_id)
-            self.blobs.put(blob, payload)
+            blob = self.blobs.put(payload_key(self.tenant, op_id), payload).key
             payload = None
         return NewOp(
             tenant_id=self.tenant,

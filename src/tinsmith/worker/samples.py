@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import structlog
 
@@ -10,9 +10,10 @@ from tinsmith.blobs import Blobs
 from tinsmith.checkpoint_file import load_state
 from tinsmith.engine import Engine
 from tinsmith.errors import TinsmithError, UserError
+from tinsmith.scheduler import SAMPLE_SUSPECT
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow
-from tinsmith.types import Failure, OpId
+from tinsmith.types import Failure, OpId, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
@@ -24,23 +25,36 @@ INTERNAL = "the sampler failed; the server's log has the details. Send the reque
 
 
 class Samples:
-    def __init__(self, engine: Engine, store: Store, blobs: Blobs, payloads: Payloads) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        blobs: Blobs,
+        payloads: Payloads,
+        charge: Callable[[TenantId, int], None],
+    ) -> None:
+        """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end."""
         self._engine = engine
         self._store = store
         self._blobs = blobs
         self._payloads = payloads
+        self._charge = charge
         self._resident: dict[OpId, OpRow] = {}
 
-    def admit(self, ops: Sequence[OpRow]) -> list[Outcome]:
-        """Hand claimed requests to the engine; the outcomes of those that it refuses."""
-        refused: list[Outcome] = []
-        for op in ops:
-            try:
-                self._engine.submit_sample(self._payloads.sample_item(op, self._adapter(op)))
-                self._resident[op.id] = op
-            except TinsmithError as error:
-                refused.append(failed(op, error.as_failure()))
-        return refused
+    @property
+    def has_suspect(self) -> bool:
+        """A request is being sampled under which several workers died: nothing else should run beside it."""
+        return any(op.attempts > SAMPLE_SUSPECT for op in self._resident.values())
+
+    def admit(self, op: OpRow) -> Outcome | None:
+        """Hand a claimed request to the engine; its outcome, if it is refused."""
+        try:
+            self._engine.submit_sample(self._payloads.sample_item(op, self._adapter(op)))
+        except TinsmithError as error:
+            return failed(op, error.as_failure())
+        self._resident[op.id] = op
+        self._charge(op.tenant_id, op.cost_tokens)
+        return None
 
     def step(self) -> list[Outcome]:
         """Advance all resident sequences; the outcomes of the requests that ended."""
@@ -56,6 +70,8 @@ class Samples:
                 outcomes.append(failed(op, result))
             else:
                 outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF))
+                num_sampled = sum(len(sequence.tokens) for sequence in result.sequences)
+                self._charge(op.tenant_id, min(0, num_sampled - op.cost_tokens))
         return outcomes
 
     def abandon(self) -> list[OpId]:
