@@ -3,7 +3,9 @@
 It decides order, sharing and fairness, and knows no rows, files, tensors or clocks. What stays true:
 
 * Ops of one run leave in seq order, and nothing passes a barrier (an op that is neither forward nor backward).
-* Barriers are cheap and go first, so that as many runs as possible reach the next pass together.
+* Barriers are cheap and go first, so that as many runs as possible reach the next pass together; where they have kept a
+  pass waiting for long, it goes first.
+* Runs that aren't in memory come in a few at a time, so that a flood of new ones stays a queue.
 * A pass is filled tenant by tenant, the least served first, so that a tenant with ten runs gets one share.
 * An op whose worker died under it (a suspect) runs alone, so that it can't take others with it a second time. Samples
   live long beside others, so one of them is a suspect only from its second death on.
@@ -38,6 +40,8 @@ class Shares:
         staying = active & self._active
         if staying:
             self._now = max(self._now, min(self._given[tenant] for tenant in staying))
+        elif self._active:  # a pause: all start level after it
+            self._now = max(self._now, *(self._given[tenant] for tenant in self._active))
         for tenant in active - self._active:
             self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
         self._active = active
@@ -63,6 +67,7 @@ class Candidate:
     cost_tokens: int
     attempts: int = 0
     is_replay: bool = False
+    is_resident: bool = True  # its run is in the engine
 
     @property
     def is_suspect(self) -> bool:
@@ -71,11 +76,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """num_samples: requests that are being sampled now."""
+    """num_samples: requests that are being sampled now. max_new_runs: how many runs may be brought into memory.
+    passes_first: barriers have had more than their time."""
 
     pass_max_tokens: int
     max_new_samples: int
     num_samples: int = 0
+    max_new_runs: int = 8
+    passes_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,10 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     for ops in by_run.values():
         ops.sort(key=lambda c: c.seq_id)
 
+    absent = [ops for ops in by_run.values() if not ops[0].is_resident]
+    coming = {c.run_id for c in _fair(([ops[0]] for ops in absent), limits.max_new_runs, served, price=lambda _: 1)}
+    by_run = {run: ops for run, ops in by_run.items() if ops[0].is_resident or run in coming}
+
     suspects = [ops[0] for ops in by_run.values() if ops[0].is_suspect]
     if suspects:
         suspect = min(suspects, key=lambda c: (c.attempts, c.seq_id, c.op_id))
@@ -122,7 +134,11 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     max_new_samples = 0 if suspects else limits.max_new_samples  # let those that are there end first
     chosen_samples = _fair(([s] for s in samples), max_new_samples, served, price=lambda _: 1)
     barriers = tuple(ops[0] for ops in by_run.values() if not ops[0].kind.is_pass)
-    passes = () if barriers else _choose_pass(by_run.values(), limits.pass_max_tokens, served)
+    passes: tuple[Candidate, ...] = ()
+    if limits.passes_first or not barriers:
+        passes = _choose_pass(by_run.values(), limits.pass_max_tokens, served)
+    if passes:
+        barriers = ()
     batch = Batch(barriers=barriers, passes=passes, samples=tuple(chosen_samples))
     return batch if batch.ops else None
 

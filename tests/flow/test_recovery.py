@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from tests.flow.house import House, settle
+from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import DATABASE_FILE
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpKind, OpState, RunId, RunStatus, SamplerId
+from tinsmith.worker import loop
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_a_run_that_cannot_be_rebuilt_is_given_up_and_says_so(
     run, other = house.create_run(), house.create_run(seed=2)
     train(house, run, range(2))
     settle(house.worker())
-    path = files(house, area)[0]
+    path = next(p for p in files(house, area) if area == "payloads" or p.parent.name == run.replace(":", "-"))
     whole = path.read_bytes()
     damage(path)
 
@@ -119,6 +121,89 @@ def test_a_log_without_its_snapshot_does_not_stop_the_worker(build: Callable[...
     assert failure is not None
     assert failure.code == "corrupt"
     assert house.get(fine).state is OpState.DONE
+
+
+def test_a_replay_that_raises_costs_its_run_alone(build: Callable[..., House], monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build()
+    run, other = house.create_run(), house.create_run(seed=2)
+    for each in (run, other):
+        train(house, each, range(2))
+    settle(house.worker())
+    worker = house.worker()
+    apply = house.engine.apply
+
+    def raises(item: Any, num_runs: int, num_tokens: int) -> Any:
+        if item.run_id == run:
+            raise IndexError("token out of range")
+        return apply(item, num_runs, num_tokens)
+
+    monkeypatch.setattr(house.engine, "apply", raises)
+    lost, fine = house.forward_backward(run, 5, [9]), house.forward_backward(other, 5, [9])
+    settle(worker)
+    failure = house.get(lost).failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert house.get(fine).state is OpState.DONE
+
+
+def test_a_sampler_step_that_raises_fails_one_request(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build()
+    sampler = house.sampler()
+    ops = [house.sample(sampler, seq) for seq in range(4)]
+    worker = house.worker()
+    step = house.engine.step_samples
+
+    def raises() -> Any:
+        if ops[1].id in house.engine._samples:
+            raise RuntimeError("kernel exploded")
+        return step()
+
+    monkeypatch.setattr(house.engine, "step_samples", raises)
+    settle(worker)
+    assert [house.get(op).state for op in ops] == [OpState.DONE, OpState.FAILED, OpState.DONE, OpState.DONE]
+
+
+@pytest.mark.parametrize("error", [CapacityError("busy"), CorruptError("disk full"), OSError(28, "no space left")])
+def test_what_was_computed_waits_for_the_storage(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(loop, "STORAGE_RETRY_S", 0.01)
+    house = build()
+    run = house.create_run()
+    ops = train(house, run, range(2))
+    finish = house.store.ops.finish
+    refusals = iter([True, True, False] * 20)
+
+    def refuses(me: Any, finished: Any, now: float) -> Any:
+        if next(refusals):
+            raise error
+        return finish(me, finished, now)
+
+    monkeypatch.setattr(house.store.ops, "finish", refuses)
+    settle(house.worker())
+    assert all(house.get(op).state is OpState.DONE for op in ops)
+    assert_same(house, run, undisturbed(build, 2))
+
+
+def test_a_flood_of_new_runs_stays_a_queue(build: Callable[..., House]) -> None:
+    """Memory holds the runs of the setting and those of one batch; another tenant's run is trained meanwhile."""
+    house = build(max_resident_runs=4)
+    for seed in range(40):
+        house.create_run(seed=seed)
+    house.be("bob")
+    run = house.create_run()
+    worker = house.worker()
+    most = done_at = 0
+    for turn in range(200):
+        worker.step()
+        most = max(most, len(house.engine._runs))
+        if not done_at and house.engine.has_run(run):
+            done_at = turn + 1
+    settle(worker)
+    assert most <= 4 + loop.MAX_NEW_RUNS
+    assert done_at in range(1, 4)
 
 
 KILLERS = ["create", "forward_backward", "optim_step", "save", "load", "sample"]

@@ -18,8 +18,8 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
-from tinsmith.errors import FencedError, TinsmithError
-from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
+from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
+from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.types import Failure, OpId, OpKind, RunId, TrainItem, TrainResult
@@ -38,6 +38,10 @@ MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the c
 LOOK_AT_MOST = 4096
 MIN_PACK_TOKENS = 64
 IDLE_PACK_S = 1.0  # a sample that arrives during a long pass waits no longer than this
+MAX_NEW_RUNS = 8  # brought into memory by one batch
+BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
+STORAGE_RETRY_S = 0.5
+STORAGE_PATIENCE_S = 60.0
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
 INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
@@ -71,6 +75,7 @@ class Worker:
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
+        self._barriers_s = 0.0
         self._tokens_per_s = 0.0
         self._looked_at = float("-inf")
         self._must_look = True
@@ -91,7 +96,7 @@ class Worker:
         worked = self._writer.drain()
         if self._bell.wait(0.0) or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if self._must_look and not self._samples.has_suspect else None
+        batch = self._look() if self._must_look and not self._is_isolating else None
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
@@ -102,7 +107,7 @@ class Worker:
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
-        self._store.ops.unclaim(self._me, self._samples.abandon())
+        self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
         self._writer.flush()
         self.runs.snapshot_all()
         self._writer.flush()
@@ -116,17 +121,34 @@ class Worker:
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=op.attempts + (op.id in self._suspects),
+                attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
             for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
         ]  # fmt: skip
-        candidates = open_ops + self.runs.replay_candidates()
+        candidates = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in candidates if c.run_id is not None)
         return plan(candidates, self._limits(), self._shares.enter(c.tenant_id for c in candidates))
 
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
-        return Limits(self._settings.pass_max_tokens, self._settings.max_resident_samples - num_samples, num_samples)
+        return Limits(
+            self._settings.pass_max_tokens,
+            self._settings.max_resident_samples - num_samples,
+            num_samples,
+            max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
+            passes_first=self._barriers_s > BARRIERS_S,
+        )
+
+    def _attempts(self, op: OpRow) -> int:
+        """Deaths under the op, and what makes it a suspect if the engine raised while it was computed."""
+        return op.attempts + (
+            (SAMPLE_SUSPECT if op.kind is OpKind.SAMPLE else SUSPECT) if op.id in self._suspects else 0
+        )
+
+    @property
+    def _is_isolating(self) -> bool:
+        """A suspect is being sampled: nothing else should run beside it."""
+        return any(op.attempts > SAMPLE_SUSPECT or op.id in self._suspects for op in self._samples.resident)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
@@ -139,8 +161,8 @@ class Worker:
                 self._run_barriers(ops, replays)
             elif batch.passes:
                 self._run_pass(ops, replays)
-        except FencedError:
-            raise
+        except (FencedError, CapacityError, CorruptError):
+            raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception:
             log.exception("batch failed", ops=[op.id for op in ops])
             self._contain(ops, replays)
@@ -162,9 +184,12 @@ class Worker:
         self._saving |= {op.id for op in ops if op.kind in (OpKind.SAVE, OpKind.SAVE_SAMPLER)}
         started = time.perf_counter()
         outcomes = self._barriers.carry_out(ops)
-        self._settle(outcomes, replays, (time.perf_counter() - started) / max(1, len(ops)))
+        seconds = time.perf_counter() - started
+        self._barriers_s += seconds
+        self._settle(outcomes, replays, seconds / max(1, len(ops)))
 
     def _run_pass(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
+        self._barriers_s = 0.0
         finished: list[Outcome] = []
         ready: list[tuple[OpRow, TrainItem]] = []
         for op in ops:
@@ -209,7 +234,7 @@ class Worker:
         """Advance the resident samples by a token, and then by more until the time is up or none is left."""
         until = time.perf_counter() + seconds
         while self._engine.num_samples:
-            self._commit(self._samples.step())
+            self._step_samples()
             if time.perf_counter() >= until:
                 return
             if self._bell.wait(0.0):
@@ -223,14 +248,30 @@ class Worker:
         cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
         return min(budget, max(MIN_PACK_TOKENS, int(self._tokens_per_s * cap_s)))
 
+    def _step_samples(self) -> None:
+        try:
+            outcomes = self._samples.step()
+        except Exception:
+            abandoned = self._samples.abandon()
+            log.exception("sampler step failed", ops=[op.id for op in abandoned])
+            if len(abandoned) == 1:
+                outcomes = [failed(abandoned[0], Failure("internal", "server", INTERNAL))]
+            else:
+                outcomes = []
+                self._suspects |= {op.id for op in abandoned}
+                self._store.ops.unclaim(self._me, [op.id for op in abandoned])
+                self._must_look = True
+        self._commit(outcomes)
+        self._suspects -= {outcome.op.id for outcome in outcomes}
+
     def _admit_samples(self) -> None:
         self._must_look = True
         waiting = [
-            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, op.attempts)
+            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
             for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
             if op.kind is OpKind.SAMPLE
         ]
-        if self._samples.has_suspect or any(sample.is_suspect for sample in waiting):
+        if self._is_isolating or any(sample.is_suspect for sample in waiting):
             return
         batch = plan(waiting, self._limits(), self._shares.of(c.tenant_id for c in waiting))
         if batch is not None:
@@ -270,17 +311,36 @@ class Worker:
         self._settle([outcome], set(), 0.0)
 
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
-        if outcomes:
-            self._recorder.record(outcomes)
-            self._must_look = True
+        """Record outcomes. What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+
+        Raises:
+            CapacityError, CorruptError, OSError: the storage didn't come back.
+        """
+        if not outcomes:
+            return
+        deadline = time.monotonic() + STORAGE_PATIENCE_S
+        while True:
+            try:
+                self._recorder.record(outcomes)
+                break
+            except (CapacityError, CorruptError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.error("outcomes can't be recorded; trying again", error=str(error), ops=len(outcomes))
+                time.sleep(STORAGE_RETRY_S)
+        self._must_look = True
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        """After an unforeseen error: a lone op fails, several are tried again one by one; their runs are read anew."""
+        """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;
+        their runs are read anew."""
+        failure = Failure("internal", "server", INTERNAL)
         new = [op for op in ops if op.id not in replays and op.id not in self._saving]
-        lone = len(ops) == 1 or any(op.id in self._suspects for op in new)
-        if lone:
-            self._commit([failed(op, Failure("internal", "server", INTERNAL)) for op in new])
+        if len(ops) == 1:
+            self._commit([failed(op, failure) for op in new])
+            for op in ops:
+                if op.id in replays:
+                    self.runs.give_up_after(op, failure)
         else:
             self._store.ops.unclaim(self._me, [op.id for op in new])
-            self._suspects |= {op.id for op in new}
+            self._suspects |= {op.id for op in ops}
         self.runs.forget(op.run_id for op in ops if op.run_id is not None)
