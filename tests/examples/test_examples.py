@@ -112,7 +112,7 @@ class TestLearns:
 
 @pytest.mark.usefixtures("service")
 class TestDemonstration:
-    """Its first half, with a quarter of the steps: six tasks at once through the SDK, judged as `tinsmith demo` does."""
+    """Its first half with a quarter of the steps: six tasks at once through the SDK, judged as the command does."""
 
     def test_six_runs_learn_in_shared_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         example = demo.load_example("many_runs")
