@@ -30,7 +30,9 @@ def test_transformers_loads_the_served_tokenizer(live: Any, tmp_path: Path) -> N
     home = tmp_path / "hf"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": f"{live.url}/hf", "HF_HOME": str(home)}
-    done = subprocess.run([sys.executable, "-c", CODE], env=env, text=True, capture_output=True, timeout=90, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=env, text=True, capture_output=True, timeout=90, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     expected = AutoTokenizer.from_pretrained(SHIPPED_PATH)
     assert json.loads(done.stdout.splitlines()[-1]) == [
