@@ -1,4 +1,4 @@
-"""A thousand clients wait for a thousand results: one watcher looks for all of them, and a result wakes its own poll."""
+"""A thousand clients wait for a thousand results: one watcher looks for all of them; a result wakes its own poll."""
 
 from __future__ import annotations
 

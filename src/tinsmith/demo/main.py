@@ -29,7 +29,7 @@ def main(out_dir: Path) -> int:
     """Run the demonstration; curves go to `out_dir`. 0 if everything learned, else 1."""
     console = Console()
     out_dir.mkdir(parents=True, exist_ok=True)
-    console.print("[bold]tinsmith demo[/bold]: six fine-tunes at once, through the official SDK")
+    console.print("[bold]tinsmith demo[/bold]: six fine-tunes at once, then reinforcement learning, through the SDK")
     with contextlib.ExitStack() as held:
         with console.status("starting the server"):
             url, key = held.enter_context(server())
