@@ -154,6 +154,19 @@ class TestFailureShows:
         assert "failed" in out.getvalue()
 
 
+@pytest.mark.usefixtures("service")
+def test_the_first_fine_tune_of_the_quickstart_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first loss and its answer to the letter; the losses between depend on the adapter's random numbers."""
+    page = (HOW_TO.parent / "quickstart.md").read_text()
+    code, rest = page.partition("```python\n")[2].split("```", 1)
+    shown = rest.partition("```\n")[2].partition("```")[0].splitlines()
+    exec(compile(code, "quickstart", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [printed[0], printed[-1]] == [shown[0], shown[-1]]
+    assert [line.partition(":")[0] for line in printed[-3:-1]] == [line.partition(":")[0] for line in shown[-3:-1]]
+    assert float(printed[-2].split()[-1]) < 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_has_a_how_to_page(name: str) -> None:
     page = (HOW_TO / f"{name.replace('_', '-')}.md").read_text()
