@@ -46,7 +46,10 @@ class Settings:
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
     result_ttl_s: float = setting(
-        24 * 3600.0, "How long the result of a request can be fetched again.", unit="s", group="limits"
+        24 * 3600.0,
+        "How long results can be fetched again, and how long samplers stay after their session has ended.",
+        unit="s",
+        group="limits",
     )
 
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
