@@ -9,6 +9,7 @@ from __future__ import annotations
 from tinsmith.types import Failure
 
 MAX_ECHO = 200  # characters
+MAX_MESSAGE = 2000  # characters, for what no one thought of
 
 
 class TinsmithError(Exception):
@@ -18,6 +19,7 @@ class TinsmithError(Exception):
     category = "server"
 
     def __init__(self, message: str) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
         super().__init__(message)
         self.message = message
 

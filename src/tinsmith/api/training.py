@@ -15,6 +15,7 @@ from msgspec import Struct
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
+from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.config import Settings
 from tinsmith.errors import GoneError, TinsmithError
@@ -150,8 +151,10 @@ def run_draft(services: Services, principal: Principal, kind: OpKind, address: R
 
     Raises:
         NotFoundError: no such run.
+        UserError: the seq_id is far beyond the run's others.
     """
     run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
+    refuse_far_ahead(run, address.seq_id)
     return Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
 
 

@@ -108,7 +108,8 @@ def _decode_datum(datum: pb.Datum, index: int, budget: ElementBudget) -> Datum:
             raise UnsupportedError(f"datum {index}: only token chunks can be trained on here, no images and no audio")
         chunks.append(decode_tokens(chunk.encoded_text.tokens))
     inputs: dict[str, Array] = {
-        name: decode_tensor(tensor, f"datum {index}, {name}", budget) for name, tensor in datum.loss_fn_inputs.items()
+        name: decode_tensor(tensor, f"datum {index}, {name[:100]}", budget)
+        for name, tensor in datum.loss_fn_inputs.items()
     }
     tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
     return Datum(tokens=tokens, inputs=inputs)
