@@ -68,7 +68,7 @@ def test_nobody_waits(service: Service, mallory: Raw, bob: Raw) -> None:
         jobs = [bomb for bomb in bombs for _ in range(4)]
         waited, answers = watch(bob, lambda: fire(http, jobs))
     assert set(answers) <= {200, 400, 413, 429}
-    assert max(waited) < 1.5, sorted(waited)[-5:]
+    assert max(waited) < 2.0, sorted(waited)[-5:]  # 0.3 s when the machine is idle; 4 s and more without the bounds
     assert peak_mib(service) < 600
 
 
