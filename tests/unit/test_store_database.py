@@ -60,9 +60,13 @@ def test_a_full_disk_is_no_damage(store: Store) -> None:
     with store._database.write() as conn:
         pages = conn.exec_driver_sql("PRAGMA page_count").scalar()
         conn.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StorageFullError, match="the disk is full: free space"):
+
+    def fill() -> None:
         for number in range(10_000):
             store.tenants.create(f"{number:0200d}")
+
+    with pytest.raises(StorageFullError, match="the disk is full: free space"):
+        fill()
     with store._database.write() as conn:
         conn.exec_driver_sql("PRAGMA max_page_count = 1000000")
     store.tenants.create("after")
