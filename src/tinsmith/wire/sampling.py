@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta, Struct
 
-from tinsmith.errors import UnsupportedError
+from tinsmith.errors import UnsupportedError, echo
 from tinsmith.types import OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import WireError, decode_json
@@ -134,7 +134,7 @@ def _decode_prompt(prompt: PromptBody) -> TokenArray:
     tokens: list[int] = []
     for chunk in prompt.chunks:
         if chunk.type != "encoded_text":
-            raise UnsupportedError(f"prompt chunk {chunk.type!r} is not offered here: only token chunks are")
+            raise UnsupportedError(f"prompt chunk {echo(chunk.type)} is not offered here: only token chunks are")
         if chunk.tokens is None:
             raise WireError("an encoded_text chunk needs tokens")
         tokens.extend(chunk.tokens)
