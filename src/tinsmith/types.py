@@ -189,15 +189,31 @@ class SampleItem:
     seed: int
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature."""
+    """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature.
+
+    topk: if asked for, the k most likely tokens at each of these positions, int32 [S, k], and their logprobs.
+    """
 
     tokens: TokenArray
     logprobs: FloatArray
     stopped: bool  # False: ended at max_tokens
+    topk_tokens: TokenArray | None = None
+    topk_logprobs: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePiece:
+    """What sequence `index` of a request got from its token number `start` on, while it was still being sampled."""
+
+    op_id: OpId
+    index: int
+    start: int
+    sequence: SampledSequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,8 +235,9 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
         raise UserError(f"top_k must be -1 (off) or at least 1, not {params.top_k}")
     if not 0 < params.top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], not {params.top_p}")
-    if not 0 <= request.topk_prompt_logprobs <= min(MAX_TOPK, info.vocab_size):
-        raise UserError(f"topk_prompt_logprobs must lie in 0..{MAX_TOPK}, not {request.topk_prompt_logprobs}")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if not 0 <= getattr(request, name) <= min(MAX_TOPK, info.vocab_size):
+            raise UserError(f"{name} must lie in 0..{MAX_TOPK}, not {getattr(request, name)}")
     if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOPS:
         raise UserError(f"stop may hold at most {MAX_STOPS} entries")
     if any(not text for text in params.stop_strings):

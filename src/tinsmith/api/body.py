@@ -37,14 +37,14 @@ class JsonRequest(Request[Principal, str, State]):
         return decode_json(await self.body(), object)
 
 
-async def read_body(request: Call, services: Services) -> bytes:
+async def read_body(request: Call, services: Services, at_most: int | None = None) -> bytes:
     """The body, decompressed if it came as zstd.
 
     Raises:
-        BodyTooLarge: beyond `max_body_bytes`, as sent or decompressed.
+        BodyTooLarge: beyond `max_body_bytes` or `at_most`, as sent or decompressed.
         UserError: another encoding, or bytes that aren't zstd.
     """
-    max_bytes = services.settings.max_body_bytes
+    max_bytes = min(services.settings.max_body_bytes, at_most or services.settings.max_body_bytes)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "zstd"):
         raise UserError(f"content-encoding {encoding[:50]!r} is not understood: send zstd, or no encoding")

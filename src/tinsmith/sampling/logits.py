@@ -84,6 +84,12 @@ def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
 
 
+def top_logprobs(logits_BV: Tensor, temperatures_B1: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens [B, k] of each row at its temperature, and their logprobs [B, k]."""
+    top = torch.log_softmax(logits_BV / temperatures_B1, dim=-1).topk(k, dim=-1)
+    return top.indices, top.values
+
+
 def target_logprobs(logits_TV: Tensor, targets_T: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logprobs [T] of given tokens at temperature 1, and the k most likely tokens [T, k] with theirs [T, k]."""
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)

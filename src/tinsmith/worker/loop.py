@@ -22,6 +22,7 @@ from tinsmith.errors import FencedError, TinsmithError
 from tinsmith.scheduler import Batch, Candidate, Limits, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
+from tinsmith.tokenline import TokenSender
 from tinsmith.types import Failure, OpId, OpKind, RunId, TenantId, TrainItem, TrainResult
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
@@ -30,6 +31,7 @@ from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed, succeeded
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
+from tinsmith.worker.telling import Telling
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -53,8 +55,10 @@ class Worker:
         bell: Bell,
         api: Ringer,
         wake: Callable[[], None],
+        line: TokenSender | None = None,
     ) -> None:
-        """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes."""
+        """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
+        of samples under way."""
         self._me = me
         self._store = store
         self._engine = engine
@@ -66,7 +70,7 @@ class Worker:
         self._writer = Writer(wake)
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer)
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
-        self._samples = Samples(engine, store, blobs, self._payloads)
+        self._samples = Samples(engine, store, blobs, self._payloads, Telling(engine, line))
         self._served: dict[TenantId, float] = {}
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()

@@ -14,9 +14,11 @@ from tinsmith.store import Store
 from tinsmith.store.rows import OpRow
 from tinsmith.types import Failure, OpId
 from tinsmith.wire.media import PROTOBUF
+from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.telling import Telling
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -24,11 +26,12 @@ INTERNAL = "the sampler failed; the server's log has the details. Send the reque
 
 
 class Samples:
-    def __init__(self, engine: Engine, store: Store, blobs: Blobs, payloads: Payloads) -> None:
+    def __init__(self, engine: Engine, store: Store, blobs: Blobs, payloads: Payloads, telling: Telling) -> None:
         self._engine = engine
         self._store = store
         self._blobs = blobs
         self._payloads = payloads
+        self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
 
     def admit(self, ops: Sequence[OpRow]) -> list[Outcome]:
@@ -38,6 +41,8 @@ class Samples:
             try:
                 self._engine.submit_sample(self._payloads.sample_item(op, self._adapter(op)))
                 self._resident[op.id] = op
+                if read_meta(op.meta, SampleMeta).stream:
+                    self._telling.begin(op.id)
             except TinsmithError as error:
                 refused.append(failed(op, error.as_failure()))
         return refused
@@ -52,10 +57,12 @@ class Samples:
         outcomes: list[Outcome] = []
         for op_id, result in ended:
             op = self._resident.pop(op_id)
+            self._telling.end(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
             else:
                 outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF))
+        self._telling.tell()
         return outcomes
 
     def abandon(self) -> list[OpId]:
@@ -63,6 +70,7 @@ class Samples:
         abandoned = list(self._resident)
         for op_id in abandoned:
             self._engine.cancel_sample(op_id)
+            self._telling.end(op_id)
         self._resident.clear()
         return abandoned
 
