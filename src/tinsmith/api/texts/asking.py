@@ -142,15 +142,15 @@ class Desk:
                 last_news = time.monotonic()
                 while not op.state.is_final:
                     done, _ = await asyncio.wait((final, news), timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-                    if final in done:
-                        if services.waiters.is_closed:
-                            raise CapacityError("the server is being restarted: send the request again")
-                        op = await services.work(services.store.ops.get, principal.tenant_id, op_id)
-                    elif news in done:
+                    if news in done:
                         last_news = time.monotonic()
                         for piece in heard.take():
                             yield piece
                         news = asyncio.create_task(heard.news.wait())
+                    elif final in done:
+                        if services.waiters.is_closed:
+                            raise CapacityError("the server is being restarted: send the request again")
+                        op = await services.work(services.store.ops.get, principal.tenant_id, op_id)
                     elif time.monotonic() - last_news > services.settings.answer_hold_s:
                         raise CapacityError(await services.work(self._overdue, op))
                     else:
