@@ -164,12 +164,19 @@ class OptimResult:
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """max_tokens None: up to the model's context. stop_tokens None: stop at the model's own end tokens; an empty
-    `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy."""
+    `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy.
+
+    min_p: no token less likely than this share of the most likely one is drawn; 0: off. The penalties lower the logits
+    of tokens that were sampled before: once each, and once for each time. Neither changes a logprob.
+    """
 
     max_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop_tokens: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
 

@@ -123,6 +123,18 @@ def test_a_stream_comes_as_it_is_sampled_and_is_the_same(client: openai.OpenAI) 
     assert len(late) > 0.5 * len(moments)
 
 
+def test_a_stream_outlives_its_worker(service: Service, client: openai.OpenAI) -> None:
+    """The next worker samples the same tokens; those that were sent already are not sent again."""
+    options: dict[str, Any] = {"model": BASE, "messages": STORY, "seed": 8, "max_tokens": 150}
+    whole = client.chat.completions.create(**options).choices[0]
+    stream = client.chat.completions.create(**options, stream=True)
+    texts = [next(stream).choices[0].delta.content or "" for _ in range(5)]
+    service.kill_worker()
+    texts += [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert len(texts) > 30
+    assert "".join(texts) == whole.message.content
+
+
 def test_stop_strings_are_left_out(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": BASE, "messages": STORY, "seed": 3, "max_tokens": 100}
     free = client.chat.completions.create(**options).choices[0].message.content or ""

@@ -120,11 +120,13 @@ def test_roles_and_parts(asking: openai.OpenAI, answers: Answers) -> None:
 def test_parameters_reach_the_sampler(asking: openai.OpenAI, answers: Answers) -> None:
     ask(
         asking, temperature=0.3, top_p=0.9, seed=11, n=2, stop="x", max_tokens=7, logprobs=True, top_logprobs=4,
-        extra_body={"top_k": 5}, frequency_penalty=0, parallel_tool_calls=True, response_format={"type": "text"},
+        extra_body={"top_k": 5, "min_p": 0.1}, frequency_penalty=0.5, presence_penalty=-1,
+        parallel_tool_calls=True, response_format={"type": "text"},
     )  # fmt: skip
     asked = answers.asked[-1]
     params = asked.params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.3, 0.9, 5, 7)
+    assert (params.min_p, params.frequency_penalty, params.presence_penalty) == (0.1, 0.5, -1)
     assert (params.stop_strings, params.stop_tokens) == (("x",), None)
     assert (asked.seed, asked.num_samples, asked.topk_sample_logprobs) == (11, 2, 4)
     ask(asking)

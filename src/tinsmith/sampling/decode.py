@@ -17,7 +17,7 @@ from torch import Tensor
 from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
 from tinsmith.sampling.kv import KVCache
-from tinsmith.sampling.logits import Warp, draw, top_logprobs
+from tinsmith.sampling.logits import Warp, draw, penalise, top_logprobs
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.rng import uniforms
 from tinsmith.sampling.sequence import Sequence, TopRow
@@ -87,7 +87,9 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn
     streams_B = np.array([s.request.streams[s.index] for s in sequences], np.uint64)
     positions_B = np.array([len(s.tokens) for s in sequences], np.int64)
     uniforms_B = torch.from_numpy(uniforms(streams_B, positions_B)).to(logits_BV.device)
-    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B)
+    params = [s.request.item.params for s in sequences]
+    penalised_BV = penalise(logits_BV, params, [s.tokens for s in sequences])
+    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B, penalised_BV)
     tops = _tops(logits_BV, sequences, warp)
     rows = enumerate(zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True))
     return [Drawn(sequence, token, logprob, tops.get(row)) for row, (sequence, token, logprob) in rows]

@@ -39,6 +39,9 @@ class ParamsBody(Struct):
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 class SampleBody(Struct):
@@ -99,6 +102,9 @@ def decode_sample(body: bytes) -> SampleRequest:
             temperature=params.temperature,
             top_k=params.top_k or -1,
             top_p=params.top_p,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
             stop_tokens=stop_tokens,
             stop_strings=stop_strings,
         ),

@@ -81,11 +81,8 @@ def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
         model=model,
         prompt=check_length(model, chat_tokens(room.tokenizer(model), model, chat), max_tokens),
         max_tokens=max_tokens,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
         stop=body.stops,
-        seed=body.seed,
+        **body.sampling,
         num_samples=body.n,
         topk=body.top_logprobs,
     )

@@ -80,11 +80,8 @@ def _read(room: Room, principal: Principal, data: bytes) -> CompletionJob:
             model=model,
             prompt=check_length(model, prompt, body.max_tokens),
             max_tokens=body.max_tokens,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
             stop=body.stops,
-            seed=body.seed,
+            **body.sampling,
             num_samples=body.n,
             topk=body.logprobs or 0,
         )

@@ -20,17 +20,14 @@ UNOFFERED: Mapping[str, str] = {
     "audio": "models answer with text",
     "best_of": "ask for n answers and choose",
     "echo": "the prompt is known to you; its log-probabilities come from /api/v1/asample",
-    "frequency_penalty": "the sampler draws from the model's own distribution; use temperature, top_p or top_k",
     "function_call": "use tool_choice",
     "functions": "use tools",
     "logit_bias": NO_BIAS,
     "metadata": NOT_KEPT,
-    "min_p": "use top_p or top_k",
     "modalities": "models answer with text",
     "moderation": "nothing is moderated",
     "parallel_tool_calls": "the model decides how many tools it calls",
     "prediction": DOES_NOTHING,
-    "presence_penalty": "the sampler draws from the model's own distribution; use temperature, top_p or top_k",
     "prompt_cache_key": DOES_NOTHING,
     "prompt_cache_options": DOES_NOTHING,
     "prompt_cache_retention": DOES_NOTHING,
@@ -47,13 +44,10 @@ UNOFFERED: Mapping[str, str] = {
 HARMLESS: Mapping[str, Any] = {
     "best_of": 1,
     "echo": False,
-    "frequency_penalty": 0,
     "logit_bias": {},
     "metadata": {},
-    "min_p": 0,
     "modalities": ["text"],
     "parallel_tool_calls": True,
-    "presence_penalty": 0,
     "response_format": {"type": "text"},
     "service_tier": "auto",
     "store": False,
@@ -72,6 +66,9 @@ class CommonBody(Struct):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
@@ -82,6 +79,14 @@ class CommonBody(Struct):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `Asked` takes under the same names."""
+        names = (
+            "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     @property
     def wants_usage(self) -> bool:

@@ -26,7 +26,18 @@ from tinsmith.types import Failure, OpId, OpKind, OpState, SamplePiece, SampleRe
 from tinsmith.wire.media import encode_json
 from tinsmith.wire.sampling import decode_sample_result
 
-FIELDS = ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop", "prompt")  # messages begin with what is wrong
+FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_tokens",
+    "seed",
+    "stop",
+    "prompt",
+)  # messages begin with what is wrong
 TICK_S = 10.0  # silence after which a stream shows that it is alive
 
 
@@ -56,6 +67,9 @@ class Asked:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     num_samples: int = 1
@@ -68,6 +82,9 @@ class Asked:
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
             "seed": self.seed,
             "stop": list(self.stop) or None,
         }
