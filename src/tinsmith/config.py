@@ -80,6 +80,12 @@ class Settings:
     )
 
     poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
+    answer_hold_s: float = setting(
+        600.0,
+        "How long the OpenAI- and Anthropic-compatible endpoints wait for an answer, or for the next part of one.",
+        unit="s",
+        group="durability",
+    )
     gap_timeout_s: float = setting(
         60.0,
         "How long a run waits for a request that later ones have overtaken, once nothing more of it arrives.",
@@ -157,7 +163,7 @@ class Settings:
         positive = (
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
-            "prefill_chunk_tokens", "poll_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
+            "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms",
         )  # fmt: skip
         for name in positive:

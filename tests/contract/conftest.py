@@ -18,6 +18,7 @@ from litestar.testing import TestClient
 
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.main import Server, make_server
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
@@ -26,6 +27,7 @@ from tinsmith.blobs import Blobs, checkpoint_key
 from tinsmith.config import Settings
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
+from tinsmith.tokenline import TokenLine, line_path
 from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
 from tinsmith.wire import results
 from tinsmith.wire.media import JSON, PROTOBUF
@@ -150,6 +152,7 @@ class House:
         self.tenant_id = alice.tenant_id
         self.api_bell = Bell(self.root / "api.sock")
         self.worker_bell = Bell(self.root / "worker.sock")
+        self.line = TokenLine(line_path(self.root / "api.sock"))
         ref = BaseRef(BASE, SHIPPED_PATH)
         files = {file.name: file for file in tokenizer_files(SHIPPED_PATH)}
         self.services = Services(
@@ -160,6 +163,7 @@ class House:
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
+            pieces=Pieces(self.line),
         )
 
     def make_worker(self) -> HandWorker:
@@ -172,6 +176,7 @@ class House:
         self.services.close()
         self.api_bell.close()
         self.worker_bell.close()
+        self.line.close()
         self.store.close()
 
 

@@ -22,6 +22,7 @@ import uvicorn
 from tinsmith import crashpoints, lifeline, observe
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import describe, parse_all, tokenizer_files
@@ -31,6 +32,7 @@ from tinsmith.config import Settings
 from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
 from tinsmith.store import Store, open_store
+from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -66,12 +68,19 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_services(settings: Settings, store: Store, bell: Bell | None, worker_bells: Mapping[str, Path]) -> Services:
+def build_services(
+    settings: Settings,
+    store: Store,
+    bell: Bell | None,
+    worker_bells: Mapping[str, Path],
+    line: TokenLine | None = None,
+) -> Services:
     """What the routes work with, for the settings' bases.
 
     Args:
         bell: rung by workers when ops have ended; None: found out by scanning alone.
         worker_bells: by base model, the bell of its worker.
+        line: on which workers tell of samples under way; None: answers are streamed once they are whole.
 
     Raises:
         ConfigError: a base's directory is missing or not a model's.
@@ -88,6 +97,7 @@ def build_services(settings: Settings, store: Store, bell: Bell | None, worker_b
         waiters=Waiters(bell, settings.scan_interval_s),
         ringers={base: Ringer(path) for base, path in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
+        pieces=Pieces(line),
     )
 
 
@@ -126,8 +136,8 @@ def serve_api(
     """
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
     try:
-        with closing(Bell(bell_path)) as bell:
-            services = build_services(settings, store, bell, worker_bell_paths)
+        with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
+            services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
                 with sweeping(store, services.blobs, settings):
                     make_server(services).run(sockets=None if sock is None else [sock])

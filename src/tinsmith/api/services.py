@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -54,6 +55,7 @@ class Services:
     waiters: Waiters
     ringers: Mapping[str, Ringer]
     ready_bases: Callable[[], AbstractSet[str]]
+    pieces: Pieces = field(default_factory=partial(Pieces, None))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)

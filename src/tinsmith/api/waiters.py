@@ -30,6 +30,11 @@ class Waiters:
         self._is_closed = False
 
     @property
+    def is_closed(self) -> bool:
+        """The server stops: nothing can be waited for any more."""
+        return self._is_closed
+
+    @property
     def num_waiting(self) -> int:
         return sum(len(futures) for futures in self._waiting.values())
 

@@ -12,9 +12,11 @@ from tinsmith.store import Store
 from tinsmith.store.rows import OpRow
 from tinsmith.types import Failure, OpId, TenantId
 from tinsmith.wire.media import PROTOBUF
+from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.telling import Telling
 
 
 class Samples:
@@ -25,6 +27,7 @@ class Samples:
         blobs: Blobs,
         payloads: Payloads,
         charge: Callable[[TenantId, int], None],
+        telling: Telling,
     ) -> None:
         """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end."""
         self._engine = engine
@@ -32,6 +35,7 @@ class Samples:
         self._blobs = blobs
         self._payloads = payloads
         self._charge = charge
+        self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
 
     @property
@@ -46,6 +50,8 @@ class Samples:
             return failed(op, error.as_failure())
         self._resident[op.id] = op
         self._charge(op.tenant_id, op.cost_tokens)
+        if read_meta(op.meta, SampleMeta).stream:
+            self._telling.begin(op.id)
         return None
 
     def step(self) -> list[Outcome]:
@@ -53,12 +59,14 @@ class Samples:
         outcomes: list[Outcome] = []
         for op_id, result in self._engine.step_samples():
             op = self._resident.pop(op_id)
+            self._telling.end(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
             else:
                 outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF))
                 num_sampled = sum(len(sequence.tokens) for sequence in result.sequences)
                 self._charge(op.tenant_id, min(0, num_sampled - op.cost_tokens))
+        self._telling.tell()
         return outcomes
 
     def abandon(self) -> list[OpRow]:
@@ -66,6 +74,7 @@ class Samples:
         abandoned = list(self._resident.values())
         for op in abandoned:
             self._engine.cancel_sample(op.id)
+            self._telling.end(op.id)
             self._charge(op.tenant_id, -op.cost_tokens)
         self._resident.clear()
         return abandoned
