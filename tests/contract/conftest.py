@@ -24,6 +24,8 @@ from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokeni
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs, checkpoint_key
 from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
+from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
 from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
@@ -161,6 +163,7 @@ class House:
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
+            signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
         )
 
     def make_worker(self) -> HandWorker:

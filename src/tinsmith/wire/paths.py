@@ -23,7 +23,7 @@ class TinkerPath:
 
 
 def parse_path(path: str) -> TinkerPath:
-    """`tinker://<run>/<weights|sampler_weights>/<name>`.
+    """`tinker://<run>/<weights|sampler_weights|external_weights>/<name>`.
 
     Raises:
         UserError: anything else.
@@ -32,9 +32,19 @@ def parse_path(path: str) -> TinkerPath:
     known = {member.value: member for member in CheckpointKind}
     if not path.startswith(SCHEME) or path.count("/") != 4 or not run_id or kind not in known:
         raise UserError(
-            f"{path!r} is no checkpoint path: give tinker://<run>/weights/<name> or .../sampler_weights/<name>"
+            f"{path[:200]!r} is no checkpoint path: give tinker://<run>/weights/<name>, .../sampler_weights/<name> or "
+            ".../external_weights/<name>"
         )
     return TinkerPath(RunId(run_id), known[kind], check_name(name))
+
+
+def parse_kind(text: str) -> CheckpointKind:
+    """Raises: UserError: it isn't the middle part of a checkpoint path."""
+    try:
+        return CheckpointKind(text)
+    except ValueError:
+        kinds = ", ".join(f"{kind}/<name>" for kind in CheckpointKind)
+        raise UserError(f"a checkpoint is one of {kinds}, not {text[:50]!r}/...") from None
 
 
 def check_name(name: str) -> str:
