@@ -193,9 +193,7 @@ def _write_once(path: Path, text: str, mode: int) -> None:
 
 def _write_part(path: Path, text: str, mode: int) -> Path:
     """The text on disk in a file beside `path`, to be moved there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        part.unlink()
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(text)

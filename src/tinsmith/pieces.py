@@ -62,6 +62,8 @@ def _merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The same without empty pieces, and with neighbours in one."""
     last: Piece = b""
     for piece in pieces:
+        if not _size(piece):
+            continue
         if isinstance(last, bytes) and isinstance(piece, bytes):
             last += piece
         elif isinstance(last, Span) and isinstance(piece, Span) and last.offset + last.size == piece.offset:

@@ -104,9 +104,8 @@ async def download(
     etag = f'"{version_of(row)}-{file}"'
     content, source = await services.work(_open, services, row, file)
     wanted = _range(request, etag, content.size)
-    if wanted is None or request.method == "HEAD":
-        source.close()
     if wanted is None:
+        source.close()
         problem = Problem(
             f"the file has {content.size} bytes: ask for a range that begins within", "invalid_request", "user"
         )
@@ -122,7 +121,7 @@ async def download(
     if is_part:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{content.size}"
     return Stream(
-        _stream(services, content, source, start, stop),
+        _stream(services, content, source, start, start if request.method == "HEAD" else stop),
         status_code=206 if is_part else 200,
         headers=headers,
         media_type=TYPES.get(file[file.rfind(".") :], "application/octet-stream"),
