@@ -67,8 +67,10 @@ def test_an_export_is_made_though_the_worker_died(house: House) -> None:
     run = house.create_run()
     worker = house.worker()
     settle(worker)
-    save_external(house, run, 1)
-    assert worker.step()
+    op = save_external(house, run, 1)
+    while house.get(op).state == "queued":
+        worker.step()
+        time.sleep(0.02)
     settle(house.worker())
     assert names(house, run) == ["adapter_config.json", "adapter_model.safetensors"]
 
