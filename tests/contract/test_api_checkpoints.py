@@ -6,10 +6,12 @@ import http.client
 import io
 import itertools
 import json
+import os
 import tarfile
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -18,6 +20,7 @@ from litestar.testing import TestClient
 from safetensors.numpy import load
 
 from tests.contract.conftest import BASE, Api, House, small_state
+from tests.service import until
 from tinsmith.api.app import build_app
 from tinsmith.api.main import build_services
 from tinsmith.blobs import checkpoint_key
@@ -272,6 +275,27 @@ def test_a_download_that_has_begun_outlives_the_checkpoint(
     connection.request("GET", url, headers={"Range": "bytes=100000-"})
     assert connection.getresponse().status == 404
     connection.close()
+
+
+def test_downloads_that_are_broken_off_leave_no_file_open(
+    house: House, run_id: str, worker: Any, link: Any, live: Any
+) -> None:
+    url = link(put(house, run_id, worker, 64 * 2**20))
+    blobs = str(house.settings.data_dir / "blobs")
+
+    def num_open() -> int:
+        names = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_open(fd)]
+        return sum(name.startswith(blobs) for name in names)
+
+    def is_open(fd: str) -> bool:
+        return Path(f"/proc/self/fd/{fd}").is_symlink()
+
+    for method in ("GET", "GET", "HEAD", "GET"):
+        connection = http.client.HTTPConnection(urlsplit(live.url).netloc, timeout=20)
+        connection.request(method, url)
+        connection.getresponse().read(100)
+        connection.close()
+    until(lambda: num_open() == 0, 10, lambda: f"{num_open()} files are open")
 
 
 class TestPublishing:
