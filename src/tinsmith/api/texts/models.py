@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from tinsmith import __version__
 from tinsmith.api.sampling import new_sampler
 from tinsmith.api.services import Services
-from tinsmith.api.weights import find_checkpoint
+from tinsmith.api.sharing import find_checkpoint
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.rows import CheckpointRow, Principal
 from tinsmith.types import BaseInfo, CheckpointKind, SamplerId, SessionId
