@@ -89,7 +89,7 @@ class Waiters:
         self._rung.set()
 
     async def _watch(self, final_among: FinalAmong) -> None:
-        while True:
+        while not self._is_closed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._rung.wait(), self._scan_interval_s)
             self._rung.clear()
