@@ -19,6 +19,7 @@ from litestar.testing import TestClient
 from tinsmith.adapter_files import pack_external
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.main import Server, make_server
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
@@ -30,6 +31,7 @@ from tinsmith.datadir import DataDir
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
+from tinsmith.tokenline import TokenLine, line_path
 from tinsmith.types import (
     CheckpointKind,
     OpKind,
@@ -157,11 +159,11 @@ class HandWorker:
             info = self._blobs.put(key, dump_state(state))
         if save.name is None:
             sampler = NewSampler(
-                op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, key, run.spec
+                op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, info.key, run.spec
             )  # fmt: skip
             return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
         checkpoint = NewCheckpoint(
-            run.run_id, kind, save.name, key, info.size, info.sha256, save.expires_at,
+            run.run_id, kind, save.name, info.key, info.size, info.sha256, save.expires_at,
             getattr(save, "user_metadata", {}), has_optimizer=op.kind is OpKind.SAVE,
         )  # fmt: skip
         path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
@@ -192,6 +194,7 @@ class House:
         self.tenant_id = alice.tenant_id
         self.api_bell = Bell(self.root / "api.sock")
         self.worker_bell = Bell(self.root / "worker.sock")
+        self.line = TokenLine(line_path(self.root / "api.sock"))
         ref = BaseRef(BASE, SHIPPED_PATH)
         files = {file.name: file for file in tokenizer_files(SHIPPED_PATH)}
         self.services = Services(
@@ -202,6 +205,7 @@ class House:
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
+            pieces=Pieces(self.line),
             signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
         )
 
@@ -215,6 +219,7 @@ class House:
         self.services.close()
         self.api_bell.close()
         self.worker_bell.close()
+        self.line.close()
         self.store.close()
 
 

@@ -15,6 +15,7 @@ from tinsmith.config import Settings
 from tinsmith.fake_engine import MODULE, FakeEngine
 from tinsmith.store import open_store
 from tinsmith.store.rows import NewOp, NewRun, NewSampler, OpRow
+from tinsmith.tokenline import TokenSender
 from tinsmith.types import (
     BaseInfo,
     BlobKey,
@@ -25,7 +26,6 @@ from tinsmith.types import (
     RunState,
     SamplerId,
     SessionId,
-    TenantId,
 )
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import JSON, PROTOBUF, encode_json
@@ -44,32 +44,35 @@ class House:
         self.settings = Settings.load({}, **(defaults | settings))
         self.store = open_store(root, synchronous="NORMAL")
         self.blobs = Blobs(root / "blobs")
-        self.tenant = self.store.tenants.create("alice").tenant_id
-        self.session = self.store.sessions.create(
-            self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
-        ).session_id
+        self.be("alice")
         self._num_runs = 0
         self._open: list[Bell | Ringer] = []
         self.engine = FakeEngine(BASE)
 
-    def worker(self, slot: str = "fake/base#0") -> Worker:
+    def be(self, name: str) -> None:
+        """What is asked for from now on is asked by a new tenant, in a session of its own."""
+        self.tenant = self.store.tenants.create(name).tenant_id
+        self.session = self.store.sessions.create(
+            self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
+        ).session_id
+
+    def worker(self, slot: str = "fake/base#0", line: TokenSender | None = None) -> Worker:
         self.engine = FakeEngine(BASE)
         me = self.store.workers.register(slot, BASE.name, self.settings.lease_s, time.time())
         path = self.root / f"b{len(self._open)}"
         bell, wake, api = Bell(path), Ringer(path), Ringer(self.root / "api")
         self._open += [bell, wake, api]
-        return Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, wake.ring)
+        return Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, wake.ring, line)
 
     def close(self) -> None:
         for open_socket in self._open:
             open_socket.close()
         self.store.close()
 
-    def create_run(self, rank: int = 4, seed: int = 1, *, tenant: TenantId | None = None) -> RunId:
+    def create_run(self, rank: int = 4, seed: int = 1) -> RunId:
         run_id = RunId(f"{self.session}:train:{self._num_runs}")
         spec = RunSpec(run_id, BASE.name, rank=rank, seed=seed)
-        owner = tenant or self.tenant
-        run = NewRun(owner, self.session, self._num_runs, spec)
+        run = NewRun(self.tenant, self.session, self._num_runs, spec)
         self._num_runs += 1
         op = self.op(OpKind.CREATE, run_id, 0, meta=to_meta(CreateMeta(spec)), payload=None)
         self.store.ops.create_run(run, op, time.time())
@@ -168,8 +171,7 @@ class House:
         blob = None
         size = len(payload or b"")
         if payload is not None and size > self.settings.inline_bytes:
-            blob = payload_key(self.tenant, op_id)
-            self.blobs.put(blob, payload)
+            blob = self.blobs.put(payload_key(self.tenant, op_id), payload).key
             payload = None
         return NewOp(
             tenant_id=self.tenant,

@@ -21,10 +21,10 @@ from tinsmith.errors import NotFoundError, UserError
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.database import Database
 from tinsmith.store.op_rows import born, to_columns
-from tinsmith.store.rows import COPY, NewCheckpoint, NewCopy, NewOp, NewRun
+from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun
 from tinsmith.store.runs import new_run_columns
 from tinsmith.store.schema import checkpoints, ops, runs, sessions
-from tinsmith.types import Failure, OpId, OpKind, RunId, SessionId
+from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId
 
 COPIED = "copied"  # finish_reason of a session that was made for a copy
 SOURCE = "copied_from"  # in the metadata of the copy's run
@@ -102,7 +102,7 @@ def _own_session(conn: Connection, new: NewCopy, now: float) -> SessionId:
 
 def _require_same(conn: Connection, new: NewCopy, run_id: RunId) -> None:
     row = conn.execute(_RUN, {"run_id": run_id, "tenant_id": new.tenant_id}).first()
-    if row is None or row.status != COPY or row.user_metadata.get(SOURCE) != new.source.path:
+    if row is None or row.status != RunStatus.COPY or row.user_metadata.get(SOURCE) != new.source.path:
         where = f"model_seq_id {new.model_seq_id} of this session" if new.session_id else "this X-Idempotency-Key"
         raise UserError(f"{where} has been used for something else: take a new one")
 
@@ -116,7 +116,7 @@ def _insert(conn: Connection, new: NewCopy, run_id: RunId, session_id: SessionId
     kept = found.user_metadata if new.keeps_metadata else {}
     spec = replace(source.spec, run_id=run_id)
     run = NewRun(new.tenant_id, session_id, new.model_seq_id, spec, {**kept, SOURCE: source.path})
-    conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "status": COPY, "wants_worker": False})
+    conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "status": RunStatus.COPY.value, "wants_worker": False})
     op = NewOp(
         tenant_id=new.tenant_id,
         kind=OpKind.CREATE,

@@ -116,12 +116,12 @@ class Barriers:
         state = self._engine.export_run(run.run_id, ("param", "m", "v"))
         path = f"tinker://{run.run_id}/{CheckpointKind.TRAINING}/{save.name}"
 
-        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+        def outcome(info: BlobInfo) -> Outcome:
             checkpoint = NewCheckpoint(
                 run_id=run.run_id,
                 kind=CheckpointKind.TRAINING,
                 name=save.name,
-                blob=key,
+                blob=info.key,
                 size_bytes=info.size,
                 sha256=info.sha256,
                 expires_at=save.expires_at,
@@ -137,7 +137,7 @@ class Barriers:
         save = read_meta(op.meta, SaveSamplerMeta)
         state = self._engine.export_run(run.run_id, ("param",))
 
-        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+        def outcome(info: BlobInfo) -> Outcome:
             checkpoint = sampler = path = None
             if save.name is not None:
                 path = f"tinker://{run.run_id}/{CheckpointKind.SAMPLER}/{save.name}"
@@ -145,7 +145,7 @@ class Barriers:
                     run_id=run.run_id,
                     kind=CheckpointKind.SAMPLER,
                     name=save.name,
-                    blob=key,
+                    blob=info.key,
                     size_bytes=info.size,
                     sha256=info.sha256,
                     expires_at=save.expires_at,
@@ -161,7 +161,7 @@ class Barriers:
                     base_model=run.spec.base_model,
                     model_path=path,
                     run_id=run.run_id,
-                    blob=key,
+                    blob=info.key,
                     spec=run.spec,
                 )
             body = results.sampler_result(path, save.sampler_id)
@@ -177,12 +177,12 @@ class Barriers:
         def dump(state: RunState) -> Iterator[memoryview]:
             return pack_external(state, self._engine.info, save.recipients, op.created_at)
 
-        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+        def outcome(info: BlobInfo) -> Outcome:
             checkpoint = NewCheckpoint(
                 run_id=run.run_id,
                 kind=CheckpointKind.EXTERNAL,
                 name=save.name,
-                blob=key,
+                blob=info.key,
                 size_bytes=info.size,
                 sha256=info.sha256,
                 expires_at=save.expires_at,
@@ -198,7 +198,7 @@ class Barriers:
         op: OpRow,
         run: RunRow,
         state: RunState,
-        outcome: Callable[[BlobKey, BlobInfo], Outcome],
+        outcome: Callable[[BlobInfo], Outcome],
         dump: Callable[[RunState], bytes | Iterator[memoryview]] = dump_state,
     ) -> None:
         key = checkpoint_key(run.tenant_id)
@@ -216,7 +216,7 @@ class Barriers:
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return
             if op.kind is OpKind.SAVE_SAMPLER:
-                self._engine.add_adapter(key, state)
-            self._settle(outcome(key, info))
+                self._engine.add_adapter(info.key, state)
+            self._settle(outcome(info))
 
         self._writer.submit(write, written)
