@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 from tinsmith.age import SUFFIX, encrypt
 from tinsmith.checkpoint_file import StoredState, dump_state, read_state_header
 from tinsmith.errors import CorruptError
-from tinsmith.pieces import Piece, Pieces, Span
 from tinsmith.types import BaseInfo, RunSpec, RunState
+from tinsmith.virtual_file import Piece, Span, VirtualFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -36,7 +36,7 @@ OWN_HEAD = "lm_head"
 BLOCK = 512  # of a tar
 MAX_MEMBERS = 64
 
-Files = Mapping[str, Pieces]
+Files = Mapping[str, VirtualFile]
 
 
 def adapter_files(state: StoredState, base: BaseInfo) -> Files:
@@ -66,19 +66,19 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return {
-        CONFIG: Pieces([_config(state.spec, list(modules))]),
-        WEIGHTS: Pieces([struct.pack("<Q", len(header)) + header, *spans]),
+        CONFIG: VirtualFile([_config(state.spec, list(modules))]),
+        WEIGHTS: VirtualFile([struct.pack("<Q", len(header)) + header, *spans]),
     }
 
 
-def as_tar(files: Files, made_at: float) -> Pieces:
+def as_tar(files: Files, made_at: float) -> VirtualFile:
     """The files as one uncompressed tar, all at its root. `made_at`: unix seconds, the time of each entry."""
     pieces: list[Piece] = []
     for name, content in files.items():
         entry = tarfile.TarInfo(name)
         entry.size, entry.mtime, entry.mode = content.size, int(made_at), 0o644
         pieces += [entry.tobuf(tarfile.GNU_FORMAT), *content, bytes(-content.size % BLOCK)]
-    return Pieces([*pieces, bytes(2 * BLOCK)])
+    return VirtualFile([*pieces, bytes(2 * BLOCK)])
 
 
 def pack_external(state: RunState, base: BaseInfo, recipients: Sequence[str], made_at: float) -> Iterator[memoryview]:
@@ -87,7 +87,7 @@ def pack_external(state: RunState, base: BaseInfo, recipients: Sequence[str], ma
     files = adapter_files(read_state_header(source), base)
     if recipients:
         files = {
-            name + SUFFIX: Pieces([encrypt(b"".join(content.read(source)), recipients)])
+            name + SUFFIX: VirtualFile([encrypt(b"".join(content.read(source)), recipients)])
             for name, content in files.items()
         }
     return map(memoryview, as_tar(files, made_at).read(source))
@@ -99,14 +99,14 @@ def external_files(stored: BinaryIO) -> Files:
     Raises:
         CorruptError: it isn't such a tar.
     """
-    files: dict[str, Pieces] = {}
+    files: dict[str, VirtualFile] = {}
     try:
         stored.seek(0)
         with tarfile.open(fileobj=stored, mode="r:") as tar:
             for member in tar:
                 if not member.isreg() or "/" in member.name or len(files) >= MAX_MEMBERS:
                     raise CorruptError("not an external checkpoint: it holds something else than a few files")
-                files[member.name] = Pieces([Span(member.offset_data, member.size)])
+                files[member.name] = VirtualFile([Span(member.offset_data, member.size)])
     except tarfile.TarError as error:
         raise CorruptError(f"not an external checkpoint: {error}") from error
     if not files:

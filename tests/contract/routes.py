@@ -116,16 +116,6 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
             Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 1}),
             Probe("PUT", f"{checkpoints}/sampler_weights/kept/ttl", {"ttl_seconds": None}),
         ],
-        "GET /oai/api/v1/models": [],
-        "GET /oai/api/v1/models/{model:path}": [Probe("GET", f"/oai/api/v1/models/{quote(at.sampler_path, safe='')}")],
-        "POST /oai/api/v1/chat/completions": [Probe("POST", "/oai/api/v1/chat/completions", {**chat, "n": 2})],
-        "POST /oai/api/v1/completions": [
-            Probe("POST", "/oai/api/v1/completions", {"model": at.sampler_path, "prompt": "a", "max_tokens": 1})
-        ],
-        "POST /anthropic/api/v1/messages": [Probe("POST", "/anthropic/api/v1/messages", chat)],
-        "POST /anthropic/api/v1/messages/count_tokens": [
-            Probe("POST", "/anthropic/api/v1/messages/count_tokens", {**chat, "max_tokens": None})
-        ],
         "POST /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/publish": [
             Probe("POST", f"{checkpoints}/{kind}/kept/publish") for kind in KINDS
         ],
@@ -145,6 +135,16 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
             Probe("POST", "/copy_weights", {"source_path": at.path, "destination_project_id": "p"}),
             Probe("POST", "/copy_weights", {"source_path": at.sampler_path, **my_run, "model_seq_id": seq_id + 100}),
             Probe("POST", "/copy_weights", {"source_path": mine.path, **new_run, "model_seq_id": seq_id + 200}),
+        ],
+        "GET /oai/api/v1/models": [],
+        "GET /oai/api/v1/models/{model:path}": [Probe("GET", f"/oai/api/v1/models/{quote(at.sampler_path, safe='')}")],
+        "POST /oai/api/v1/chat/completions": [Probe("POST", "/oai/api/v1/chat/completions", {**chat, "n": 2})],
+        "POST /oai/api/v1/completions": [
+            Probe("POST", "/oai/api/v1/completions", {"model": at.sampler_path, "prompt": "a", "max_tokens": 1})
+        ],
+        "POST /anthropic/api/v1/messages": [Probe("POST", "/anthropic/api/v1/messages", chat)],
+        "POST /anthropic/api/v1/messages/count_tokens": [
+            Probe("POST", "/anthropic/api/v1/messages/count_tokens", {**chat, "max_tokens": None})
         ],
         "POST /admin/keys": [],
         "GET /admin/keys": [],

@@ -12,11 +12,13 @@ import pyrage
 import pytest
 
 from tests.flow.house import House, settle
+from tests.service import until
 from tinsmith.adapter_files import external_files
 from tinsmith.janitor import sweep
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpKind, RunId
 from tinsmith.wire.meta import SaveExternalMeta, to_meta
+from tinsmith.worker.loop import Worker
 
 DAY = 24 * 3600.0
 
@@ -32,6 +34,16 @@ def save_external(house: House, run: RunId, seq: int, **meta: object) -> OpRow:
     return house.enqueue(house.op(OpKind.SAVE_EXTERNAL, run, seq, meta=wanted, payload=None))
 
 
+def work_off(house: House, worker: Worker, op: OpRow) -> None:
+    """Until the op is final: its file is written beside the loop."""
+
+    def is_final() -> bool:
+        worker.step()
+        return house.get(op).state.is_final
+
+    until(is_final, 30)
+
+
 def names(house: House, run: RunId) -> list[str]:
     row = house.store.checkpoints.get(house.tenant, run, CheckpointKind.EXTERNAL, "out")
     assert row.size_bytes == house.blobs.size(row.blob)
@@ -42,7 +54,7 @@ def names(house: House, run: RunId) -> list[str]:
 def test_an_export_is_written_and_its_size_told(house: House) -> None:
     run = house.create_run()
     op = save_external(house, run, 1)
-    settle(house.worker())
+    work_off(house, house.worker(), op)
     assert names(house, run) == ["adapter_config.json", "adapter_model.safetensors"]
     row = house.store.checkpoints.get(house.tenant, run, CheckpointKind.EXTERNAL, "out")
     assert json.loads(house.result(op)) == {
@@ -56,8 +68,7 @@ def test_an_export_is_written_and_its_size_told(house: House) -> None:
 def test_what_is_sealed_is_nowhere_in_the_clear(house: House) -> None:
     run = house.create_run()
     key = str(pyrage.x25519.Identity.generate().to_public())
-    save_external(house, run, 1, recipients=(key,))
-    settle(house.worker())
+    work_off(house, house.worker(), save_external(house, run, 1, recipients=(key,)))
     assert names(house, run) == ["adapter_config.json.age", "adapter_model.safetensors.age"]
     for path in (house.root / "blobs").rglob("*"):
         assert path.is_dir() or b"lora_A" not in path.read_bytes()
@@ -71,14 +82,13 @@ def test_an_export_is_made_though_the_worker_died(house: House) -> None:
     while house.get(op).state == "queued":
         worker.step()
         time.sleep(0.02)
-    settle(house.worker())
+    work_off(house, house.worker(), op)
     assert names(house, run) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_an_export_expires_with_its_file(house: House) -> None:
     run = house.create_run()
-    save_external(house, run, 1, expires_at=time.time() + 100)
-    settle(house.worker())
+    work_off(house, house.worker(), save_external(house, run, 1, expires_at=time.time() + 100))
     blob = house.store.checkpoints.get(house.tenant, run, CheckpointKind.EXTERNAL, "out").blob
     sweep(house.store, house.blobs, house.settings, time.time() + 50)
     assert house.blobs.exists(blob)

@@ -14,8 +14,8 @@ from safetensors.numpy import load
 from tinsmith.adapter_files import CONFIG, WEIGHTS, adapter_files, as_tar, external_files, pack_external
 from tinsmith.checkpoint_file import dump_state, read_state_header
 from tinsmith.errors import CorruptError
-from tinsmith.pieces import Pieces, Span
 from tinsmith.types import BaseInfo, RunId, RunSpec, RunState
+from tinsmith.virtual_file import Span, VirtualFile
 
 BASE = BaseInfo("org/base", "/nowhere", "qwen3", 100, 256, (0,))
 TIED = replace(BASE, is_head_tied=True)
@@ -89,7 +89,7 @@ def test_the_tar_is_one_for_everybody() -> None:
 
 def test_a_tar_may_hold_more_than_eight_gigabytes() -> None:
     size = 20 * 2**30
-    made = as_tar({WEIGHTS: Pieces([Span(0, size)])}, 0)
+    made = as_tar({WEIGHTS: VirtualFile([Span(0, size)])}, 0)
     header = next(piece for piece in made if isinstance(piece, bytes))
     assert tarfile.TarInfo.frombuf(header[:512], "utf-8", "strict").size == size
     assert made.size == 512 + size + 1024
@@ -119,7 +119,7 @@ class TestExternal:
 
     @pytest.mark.parametrize("name", ["a/b", "../x"])
     def test_a_place_elsewhere_is_refused(self, name: str) -> None:
-        data = b"".join(as_tar({name: Pieces([b"x"])}, 0).read(io.BytesIO()))
+        data = b"".join(as_tar({name: VirtualFile([b"x"])}, 0).read(io.BytesIO()))
         with pytest.raises(CorruptError):
             external_files(io.BytesIO(data))
 

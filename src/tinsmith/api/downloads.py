@@ -30,9 +30,9 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import CHECKPOINT
 from tinsmith.checkpoint_file import read_state_header
 from tinsmith.errors import NotFoundError, UserError
-from tinsmith.pieces import Pieces
 from tinsmith.store.rows import CheckpointRow
 from tinsmith.types import CheckpointKind, RunId
+from tinsmith.virtual_file import VirtualFile
 from tinsmith.wire.media import JSON
 from tinsmith.wire.paths import parse_kind
 
@@ -129,7 +129,9 @@ async def download(
     )
 
 
-async def _stream(services: Services, content: Pieces, source: BinaryIO, start: int, stop: int) -> AsyncIterator[bytes]:
+async def _stream(
+    services: Services, content: VirtualFile, source: BinaryIO, start: int, stop: int
+) -> AsyncIterator[bytes]:
     parts = content.read(source, start, stop)
     while part := await services.work(next, parts, b""):
         yield part
@@ -143,7 +145,7 @@ def _own(services: Services, request: Call, run_id: str, kind: str, name: str) -
     return services.store.checkpoints.get(request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
 
 
-def _open(services: Services, row: CheckpointRow, file: str) -> tuple[Pieces, BinaryIO]:
+def _open(services: Services, row: CheckpointRow, file: str) -> tuple[VirtualFile, BinaryIO]:
     """The file's pieces and the open stored file that they are of.
 
     Raises:
@@ -152,7 +154,7 @@ def _open(services: Services, row: CheckpointRow, file: str) -> tuple[Pieces, Bi
     source = services.blobs.open(row.blob)
     try:
         if file == ARCHIVE and row.kind is CheckpointKind.EXTERNAL:
-            return Pieces.whole(row.size_bytes), source
+            return VirtualFile.whole(row.size_bytes), source
         files = _files(services, row, source)
         if file == ARCHIVE:
             return as_tar(files, row.created_at), source

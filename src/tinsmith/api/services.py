@@ -47,8 +47,9 @@ class ServedBase:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """ready_bases: names of the bases that a worker has loaded; called in a thread. signer: of links and tokens.
-    turns: held to digest a body."""
+    """ready_bases: names of the bases that a worker has loaded; called in a thread. turns: held to digest a body.
+    signer: of links and tokens.
+    """
 
     settings: Settings
     store: Store

@@ -102,7 +102,7 @@ def _own_session(conn: Connection, new: NewCopy, now: float) -> SessionId:
 
 def _require_same(conn: Connection, new: NewCopy, run_id: RunId) -> None:
     row = conn.execute(_RUN, {"run_id": run_id, "tenant_id": new.tenant_id}).first()
-    if row is None or row.status != RunStatus.COPY.value or row.user_metadata.get(SOURCE) != new.source.path:
+    if row is None or row.status != RunStatus.COPY or row.user_metadata.get(SOURCE) != new.source.path:
         where = f"model_seq_id {new.model_seq_id} of this session" if new.session_id else "this X-Idempotency-Key"
         raise UserError(f"{where} has been used for something else: take a new one")
 

@@ -59,9 +59,7 @@ def find_model(services: Services, principal: Principal, name: str) -> Model:
             "of a checkpoint saved with save_weights_for_sampler"
         )
     if found.kind is not CheckpointKind.SAMPLER:
-        raise UserError(
-            f"{found.path} is a checkpoint to train from, not to sample from: save one with save_weights_for_sampler"
-        )
+        raise UserError(f"{found.path} is no checkpoint to sample from: save one with save_weights_for_sampler")
     return Model(found.path, services.bases[found.spec.base_model].info, found.path, found.blob, found.created_at)
 
 

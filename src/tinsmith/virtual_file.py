@@ -23,7 +23,7 @@ class Span:
 Piece: TypeAlias = bytes | Span
 
 
-class Pieces:
+class VirtualFile:
     """The file that the pieces make up, in order. `size` in bytes."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
@@ -31,7 +31,7 @@ class Pieces:
         self.size = sum(_size(piece) for piece in self._pieces)
 
     @classmethod
-    def whole(cls, size: int) -> Pieces:
+    def whole(cls, size: int) -> VirtualFile:
         """The stored file as it is."""
         return cls([Span(0, size)])
 
