@@ -248,7 +248,7 @@ def put(house: House, run_id: str, worker: Any, num_bytes: int = 1000) -> str:
     """A checkpoint named `big` of about that size; its place in the API."""
     worker.step()
     state = small_state(RunSpec(run_id, BASE, 4), width=num_bytes // 32)
-    info = house.blobs.put(key, dump_state(state))
+    info = house.blobs.put(checkpoint_key(house.tenant_id), dump_state(state))
     new = NewCheckpoint(run_id, CheckpointKind.TRAINING, "big", info.key, info.size, info.sha256)
     house.store.checkpoints.put(house.tenant_id, new, time.time())
     return f"/training_runs/{run_id}/checkpoints/weights/big"
