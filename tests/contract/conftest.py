@@ -24,8 +24,11 @@ from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokeni
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs, checkpoint_key
 from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
+from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
+from tinsmith.store.usage_rows import Usage
 from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
 from tinsmith.wire import results
 from tinsmith.wire.media import JSON, PROTOBUF
@@ -82,10 +85,12 @@ class HandWorker:
         media = JSON
         if op.kind.is_pass:
             data = decode_training(self._payload(op)).data
+            extra["usage"] = Usage(trained_tokens=sum(d.num_tokens for d in data))
             logprobs = tuple(np.full(d.inputs["target_tokens"].shape, -1, np.float32) for d in data)
             body, media = encode_train_result(TrainResult(logprobs, {"loss:sum": float(len(data))})), PROTOBUF
         elif op.kind is OpKind.SAMPLE:
             body, media = self._sampled(op), PROTOBUF
+            extra["usage"] = Usage(prefill_tokens=decode_sample(self._payload(op)).prompt.size, sampled_tokens=3)
         elif op.kind is OpKind.OPTIM_STEP:
             body = results.optim_result(OptimResult({"lr": decode_optim_step(self._payload(op)).learning_rate}))
         elif op.kind is OpKind.CREATE:
@@ -160,6 +165,7 @@ class House:
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
+            signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
         )
 
     def make_worker(self) -> HandWorker:

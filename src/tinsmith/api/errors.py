@@ -21,6 +21,7 @@ from tinsmith.errors import (
     GoneError,
     NotFoundError,
     TinsmithError,
+    TokenError,
     TooLargeError,
     UserError,
 )
@@ -56,7 +57,8 @@ def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Respon
     status = status_of(error)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else {}
     if status == 401:
-        headers["www-authenticate"] = "Bearer"
+        is_token = isinstance(error, TokenError)  # clients exchange their key for another one, and ask again
+        headers["www-authenticate"] = 'Bearer error="invalid_token"' if is_token else "Bearer"
     if status == 500:
         log.error("request failed", path=request.url.path, code=error.code, exc_info=error)
     problem = Problem(detail=error.message, code=error.code, category=error.category)

@@ -27,8 +27,10 @@ from tinsmith.bases import describe, parse_all, tokenizer_files
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
 from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
+from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 
 log = structlog.get_logger("tinsmith.api")
@@ -73,7 +75,7 @@ def build_services(settings: Settings, store: Store, bell: Bell | None, worker_b
         worker_bells: by base model, the bell of its worker.
 
     Raises:
-        ConfigError: a base's directory is missing or not a model's.
+        ConfigError: a base's directory is missing or not a model's, or the signing secret can't be read or made.
     """
     bases: dict[str, ServedBase] = {}
     for ref in parse_all(settings.base_model):
@@ -87,6 +89,7 @@ def build_services(settings: Settings, store: Store, bell: Bell | None, worker_b
         waiters=Waiters(bell, settings.scan_interval_s),
         ringers={base: Ringer(path) for base, path in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
+        signer=Signer(DataDir(settings.data_dir).signing_secret()),
     )
 
 

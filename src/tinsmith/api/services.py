@@ -23,6 +23,7 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.errors import UserError
+from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.types import BaseInfo
 
@@ -40,7 +41,7 @@ class ServedBase:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """ready_bases: names of the bases that a worker has loaded; called in a thread."""
+    """ready_bases: names of the bases that a worker has loaded; called in a thread. signer: of links and tokens."""
 
     settings: Settings
     store: Store
@@ -49,6 +50,7 @@ class Services:
     waiters: Waiters
     ringers: Mapping[str, Ringer]
     ready_bases: Callable[[], AbstractSet[str]]
+    signer: Signer
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
