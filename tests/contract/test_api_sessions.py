@@ -15,7 +15,7 @@ from tests.contract.test_api_usage import train
 from tinsmith.api.timeline import lanes, write_trace
 from tinsmith.api.tokens import user_urn
 from tinsmith.store.usage_rows import SharedStep, TracedOp
-from tinsmith.types import OpId, OpKind, OpState
+from tinsmith.types import OpId, OpKind, OpState, RunStatus
 
 BEGIN, END = 1, 2
 
@@ -240,3 +240,11 @@ def test_requests_that_overlap_lie_in_lanes_of_their_own() -> None:
         if event.name == "running"
     }
     assert running == {(int(a * 1e9), int(b * 1e9)) for a, b in [(1, 5), (6, 8), (9, 10), (12, 13)]}
+
+
+def test_a_run_that_was_given_up_is_listed_as_corrupted(house: Any, api: Any, worker: Any) -> None:
+    run = api.create(make(api, "a"))["model_id"]
+    worker.step()
+    assert api.get(f"/training_runs/{run}").get("corrupted", False) is False
+    house.store.runs.set_status(worker._me, run, RunStatus.CORRUPTED)
+    assert api.get(f"/training_runs/{run}")["corrupted"] is True

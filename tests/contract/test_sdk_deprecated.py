@@ -90,7 +90,7 @@ async def call_all(server: Service) -> dict[str, Any]:
     await call("training.load_state_with_optimizer", path)
     await call("training.load_state_with_optimizer_async", path)
     sampler_path = (await call("training.save_weights_for_sampler_async", "a")).path
-    await call("training.save_weights_and_get_sampling_client_async", "b")
+    await call("training.save_weights_and_get_sampling_client_async")
     await call("training.create_sampling_client_async", sampler_path)
     await call("service.create_training_client_from_state_async", path)
     await call("service.create_training_client_from_state_with_optimizer_async", path)

@@ -80,8 +80,9 @@ def test_replays_and_deaths_meter_nothing_twice(house: House) -> None:
 def test_a_failed_request_costs_nothing(house: House) -> None:
     worker = house.worker()
     run = house.create_run()
-    house.forward_backward(run, 1, [10**6])
-    bad = house.load(run, 2, "t/nothing")
+    load = house.load(run, 1, "t/nothing")
+    sample = house.sample(house.sampler(blob="t/nothing"), 0)
     settle(worker)
-    assert house.get(bad).failure is not None
-    assert {kind for _, kind in metered(house)} <= {UsageKind.TRAINING}
+    assert house.get(load).failure is not None
+    assert house.get(sample).failure is not None
+    assert metered(house) == {}
