@@ -26,7 +26,7 @@ class Bell:
     """
 
     def __init__(self, path: Path) -> None:
-        _check(path)
+        check_path(path)
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -70,7 +70,7 @@ class Ringer:
     """
 
     def __init__(self, path: Path) -> None:
-        _check(path)
+        check_path(path)
         self._path = os.fspath(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -84,7 +84,8 @@ class Ringer:
         self._socket.close()
 
 
-def _check(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Raises: ConfigError: the path is too long for a socket."""
     if len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise ConfigError(
             f"the path {path} is longer than a socket's {MAX_PATH_BYTES} bytes: choose a shorter --data-dir"

@@ -38,7 +38,10 @@ class Settings:
 
     lora_max_rank: int = setting(128, "Largest LoRA rank a run may ask for.", group="limits")
     max_body_bytes: int = setting(
-        256 * 2**20, "Largest request body, after decompression.", unit="bytes", group="limits"
+        256 * 2**20,
+        "Largest body of a training request, as sent and decompressed; other requests are smaller.",
+        unit="bytes",
+        group="limits",
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
@@ -55,7 +58,10 @@ class Settings:
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
     result_ttl_s: float = setting(
-        24 * 3600.0, "How long the result of a request can be fetched again.", unit="s", group="limits"
+        24 * 3600.0,
+        "How long results can be fetched again, and how long samplers stay after their session has ended.",
+        unit="s",
+        group="limits",
     )
 
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
@@ -83,6 +89,12 @@ class Settings:
     )
 
     poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
+    answer_hold_s: float = setting(
+        600.0,
+        "How long the OpenAI- and Anthropic-compatible endpoints wait for an answer, or for the next part of one.",
+        unit="s",
+        group="durability",
+    )
     gap_timeout_s: float = setting(
         60.0,
         "How long a run waits for a request that later ones have overtaken, once nothing more of it arrives.",
@@ -170,7 +182,7 @@ class Settings:
         positive = (
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
-            "prefill_chunk_tokens", "poll_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
+            "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
         )  # fmt: skip
         for name in positive:

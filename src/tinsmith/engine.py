@@ -6,7 +6,7 @@ and the fake one, which tests of everything else use. All calls come from one th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from tinsmith.types import (
     RunSpec,
     RunState,
     SampleItem,
+    SamplePiece,
     SampleResult,
     TrainItem,
     TrainResult,
@@ -104,4 +105,12 @@ class Engine(Protocol):
 
     def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
         """Admit what fits, prefill some, advance each decoding sequence by one token; return what ended."""
+        ...
+
+    def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
+        """What the unfinished sequences of some requests have got by now.
+
+        Args:
+            since: by request and sequence, how many tokens the caller knows already; 0 where it isn't named.
+        """
         ...

@@ -7,7 +7,7 @@ vector of `rank` numbers; every op that has an effect changes it in a way that s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,10 +26,12 @@ from tinsmith.types import (
     RunState,
     SampledSequence,
     SampleItem,
+    SamplePiece,
     SampleResult,
     TrainItem,
     TrainResult,
 )
+from tinsmith.wire.pieces import cut_sequence
 
 MODULE = "fake.lora_A"
 PARTS = ("param", "grad", "m", "v")
@@ -172,6 +174,16 @@ class FakeEngine:
             ended.append((op_id, self._sample(item)))
         return ended
 
+    def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
+        pieces: list[SamplePiece] = []
+        for op_id, (item, left) in self._samples.items():
+            whole = self._sample(item).sequences if op_id in since else ()
+            for index, sequence in enumerate(whole):
+                start, end = since[op_id].get(index, 0), len(sequence.tokens) - left
+                if start < end:
+                    pieces.append(SamplePiece(op_id, index, start, cut_sequence(sequence, start, end)))
+        return pieces
+
     def _sample(self, item: SampleItem) -> SampleResult:
         weight = float(self._adapters[item.adapter].sum()) if item.adapter else 0.0
         room = self._info.max_context - len(item.prompt)
@@ -180,7 +192,13 @@ class FakeEngine:
         for index in range(item.num_samples):
             rng = np.random.default_rng([item.seed & 0x7FFFFFFF, index, abs(int(weight * 1e6))])
             tokens = rng.integers(0, self._info.vocab_size, length).astype(np.int32)
-            sequences.append(SampledSequence(tokens, np.full(length, -1.0, np.float32), stopped=False))
+            sequence = SampledSequence(tokens, np.full(length, -1.0, np.float32), stopped=False)
+            if k := item.topk_sample_logprobs:
+                ranks = np.arange(k, dtype=np.int32)
+                tops = (tokens[:, None] + ranks) % self._info.vocab_size
+                logprobs = np.broadcast_to(-1.0 - ranks, tops.shape).astype(np.float32)
+                sequence = replace(sequence, topk_tokens=tops.astype(np.int32), topk_logprobs=logprobs)
+            sequences.append(sequence)
         result = SampleResult(tuple(sequences))
         if item.prompt_logprobs:
             logprobs = np.full(len(item.prompt), -1.0, np.float32)

@@ -26,6 +26,13 @@ REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
 
+REPLACEMENT = "\ufffd"  # stands for bytes that are not a whole character
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+# byte-level BPE (GPT-2): printable bytes are written as themselves, the others as letters from U+0100 on, in order
+BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + rank): byte for rank, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+
 
 class ChatTokenizer:
     """The tokenizer of one base model. Thread-safe; all token ids are the model's own."""
@@ -34,6 +41,7 @@ class ChatTokenizer:
         """`special`: the template's variables such as eos_token; `templates`: by name, "default" first among them."""
         self._tokenizer = tokenizer
         self._special = dict(special)
+        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._templates = {name: _compile(source) for name, source in templates.items()}
 
     @classmethod
@@ -62,6 +70,11 @@ class ChatTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
+    def longest_token(self) -> int:
+        """Most characters that one token can stand for."""
+        return self._longest
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
@@ -77,6 +90,16 @@ class ChatTokenizer:
         """Id of one token by its exact content, None if there is none."""
         found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What one token stands for, whole characters or not; None where that depends on its neighbours."""
+        text = self.decode([token])
+        if REPLACEMENT not in text:
+            return text.encode()
+        letters = self._tokenizer.id_to_token(token) or ""
+        if all(letter in BYTE_OF_LETTER for letter in letters):
+            return bytes(BYTE_OF_LETTER[letter] for letter in letters)
+        return None
 
     def render(
         self,

@@ -6,7 +6,7 @@ Owns nothing but the three parts and their start; each part has the substance.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from tinsmith.types import (
     RunSpec,
     RunState,
     SampleItem,
+    SamplePiece,
     SampleResult,
     TrainItem,
 )
@@ -106,3 +107,6 @@ class TorchEngine:
 
     def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
         return self._sampler.step()
+
+    def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
+        return self._sampler.progress(since)

@@ -173,12 +173,19 @@ class OptimResult:
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """max_tokens None: up to the model's context. stop_tokens None: stop at the model's own end tokens; an empty
-    `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy."""
+    `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy.
+
+    min_p: no token less likely than this share of the most likely one is drawn; 0: off. The penalties lower the logits
+    of tokens that were sampled before: once each, and once for each time. Neither changes a logprob.
+    """
 
     max_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop_tokens: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
 
@@ -198,15 +205,31 @@ class SampleItem:
     seed: int
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature."""
+    """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature.
+
+    topk: if asked for, the k most likely tokens at each of these positions, int32 [S, k], and their logprobs.
+    """
 
     tokens: TokenArray
     logprobs: FloatArray
     stopped: bool  # False: ended at max_tokens
+    topk_tokens: TokenArray | None = None
+    topk_logprobs: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePiece:
+    """What sequence `index` of a request got from its token number `start` on, while it was still being sampled."""
+
+    op_id: OpId
+    index: int
+    start: int
+    sequence: SampledSequence
 
 
 @dataclass(frozen=True, slots=True)

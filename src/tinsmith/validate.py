@@ -25,6 +25,7 @@ MAX_TTL_S = 10 * 366 * 24 * 3600
 MAX_METADATA_BYTES = 8192
 MAX_TOPK = 128
 MAX_STOPS = 64
+MAX_PENALTY = 2
 MAX_SEED = 2**63
 
 
@@ -235,8 +236,14 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
         raise UserError(f"top_k must be -1 (off) or at least 1, not {params.top_k}")
     if not 0 < params.top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], not {params.top_p}")
-    if not 0 <= request.topk_prompt_logprobs <= min(MAX_TOPK, info.vocab_size):
-        raise UserError(f"topk_prompt_logprobs must lie in 0..{MAX_TOPK}, not {request.topk_prompt_logprobs}")
+    if not 0 <= params.min_p <= 1:
+        raise UserError(f"min_p must lie in 0..1, not {params.min_p}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -MAX_PENALTY <= getattr(params, name) <= MAX_PENALTY:
+            raise UserError(f"{name} must lie in -{MAX_PENALTY}..{MAX_PENALTY}, not {getattr(params, name)}")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if not 0 <= getattr(request, name) <= min(MAX_TOPK, info.vocab_size):
+            raise UserError(f"{name} must lie in 0..{MAX_TOPK}, not {getattr(request, name)}")
     if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOPS:
         raise UserError(f"stop may hold at most {MAX_STOPS} entries")
     if any(not text for text in params.stop_strings):

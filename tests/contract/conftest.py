@@ -18,6 +18,7 @@ from litestar.testing import TestClient
 
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.main import Server, make_server
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
@@ -29,6 +30,7 @@ from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
 from tinsmith.store.usage_rows import Usage
+from tinsmith.tokenline import TokenLine, line_path
 from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
 from tinsmith.wire import results
 from tinsmith.wire.media import JSON, PROTOBUF
@@ -155,6 +157,7 @@ class House:
         self.tenant_id = alice.tenant_id
         self.api_bell = Bell(self.root / "api.sock")
         self.worker_bell = Bell(self.root / "worker.sock")
+        self.line = TokenLine(line_path(self.root / "api.sock"))
         ref = BaseRef(BASE, SHIPPED_PATH)
         files = {file.name: file for file in tokenizer_files(SHIPPED_PATH)}
         self.services = Services(
@@ -166,6 +169,7 @@ class House:
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
             signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
+            pieces=Pieces(self.line),
         )
 
     def make_worker(self) -> HandWorker:
@@ -178,6 +182,7 @@ class House:
         self.services.close()
         self.api_bell.close()
         self.worker_bell.close()
+        self.line.close()
         self.store.close()
 
 

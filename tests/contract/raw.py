@@ -27,24 +27,43 @@ class Refusal:
     message: str
 
 
+CODES = {
+    "model_not_found": "not_found",
+    "invalid_api_key": "unauthorized",
+    "not_found_error": "not_found",
+    "authentication_error": "unauthorized",
+}
+
+
+def ours(problem: dict[str, Any]) -> dict[str, Any]:
+    """An error in the shape of OpenAI or Anthropic, as /api/v1 would put it."""
+    error = problem.get("error")
+    if not isinstance(error, dict):
+        return problem
+    code = error.get("code", error["type"])
+    return {"detail": error["message"], "code": CODES.get(code, code), "category": "user"}
+
+
 class Raw:
     """One key's calls. `key` None sends none."""
 
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"X-API-Key": key} if key else {}
+        self._url = url
         self._http = httpx.Client(base_url=f"{url}/api/v1", headers=headers, timeout=20, verify=False)
 
     def close(self) -> None:
         self._http.close()
 
     def send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return self._http.request(method, path, **options)
+        elsewhere = path.startswith(("/oai/", "/anthropic/"))
+        return self._http.request(method, f"{self._url}{path}" if elsewhere else path, **options)
 
     def ask(self, method: str, path: str, **options: Any) -> Refusal | httpx.Response:
         """The answer of a call, and of its future if it has one."""
         response = self.send(method, path, **options)
         if response.status_code >= 400:
-            problem = response.json()
+            problem = ours(response.json())
             assert set(problem) == {"detail", "code", "category"}, response.text
             return Refusal(response.status_code, problem["code"], problem["category"], problem["detail"])
         promise = response.json() if response.content else {}

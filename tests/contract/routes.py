@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -57,6 +58,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
     new_run = {"session_id": at.session, "model_seq_id": seq_id}
     my_run = {"session_id": mine.session, "model_seq_id": seq_id}
     my_sampler = {"session_id": mine.session, "sampling_session_seq_id": seq_id}
+    chat = {"model": at.sampler_path, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     sample = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
     return {
         "POST /create_session": [],
@@ -122,6 +124,16 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
             Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 1}),
             Probe("PUT", f"{checkpoints}/sampler_weights/kept/ttl", {"ttl_seconds": None}),
         ],
+        "GET /oai/api/v1/models": [],
+        "GET /oai/api/v1/models/{model:path}": [Probe("GET", f"/oai/api/v1/models/{quote(at.sampler_path, safe='')}")],
+        "POST /oai/api/v1/chat/completions": [Probe("POST", "/oai/api/v1/chat/completions", {**chat, "n": 2})],
+        "POST /oai/api/v1/completions": [
+            Probe("POST", "/oai/api/v1/completions", {"model": at.sampler_path, "prompt": "a", "max_tokens": 1})
+        ],
+        "POST /anthropic/api/v1/messages": [Probe("POST", "/anthropic/api/v1/messages", chat)],
+        "POST /anthropic/api/v1/messages/count_tokens": [
+            Probe("POST", "/anthropic/api/v1/messages/count_tokens", {**chat, "max_tokens": None})
+        ],
         "POST /admin/keys": [],
         "GET /admin/keys": [],
         "DELETE /admin/keys/{key_id:str}": [],
@@ -130,9 +142,11 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
 
 def closed_routes() -> list[str]:
     """ "METHOD /path" of every route that needs a key."""
+    rooms = (("", (*app.CLOSED, *app.ADMIN)), ("/oai/api/v1", app.OPENAI), ("/anthropic/api/v1", app.ANTHROPIC))
     return sorted(
-        f"{method} {path}"
-        for handler in (*app.CLOSED, *app.ADMIN)
+        f"{method} {prefix}{path}"
+        for prefix, handlers in rooms
+        for handler in handlers
         for path in handler.paths
         for method in handler.http_methods
         if method not in ("OPTIONS", "HEAD")
@@ -144,6 +158,7 @@ def concrete(route: str) -> tuple[str, str]:
     method, _, path = route.partition(" ")
     for hole in ("run_id", "session_id", "sampler_id", "key_id", "kind", "name"):
         path = path.replace(f"{{{hole}:str}}", "weights" if hole == "kind" else "x")
+    path = path.replace("{model:path}", "x")
     return method, path
 
 

@@ -347,7 +347,7 @@ def test_bad_samples(api: Any, sampler_id: str) -> None:
         ({"prompt": {"chunks": [{"type": "image", "data": ""}]}}, "image"),
         ({"prompt": None}, "prompt"),
         ({"sampling_params": {"max_tokens": 10**6}}, "context"),
-        ({"topk_sample_logprobs": 3}, "topk_sample_logprobs"),
+        ({"topk_sample_logprobs": 200}, "topk_sample_logprobs"),
     ]
     for seq, (changes, words) in enumerate(cases):
         assert words in failure(api, api.post("/asample", sample_body(sampler_id, seq_id=seq, **changes)))

@@ -15,6 +15,7 @@ from tinsmith.config import Settings
 from tinsmith.fake_engine import MODULE, FakeEngine
 from tinsmith.store import open_store
 from tinsmith.store.rows import NewOp, NewRun, NewSampler, OpRow
+from tinsmith.tokenline import TokenSender
 from tinsmith.types import (
     BaseInfo,
     BlobKey,
@@ -55,13 +56,13 @@ class House:
             self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
         ).session_id
 
-    def worker(self, slot: str = "fake/base#0") -> Worker:
+    def worker(self, slot: str = "fake/base#0", line: TokenSender | None = None) -> Worker:
         self.engine = FakeEngine(BASE)
         me = self.store.workers.register(slot, BASE.name, self.settings.lease_s, time.time())
         path = self.root / f"b{len(self._open)}"
         bell, wake, api = Bell(path), Ringer(path), Ringer(self.root / "api")
         self._open += [bell, wake, api]
-        return Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, wake.ring)
+        return Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, wake.ring, line)
 
     def close(self) -> None:
         for open_socket in self._open:

@@ -70,11 +70,13 @@ def sample(
     seed: int = 0,
     prompt_logprobs: bool = False,
     topk: int = 0,
+    topk_sampled: int = 0,
     **params: Any,
 ) -> SampleItem:
     """A request that never stops unless told to."""
     given = SamplingParams(**{"max_tokens": 8, "stop_tokens": (), **params})
-    return SampleItem(OpId(name), adapter, np.array(prompt, np.int32), given, num_samples, seed, prompt_logprobs, topk)
+    tokens = np.array(prompt, np.int32)
+    return SampleItem(OpId(name), adapter, tokens, given, num_samples, seed, prompt_logprobs, topk, topk_sampled)
 
 
 def prompt(seed: int, length: int, vocab: int = VOCAB) -> np.ndarray[Any, Any]:

@@ -294,3 +294,54 @@ def drain(engine: TorchEngine) -> dict[str, Any]:
     while engine.num_samples:
         results.update(engine.step_samples())
     return results
+
+
+def test_most_likely_tokens_of_each_step_whatever_the_neighbours_ask(base):
+    wanted = sample("r", prompt(1, 30), num_samples=2, seed=5, max_tokens=12, topk_sampled=3, temperature=0.8)
+    alone = run_all(make_sampler(base), [wanted])["r"]
+    others = [sample(f"n{k}", prompt(k, 20), seed=k, max_tokens=20, topk_sampled=k) for k in (0, 2, 7)]
+    crowd = run_all(make_sampler(base), [others[0], wanted, *others[1:]])
+    plain = run_all(
+        make_sampler(base), [sample("r", prompt(1, 30), num_samples=2, seed=5, max_tokens=12, temperature=0.8)]
+    )
+    for one, among, bare in zip(alone.sequences, crowd["r"].sequences, plain["r"].sequences, strict=True):
+        assert one.topk_tokens.shape == one.topk_logprobs.shape == (12, 3)
+        np.testing.assert_array_equal(one.topk_tokens, among.topk_tokens)
+        np.testing.assert_array_equal(one.topk_logprobs, among.topk_logprobs)
+        np.testing.assert_array_equal(one.tokens, bare.tokens)
+        assert (np.diff(one.topk_logprobs) <= 0).all()
+        for token, logprob, tops, values in zip(
+            one.tokens, one.logprobs, one.topk_tokens, one.topk_logprobs, strict=True
+        ):
+            found = values[tops == token]
+            assert found.size == 0 or found[0] == logprob
+            assert logprob <= values[0]
+    assert crowd["n7"].sequences[0].topk_tokens.shape[1] == 7
+    assert crowd["n0"].sequences[0].topk_tokens is None
+
+
+def test_a_frequency_penalty_ends_repetition(base):
+    def num_kinds(penalty: float) -> int:
+        asked = sample("r", [7, 7, 7, 7], max_tokens=60, temperature=0, frequency_penalty=penalty)
+        return len(set(run_all(make_sampler(base), [asked])["r"].sequences[0].tokens.tolist()))
+
+    assert num_kinds(2.0) > num_kinds(0.0)
+
+
+def test_progress_is_the_beginning_of_the_result(base):
+    sampler = make_sampler(base)
+    sampler.submit(sample("r", prompt(1, 20), num_samples=2, seed=5, max_tokens=9, topk_sampled=2))
+    sampler.submit(sample("other", prompt(1, 20), max_tokens=9))
+    assert sampler.progress({"r": {}}) == []
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    ended: dict[str, Any] = {}
+    while sampler.num_samples:
+        ended |= dict(sampler.step())
+        for piece in sampler.progress({"r": {index: len(tokens) for index, tokens in heard.items()}}):
+            assert piece.op_id == "r"
+            assert piece.start == len(heard[piece.index])
+            assert piece.sequence.topk_tokens.shape == (len(piece.sequence.tokens), 2)
+            heard[piece.index] += piece.sequence.tokens.tolist()
+    for index, sequence in enumerate(ended["r"].sequences):
+        assert heard[index] == sequence.tokens.tolist()[: len(heard[index])]
+        assert len(heard[index]) == 8

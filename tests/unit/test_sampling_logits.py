@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinsmith.sampling.logits import Warp, draw, target_logprobs, truncate
+from tinsmith.sampling.logits import Warp, draw, penalise, target_logprobs, top_logprobs, truncate
 from tinsmith.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -24,8 +24,9 @@ def one(logits: list[float], uniform: float = 0.5, **params: float) -> tuple[int
     return int(tokens[0]), float(logprobs[0])
 
 
-def kept(probs: list[float], k: int, p: float) -> list[int]:
-    rows = truncate(torch.tensor([probs]), torch.tensor([[k]]), torch.tensor([[p]], dtype=torch.float64))
+def kept(probs: list[float], k: int, p: float, min_p: float = 0.0) -> list[int]:
+    top_p = torch.tensor([[p]], dtype=torch.float64)
+    rows = truncate(torch.tensor([probs]), torch.tensor([[k]]), top_p, torch.tensor([[min_p]]))
     assert all(float(q) in (0.0, pytest.approx(orig)) for q, orig in zip(rows[0], probs, strict=True))
     return torch.nonzero(rows[0])[:, 0].tolist()
 
@@ -121,3 +122,35 @@ def test_target_logprobs_and_the_most_likely():
     assert ids.tolist() == [[2, 1], [0, 1]]
     torch.testing.assert_close(top, expected.gather(1, ids))
     assert target_logprobs(logits, torch.tensor([0, 1]), 0)[1].shape == (2, 0)
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+    probs = [0.05, 0.4, 0.2, 0.31, 0.04]
+    assert kept(probs, 5, 1.0, 0.5) == [1, 2, 3]
+    assert kept(probs, 5, 1.0, 0.51) == [1, 3]
+    assert kept(probs, 5, 1.0, 1.0) == [1]
+    assert kept(probs, 5, 1.0, 0.0) == [0, 1, 2, 3, 4]
+    logits = np.log(probs).tolist()
+    assert {one(logits, u, min_p=0.5)[0] for u in np.linspace(0, 0.999, 50)} == {1, 2, 3}
+    assert one(logits, 0.0, min_p=1.0)[1] == pytest.approx(np.log(0.4), abs=1e-6)
+
+
+def test_penalties_count_what_was_sampled_and_leave_logprobs_alone():
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    params = [SamplingParams(temperature=0), SamplingParams(temperature=0, presence_penalty=1.5, frequency_penalty=0.5)]
+    penalised = penalise(logits, params, [[3, 3, 3], [3, 2, 3]])
+    assert penalised is not None
+    assert penalised.tolist() == [[1, 2, 3, 4], [1, 2, 1, 1.5]]
+    warp = Warp.of(params, 4, CPU)
+    tokens, logprobs = draw(logits, warp, torch.zeros(2, dtype=torch.float64), penalised)
+    assert tokens.tolist() == [3, 1]
+    assert logprobs.tolist() == pytest.approx(torch.log_softmax(logits, -1)[[0, 1], [3, 1]].tolist())
+    assert penalise(logits, params[:1] * 2, [[3], [3]]) is None
+
+
+def test_the_most_likely_tokens_are_those_at_the_temperature():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]])
+    tokens, logprobs = top_logprobs(logits, torch.tensor([[1.0], [0.5]]), 2)
+    assert tokens.tolist() == [[1, 2], [0, 2]]
+    expected = torch.log_softmax(logits / torch.tensor([[1.0], [0.5]]), -1)
+    assert torch.equal(logprobs, expected.gather(1, tokens))

@@ -73,7 +73,6 @@ def test_mixed_stops_are_refused() -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"topk_sample_logprobs": 1},
         {"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}},
         {"prompt_alt_tokens_k": 2},
         {"prompt_logprobs_last_n": 1},

@@ -32,7 +32,10 @@ class Promise(Struct, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """An op as its resource knows it. `run`: the run that a CREATE op makes, unless it fails."""
+    """An op as its resource knows it.
+
+    run: the run that a CREATE op makes, unless it fails. op_id: its id, where that has to be known before.
+    """
 
     kind: OpKind
     base_model: str
@@ -45,6 +48,11 @@ class Draft:
     meta: dict[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
     run: NewRun | None = None
+    op_id: OpId | None = None
+
+
+def new_op_id() -> OpId:
+    return OpId(f"req-{uuid4().hex}")
 
 
 def rejected(draft: Draft, error: UserError) -> Draft:
@@ -68,7 +76,7 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
     Raises:
         NotFoundError: the run, sampler or session isn't the tenant's.
     """
-    op_id = OpId(f"req-{uuid4().hex}")
+    op_id = draft.op_id or new_op_id()
     blob = await _write_payload(services, principal, op_id, draft.payload)
     new = NewOp(
         tenant_id=principal.tenant_id,

@@ -34,10 +34,14 @@ from tinsmith.api import (
     training,
     weights,
 )
+from tinsmith.api.anthropic import messages
 from tinsmith.api.auth import KeyCache, admin_guard, key_guard
-from tinsmith.api.body import JsonRequest
-from tinsmith.api.errors import HANDLERS
+from tinsmith.api.body import PLAIN_BYTES, JsonRequest
+from tinsmith.api.dialects import HANDLERS_BY_PATH
+from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
+from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.services import Services
+from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
 
 log = structlog.get_logger("tinsmith.api")
@@ -94,6 +98,8 @@ CLOSED = (
     runs.delete_checkpoint,
     runs.set_checkpoint_ttl,
 )
+OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
+ANTHROPIC = (messages.create_message, messages.count_message_tokens)
 ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
 
 
@@ -111,18 +117,31 @@ def build_app(services: Services) -> Litestar:
     def provide_services() -> Services:
         return services
 
+    room = Room.of(services)
+
+    def provide_room() -> Room:
+        return room
+
     guard = key_guard(KeyCache(authenticate))
+    max_body_bytes = services.settings.max_body_bytes
+    budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
     return Litestar(
         route_handlers=[
             *OPEN,
             Router("/api/v1", route_handlers=CLOSED, guards=[guard], security=reference.NEEDS_KEY),
+            Router("/anthropic/api/v1", route_handlers=ANTHROPIC, guards=[guard], security=reference.NEEDS_KEY),
+            Router("/oai/api/v1", route_handlers=OPENAI, guards=[guard], security=reference.NEEDS_KEY),
             Router("/api/v1", route_handlers=ADMIN, guards=[guard, admin_guard], security=reference.NEEDS_KEY),
         ],
-        dependencies={"services": Provide(provide_services, sync_to_thread=False)},
-        exception_handlers=HANDLERS,
+        dependencies={
+            "services": Provide(provide_services, sync_to_thread=False),
+            "room": Provide(provide_room, sync_to_thread=False),
+        },
+        exception_handlers=HANDLERS_BY_PATH,
         request_class=JsonRequest,
         lifespan=[_watching(services)],
-        request_max_body_size=services.settings.max_body_bytes,
+        request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
+        middleware=[lambda app: with_intake(app, budget)],
         openapi_config=reference.openapi_config(),
         logging_config=None,
         debug=False,
@@ -165,8 +184,10 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 def _watching(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        async with services.waiters.watching(lambda ids: services.work(services.store.ops.final_among, ids)):
-            yield
+        watching = services.waiters.watching(lambda ids: services.work(services.store.ops.final_among, ids))
+        async with watching:
+            with services.pieces.listening():
+                yield
 
     return lifespan
 

@@ -66,12 +66,21 @@ def why_waiting(services: Services, op: OpRow) -> str:
 
 def _answer(services: Services, op: OpRow) -> Response[bytes]:
     if op.state is OpState.DONE:
-        return Response(_result(services, op), media_type=op.result_media or JSON)
-    failure = CANCELLED if op.state is OpState.CANCELLED else op.failure or LOST
-    return Response(failure_result(failure), media_type=JSON)
+        return Response(result_of(services, op), media_type=op.result_media or JSON)
+    return Response(failure_result(failure_of(op)), media_type=JSON)
 
 
-def _result(services: Services, op: OpRow) -> bytes:
+def failure_of(op: OpRow) -> Failure:
+    """Why a final op has no result."""
+    return CANCELLED if op.state is OpState.CANCELLED else op.failure or LOST
+
+
+def result_of(services: Services, op: OpRow) -> bytes:
+    """The stored bytes of a DONE op.
+
+    Raises:
+        GoneError: they have expired.
+    """
     if op.result_blob is None:
         return op.result or b""
     try:

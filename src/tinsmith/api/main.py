@@ -21,6 +21,8 @@ import uvicorn
 
 from tinsmith import crashpoints, lifeline, observe
 from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
+from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import describe, parse_all, tokenizer_files
@@ -32,6 +34,7 @@ from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
+from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -67,12 +70,19 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_services(settings: Settings, store: Store, bell: Bell | None, worker_bells: Mapping[str, Path]) -> Services:
+def build_services(
+    settings: Settings,
+    store: Store,
+    bell: Bell | None,
+    worker_bells: Mapping[str, Path],
+    line: TokenLine | None = None,
+) -> Services:
     """What the routes work with, for the settings' bases.
 
     Args:
         bell: rung by workers when ops have ended; None: found out by scanning alone.
         worker_bells: by base model, the bell of its worker.
+        line: on which workers tell of samples under way; None: answers are streamed once they are whole.
 
     Raises:
         ConfigError: a base's directory is missing or not a model's, or the signing secret can't be read or made.
@@ -90,6 +100,7 @@ def build_services(settings: Settings, store: Store, bell: Bell | None, worker_b
         ringers={base: Ringer(path) for base, path in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
         signer=Signer(DataDir(settings.data_dir).signing_secret()),
+        pieces=Pieces(line),
     )
 
 
@@ -105,6 +116,10 @@ def make_server(services: Services) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
+        http=Connection,
+        ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=most_connections(),
     )
     return Server(config, services.waiters)
 
@@ -124,8 +139,8 @@ def serve_api(
     """
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
     try:
-        with closing(Bell(bell_path)) as bell:
-            services = build_services(settings, store, bell, worker_bell_paths)
+        with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
+            services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
                 with sweeping(store, services.blobs, settings):
                     make_server(services).run(sockets=None if sock is None else [sock])
@@ -141,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings.load()
     observe.configure(settings, process="api")
     crashpoints.arm_from(settings.crash_point)
+    raise_file_limit()
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
     sock = None if args.fd is None else socket.socket(fileno=args.fd)

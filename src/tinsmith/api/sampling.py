@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
-from tinsmith.api.body import read_body
+from tinsmith.api.body import TOKENS_BYTES, read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.api.weights import find_checkpoint
@@ -43,7 +43,7 @@ async def create_sampling_session(
     request: Call, services: ServicesDep, data: JSONBody[CreateSamplingSession]
 ) -> SamplingSessionCreated:
     """A sampler over a base model, or over the weights of a sampler checkpoint. Idempotent on its sequence number."""
-    new = await services.work(_new_sampler, services, request.user, data)
+    new = await services.work(new_sampler, services, request.user, data)
     row = await services.write(services.store.samplers.create, new, time.time())
     return SamplingSessionCreated(sampling_session_id=row.sampler_id)
 
@@ -58,14 +58,21 @@ async def get_sampler(request: Call, services: ServicesDep, sampler_id: FromPath
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
-    body = await read_body(request, services)
-    draft = await services.work(_draft_sample, services, request.user, body)
+    body = await read_body(request, services, TOKENS_BYTES)
+    draft = await services.digest(request.user, len(body), _draft_sample, services, request.user, body)
     row = await admit(services, request.user, draft)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
 
 
-def _new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:
+def new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:
+    """The sampler that is asked for, not yet recorded.
+
+    Raises:
+        UserError: no such base model, or not a path to sample from.
+        NotFoundError: no such session or checkpoint of this tenant.
+        GoneError: the session has ended.
+    """
     refuse_finished_session(services, principal, asked.session_id)
     plain = NewSampler(
         tenant_id=principal.tenant_id,
@@ -102,10 +109,15 @@ def _draft_sample(services: Services, principal: Principal, body: bytes) -> Draf
     draft = Draft(
         kind=OpKind.SAMPLE, base_model=sampler.base_model, seq_id=address.seq_id, sampler_id=sampler.sampler_id
     )
-    return attempt(draft, partial(_fill_sample, services, sampler.sampler_id, body))
+    return attempt(draft, partial(fill_sample, services, sampler.sampler_id, body))
 
 
-def _fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: Draft) -> Draft:
+def fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: Draft, *, stream: bool = False) -> Draft:
+    """A sample request, checked and with its seed. `stream`: the worker tells of it while it is under way.
+
+    Raises:
+        UserError: it can't be carried out.
+    """
     asked = decode_sample(body)
     info = services.base(draft.base_model).info
     check_sample(asked, info, services.settings)
@@ -115,5 +127,6 @@ def _fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: 
         seed=secrets.randbelow(MAX_SEED) if asked.seed is None else asked.seed,
         sampler_id=sampler_id,
         num_samples=asked.num_samples,
+        stream=stream,
     )
     return replace(draft, payload=body, meta=to_meta(meta), cost_tokens=num_prompt + asked.num_samples * max_tokens)

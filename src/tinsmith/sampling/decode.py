@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +17,21 @@ from torch import Tensor
 from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
 from tinsmith.sampling.kv import KVCache
-from tinsmith.sampling.logits import Warp, draw
+from tinsmith.sampling.logits import Warp, draw, penalise, top_logprobs
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.rng import uniforms
-from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.sequence import Sequence, TopRow
 
 DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one prompt
 
-Drawn = tuple[Sequence, int, float]  # a sequence, its next token and that token's logprob
+
+class Drawn(NamedTuple):
+    """A sequence, its next token and that token's logprob; `top` if the request wants the most likely ones."""
+
+    sequence: Sequence
+    token: int
+    logprob: float
+    top: TopRow | None
 
 
 class Decoder:
@@ -50,7 +58,7 @@ class Decoder:
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
         drawn = _draw(logits_TV[: len(sequences)].float(), sequences, self._warp)
-        return [d for d in drawn if d[0] not in paused]
+        return [d for d in drawn if d.sequence not in paused]
 
     def draw_first(self, sequences: Seq[Sequence]) -> list[Drawn]:
         """The first token of sequences whose prompt has been computed."""
@@ -79,5 +87,22 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn
     streams_B = np.array([s.request.streams[s.index] for s in sequences], np.uint64)
     positions_B = np.array([len(s.tokens) for s in sequences], np.int64)
     uniforms_B = torch.from_numpy(uniforms(streams_B, positions_B)).to(logits_BV.device)
-    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B)
-    return list(zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True))
+    params = [s.request.item.params for s in sequences]
+    penalised_BV = penalise(logits_BV, params, [s.tokens for s in sequences])
+    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B, penalised_BV)
+    tops = _tops(logits_BV, sequences, warp)
+    rows = enumerate(zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True))
+    return [Drawn(sequence, token, logprob, tops.get(row)) for row, (sequence, token, logprob) in rows]
+
+
+def _tops(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> dict[int, TopRow]:
+    """By row, of those that want them. Rows of one k at a time, so that a neighbour's k changes no order of equals."""
+    rows_of: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        if k := sequence.request.item.topk_sample_logprobs:
+            rows_of.setdefault(k, []).append(row)
+    found: dict[int, TopRow] = {}
+    for k, rows in rows_of.items():
+        tokens, logprobs = top_logprobs(logits_BV[rows], warp.temperatures_B1[rows], k)
+        found |= dict(zip(rows, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
+    return found

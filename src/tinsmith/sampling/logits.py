@@ -1,13 +1,14 @@
 """From logits to logprobs and tokens. Every operation works on each row by itself, whatever the other rows are.
 
-Logprobs are those of the full distribution at the row's temperature; top-k and top-p only decide which tokens can be
-drawn. A token is drawn by inverting the cumulative distribution in the order of the vocabulary at a given uniform
-number.
+Logprobs are those of the full distribution at the row's temperature; top-k, top-p, min-p and penalties only decide what
+can be drawn, and how often. A token is drawn by inverting the cumulative distribution in the order of the vocabulary at
+a given uniform number.
 Shape letters: B rows, V vocabulary, T positions.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,12 +30,15 @@ class Warp:
     truncated: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Warp:
         temperatures = [max(p.temperature, MIN_TEMPERATURE) if p.temperature else 1.0 for p in params]
         greedy = [row for row, p in enumerate(params) if p.temperature == 0]
-        truncated = [row for row, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1)]
+        truncated = [
+            row for row, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        ]
         top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in truncated]
         return cls(
             temperatures_B1=torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None],
@@ -43,34 +47,55 @@ class Warp:
             truncated=torch.tensor(truncated, dtype=torch.int64, device=device),
             top_k=torch.tensor(top_k, dtype=torch.int64, device=device)[:, None],
             top_p=torch.tensor([params[row].top_p for row in truncated], dtype=torch.float64, device=device)[:, None],
+            min_p=torch.tensor([params[row].min_p for row in truncated], dtype=torch.float32, device=device)[:, None],
         )
 
 
-def draw(logits_BV: Tensor, warp: Warp, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_BV: Tensor, warp: Warp, uniforms_B: Tensor, penalised_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token for each row.
 
     Args:
         logits_BV: float32.
+        penalised_BV: the logits to draw by, if they aren't these.
         uniforms_B: float64 in [0, 1).
 
     Returns:
         tokens int64 [B] and their logprobs float32 [B]; the logprob is NaN where the logits are not finite.
     """
     scaled_BV = logits_BV / warp.temperatures_B1 if warp.has_temperature else logits_BV
-    probs_BV = torch.softmax(scaled_BV, dim=-1)
+    drawn_by_BV = logits_BV if penalised_BV is None else penalised_BV
+    probs_BV = torch.softmax(scaled_BV if penalised_BV is None else penalised_BV / warp.temperatures_B1, dim=-1)
     if len(warp.truncated):
-        probs_BV[warp.truncated] = truncate(probs_BV[warp.truncated], warp.top_k, warp.top_p)
+        probs_BV[warp.truncated] = truncate(probs_BV[warp.truncated], warp.top_k, warp.top_p, warp.min_p)
     cumulative_BV = torch.cumsum(probs_BV, dim=-1, dtype=torch.float64)
     targets_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
     tokens_B = torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[1] - 1)
     if len(warp.greedy):
-        tokens_B[warp.greedy] = logits_BV[warp.greedy].argmax(dim=-1)
+        tokens_B[warp.greedy] = drawn_by_BV[warp.greedy].argmax(dim=-1)
     logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
-def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Zero what top-k and then top-p leave out; the rest is not renormalised.
+def penalise(logits_BV: Tensor, params: Sequence[SamplingParams], tokens: Sequence[Sequence[int]]) -> Tensor | None:
+    """The logits of each row less its penalties for the tokens that it has sampled already; None without penalties."""
+    rows = [row for row, p in enumerate(params) if p.presence_penalty or p.frequency_penalty]
+    if not rows:
+        return None
+    penalised_BV = logits_BV.clone()
+    for row in rows:
+        counts = Counter(tokens[row])
+        seen = torch.tensor(list(counts), dtype=torch.int64, device=logits_BV.device)
+        times = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits_BV.device)
+        penalised_BV[row, seen] -= params[row].presence_penalty + params[row].frequency_penalty * times
+    return penalised_BV
+
+
+def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zero what top-k, then top-p, and min-p leave out; the rest is not renormalised.
+
+    Min-p (Nguyen et al. 2024) keeps tokens at least that share as likely as the most likely one.
 
     Top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens whose share of what top-k left reaches p;
     the most likely token is always kept. Of equal probabilities the lower token id counts as the more likely.
@@ -80,8 +105,15 @@ def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     sorted_BV = sorted_BV.masked_fill(ranks_V >= top_k, 0.0)
     cumulative_BV = sorted_BV.cumsum(dim=-1, dtype=torch.float64)
     before_BV = cumulative_BV - sorted_BV
+    sorted_BV = sorted_BV.masked_fill(sorted_BV < min_p * sorted_BV[:, :1], 0.0)
     kept_BV = sorted_BV.masked_fill((before_BV >= top_p * cumulative_BV[:, -1:]) & (ranks_V > 0), 0.0)
     return torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
+
+
+def top_logprobs(logits_BV: Tensor, temperatures_B1: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens [B, k] of each row at its temperature, and their logprobs [B, k]."""
+    top = torch.log_softmax(logits_BV / temperatures_B1, dim=-1).topk(k, dim=-1)
+    return top.indices, top.values
 
 
 def target_logprobs(logits_TV: Tensor, targets_T: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

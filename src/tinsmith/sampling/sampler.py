@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 
@@ -27,7 +28,7 @@ from tinsmith.sampling.prefill import run_prefill
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
-from tinsmith.types import Failure, OpId, RunState, SampleItem, SampleResult
+from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
 
 Ended = list[tuple[OpId, SampleResult | Failure]]
 
@@ -120,6 +121,16 @@ class Sampler:
             self._start(ended)
         return ended
 
+    def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
+        """See `engine.Engine.progress`."""
+        pieces: list[SamplePiece] = []
+        for sequence in self._running:
+            op_id = sequence.request.item.op_id
+            start = since[op_id].get(sequence.index, 0) if op_id in since else len(sequence.tokens)
+            if start < len(sequence.tokens):
+                pieces.append(SamplePiece(op_id, sequence.index, start, sequence.result(False, start)))
+        return pieces
+
     def _grow(self) -> None:
         """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
         self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
@@ -176,7 +187,7 @@ class Sampler:
 
     def _accept(self, drawn: Drawn, ended: Ended) -> None:
         """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
-        sequence, token, logprob = drawn
+        sequence, token, logprob, top = drawn
         request = sequence.request
         op_id = request.item.op_id
         if op_id not in self._requests:
@@ -187,6 +198,8 @@ class Sampler:
             return
         sequence.tokens.append(token)
         sequence.logprobs.append(logprob)
+        if top is not None:
+            sequence.topk.append(top)
         is_stopped = request.stop.ends(sequence.tokens)
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return

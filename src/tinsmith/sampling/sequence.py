@@ -14,6 +14,8 @@ from tinsmith.sampling.rng import UInt64Array
 from tinsmith.sampling.stop import StopRule
 from tinsmith.types import FloatArray, SampledSequence, SampleItem, SampleResult, TokenArray
 
+TopRow = tuple[list[int], list[float]]  # the most likely tokens at one position and their logprobs
+
 NO_LOGPROB = -99999.0  # what the wire has for a position without a distribution
 
 
@@ -93,7 +95,8 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet.
+    """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet. topk: of
+    each position, if the request wants them.
 
     num_blocks: its KV length class; 0 before it has KV of its own.
     """
@@ -102,6 +105,7 @@ class Sequence:
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    topk: list[TopRow] = field(default_factory=list)
     num_blocks: int = 0
 
     @property
@@ -127,7 +131,19 @@ class Sequence:
     def claim(self, num_held: int) -> Claim:
         return Claim(num_held, self.request.sequence_need)
 
-    def result(self, is_stopped: bool) -> SampledSequence:
-        return SampledSequence(
-            tokens=np.array(self.tokens, np.int32), logprobs=np.array(self.logprobs, np.float32), stopped=is_stopped
+    def result(self, is_stopped: bool, start: int = 0) -> SampledSequence:
+        """What was sampled, from token number `start` on."""
+        sequence = SampledSequence(
+            tokens=np.array(self.tokens[start:], np.int32),
+            logprobs=np.array(self.logprobs[start:], np.float32),
+            stopped=is_stopped,
+        )
+        k = self.request.item.topk_sample_logprobs
+        if not k:
+            return sequence
+        rows = self.topk[start:]
+        return replace(
+            sequence,
+            topk_tokens=np.array([tokens for tokens, _ in rows], np.int32).reshape(-1, k),
+            topk_logprobs=np.array([logprobs for _, logprobs in rows], np.float32).reshape(-1, k),
         )

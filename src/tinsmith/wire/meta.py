@@ -57,9 +57,12 @@ class SaveSamplerMeta(Struct, frozen=True):
 
 
 class SampleMeta(Struct, frozen=True):
+    """stream: the API wants to hear of the samples while they are under way."""
+
     seed: int
     sampler_id: SamplerId
     num_samples: int
+    stream: bool = False
 
 
 def to_meta(value: Struct) -> dict[str, Any]:

@@ -7,14 +7,15 @@ looked for beside them; an empty list stops at nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from msgspec import Meta, Struct
 
-from tinsmith.errors import UnsupportedError
-from tinsmith.types import OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
+from tinsmith.errors import CorruptError, UnsupportedError, echo
+from tinsmith.types import FloatArray, OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import WireError, decode_json
 from tinsmith.wire.tensors import encode_floats, encode_ids
@@ -38,6 +39,9 @@ class ParamsBody(Struct):
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 class SampleBody(Struct):
@@ -63,6 +67,7 @@ class SampleRequest:
     seed: int | None
     prompt_logprobs: bool
     topk_prompt_logprobs: int
+    topk_sample_logprobs: int = 0
 
     def item(self, op_id: OpId, adapter: str | None, seed: int) -> SampleItem:
         """The request as the engine takes it, with the seed that was stored for it."""
@@ -75,6 +80,7 @@ class SampleRequest:
             seed=seed,
             prompt_logprobs=self.prompt_logprobs,
             topk_prompt_logprobs=self.topk_prompt_logprobs,
+            topk_sample_logprobs=self.topk_sample_logprobs,
         )
 
 
@@ -96,6 +102,9 @@ def decode_sample(body: bytes) -> SampleRequest:
             temperature=params.temperature,
             top_k=params.top_k or -1,
             top_p=params.top_p,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
             stop_tokens=stop_tokens,
             stop_strings=stop_strings,
         ),
@@ -103,38 +112,75 @@ def decode_sample(body: bytes) -> SampleRequest:
         seed=params.seed,
         prompt_logprobs=bool(request.prompt_logprobs),
         topk_prompt_logprobs=request.topk_prompt_logprobs,
+        topk_sample_logprobs=request.topk_sample_logprobs,
     )
 
 
 def encode_sample_result(result: SampleResult) -> bytes:
     """A SampleResponse: sequences in order, float32 logprobs, NaN for the first prompt token."""
     response = pb.SampleResponse(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
-    for sequence in result.sequences:
-        _add_sequence(response, sequence)
+    response.sequences.extend(sequence_message(sequence) for sequence in result.sequences)
     if result.prompt_logprobs is not None:
         response.prompt_logprobs = encode_floats(result.prompt_logprobs)
     if result.topk_prompt_tokens is not None and result.topk_prompt_logprobs is not None:
-        length, k = result.topk_prompt_tokens.shape
-        topk = response.topk_prompt_logprobs
-        topk.token_ids = encode_ids(result.topk_prompt_tokens)
-        topk.logprobs = encode_floats(result.topk_prompt_logprobs)
-        topk.k, topk.length = k, length
+        response.topk_prompt_logprobs.CopyFrom(_topk_message(result.topk_prompt_tokens, result.topk_prompt_logprobs))
     return bytes(response.SerializeToString())
 
 
-def _add_sequence(response: pb.SampleResponse, sequence: SampledSequence) -> None:
-    response.sequences.add(
+def decode_sample_result(body: bytes) -> SampleResult:
+    """The sequences of a recorded SampleResponse, and how much of the prompt was cached.
+
+    Raises:
+        CorruptError: it isn't one.
+    """
+    response = pb.SampleResponse()
+    try:
+        response.ParseFromString(body)
+        sequences = tuple(read_sequence(message) for message in response.sequences)
+    except (DecodeError, ValueError):
+        raise CorruptError("the recorded result of a sample request can't be read") from None
+    return SampleResult(sequences, prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
+
+
+def sequence_message(sequence: SampledSequence) -> pb.SampledSequence:
+    message = pb.SampledSequence(
         stop_reason=pb.SR_STOP if sequence.stopped else pb.SR_LENGTH,
         tokens=encode_ids(sequence.tokens),
         logprobs=encode_floats(sequence.logprobs),
     )
+    if sequence.topk_tokens is not None and sequence.topk_logprobs is not None:
+        message.topk_sampled_logprobs.CopyFrom(_topk_message(sequence.topk_tokens, sequence.topk_logprobs))
+    return message
+
+
+def read_sequence(message: pb.SampledSequence) -> SampledSequence:
+    """Raises: ValueError: sizes that don't fit together."""
+    sequence = SampledSequence(
+        tokens=np.frombuffer(message.tokens, "<i4").astype(np.int32),
+        logprobs=np.frombuffer(message.logprobs, "<f4").astype(np.float32),
+        stopped=message.stop_reason == pb.SR_STOP,
+    )
+    if not message.HasField("topk_sampled_logprobs"):
+        return sequence
+    topk = message.topk_sampled_logprobs
+    shape = (topk.length, topk.k)
+    return replace(
+        sequence,
+        topk_tokens=np.frombuffer(topk.token_ids, "<i4").astype(np.int32).reshape(shape),
+        topk_logprobs=np.frombuffer(topk.logprobs, "<f4").astype(np.float32).reshape(shape),
+    )
+
+
+def _topk_message(tokens: TokenArray, logprobs: FloatArray) -> pb.TopkLogprobs:
+    length, k = tokens.shape
+    return pb.TopkLogprobs(token_ids=encode_ids(tokens), logprobs=encode_floats(logprobs), k=k, length=length)
 
 
 def _decode_prompt(prompt: PromptBody) -> TokenArray:
     tokens: list[int] = []
     for chunk in prompt.chunks:
         if chunk.type != "encoded_text":
-            raise UnsupportedError(f"prompt chunk {chunk.type!r} is not offered here: only token chunks are")
+            raise UnsupportedError(f"prompt chunk {echo(chunk.type)} is not offered here: only token chunks are")
         if chunk.tokens is None:
             raise WireError("an encoded_text chunk needs tokens")
         tokens.extend(chunk.tokens)
@@ -155,7 +201,6 @@ def _decode_stop(stop: str | Sequence[str | int] | None) -> tuple[tuple[int, ...
 
 def _refuse_extras(request: SampleBody) -> None:
     asked: dict[str, bool] = {
-        "topk_sample_logprobs": request.topk_sample_logprobs != 0,
         "target_prompt_logprobs": request.target_prompt_logprobs is not None,
         "prompt_alt_tokens_k": request.prompt_alt_tokens_k != 0,
         "prompt_logprobs_last_n": request.prompt_logprobs_last_n is not None,

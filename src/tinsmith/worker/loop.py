@@ -23,6 +23,7 @@ from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage
+from tinsmith.tokenline import TokenSender
 from tinsmith.types import Failure, OpId, OpKind, RunId, TrainItem, TrainResult
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
@@ -31,6 +32,7 @@ from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed, succeeded
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
+from tinsmith.worker.telling import Telling
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -58,8 +60,10 @@ class Worker:
         bell: Bell,
         api: Ringer,
         wake: Callable[[], None],
+        line: TokenSender | None = None,
     ) -> None:
-        """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes."""
+        """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
+        of samples under way."""
         self._me = me
         self._store = store
         self._engine = engine
@@ -72,7 +76,7 @@ class Worker:
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer)
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
         self._shares = Shares()
-        self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge)
+        self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()

@@ -22,6 +22,7 @@ from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import WorkerId
+from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo
 from tinsmith.worker.loop import Worker
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
     try:
         with Bell(args.bell) as bell:
-            _serve(args.slot, base, settings, store, bell, Ringer(args.api_bell), own_bell, stop)
+            line = TokenSender(line_path(args.api_bell))
+            _serve(args.slot, base, settings, store, bell, Ringer(args.api_bell), own_bell, line, stop)
     except FencedError as error:
         log.error("another worker took over", slot=args.slot, error=error.message)
         return EXIT_FENCED
@@ -81,6 +83,7 @@ def _serve(
     bell: Bell,
     api: Ringer,
     own_bell: Ringer,
+    line: TokenSender,
     stop: threading.Event,
 ) -> None:
     me = store.workers.register(slot, base.name, settings.lease_s, time.time())
@@ -92,7 +95,7 @@ def _serve(
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
-    Worker(me, store, blobs, engine, settings, bell, api, wake=own_bell.ring).run(stop)
+    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line).run(stop)
     store.workers.deregister(me)
 
 

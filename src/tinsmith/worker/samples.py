@@ -13,9 +13,11 @@ from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpId, SampleResult, TenantId
 from tinsmith.wire.media import PROTOBUF
+from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.telling import Telling
 
 
 class Samples:
@@ -26,6 +28,7 @@ class Samples:
         blobs: Blobs,
         payloads: Payloads,
         charge: Callable[[TenantId, int], None],
+        telling: Telling,
     ) -> None:
         """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end."""
         self._engine = engine
@@ -33,6 +36,7 @@ class Samples:
         self._blobs = blobs
         self._payloads = payloads
         self._charge = charge
+        self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
 
@@ -50,6 +54,8 @@ class Samples:
         self._resident[op.id] = op
         self._prompt_tokens[op.id] = int(item.prompt.size)
         self._charge(op.tenant_id, op.cost_tokens)
+        if read_meta(op.meta, SampleMeta).stream:
+            self._telling.begin(op.id)
         return None
 
     def step(self) -> list[Outcome]:
@@ -57,6 +63,7 @@ class Samples:
         outcomes: list[Outcome] = []
         for op_id, result in self._engine.step_samples():
             op = self._resident.pop(op_id)
+            self._telling.end(op_id)
             num_prompt = self._prompt_tokens.pop(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
@@ -64,6 +71,7 @@ class Samples:
                 usage = _usage(num_prompt, result)
                 outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF, usage=usage))
                 self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
+        self._telling.tell()
         return outcomes
 
     def abandon(self) -> list[OpRow]:
@@ -71,6 +79,7 @@ class Samples:
         abandoned = list(self._resident.values())
         for op in abandoned:
             self._engine.cancel_sample(op.id)
+            self._telling.end(op.id)
             self._charge(op.tenant_id, -op.cost_tokens)
         self._resident.clear()
         self._prompt_tokens.clear()

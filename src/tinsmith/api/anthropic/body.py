@@ -1,0 +1,185 @@
+"""Requests of Anthropic's Messages, and how they read as a chat in OpenAI's shape, which is what templates know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from tinsmith.api.texts.fields import FieldError, UnofferedError
+from tinsmith.api.texts.messages import only, text_of
+from tinsmith.api.texts.prompts import Chat
+
+NO_CACHE_CONTROL = "prompts are cached without being asked to; leave it out"
+NOT_KEPT = "requests are not kept under names; leave it out"
+UNOFFERED: Mapping[str, str] = {
+    "betas": "there are no betas; leave it out",
+    "cache_control": NO_CACHE_CONTROL,
+    "container": "nothing is run for the model",
+    "context_management": "shorten the messages yourself",
+    "diagnostics": "leave it out",
+    "inference_geo": "the model runs where this server does; leave it out",
+    "mcp_servers": "the server calls nobody; give tools and carry out their calls",
+    "metadata": NOT_KEPT,
+    "output_config": "the form of an answer can't be forced; ask for it in the prompt",
+    "service_tier": "there is one tier; leave it out",
+    "speed": "there is one speed; leave it out",
+    "user_profile_id": NOT_KEPT,
+    "workspace_id": NOT_KEPT,
+}
+HARMLESS: Mapping[str, Any] = {
+    "metadata": {},
+    "service_tier": "auto",
+    "speed": "standard",
+    "betas": [],
+    "mcp_servers": [],
+}
+NO_BLOCK_FIELDS = ("cache_control", "citations", "caller", "toolset")
+NO_TOOL_FIELDS = (
+    "allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples", "strict",
+)  # fmt: skip
+
+
+class PromptBody(Struct):
+    """What becomes the prompt: all of a request to count tokens."""
+
+    model: str
+    messages: list[Any]
+    system: Any = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    thinking: Any = None
+
+
+class MessagesBody(PromptBody, kw_only=True):
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_sequences: list[str] = []
+    stream: bool = False
+
+
+def read_chat(body: PromptBody) -> Chat:
+    """Raises: FieldError, UnofferedError: naming the field."""
+    if not body.messages:
+        raise FieldError("messages", "empty; give at least one message")
+    messages: list[dict[str, Any]] = []
+    if body.system is not None:
+        messages.append({"role": "system", "content": _joined(body.system, "system")})
+    for index, message in enumerate(body.messages):
+        messages += _read_message(message, f"messages[{index}]")
+    prefill = ""
+    if messages[-1]["role"] == "assistant":
+        if "tool_calls" in messages[-1]:
+            raise FieldError(f"messages[{len(body.messages) - 1}]", "a tool_use must be followed by its tool_result")
+        prefill = messages.pop()["content"]
+    tools = _read_tools(body.tools) if body.tools and _uses_tools(body.tool_choice) else None
+    return Chat(messages, tools, prefill, _options(body.thinking))
+
+
+def _read_message(message: Any, where: str) -> list[dict[str, Any]]:
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ("user", "assistant"):
+        raise FieldError(f"{where}.role", f"must be user or assistant, not {str(role)[:100]!r}")
+    only(message, ("role", "content"), where)
+    blocks = _blocks(message.get("content"), f"{where}.content")
+    return _read_user(blocks) if role == "user" else [_read_assistant(blocks)]
+
+
+def _read_user(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Results of tools are turns of their own; the text between them makes turns of the user."""
+    turns: list[dict[str, Any]] = []
+    for where, block in blocks:
+        if block.get("type") == "tool_result":
+            only(block, ("type", "tool_use_id", "content", "is_error"), where, NO_BLOCK_FIELDS)
+            text = _joined(block.get("content", ""), f"{where}.content")
+            if block.get("is_error"):
+                text = f"Error: {text}"
+            turns.append({"role": "tool", "tool_call_id": text_of(block, "tool_use_id", where), "content": text})
+            continue
+        text = _text(block, where)
+        if turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] += text
+        else:
+            turns.append({"role": "user", "content": text})
+    return turns
+
+
+def _read_assistant(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    text = ""
+    calls: list[dict[str, Any]] = []
+    for where, block in blocks:
+        if block.get("type") != "tool_use":
+            text += _text(block, where)
+            continue
+        only(block, ("type", "id", "name", "input"), where, NO_BLOCK_FIELDS)
+        if not isinstance(block.get("input"), dict):
+            raise FieldError(f"{where}.input", "must be an object")
+        function = {"name": text_of(block, "name", where), "arguments": block["input"]}
+        calls.append({"type": "function", "id": text_of(block, "id", where), "function": function})
+    return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+
+
+def _blocks(content: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each block with its place; a string is one block of text."""
+    if isinstance(content, str):
+        return [(where, {"type": "text", "text": content})]
+    if not isinstance(content, list) or not content:
+        raise FieldError(where, "must be a string or a list of content blocks")
+    for index, block in enumerate(content):
+        if not isinstance(block, dict):
+            raise FieldError(f"{where}[{index}]", "must be a content block")
+    return [(f"{where}[{index}]", block) for index, block in enumerate(content)]
+
+
+def _joined(content: Any, where: str) -> str:
+    return "".join(_text(block, at) for at, block in _blocks(content or "", where))
+
+
+def _text(block: Mapping[str, Any], where: str) -> str:
+    if block.get("type") != "text":
+        kind = str(block.get("type"))[:100]
+        raise UnofferedError(where, f"of type {kind!r} is not offered here: send text, tool_use and tool_result")
+    only(block, ("type", "text"), where, NO_BLOCK_FIELDS)
+    return text_of(block, "text", where)
+
+
+def _read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    read: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
+            raise UnofferedError(where, "runs on Anthropic's side and is not offered here: send tools of your own")
+        given = {name: item for name, item in tool.items() if (name, item) != ("strict", False)}
+        only(given, ("type", "name", "description", "input_schema"), where, NO_TOOL_FIELDS)
+        if not isinstance(tool.get("input_schema"), dict):
+            raise FieldError(f"{where}.input_schema", "must be an object")
+        function: dict[str, Any] = {"name": text_of(tool, "name", where)}
+        if "description" in tool:
+            function["description"] = text_of(tool, "description", where)
+        read.append({"type": "function", "function": {**function, "parameters": tool["input_schema"]}})
+    return read
+
+
+def _uses_tools(choice: Any) -> bool:
+    kind = choice.get("type") if isinstance(choice, dict) else "auto" if choice is None else None
+    if kind not in ("auto", "none"):
+        raise UnofferedError(
+            "tool_choice", "other than auto and none is not offered here: a model can't be made to call"
+        )
+    if isinstance(choice, dict) and choice.get("disable_parallel_tool_use"):
+        raise UnofferedError(
+            "tool_choice.disable_parallel_tool_use", "is not offered here: the model decides how many tools it calls"
+        )
+    only(choice or {}, ("type", "disable_parallel_tool_use"), "tool_choice")
+    return kind == "auto"
+
+
+def _options(thinking: Any) -> dict[str, Any]:
+    if thinking is None:
+        return {}
+    if thinking == {"type": "disabled"}:
+        return {"enable_thinking": False}
+    raise UnofferedError("thinking", "other than disabled is not offered here: a model thinks in its text if it does")

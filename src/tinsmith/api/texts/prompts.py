@@ -1,0 +1,117 @@
+"""From messages or text to the tokens of a prompt. Text that can't fit the context is refused untokenized."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from tinsmith.api.texts.fields import FieldError, UnofferedError
+from tinsmith.api.texts.models import Model
+from tinsmith.errors import ConfigError, UnsupportedError, UserError
+from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.types import BaseInfo
+
+log = structlog.get_logger("tinsmith.api")
+
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+SCALARS = (str, bool, int, float)
+
+
+class ContextError(UserError):
+    """The prompt doesn't fit the context. `openai_code`: what OpenAI's clients know this by."""
+
+    openai_code = "context_length_exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """messages and tools as templates read them (OpenAI's shapes, arguments of tool calls as objects).
+
+    prefill: the beginning of the answer. options: further variables of the template, such as enable_thinking.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    prefill: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tokenizers:
+    """The tokenizers of the served bases, each read when it is first needed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read: dict[str, ChatTokenizer] = {}
+
+    def of(self, info: BaseInfo) -> ChatTokenizer:
+        """Raises: UnsupportedError: the model's directory has none that can be read."""
+        with self._lock:
+            try:
+                if info.name not in self._read:
+                    self._read[info.name] = ChatTokenizer.from_dir(Path(info.path))
+            except ConfigError as error:
+                log.error("no tokenizer", base=info.name, error=error.message)
+                raise UnsupportedError(f"{info.name} is served without a tokenizer: send tokens to /api/v1") from None
+            return self._read[info.name]
+
+
+def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]:
+    """The prompt of a chat, up to where the model's answer begins (or goes on from `prefill`).
+
+    Raises:
+        UnsupportedError: the model has no chat template, or its template has no place for tools.
+        UserError: the template refuses the messages.
+        ContextError: it doesn't fit the context.
+    """
+    if len(chat.messages) > model.info.max_context:
+        raise _too_long(model, f"{len(chat.messages)} messages")
+    check_options(chat.options)
+    options = dict(chat.options)
+    try:
+        text = tokenizer.render(chat.messages, tools=chat.tools, **options)
+        if chat.tools is not None and tokenizer.render(chat.messages, **options) == text:
+            raise UnofferedError("tools", f"is not offered for {model.name}: its chat template has no place for them")
+    except RecursionError:
+        raise UserError("the chat template can't follow messages nested so deeply: flatten them") from None
+    return text_tokens(tokenizer, model, text + chat.prefill)
+
+
+def text_tokens(tokenizer: ChatTokenizer, model: Model, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Raises: ContextError: it doesn't fit the context."""
+    if len(text) > model.info.max_context * tokenizer.longest_token:
+        raise _too_long(model, f"{len(text)} characters")
+    return check_length(model, tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def check_length(model: Model, tokens: list[int], max_tokens: int | None = None) -> list[int]:
+    """Raises: ContextError: no room for an answer, or not for one of `max_tokens`."""
+    room = model.info.max_context - len(tokens)
+    if room < 1:
+        raise _too_long(model, f"{len(tokens)} tokens")
+    if max_tokens is not None and max_tokens > room:
+        raise ContextError(
+            f"the prompt has {len(tokens)} tokens and the answer may have {max_tokens}, together more than the context "
+            f"of {model.info.name}, {model.info.max_context}: ask for at most {room}, or shorten the prompt"
+        )
+    return tokens
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises: FieldError: a variable of the template that is set otherwise, or that isn't a plain value."""
+    for name, value in options.items():
+        if name in RESERVED or not name.isidentifier():
+            raise FieldError("chat_template_kwargs", f"{name[:100]!r} can't be set here: leave it out")
+        if not isinstance(value, SCALARS):
+            raise FieldError("chat_template_kwargs", f"{name[:100]!r} must be a string, a number, true or false")
+
+
+def _too_long(model: Model, what: str) -> ContextError:
+    return ContextError(
+        f"the prompt has {what}, and {model.info.name} has a context of {model.info.max_context} tokens for the prompt "
+        "and its answer: shorten it"
+    )
