@@ -6,7 +6,8 @@ The only code that touches them. It knows bytes and keys, no rows and no formats
   renamed; then the directory is synced, and so is every directory made on the way. After `put` returns, the file
   survives a loss of power.
 * A key never leaves the root, whatever it says.
-* Keys of snapshots and checkpoints are unique: nobody overwrites or deletes another's file by writing under his name.
+* Keys of snapshots, checkpoints and losses are unique: nobody overwrites or deletes another's file by writing under
+  his name.
 """
 
 from __future__ import annotations
@@ -141,6 +142,11 @@ def snapshot_key(tenant: TenantId, run_id: RunId, seq: int) -> BlobKey:
 def checkpoint_key(tenant: TenantId) -> BlobKey:
     """Unique at each call."""
     return _key(tenant, "checkpoints", secrets.token_hex(16))
+
+
+def loss_key(tenant: TenantId) -> BlobKey:
+    """Of a custom loss. Unique at each call."""
+    return _key(tenant, "losses", secrets.token_hex(16))
 
 
 def _key(*parts: str) -> BlobKey:

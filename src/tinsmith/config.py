@@ -42,6 +42,9 @@ class Settings:
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
+    custom_losses: bool = setting(
+        True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
+    )
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )

@@ -37,9 +37,9 @@ class Accepted(Struct):
 
 
 @post("/client/config", status_code=200)
-async def client_config(request: Call, data: JSONBody[ClientConfig]) -> ClientFlags:
+async def client_config(request: Call, services: ServicesDep, data: JSONBody[ClientConfig]) -> ClientFlags:
     """The server's side of the negotiation; clients know every flag's default."""
-    return ClientFlags()
+    return ClientFlags(custom_loss_server_side=services.settings.custom_losses)
 
 
 @post("/client/dynamic_config", status_code=200)

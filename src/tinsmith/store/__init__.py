@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
+from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
@@ -32,6 +33,7 @@ class Store:
         self.ops = Ops(database)
         self.checkpoints = Checkpoints(database)
         self.samplers = Samplers(database)
+        self.losses = Losses(database)
         self.workers = Workers(database)
 
     def close(self) -> None:

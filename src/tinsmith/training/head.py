@@ -9,7 +9,7 @@ D hidden size, V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.errors import UserError
 from tinsmith.model import HEAD, padded_rows
 from tinsmith.training.context import add_grads
 from tinsmith.training.lanes import Lane
-from tinsmith.training.losses import TARGETS, evaluate
+from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
 from tinsmith.types import Failure
 
@@ -51,7 +52,13 @@ class Piece:
     def targets(self) -> Tensor:
         return self.lane.inputs[TARGETS][self.start : self.end]
 
-    def inputs(self) -> dict[str, Tensor]:
+    def evaluate(self, lp: Tensor) -> Evaluation | Failure:
+        """The loss on these rows, which are all of the datum unless it goes token by token."""
+        if not self.lane.op.loss_fn.is_tokenwise:
+            return evaluate(self.lane, lp)
+        return evaluate(self.lane, lp, self._inputs())
+
+    def _inputs(self) -> dict[str, Tensor]:
         return {name: tensor[self.start : self.end] for name, tensor in self.lane.inputs.items()}
 
 
@@ -105,14 +112,14 @@ class Head:
         """The loss ties tokens of different chunks, so all log-probabilities are needed before any coefficient."""
         return lane.ref.num_tokens > self._chunk_tokens and not lane.op.loss_fn.is_tokenwise
 
-    def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> tuple[float, Tensor]:
+    def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
         parts = []
         for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
             rows = slice(lane.start + start, lane.start + end)
             piece = Piece(lane, start, end, 0)
             parts.append(_ChunkPass(self._weight_VD, self._buffer_CV, h_TD[rows], [piece]).logprobs[0])
-        return evaluate(lane.op.loss_fn, torch.cat(parts), lane.inputs, lane.op.item.loss.config)
+        return evaluate(lane, torch.cat(parts))
 
 
 class _ChunkPass:
@@ -139,7 +146,7 @@ class _ChunkPass:
             for piece, logits_NK in zip(chunk, target_logits, strict=True)
         ]
 
-    def run(self, dh_CD: Tensor, whole: dict[int, tuple[float, Tensor]]) -> None:
+    def run(self, dh_CD: Tensor, whole: Mapping[int, Evaluation | Failure]) -> None:
         """Losses of all pieces first, then gradients of those whose op stands."""
         coefs: list[Tensor | None] = []
         for piece, lp in zip(self._chunk, self.logprobs, strict=True):
@@ -167,20 +174,22 @@ class _ChunkPass:
                 self._shrunk[id(piece)] = u_NR
         return logits_CV
 
-    def _evaluate(self, piece: Piece, lp: Tensor, whole: tuple[float, Tensor] | None) -> Tensor | None:
+    def _evaluate(self, piece: Piece, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
         """Book the piece's log-probabilities and loss; its coefficients [N, K], or None if there's nothing to add."""
         lane, op = piece.lane, piece.lane.op
         if op.failure is not None:
             return None
-        if whole is None:
-            loss, coef = evaluate(op.loss_fn, lp, piece.inputs(), op.item.loss.config)
-        else:
-            loss, coef = (whole[0] if piece.start == 0 else 0.0), whole[1][piece.start : piece.end]
+        found = piece.evaluate(lp) if whole is None else whole
+        if isinstance(found, Failure):
+            op.fail(found)
+            return None
+        loss, coef = found.loss, found.coef if whole is None else found.coef[piece.start : piece.end]
         if not (np.isfinite(loss) and bool(torch.isfinite(coef).all()) and bool(torch.isfinite(lp).all())):
             op.fail(_not_finite(lane.ref.datum, op.item.loss.name))
             return None
         op.logprobs[lane.ref.datum][piece.start : piece.end] = lp.cpu().numpy()
-        op.loss += loss
+        if whole is None or piece.start == 0:
+            op.book(loss, found.metrics)
         if op.staging is None or not bool(coef.any()):
             return None
         lane.is_live = True
@@ -217,6 +226,15 @@ class _ChunkPass:
         u_NR = self._shrunk[id(piece)][rows_N - piece.row]
         grads = op.staging.views[HEAD]
         add_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
+
+
+def evaluate(lane: Lane, lp: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Evaluation | Failure:
+    """The lane's loss on log-probabilities of it; `inputs`: those of these rows, if they aren't the whole datum."""
+    try:
+        return lane.op.loss_fn.evaluate(lp, lane.inputs if inputs is None else inputs)
+    except UserError as error:
+        message = f"datum {lane.ref.datum}: {error.message}"
+        return Failure(code=error.code, category=error.category, message=message)
 
 
 def _to_dlogits(probs_NV: Tensor, coef_NK: Tensor, targets: Tensor) -> None:

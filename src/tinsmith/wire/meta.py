@@ -5,7 +5,8 @@
     SAVE          SaveMeta         no payload   the checkpoint's name, expiry, metadata
     SAVE_SAMPLER  SaveSamplerMeta  no payload   the same with a name, or the id of the sampler to make
     SAMPLE        SampleMeta       the request  the drawn seed, the sampler
-    FORWARD, FORWARD_BACKWARD, OPTIM_STEP       the request; their meta is {}
+    FORWARD, FORWARD_BACKWARD     the request; with a custom loss LossMeta, else {}
+    OPTIM_STEP                    the request; their meta is {}
 
 The API writes them, the worker reads them. A store keeps meta as a plain dict, so `to_meta` and `read_meta` convert.
 """
@@ -54,6 +55,13 @@ class SaveSamplerMeta(Struct, frozen=True):
     session_id: SessionId
     expires_at: float | None = None
     user_metadata: dict[str, str] = {}
+
+
+class LossMeta(Struct, frozen=True):
+    """blob: the create_custom_loss request of the loss; no file is deleted while such an op may be run again."""
+
+    loss_id: str
+    blob: BlobKey
 
 
 class SampleMeta(Struct, frozen=True):

@@ -37,6 +37,10 @@ def sampler_result(path: str | None, sampler_id: SamplerId | None) -> bytes:
     return encode_json(body)
 
 
+def loss_result(loss_id: str) -> bytes:
+    return encode_json({"type": "create_custom_loss", "loss_id": loss_id})
+
+
 def failure_result(failure: Failure) -> bytes:
     category = CATEGORIES.get(failure.category, "server")
     return encode_json({"error": failure.message, "category": category, "code": failure.code})
