@@ -111,10 +111,9 @@ def test_too_many_tokens() -> None:
         check_training(training(*[datum(14)] * 3), INFO, SETTINGS)
 
 
-@pytest.mark.parametrize(("loss", "words"), [("stable_reinforce", "importance_sampling"), ("gspo", "not offered yet")])
-def test_known_losses_that_are_not_on_offer(loss: str, words: str) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        check_training(training(datum(), loss=loss), INFO, SETTINGS)
+def test_a_known_loss_that_is_not_on_offer() -> None:
+    with pytest.raises(UnsupportedError, match="importance_sampling"):
+        check_training(training(datum(), loss="stable_reinforce"), INFO, SETTINGS)
 
 
 @pytest.mark.parametrize(
