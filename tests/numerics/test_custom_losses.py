@@ -21,6 +21,7 @@ from tests.numerics.lab import (
     run_pass,
     spec,
 )
+from tinsmith.training import head
 from tinsmith.training.graph import GraphProgram
 from tinsmith.training.losses import CustomLoss
 from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem
@@ -102,12 +103,16 @@ def test_coefficients_are_those_of_double_precision(fn):
     assert float((found.coef - exact_coef).norm() / exact_coef.norm()) < 1e-6
 
 
-def test_a_datum_longer_than_a_chunk_of_logits(base):
-    """The loss sees the whole datum, however its logits are cut."""
-    data = random_data(np.random.default_rng(3), gspo, (100, 70))
-    whole, cut = make_trainer(base, spec("a", 8), chunk_tokens=128), make_trainer(base, spec("a", 8), chunk_tokens=32)
+@pytest.mark.parametrize("whole_bytes", [0, 70 * VOCAB * 4, 2**28])
+def test_a_datum_longer_than_a_chunk_of_logits(base, monkeypatch, whole_bytes):
+    """The loss sees the whole datum, whether its logits are held at once or cut and made twice."""
+    data = random_data(np.random.default_rng(3), gspo, (10, 100, 33, 70))
+    monkeypatch.setattr(head, "WHOLE_BYTES", whole_bytes)
+    cut = make_trainer(base, spec("a", 8), chunk_tokens=32)
+    whole = make_trainer(base, spec("a", 8), chunk_tokens=128)
     (one,), (other,) = (run_pass(trainer, [custom("a", data, gspo)]) for trainer in (whole, cut))
-    assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+    assert_same_bits(dict(enumerate(one.logprobs)), dict(enumerate(other.logprobs)))
+    assert one.metrics == pytest.approx(other.metrics, rel=1e-6)
     for name, array in grads(whole, "a").items():
         assert np.linalg.norm(array - grads(cut, "a")[name]) <= 1e-5 * np.linalg.norm(array)
 

@@ -19,7 +19,7 @@ from tests.numerics.lab import (
     spec,
 )
 from tinsmith.errors import UserError
-from tinsmith.training import losses
+from tinsmith.training import head, losses
 from tinsmith.training.losses import LOSSES, Loss, NativeLoss
 from tinsmith.training.optimizer import global_norm
 from tinsmith.types import AdamParams, Datum, Failure, OpId, OptimItem, RunId, RunState, Targets
@@ -195,6 +195,7 @@ def test_cross_entropy_without_weights_counts_each_token_once():
 
 def test_a_loss_that_ties_tokens_of_different_chunks(base, monkeypatch):
     """Such a loss is evaluated on the whole datum; a token-wise one declared so gives what it gives otherwise."""
+    monkeypatch.setattr(head, "WHOLE_BYTES", 0)
     rng = np.random.default_rng(7)
     items = [item("a", [datum(rng, n, "cross_entropy") for n in (10, 100, 33)])]
     trainer, tied = make_trainer(base, RUN), make_trainer(base, RUN)

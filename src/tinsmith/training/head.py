@@ -1,7 +1,8 @@
 """The output head and the losses: from hidden states to log-probabilities, and back to the hidden states' gradient.
 
 Works through the rows a chunk at a time: logits, log-probabilities, losses and gradient are all made while the chunk's
-logits are there, so memory grows with chunk x vocabulary. What stays true: a chunk holds whole pieces, a piece depends
+logits are there, so memory grows with chunk x vocabulary. A datum whose loss ties its tokens together is a chunk of its
+own up to a bound; beyond it the logits are made twice. What stays true: a chunk holds whole pieces, a piece depends
 on its datum alone, and every elementwise kernel whose rounding depends on where an array ends runs on one piece.
 Shape letters: T rows of the pack, C rows of a chunk, M rows with a gradient, N rows of a piece, K targets a position,
 D hidden size, V vocabulary, R rank.
@@ -24,6 +25,9 @@ from tinsmith.training.lanes import Lane
 from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
 from tinsmith.types import Failure
+
+
+WHOLE_BYTES = 256 * 2**20
 
 
 @dataclass(slots=True)
@@ -68,6 +72,7 @@ class Head:
     def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
         self._weight_VD = weight_VD
         self._chunk_tokens = chunk_tokens
+        self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (len(weight_VD) * weight_VD.element_size()))
         # held from pass to pass: memory fresh from the kernel costs more than the softmax that fills it (measured 3x)
         self._buffer_CV = weight_VD.new_empty(padded_rows(chunk_tokens), len(weight_VD))
 
@@ -87,7 +92,7 @@ class Head:
         start = 0
         for chunk in self._chunks(lanes):
             end = start + chunk[-1].rows.stop
-            _ChunkPass(self._weight_VD, self._buffer_CV, h_TD[start:end], chunk).run(dh_TD[start:end], whole)
+            self._pass(h_TD[start:end], chunk).run(dh_TD[start:end], whole)
             start = end
         for lane in lanes:
             if lane.op.failure is not None:
@@ -99,7 +104,7 @@ class Head:
         chunk: list[Piece] = []
         filled = 0
         for lane in lanes:
-            for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
+            for start, end in pieces(lane.ref.num_tokens, self._piece_tokens(lane)):
                 if chunk and filled + end - start > self._chunk_tokens:
                     yield chunk
                     chunk, filled = [], 0
@@ -110,7 +115,18 @@ class Head:
 
     def _is_coupled(self, lane: Lane) -> bool:
         """The loss ties tokens of different chunks, so all log-probabilities are needed before any coefficient."""
-        return lane.ref.num_tokens > self._chunk_tokens and not lane.op.loss_fn.is_tokenwise
+        return lane.ref.num_tokens > self._whole_tokens and not lane.op.loss_fn.is_tokenwise
+
+    def _piece_tokens(self, lane: Lane) -> int:
+        """The longest piece of a datum: a whole one, if its loss needs that and it is short enough."""
+        is_whole = not lane.op.loss_fn.is_tokenwise and lane.ref.num_tokens <= self._whole_tokens
+        return self._whole_tokens if is_whole else self._chunk_tokens
+
+    def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
+        num_rows = padded_rows(len(h_CD))
+        if num_rows > len(self._buffer_CV):
+            self._buffer_CV = self._weight_VD.new_empty(num_rows, len(self._weight_VD))
+        return _ChunkPass(self._weight_VD, self._buffer_CV, h_CD, chunk)
 
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
@@ -118,7 +134,7 @@ class Head:
         for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
             rows = slice(lane.start + start, lane.start + end)
             piece = Piece(lane, start, end, 0)
-            parts.append(_ChunkPass(self._weight_VD, self._buffer_CV, h_TD[rows], [piece]).logprobs[0])
+            parts.append(self._pass(h_TD[rows], [piece]).logprobs[0])
         return evaluate(lane, torch.cat(parts))
 
 
