@@ -111,7 +111,8 @@ def test_a_datum_longer_than_a_chunk_of_logits(base, monkeypatch, whole_bytes):
     cut = make_trainer(base, spec("a", 8), chunk_tokens=32)
     whole = make_trainer(base, spec("a", 8), chunk_tokens=128)
     (one,), (other,) = (run_pass(trainer, [custom("a", data, gspo)]) for trainer in (whole, cut))
-    assert_same_bits(dict(enumerate(one.logprobs)), dict(enumerate(other.logprobs)))
+    for ours, theirs in zip(one.logprobs, other.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert one.metrics == pytest.approx(other.metrics, rel=1e-6)
     for name, array in grads(whole, "a").items():
         assert np.linalg.norm(array - grads(cut, "a")[name]) <= 1e-5 * np.linalg.norm(array)

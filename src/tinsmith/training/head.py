@@ -26,7 +26,6 @@ from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
 from tinsmith.types import Failure
 
-
 WHOLE_BYTES = 256 * 2**20
 
 
