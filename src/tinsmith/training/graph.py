@@ -18,8 +18,8 @@ from tinsmith.loss_graph import Arg, Dtype, LossCall, LossGraph, Ref, Span
 from tinsmith.training.graph_ops import FUNCTIONS, MAX_NUMBER, GraphError
 from tinsmith.wire.loss_ops import CALLS, Signature
 
-DATUM_ELEMENTS = 2**24  # beyond what each call on the inputs' own size costs: 64 MiB of float32
-REQUEST_ELEMENTS = 2**28
+DATUM_ELEMENTS = 2**25  # of all values of a datum: 128 MiB of float32
+REQUEST_ELEMENTS = 2**27  # of a request, beyond what its calls would make if each were as large as logprobs
 ERRORS = (GraphError, RuntimeError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError)
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32, "float64": torch.float64, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool,
@@ -52,17 +52,16 @@ class GraphProgram:
             UserError: a call that can't be carried out, too much work, or a loss that is no scalar; names the node.
         """
         values: Values = [lp, *(inputs[name] for name in self.input_names)]
-        budget = len(self._calls) * sum(value.numel() for value in values)
         spent = 0
         for call in self._calls:
             spent += call.size(values)
-            if spent > budget + DATUM_ELEMENTS:
+            if spent > DATUM_ELEMENTS:
                 raise UserError(
-                    f"{call.where} makes the loss larger than a datum's may be, {DATUM_ELEMENTS} elements beyond its "
-                    "inputs: sum earlier, or pass the function itself to forward_backward_custom"
+                    f"{call.where} makes the loss larger than a datum's may be, {DATUM_ELEMENTS} elements of all its "
+                    "values: sum earlier, or pass the function itself to forward_backward_custom"
                 )
             values.append(call.run(values))
-        self._request_elements += max(0, spent - budget)
+        self._request_elements += max(0, spent - len(self._calls) * lp.numel())
         if self._request_elements > REQUEST_ELEMENTS:
             raise UserError(
                 f"custom loss {self._graph.name!r}: its intermediate values grow beyond {REQUEST_ELEMENTS} elements "

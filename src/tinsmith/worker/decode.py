@@ -16,7 +16,7 @@ from tinsmith.wire.requests import decode_optim_step
 from tinsmith.wire.sampling import decode_sample
 from tinsmith.wire.training import decode_training
 
-MAX_GRAPHS = 256
+MAX_GRAPHS = 64
 
 
 class Payloads:
