@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinsmith.sampling.logits import Warp, draw, target_logprobs, truncate
+from tinsmith.sampling.logits import Warp, draw, draw_many, truncate
+from tinsmith.sampling.scores import likeliest
 from tinsmith.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def one_thread():
 
 def one(logits: list[float], uniform: float = 0.5, **params: float) -> tuple[int, float]:
     warp = Warp.of([SamplingParams(**params)], len(logits), CPU)
-    tokens, logprobs = draw(torch.tensor([logits]), warp, torch.tensor([uniform], dtype=torch.float64))
+    tokens, logprobs, _ = draw(torch.tensor([logits]), warp, torch.tensor([uniform], dtype=torch.float64))
     return int(tokens[0]), float(logprobs[0])
 
 
@@ -106,18 +107,27 @@ def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(37, vocab, generator=generator) * 3
     uniforms = torch.rand(37, dtype=torch.float64, generator=generator)
-    tokens, logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
+    tokens, logprobs, all_logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
     for i in range(37):
-        token, logprob = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
+        token, logprob, _ = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
         assert torch.equal(token[0], tokens[i])
         assert torch.equal(logprob[0], logprobs[i])
+        assert torch.equal(logprob[0], all_logprobs[i, tokens[i]])
 
 
-def test_target_logprobs_and_the_most_likely():
-    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
-    own, ids, top = target_logprobs(logits, torch.tensor([0, 1]), 2)
-    expected = torch.log_softmax(logits, -1)
-    torch.testing.assert_close(own, expected[[0, 1], [0, 1]])
-    assert ids.tolist() == [[2, 1], [0, 1]]
-    torch.testing.assert_close(top, expected.gather(1, ids))
-    assert target_logprobs(logits, torch.tensor([0, 1]), 0)[1].shape == (2, 0)
+def test_many_draws_a_row_invert_the_distribution_at_the_temperature():
+    probs = torch.tensor([[0.125, 0.25, 0.625], [0.5, 0.5, 0.0]])
+    uniforms = torch.tensor([[0.0, 0.2, 0.9], [0.49, 0.5, 0.99]], dtype=torch.float64)
+    assert draw_many(probs.log(), 1.0, uniforms).tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert draw_many(probs.log() * 0.5, 0.5, uniforms).tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert draw_many(probs.log(), 0.0, uniforms).tolist() == [[2, 2, 2], [0, 0, 0]]
+
+
+def test_the_likeliest_of_a_row_do_not_depend_on_what_others_ask_for():
+    logprobs = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0], [1.0, 3.0, 2.0]]), -1)
+    first, none, last = likeliest(logprobs, [2, 0, 1])
+    assert none is None
+    assert first[0].tolist() == [2, 1]
+    assert first[0].dtype == np.int32
+    np.testing.assert_array_equal(first[1], logprobs[0, [2, 1]].numpy())
+    assert last[0].tolist() == [1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,19 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.rng import uniforms
+from tinsmith.sampling.scores import Top, likeliest
 from tinsmith.sampling.sequence import Sequence
 
 DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one prompt
 
-Drawn = tuple[Sequence, int, float]  # a sequence, its next token and that token's logprob
+
+class Drawn(NamedTuple):
+    """A sequence, its next token and that token's logprob; the likeliest tokens, if they were asked for."""
+
+    sequence: Sequence
+    token: int
+    logprob: float
+    top: Top | None = None
 
 
 class Decoder:
@@ -50,7 +59,7 @@ class Decoder:
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
         drawn = _draw(logits_TV[: len(sequences)].float(), sequences, self._warp)
-        return [d for d in drawn if d[0] not in paused]
+        return [d for d in drawn if d.sequence not in paused]
 
     def draw_first(self, sequences: Seq[Sequence]) -> list[Drawn]:
         """The first token of sequences whose prompt has been computed."""
@@ -79,5 +88,6 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn
     streams_B = np.array([s.request.streams[s.index] for s in sequences], np.uint64)
     positions_B = np.array([len(s.tokens) for s in sequences], np.int64)
     uniforms_B = torch.from_numpy(uniforms(streams_B, positions_B)).to(logits_BV.device)
-    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B)
-    return list(zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True))
+    tokens_B, logprobs_B, logprobs_BV = draw(logits_BV, warp, uniforms_B)
+    tops = likeliest(logprobs_BV, [s.request.item.topk_sample_logprobs for s in sequences])
+    return [Drawn(*d) for d in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), tops, strict=True)]

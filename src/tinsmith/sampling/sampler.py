@@ -25,6 +25,7 @@ from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
 from tinsmith.sampling.prefill import run_prefill
 from tinsmith.sampling.rng import streams
+from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SampleResult
@@ -97,16 +98,20 @@ class Sampler:
             stop=StopRule.of(item.params, self._base.info.eos_tokens, self._tokenizer),
             max_tokens=max_tokens,
             streams=streams(item.seed, item.num_samples),
+            scores=PromptScores(item),
         )
         self._requests[item.op_id] = request
         self._waiting.append(request)
 
-    def cancel(self, op_id: OpId) -> None:
-        """Forget a request and free what it holds; unknown ids are ignored."""
+    def cancel(self, op_id: OpId) -> int:
+        """Forget a request and free what it holds; the tokens sampled for it until now. Unknown ids are ignored."""
         request = self._requests.get(op_id)
-        if request is not None:
-            with torch.inference_mode():
-                self._drop(request)
+        if request is None:
+            return 0
+        num_sampled = request.num_sampled + sum(len(s.tokens) for s in self._running if s.request is request)
+        with torch.inference_mode():
+            self._drop(request)
+        return num_sampled
 
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
@@ -176,7 +181,7 @@ class Sampler:
 
     def _accept(self, drawn: Drawn, ended: Ended) -> None:
         """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
-        sequence, token, logprob = drawn
+        sequence, logprob = drawn.sequence, drawn.logprob
         request = sequence.request
         op_id = request.item.op_id
         if op_id not in self._requests:
@@ -185,8 +190,10 @@ class Sampler:
             self._drop(request)
             ended.append((op_id, NON_FINITE))
             return
-        sequence.tokens.append(token)
+        sequence.tokens.append(drawn.token)
         sequence.logprobs.append(logprob)
+        if drawn.top is not None:
+            sequence.tops.append(drawn.top)
         is_stopped = request.stop.ends(sequence.tokens)
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -11,10 +11,9 @@ from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
+from tinsmith.sampling.scores import PromptScores, Top
 from tinsmith.sampling.stop import StopRule
-from tinsmith.types import FloatArray, SampledSequence, SampleItem, SampleResult, TokenArray
-
-NO_LOGPROB = -99999.0  # what the wire has for a position without a distribution
+from tinsmith.types import SampledSequence, SampleItem, SampleResult
 
 
 @dataclass(slots=True, eq=False)
@@ -30,13 +29,11 @@ class Request:
     stop: StopRule
     max_tokens: int
     streams: UInt64Array
+    scores: PromptScores
     num_prefilled: int = 0
     num_started: int = 0
     prompt_kv: PromptKV | None = None
     first_logits_V: Tensor | None = None
-    prompt_logprobs: list[FloatArray] = field(default_factory=list)
-    topk_tokens: list[TokenArray] = field(default_factory=list)
-    topk_logprobs: list[FloatArray] = field(default_factory=list)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
 
     @property
@@ -76,25 +73,19 @@ class Request:
 
     def result(self) -> SampleResult:
         """The answer once all sequences have finished."""
-        result = SampleResult(tuple(self.finished[index] for index in range(self.item.num_samples)))
-        if self.item.prompt_logprobs:
-            nan = np.full(1, np.nan, np.float32)
-            result = replace(result, prompt_logprobs=np.concatenate([nan, *self.prompt_logprobs]))
-        k = self.item.topk_prompt_logprobs
-        if k:
-            no_tokens, no_logprobs = np.zeros((1, k), np.int32), np.full((1, k), NO_LOGPROB, np.float32)
-            result = replace(
-                result,
-                topk_prompt_tokens=np.concatenate([no_tokens, *self.topk_tokens]),
-                topk_prompt_logprobs=np.concatenate([no_logprobs, *self.topk_logprobs]),
-            )
-        return result
+        return self.scores.add_to(SampleResult(tuple(self.finished[i] for i in range(self.item.num_samples))))
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the sequences that have finished."""
+        return sum(len(sequence.tokens) for sequence in self.finished.values())
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet.
 
+    tops: the likeliest tokens of each position, if they were asked for.
     num_blocks: its KV length class; 0 before it has KV of its own.
     """
 
@@ -102,6 +93,7 @@ class Sequence:
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[Top] = field(default_factory=list)
     num_blocks: int = 0
 
     @property
@@ -129,5 +121,9 @@ class Sequence:
 
     def result(self, is_stopped: bool) -> SampledSequence:
         return SampledSequence(
-            tokens=np.array(self.tokens, np.int32), logprobs=np.array(self.logprobs, np.float32), stopped=is_stopped
+            tokens=np.array(self.tokens, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            stopped=is_stopped,
+            topk_tokens=np.stack([ids for ids, _ in self.tops]) if self.tops else None,
+            topk_logprobs=np.stack([logprobs for _, logprobs in self.tops]) if self.tops else None,
         )
