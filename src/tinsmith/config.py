@@ -41,6 +41,11 @@ class Settings:
         256 * 2**20, "Largest request body, after decompression.", unit="bytes", group="limits"
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
+    max_queued_samples: int = setting(
+        10_000,
+        "Sample requests of one tenant that may wait for a base model; beyond it, clients are told to wait (429).",
+        group="limits",
+    )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
@@ -101,6 +106,14 @@ class Settings:
     )
     sqlite_synchronous: str = setting("FULL", "SQLite's synchronous pragma: FULL or NORMAL.", group="durability")
 
+    cancel_future: bool = setting(True, "Let clients cancel sample requests that they gave up.", group="clients")
+    retrieve_futures: bool = setting(
+        True, "Let clients wait for all samples of a sampler with one poll, instead of one each.", group="clients"
+    )
+    join_sampling_session: bool = setting(
+        True, "Number the copies of a sampling client, instead of letting them draw their numbers.", group="clients"
+    )
+
     serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
     tokenizer_id: str = setting(
         "auto",
@@ -152,7 +165,7 @@ class Settings:
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "pass_cap_ms",
+            "pass_cap_ms", "max_queued_samples",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -254,8 +254,8 @@ def _check_prompt_scores(request: SampleRequest, num_prompt: int, info: BaseInfo
         raise UserError("prompt_logprobs_last_n says which prompt logprobs are wanted: set prompt_logprobs too")
     if last_n is not None and not 1 <= last_n < num_prompt:
         raise UserError(
-            f"prompt_logprobs_last_n must lie in 1..{num_prompt - 1}, not {last_n}: the prompt has {num_prompt} tokens, "
-            "and the first has no logprob"
+            f"prompt_logprobs_last_n must lie in 1..{num_prompt - 1}, not {last_n}: of the prompt's {num_prompt} "
+            "tokens the first has no logprob"
         )
     if request.prompt_targets is not None:
         _check_prompt_targets(request.prompt_targets, num_prompt, info)

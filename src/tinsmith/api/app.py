@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from tinsmith.api import (
     capabilities,
     client,
+    endings,
     futures,
     keys,
     reference,
@@ -33,6 +34,8 @@ from tinsmith.api.auth import KeyCache, admin_guard, key_guard
 from tinsmith.api.body import JsonRequest
 from tinsmith.api.errors import HANDLERS
 from tinsmith.api.services import Services
+from tinsmith.api.waiters import Awaited
+from tinsmith.store.rows import EndsAfter
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -70,7 +73,10 @@ CLOSED = (
     sampling.create_sampling_session,
     sampling.get_sampler,
     sampling.asample,
+    sampling.join_sampling_session,
     futures.retrieve_future,
+    endings.retrieve_futures,
+    endings.cancel_future,
     runs.list_runs,
     runs.get_run,
     runs.list_run_checkpoints,
@@ -144,10 +150,16 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 def _watching(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        async with services.waiters.watching(lambda ids: services.work(services.store.ops.final_among, ids)):
+        async with services.waiters.watching(lambda awaited: services.work(_ended_among, services, awaited)):
             yield
 
     return lifespan
+
+
+def _ended_among(services: Services, awaited: Sequence[Awaited]) -> set[Awaited]:
+    marks = [mark for mark in awaited if isinstance(mark, EndsAfter)]
+    ended: set[Awaited] = set(services.store.endings.reached(marks))
+    return ended | services.store.ops.final_among([op_id for op_id in awaited if not isinstance(op_id, EndsAfter)])
 
 
 def _request_id(scope: Scope) -> str:

@@ -20,15 +20,15 @@ class ClientFlags(Struct):
     parallel_fwdbwd_chunks: bool = True
     fwdbwd_max_chunk_len: int = 1024
     fwdbwd_max_chunk_bytes_count: int = 5_000_000
-    sample_use_retrieve_futures: bool = False
-    sample_join_sampling_session: bool = False
+    sample_use_retrieve_futures: bool = True
+    sample_join_sampling_session: bool = True
     custom_loss_server_side: bool = False
     create_model_via_load_weights: bool = True
 
 
 class DynamicFlags(Struct):
     refresh_interval_sec: int = 300
-    sample_cancel_enabled: bool = False
+    sample_cancel_enabled: bool = True
     sample_cancel_max_batch_size: int = 64
 
 
@@ -37,15 +37,19 @@ class Accepted(Struct):
 
 
 @post("/client/config", status_code=200)
-async def client_config(request: Call, data: JSONBody[ClientConfig]) -> ClientFlags:
+async def client_config(request: Call, services: ServicesDep, data: JSONBody[ClientConfig]) -> ClientFlags:
     """The server's side of the negotiation; clients know every flag's default."""
-    return ClientFlags()
+    settings = services.settings
+    return ClientFlags(
+        sample_use_retrieve_futures=settings.retrieve_futures,
+        sample_join_sampling_session=settings.join_sampling_session,
+    )
 
 
 @post("/client/dynamic_config", status_code=200)
-async def dynamic_config(request: Call, data: JSONBody[ClientConfig]) -> DynamicFlags:
+async def dynamic_config(request: Call, services: ServicesDep, data: JSONBody[ClientConfig]) -> DynamicFlags:
     """Flags that clients ask for again from time to time."""
-    return DynamicFlags()
+    return DynamicFlags(sample_cancel_enabled=services.settings.cancel_future)
 
 
 @post("/telemetry", status_code=200, request_max_body_size=None)

@@ -17,19 +17,24 @@ from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.api.weights import find_checkpoint
-from tinsmith.errors import UserError
+from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.store.rows import NewSampler, Principal
 from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
 from tinsmith.validate import MAX_SEED, check_sample
 from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import SampleMeta, to_meta
-from tinsmith.wire.requests import CreateSamplingSession, SamplerAddress
+from tinsmith.wire.requests import CreateSamplingSession, JoinSamplingSession, SamplerAddress
 from tinsmith.wire.sampling import decode_sample
 
 
 class SamplingSessionCreated(Struct):
     sampling_session_id: str
     type: str = "create_sampling_session"
+
+
+class SamplingSessionJoined(Struct):
+    client_counter: int
+    type: str = "join_sampling_session"
 
 
 class SamplerInfo(Struct, omit_defaults=True):
@@ -55,6 +60,18 @@ async def get_sampler(request: Call, services: ServicesDep, sampler_id: FromPath
     return SamplerInfo(sampler_id=row.sampler_id, base_model=row.base_model, model_path=row.model_path)
 
 
+@post("/join_sampling_session", status_code=200)
+async def join_sampling_session(
+    request: Call, services: ServicesDep, data: JSONBody[JoinSamplingSession]
+) -> SamplingSessionJoined:
+    """A number of its own for a copy of a sampling client; the copy's seq_ids start at that many thousand millions."""
+    if not services.settings.join_sampling_session:
+        raise UnsupportedError("join_sampling_session is turned off here: draw a number for the copy")
+    sampler_id = SamplerId(data.sampling_session_id)
+    number = await services.write(services.store.samplers.join, request.user.tenant_id, sampler_id)
+    return SamplingSessionJoined(client_counter=number)
+
+
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
@@ -63,6 +80,16 @@ async def asample(request: Call, services: ServicesDep) -> Promise:
     row = await admit(services, request.user, draft)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
+
+
+def take_room(services: Services, principal: Principal, base_model: str) -> None:
+    """Make sure that one more sample request may be queued.
+
+    Raises:
+        CapacityError: as many of the tenant's wait already as may.
+    """
+    count = partial(services.store.ops.num_queued_samples, principal.tenant_id, base_model)
+    services.queue_room.take((principal.tenant_id, base_model), count, services.settings.max_queued_samples)
 
 
 def _new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:
@@ -99,6 +126,7 @@ def _new_sampler(services: Services, principal: Principal, asked: CreateSampling
 def _draft_sample(services: Services, principal: Principal, body: bytes) -> Draft:
     address = decode_json(body, SamplerAddress)
     sampler = services.store.samplers.get(principal.tenant_id, SamplerId(address.sampling_session_id))
+    take_room(services, principal, sampler.base_model)
     draft = Draft(
         kind=OpKind.SAMPLE, base_model=sampler.base_model, seq_id=address.seq_id, sampler_id=sampler.sampler_id
     )

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -49,6 +50,7 @@ class Services:
     waiters: Waiters
     ringers: Mapping[str, Ringer]
     ready_bases: Callable[[], AbstractSet[str]]
+    queue_room: QueueRoom = field(default_factory=QueueRoom)
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
+from tinsmith.store.endings import Endings
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
@@ -30,6 +31,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database)
+        self.endings = Endings(database)
         self.checkpoints = Checkpoints(database)
         self.samplers = Samplers(database)
         self.workers = Workers(database)
