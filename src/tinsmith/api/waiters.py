@@ -1,7 +1,8 @@
 """One watcher wakes every long poll.
 
-Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of them in one query, when the worker rings and every
-`scan_interval_s`: a lost ring costs a scan interval, never a result. It owns no results: who is woken reads the row.
+Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
+them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
+owns no results: who is woken reads the row.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ class Waiters:
         return sum(len(futures) for futures in self._waiting.values())
 
     def expect(self, op_id: Awaited) -> asyncio.Future[bool]:
-        """Register for the end of an op, or for the next one of a sampler. Register first, then read the row: no end can
-        slip between."""
+        """Register for an op's end, or a sampler's next one. Register first, then read: no end can slip between."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._is_closed:
             future.set_result(False)
