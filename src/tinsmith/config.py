@@ -43,7 +43,7 @@ class Settings:
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_queued_samples: int = setting(
         10_000,
-        "Sample requests of one tenant that may wait for a base model; beyond it, clients are told to wait (429).",
+        "Sample requests of one tenant that may wait; beyond it, clients are told to come back later (429).",
         group="limits",
     )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")

@@ -11,6 +11,9 @@ from litestar.testing import TestClient
 
 from tests.contract.conftest import BASE, Api
 from tinsmith.api.app import build_app
+from tinsmith.api.queue_room import QueueRoom
+from tinsmith.errors import CapacityError
+from tinsmith.types import TenantId
 from tinsmith.wire.requests import CLONE_SEQS
 
 
@@ -154,6 +157,28 @@ def test_a_full_queue_says_when_to_come_back(make_house: Any) -> None:
         ask(other, new_sampler(other), 0)
         worker.step()
         ask(api, sampler, 3)
+
+
+def test_requests_on_their_way_into_the_queue_take_room() -> None:
+    room = QueueRoom()
+    tenant = TenantId("t")
+    queued = 1
+
+    def count(_: TenantId) -> int:
+        return queued
+
+    for _ in range(2):
+        room.take(tenant, count, 3)
+    with pytest.raises(CapacityError, match="3 sample requests of yours wait"):
+        room.take(tenant, count, 3)
+    for _ in range(2):
+        with room.coming(tenant):
+            pass
+    queued = 2
+    room.take(tenant, count, 3)
+    room.take(TenantId("other"), lambda _: 0, 3)
+    with pytest.raises(CapacityError):
+        room.take(tenant, count, 3)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.api.weights import find_checkpoint
 from tinsmith.errors import UnsupportedError, UserError
-from tinsmith.store.rows import NewSampler, Principal
+from tinsmith.store.rows import NewSampler, OpRow, Principal
 from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
 from tinsmith.validate import MAX_SEED, check_sample
 from tinsmith.wire.media import decode_json
@@ -76,20 +76,19 @@ async def join_sampling_session(
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
     body = await read_body(request, services)
-    draft = await services.work(_draft_sample, services, request.user, body)
-    row = await admit(services, request.user, draft)
+    row = await _admit_sample(services, request.user, body)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
 
 
-def take_room(services: Services, principal: Principal, base_model: str) -> None:
-    """Make sure that one more sample request may be queued.
-
-    Raises:
-        CapacityError: as many of the tenant's wait already as may.
-    """
-    count = partial(services.store.ops.num_queued_samples, principal.tenant_id, base_model)
-    services.queue_room.take((principal.tenant_id, base_model), count, services.settings.max_queued_samples)
+async def _admit_sample(services: Services, principal: Principal, body: bytes) -> OpRow:
+    tenant_id = principal.tenant_id
+    room = services.queue_room
+    count = services.store.ops.num_queued_samples
+    await services.work(room.take, tenant_id, count, services.settings.max_queued_samples)
+    with room.coming(tenant_id):
+        draft = await services.work(_draft_sample, services, principal, body)
+        return await admit(services, principal, draft)
 
 
 def _new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:
@@ -126,7 +125,6 @@ def _new_sampler(services: Services, principal: Principal, asked: CreateSampling
 def _draft_sample(services: Services, principal: Principal, body: bytes) -> Draft:
     address = decode_json(body, SamplerAddress)
     sampler = services.store.samplers.get(principal.tenant_id, SamplerId(address.sampling_session_id))
-    take_room(services, principal, sampler.base_model)
     draft = Draft(
         kind=OpKind.SAMPLE, base_model=sampler.base_model, seq_id=address.seq_id, sampler_id=sampler.sampler_id
     )

@@ -94,7 +94,7 @@ _PLACE = (
 )
 _AHEAD = select(func.count()).where(ops.c.base_model == bindparam("base"), ops.c.num < bindparam("num"), IS_QUEUED)
 _QUEUED_SAMPLES = select(func.count()).where(
-    ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED, ops.c.tenant_id == bindparam("tenant_id")
+    ops.c.kind == "sample", IS_QUEUED, ops.c.tenant_id == bindparam("tenant_id")
 )
 _STALE = (
     select(ops.c.num, ops.c.result_blob)
@@ -263,11 +263,10 @@ class Ops:
         is_early = place.head_seq is not None and place.head_seq < place.seq_id
         return ahead, place.head_seq + 1 if is_early else None
 
-    def num_queued_samples(self, tenant_id: TenantId, base_model: str) -> int:
+    def num_queued_samples(self, tenant_id: TenantId) -> int:
         """Sample requests of the tenant that no worker has taken yet."""
         with self._database.read() as conn:
-            values = {"base": base_model, "tenant_id": tenant_id}
-            return int(conn.execute(_QUEUED_SAMPLES, values).scalar_one())
+            return int(conn.execute(_QUEUED_SAMPLES, {"tenant_id": tenant_id}).scalar_one())
 
     def expire_results(self, finished_before: float, now: float, limit: int = 1000) -> int:
         """Forget results that are older; their ops answer GoneError from then on. Their files go to the graveyard,
