@@ -74,6 +74,12 @@ class Settings:
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
     max_resident_samples: int = setting(256, "Sequences that are decoded together.", group="engine")
     kv_cache_mib: int = setting(1024, "Memory for the sampler's keys and values.", unit="MiB", group="engine")
+    prefix_cache_mib: int = setting(
+        128,
+        "Memory for keys and values of prompts that later prompts may begin with; 0 keeps none.",
+        unit="MiB",
+        group="engine",
+    )
     prefill_chunk_tokens: int = setting(
         512, "Prompt tokens computed in one sampler step.", unit="tokens", group="engine"
     )
@@ -170,6 +176,8 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
+        if self.prefix_cache_mib < 0:
+            raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:

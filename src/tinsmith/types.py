@@ -209,6 +209,7 @@ class SampleItem:
 
     prompt: int32 [P]. Sample i of the request draws from the stream (seed, i, position).
     prompt_logprobs_last_n: of the prompt, score the last N tokens alone (with their top-k); None: all but the first.
+    scope: only requests of one scope may share computed prompts, so that nobody learns what others asked.
     prompt_alt_tokens_k: draws at each prompt position, at the request's temperature, whatever its top_k and top_p.
     """
 
@@ -224,6 +225,7 @@ class SampleItem:
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_alt_tokens_k: int = 0
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,7 @@ class SampleResult:
     prompt_logprobs: float32 [P], NaN at position 0 and wherever none was asked for.
     topk_prompt: ids int32 [P, k] and logprobs float32 [P, k]; such rows hold the sentinel token 0, logprob -99999.
     prompt_target_logprobs: float32, one for each of `prompt_targets.ids`, 0 where that is -1.
+    prompt_cache_hit_tokens: prompt tokens whose keys and values came from an earlier request.
     prompt_alt: draws, ids int64 [P-1, k] and logprobs float32 [P-1, k]; row i is about position i + 1.
     """
 

@@ -139,6 +139,19 @@ def test_seeds_repeat_and_samples_differ(sampler: tinker.SamplingClient) -> None
         other.result()
 
 
+def test_a_long_prompt_is_found_again(service: Service) -> None:
+    sampler = connect(service).create_sampling_client(base_model="tinsmith/tiny").result()
+    ids = [3 + i * i % 1000 for i in range(700)]
+    prompt, params = types.ModelInput.from_ints(ids), types.SamplingParams(max_tokens=4, seed=1, stop=[])
+    first, second = (sampler.sample(prompt, 1, params).result() for _ in range(2))
+    assert (first.prompt_cache_hit_tokens, second.prompt_cache_hit_tokens) == (0, 512)
+    assert list(first.sequences[0].tokens) == list(second.sequences[0].tokens)
+    assert first.sequences[0].logprobs == second.sequences[0].logprobs
+    whole = sampler.compute_logprobs(prompt).result()
+    suffix = sampler.compute_logprobs(prompt, prompt_logprobs_last_n=50).result()
+    np.testing.assert_allclose(suffix[-50:], whole[-50:], atol=TOLERANCE)  # type: ignore[arg-type]
+
+
 def test_beyond_the_context_is_refused_before_any_work(sampler: tinker.SamplingClient) -> None:
     long = types.ModelInput.from_ints([1] * 2000)
     with pytest.raises(tinker.RequestFailedError, match=r"prompt \(2000\) plus max_tokens \(49\) exceed .* at most 48"):

@@ -24,6 +24,7 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
 from tinsmith.sampling.prefill import run_prefill
+from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
@@ -58,6 +59,7 @@ class Sampler:
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
         self.memory = Memory(KVCache(shape, total))
+        self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
@@ -136,20 +138,27 @@ class Sampler:
         if not chunks:
             return
         for chunk in chunks:
-            if chunk.start == 0:
+            if self._waiting and chunk.request is self._waiting[0]:
                 self._begun.append(self._waiting.popleft())
         run_prefill(self._base, chunks)
+        for chunk in chunks:
+            if chunk.request.prompt_kv is not None:
+                self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
         self._ready += [request for request in self._begun if request.is_prefilled]
         self._begun = [request for request in self._begun if not request.is_prefilled]
 
     def _may_begin(self, request: Request) -> bool:
-        """Whether seats and memory allow a prompt to be computed; takes its memory if so.
+        """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
 
         While those that came before lack memory, nobody new begins.
         """
         coming = sum(r.num_unstarted for r in (*self._begun, *self._ready))
         is_full = len(self._running) + coming >= self._settings.max_resident_samples
-        return not is_full and not self._is_short and self.memory.open_prompt(request)
+        if is_full or self._is_short or not self.memory.open_prompt(request) or request.prompt_kv is None:
+            return False
+        request.num_cached = self._prefixes.fill(request.item, request.prompt_kv, request.num_skippable)
+        request.num_prefilled = request.num_cached
+        return True
 
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, oldest request first: each gets its first token."""

@@ -20,6 +20,7 @@ from tinsmith.types import SampledSequence, SampleItem, SampleResult
 class Request:
     """One sample request: waiting, then in prefill, then with sequences that start as memory allows.
 
+    num_cached: tokens at the prompt's beginning that needed no computing.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
     first_logits_V: float32, the logits after the whole prompt.
     """
@@ -31,6 +32,7 @@ class Request:
     streams: UInt64Array
     scores: PromptScores
     num_prefilled: int = 0
+    num_cached: int = 0
     num_started: int = 0
     prompt_kv: PromptKV | None = None
     first_logits_V: Tensor | None = None
@@ -58,6 +60,11 @@ class Request:
         return self.max_tokens == 1
 
     @property
+    def num_skippable(self) -> int:
+        """Prompt tokens whose hidden states nobody needs: all before the first that is scored, and before the last."""
+        return min(self.num_prompt - 1, self.scores.wanted.start)
+
+    @property
     def sequence_need(self) -> int:
         """Blocks of one sequence at its longest: the last token that is sampled never enters the KV."""
         return num_blocks(self.num_prompt + self.max_tokens - 1)
@@ -73,7 +80,8 @@ class Request:
 
     def result(self) -> SampleResult:
         """The answer once all sequences have finished."""
-        return self.scores.add_to(SampleResult(tuple(self.finished[i] for i in range(self.item.num_samples))))
+        sequences = tuple(self.finished[index] for index in range(self.item.num_samples))
+        return self.scores.add_to(SampleResult(sequences, prompt_cache_hit_tokens=self.num_cached))
 
     @property
     def num_sampled(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError
 from tinsmith.store.rows import OpRow
@@ -24,7 +26,7 @@ class Payloads:
 
     def sample_item(self, op: OpRow, adapter: str | None) -> SampleItem:
         seed = read_meta(op.meta, SampleMeta).seed
-        return decode_sample(self._bytes(op)).item(op.id, adapter, seed)
+        return replace(decode_sample(self._bytes(op)).item(op.id, adapter, seed), scope=op.tenant_id)
 
     def _bytes(self, op: OpRow) -> bytes:
         if op.payload is not None:
