@@ -44,6 +44,11 @@ class Settings:
         group="limits",
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
+    max_queued_samples: int = setting(
+        10_000,
+        "Sample requests of one tenant that may wait; beyond it, clients are told to come back later (429).",
+        group="limits",
+    )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
     custom_losses: bool = setting(
         True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
@@ -87,6 +92,12 @@ class Settings:
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
     max_resident_samples: int = setting(256, "Sequences that are decoded together.", group="engine")
     kv_cache_mib: int = setting(1024, "Memory for the sampler's keys and values.", unit="MiB", group="engine")
+    prefix_cache_mib: int = setting(
+        128,
+        "Memory for keys and values of prompts that later prompts may begin with; 0 keeps none.",
+        unit="MiB",
+        group="engine",
+    )
     prefill_chunk_tokens: int = setting(
         512, "Prompt tokens computed in one sampler step.", unit="tokens", group="engine"
     )
@@ -124,6 +135,14 @@ class Settings:
         group="durability",
     )
     sqlite_synchronous: str = setting("FULL", "SQLite's synchronous pragma: FULL or NORMAL.", group="durability")
+
+    cancel_future: bool = setting(True, "Let clients cancel sample requests that they gave up.", group="clients")
+    retrieve_futures: bool = setting(
+        True, "Let clients wait for all samples of a sampler with one poll, instead of one each.", group="clients"
+    )
+    join_sampling_session: bool = setting(
+        True, "Number the copies of a sampling client, instead of letting them draw their numbers.", group="clients"
+    )
 
     compress_requests: bool = setting(True, "Have clients compress their training requests (zstd).", group="access")
     jwt_auth: bool = setting(
@@ -190,10 +209,13 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
+            "max_queued_samples",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
+        if self.prefix_cache_mib < 0:
+            raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:

@@ -177,7 +177,7 @@ def check_memory(refs: Sequence[bases.BaseRef], settings: Settings) -> list[Chec
         return []
     free = free_memory_bytes()
     weights = sum(bases.num_params(ref.directory) for ref in refs) * BYTES_PER_PARAM
-    needed = weights + len(refs) * (settings.kv_cache_mib * 2**20 + WORKER_BYTES)
+    needed = weights + len(refs) * ((settings.kv_cache_mib + settings.prefix_cache_mib) * 2**20 + WORKER_BYTES)
     found = f"{needed / GIB:.1f} GiB needed for {len(refs)} base model(s) before training, {free / GIB:.1f} GiB free"
     if weights > free:
         cure = "serve fewer or smaller models, or use a machine with more memory"

@@ -94,8 +94,9 @@ class Engine(Protocol):
         """Queue a request for admission; its adapter is present and stays until it ends."""
         ...
 
-    def cancel_sample(self, op_id: OpId) -> None:
-        """Forget a submitted request; it never shows up in `step_samples`. Unknown ids are ignored."""
+    def cancel_sample(self, op_id: OpId) -> int:
+        """Forget a submitted request; it never shows up in `step_samples`. The tokens sampled for it until now; unknown
+        ids are ignored."""
         ...
 
     @property

@@ -28,6 +28,7 @@ from tinsmith.types import (
     SampleItem,
     SamplePiece,
     SampleResult,
+    TokenArray,
     TrainItem,
     TrainResult,
 )
@@ -153,12 +154,11 @@ class FakeEngine:
         self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
 
     def submit_sample(self, item: SampleItem) -> None:
-        limit = item.params.max_tokens
-        room = self._info.max_context - len(item.prompt)
-        self._samples[item.op_id] = (item, min(room, limit) if limit is not None else room)
+        self._samples[item.op_id] = (item, self._length(item))
 
-    def cancel_sample(self, op_id: OpId) -> None:
-        self._samples.pop(op_id, None)
+    def cancel_sample(self, op_id: OpId) -> int:
+        item, left = self._samples.pop(op_id, (None, 0))
+        return 0 if item is None else item.num_samples * (self._length(item) - left)
 
     @property
     def num_samples(self) -> int:
@@ -184,24 +184,45 @@ class FakeEngine:
                     pieces.append(SamplePiece(op_id, index, start, cut_sequence(sequence, start, end)))
         return pieces
 
+    def _length(self, item: SampleItem) -> int:
+        room = self._info.max_context - len(item.prompt)
+        return room if item.params.max_tokens is None else min(room, item.params.max_tokens)
+
     def _sample(self, item: SampleItem) -> SampleResult:
         weight = float(self._adapters[item.adapter].sum()) if item.adapter else 0.0
-        room = self._info.max_context - len(item.prompt)
-        length = room if item.params.max_tokens is None else min(room, item.params.max_tokens)
+        length = self._length(item)
         sequences = []
         for index in range(item.num_samples):
             rng = np.random.default_rng([item.seed & 0x7FFFFFFF, index, abs(int(weight * 1e6))])
             tokens = rng.integers(0, self._info.vocab_size, length).astype(np.int32)
             sequence = SampledSequence(tokens, np.full(length, -1.0, np.float32), stopped=False)
-            if k := item.topk_sample_logprobs:
-                ranks = np.arange(k, dtype=np.int32)
-                tops = (tokens[:, None] + ranks) % self._info.vocab_size
-                logprobs = np.broadcast_to(-1.0 - ranks, tops.shape).astype(np.float32)
-                sequence = replace(sequence, topk_tokens=tops.astype(np.int32), topk_logprobs=logprobs)
+            if item.topk_sample_logprobs:
+                ids, logprobs = _likeliest(length, item.topk_sample_logprobs)
+                sequence = replace(sequence, topk_tokens=ids, topk_logprobs=logprobs)
             sequences.append(sequence)
-        result = SampleResult(tuple(sequences))
-        if item.prompt_logprobs:
-            logprobs = np.full(len(item.prompt), -1.0, np.float32)
-            logprobs[0] = np.nan
-            result = replace(result, prompt_logprobs=logprobs)
-        return result
+        return _with_scores(SampleResult(tuple(sequences)), item)
+
+
+def _with_scores(result: SampleResult, item: SampleItem) -> SampleResult:
+    """Every logprob is -1, every likely or drawn token the lowest."""
+    num_prompt, k = len(item.prompt), item.prompt_alt_tokens_k
+    start = num_prompt - min(item.prompt_logprobs_last_n or num_prompt, num_prompt - 1)
+    if item.prompt_logprobs:
+        logprobs = np.full(num_prompt, -1.0, np.float32)
+        logprobs[:start] = np.nan
+        result = replace(result, prompt_logprobs=logprobs)
+    if item.topk_prompt_logprobs:
+        ids, top = _likeliest(num_prompt, item.topk_prompt_logprobs)
+        ids[:start], top[:start] = 0, -99999.0
+        result = replace(result, topk_prompt_tokens=ids, topk_prompt_logprobs=top)
+    if item.prompt_targets is not None:
+        scored = np.where(item.prompt_targets.ids >= 0, -1.0, 0.0).astype(np.float32)
+        result = replace(result, prompt_targets=item.prompt_targets, prompt_target_logprobs=scored)
+    if k:
+        ids, drawn = _likeliest(num_prompt - 1, k)
+        result = replace(result, prompt_alt_tokens=ids.astype(np.int64), prompt_alt_logprobs=drawn)
+    return result
+
+
+def _likeliest(length: int, k: int) -> tuple[TokenArray, FloatArray]:
+    return np.tile(np.arange(k, dtype=np.int32), (length, 1)), np.full((length, k), -1.0, np.float32)

@@ -98,8 +98,8 @@ class TorchEngine:
     def submit_sample(self, item: SampleItem) -> None:
         self._sampler.submit(item)
 
-    def cancel_sample(self, op_id: OpId) -> None:
-        self._sampler.cancel(op_id)
+    def cancel_sample(self, op_id: OpId) -> int:
+        return self._sampler.cancel(op_id)
 
     @property
     def num_samples(self) -> int:

@@ -209,10 +209,33 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTargets:
+    """Token ids to score in a prompt, in the layout in which they were sent: cells of a matrix `shape` [P-1, K].
+
+    ids: int64, -1 asks for nothing; a cell of row i is scored at prompt position i + 1. Dense while `crow` is None:
+    ids [(P-1) * K], row by row. Else CSR: crow int64 [P], cols int64 and ids as many as cells are listed.
+    """
+
+    ids: IntArray
+    shape: tuple[int, int]
+    crow: IntArray | None = None
+    cols: IntArray | None = None
+
+    @property
+    def rows(self) -> IntArray:
+        """int64: the row of each cell."""
+        counts = np.diff(self.crow) if self.crow is not None else np.full(self.shape[0], self.shape[1])
+        return np.repeat(np.arange(self.shape[0]), counts)
+
+
+@dataclass(frozen=True, slots=True)
 class SampleItem:
     """One sample request, as the engine takes it. `adapter` names loaded sampler weights; None is the plain base.
 
     prompt: int32 [P]. Sample i of the request draws from the stream (seed, i, position).
+    prompt_logprobs_last_n: of the prompt, score the last N tokens alone (with their top-k); None: all but the first.
+    scope: only requests of one scope may share computed prompts, so that nobody learns what others asked.
+    prompt_alt_tokens_k: draws at each prompt position, at the request's temperature, whatever its top_k and top_p.
     """
 
     op_id: OpId
@@ -224,13 +247,17 @@ class SampleItem:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    prompt_targets: PromptTargets | None = None
+    prompt_alt_tokens_k: int = 0
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
     """tokens: int32 [S], the stop token included; logprobs: float32 [S], at the request's temperature.
 
-    topk: if asked for, the k most likely tokens at each of these positions, int32 [S, k], and their logprobs.
+    topk: the likeliest tokens of each position, ids int32 [S, k] and logprobs float32 [S, k], at that temperature too.
     """
 
     tokens: TokenArray
@@ -252,13 +279,23 @@ class SamplePiece:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """prompt_logprobs: float32 [P], NaN at position 0; topk_prompt: ids int32 [P, k] and logprobs float32 [P, k]
-    (row 0 holds the sentinel token 0, logprob -99999)."""
+    """All logprobs of the prompt are those of the model at temperature 1.
+
+    prompt_logprobs: float32 [P], NaN at position 0 and wherever none was asked for.
+    topk_prompt: ids int32 [P, k] and logprobs float32 [P, k]; such rows hold the sentinel token 0, logprob -99999.
+    prompt_target_logprobs: float32, one for each of `prompt_targets.ids`, 0 where that is -1.
+    prompt_cache_hit_tokens: prompt tokens whose keys and values came from an earlier request.
+    prompt_alt: draws, ids int64 [P-1, k] and logprobs float32 [P-1, k]; row i is about position i + 1.
+    """
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: FloatArray | None = None
     topk_prompt_tokens: TokenArray | None = None
     topk_prompt_logprobs: FloatArray | None = None
+    prompt_targets: PromptTargets | None = None
+    prompt_target_logprobs: FloatArray | None = None
+    prompt_alt_tokens: IntArray | None = None
+    prompt_alt_logprobs: FloatArray | None = None
     prompt_cache_hit_tokens: int = 0
 
 

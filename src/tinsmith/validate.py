@@ -16,7 +16,7 @@ import numpy as np
 
 from tinsmith.config import Settings
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
-from tinsmith.types import AdamParams, Array, BaseInfo, Datum, LossSpec, Targets
+from tinsmith.types import AdamParams, Array, BaseInfo, Datum, LossSpec, PromptTargets, Targets
 from tinsmith.wire.sampling import SampleRequest
 from tinsmith.wire.training import TrainingRequest
 
@@ -129,6 +129,7 @@ def check_sample(request: SampleRequest, info: BaseInfo, settings: Settings) -> 
             f"the prompt has {num_prompt} tokens; {info.name} holds at most {info.max_context - 1} and one more"
         )
     _check_sampling_params(request, num_prompt, info)
+    _check_prompt_scores(request, num_prompt, info)
     check_seed(request.seed)
 
 
@@ -273,12 +274,44 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
     for name in ("presence_penalty", "frequency_penalty"):
         if not -MAX_PENALTY <= getattr(params, name) <= MAX_PENALTY:
             raise UserError(f"{name} must lie in -{MAX_PENALTY}..{MAX_PENALTY}, not {getattr(params, name)}")
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if not 0 <= getattr(request, name) <= min(MAX_TOPK, info.vocab_size):
-            raise UserError(f"{name} must lie in 0..{MAX_TOPK}, not {getattr(request, name)}")
     if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOPS:
         raise UserError(f"stop may hold at most {MAX_STOPS} entries")
     if any(not text for text in params.stop_strings):
         raise UserError("stop holds an empty string: leave it out")
     if any(not 0 <= token < info.vocab_size for token in params.stop_tokens or ()):
         raise UserError(f"stop tokens must lie in 0..{info.vocab_size - 1}")
+
+
+def _check_prompt_scores(request: SampleRequest, num_prompt: int, info: BaseInfo) -> None:
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        most = min(MAX_TOPK, info.vocab_size)
+        if not 0 <= getattr(request, name) <= most:
+            raise UserError(f"{name} must lie in 0..{most}, not {getattr(request, name)}")
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not request.prompt_logprobs:
+        raise UserError("prompt_logprobs_last_n says which prompt logprobs are wanted: set prompt_logprobs too")
+    if last_n is not None and not 1 <= last_n < num_prompt:
+        raise UserError(
+            f"prompt_logprobs_last_n must lie in 1..{num_prompt - 1}, not {last_n}: of the prompt's {num_prompt} "
+            "tokens the first has no logprob"
+        )
+    if request.prompt_targets is not None:
+        _check_prompt_targets(request.prompt_targets, num_prompt, info)
+
+
+def _check_prompt_targets(targets: PromptTargets, num_prompt: int, info: BaseInfo) -> None:
+    name = "target_prompt_logprobs"
+    if targets.shape[0] != num_prompt - 1:
+        raise UserError(
+            f"{name} has {targets.shape[0]} rows: give {num_prompt - 1}, one for each prompt token after the first"
+        )
+    if not targets.ids.size or int(targets.ids.max()) < 0:
+        raise UserError(f"{name} names no token id: name one, or leave it out")
+    if int(targets.ids.max()) >= info.vocab_size:
+        raise UserError(f"{name} must hold ids in 0..{info.vocab_size - 1} or -1, found {int(targets.ids.max())}")
+    most = max(info.vocab_size, MAX_TOPK * (num_prompt - 1))
+    if targets.ids.size > most:
+        raise TooLargeError(
+            f"{name} holds {targets.ids.size} cells, at most {most} are allowed for this prompt: name fewer ids, or "
+            "send them as CSR, which leaves out the cells that ask for nothing"
+        )

@@ -21,18 +21,22 @@ KINDS = ("weights", "sampler_weights", "external_weights")
 
 @dataclass(frozen=True, slots=True)
 class Ids:
-    """What a tenant has: one of each kind. `sampler_path` and `path` are checkpoints of `run`."""
+    """What a tenant has: one of each kind. `sampler_path` and `path` are checkpoints of `run`.
+
+    `sample` is the future of a sample, `future` that of a request of `run`.
+    """
 
     session: str
     run: str
     sampler: str
     future: str
+    sample: str
     path: str
     sampler_path: str
 
     def hide(self, text: str) -> str:
         """The text without the ids, to compare answers about different objects."""
-        for name in ("path", "sampler_path", "run", "sampler", "session", "future"):
+        for name in ("path", "sampler_path", "run", "sampler", "session", "future", "sample"):
             text = text.replace(getattr(self, name), f"<{name}>")
         return text
 
@@ -62,6 +66,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
     my_sampler = {"session_id": mine.session, "sampling_session_seq_id": seq_id}
     chat = {"model": at.sampler_path, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     sample = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
+    target = {"type": "sampling_session", "sampling_session_id": at.sampler}
     return {
         "POST /create_session": [],
         "POST /session_heartbeat": [Probe("POST", "/session_heartbeat", {"session_id": at.session})],
@@ -120,6 +125,9 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "POST /asample": [
             Probe("POST", "/asample", {"sampling_session_id": at.sampler, "seq_id": seq_id, **sample}),
         ],
+        "POST /join_sampling_session": [Probe("POST", "/join_sampling_session", {"sampling_session_id": at.sampler})],
+        "POST /retrieve_futures": [Probe("POST", "/retrieve_futures", {"target": target, "timeout": 0})],
+        "POST /cancel_future": [Probe("POST", "/cancel_future", {"request_id": at.sample})],
         "POST /retrieve_future": [Probe("POST", "/retrieve_future", {"request_id": at.future})],
         "GET /training_runs": [],
         "GET /training_runs/{run_id:str}": [Probe("GET", f"/training_runs/{at.run}")],

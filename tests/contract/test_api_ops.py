@@ -68,7 +68,7 @@ def failure(api: Any, promise: dict[str, Any]) -> str:
 
 def test_flags(api: Any) -> None:
     assert api.post("/client/config", {"sdk_version": "0.38.0"})["proto_compress_fwdbwd"] is True
-    assert api.post("/client/dynamic_config", {})["sample_cancel_enabled"] is False
+    assert api.post("/client/dynamic_config", {})["sample_cancel_enabled"] is True
     assert api.post("/telemetry", {"events": []}) == {"status": "accepted"}
 
 
@@ -347,7 +347,8 @@ def test_bad_samples(api: Any, sampler_id: str) -> None:
         ({"prompt": {"chunks": [{"type": "image", "data": ""}]}}, "image"),
         ({"prompt": None}, "prompt"),
         ({"sampling_params": {"max_tokens": 10**6}}, "context"),
-        ({"topk_sample_logprobs": 200}, "topk_sample_logprobs"),
+        ({"topk_sample_logprobs": 129}, "topk_sample_logprobs"),
+        ({"record_stability_info": True}, "record_stability_info"),
     ]
     for seq, (changes, words) in enumerate(cases):
         assert words in failure(api, api.post("/asample", sample_body(sampler_id, seq_id=seq, **changes)))

@@ -257,7 +257,7 @@ def test_bad_steps(run: RawRun, changes: dict[str, Any], words: str) -> None:
         ({"sampling_params": {"stop": [1, "a"]}}, "not of both"),
         ({"sampling_params": {"stop": [1.5]}}, "sampling_params.stop"),
         ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),
-        ({"prompt_logprobs_last_n": 3}, "leave it out"),
+        ({"prompt_logprobs_last_n": 3}, "set prompt_logprobs too"),
     ],
 )
 def test_bad_samples(raw: Raw, session: str, run: RawRun, changes: dict[str, Any], words: str) -> None:

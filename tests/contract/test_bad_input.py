@@ -270,7 +270,7 @@ def test_bad_prompts(pair: Pair, prompt: list[int], words: str) -> None:
 def test_extras_that_are_not_offered(pair: Pair) -> None:
     prompt, params = types.ModelInput.from_ints(TEXT), types.SamplingParams(max_tokens=1)
     refused(lambda: pair.sampler.sample(prompt, 1, params, topk_prompt_logprobs=129), r"0\.\.128")
-    refused(lambda: pair.sampler.sample(prompt, 1, params, topk_sample_logprobs=200), r"0\.\.128")
+    refused(lambda: pair.sampler.sample(prompt, 1, params, topk_sample_logprobs=129), r"0\.\.128")
     image = types.ModelInput(chunks=[types.ImageChunk(data=b"\x89PNG", format="png")])
     refused(lambda: pair.sampler.sample(image, 1, params), "only token chunks")
 

@@ -18,6 +18,7 @@ ABSENT = Ids(
     run=f"s{'0' * 24}:train:0",
     sampler=f"s{'0' * 24}:sample:0",
     future="req-" + "0" * 32,
+    sample="req-" + "1" * 32,
     path=f"tinker://s{'0' * 24}:train:0/weights/kept",
     sampler_path=f"tinker://s{'0' * 24}:train:0/sampler_weights/kept",
 )
@@ -68,7 +69,11 @@ def tenant(service: Service, admin: Raw, name: str) -> Tenant:
     raw.good("/save_weights_external", json={**run.next(), "path": "kept"})
     body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": sampler_path}
     sampler = raw.good("/create_sampling_session", json=body).json()["sampling_session_id"]
-    return Tenant(raw, Ids(session, run.run_id, sampler, future, path.json()["path"], sampler_path))
+    asked = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
+    sample = raw.send("POST", "/asample", json={"sampling_session_id": sampler, "seq_id": 0, **asked}).json()[
+        "request_id"
+    ]
+    return Tenant(raw, Ids(session, run.run_id, sampler, future, sample, path.json()["path"], sampler_path))
 
 
 @pytest.fixture(scope="module")

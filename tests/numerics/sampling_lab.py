@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,13 +70,14 @@ def sample(
     seed: int = 0,
     prompt_logprobs: bool = False,
     topk: int = 0,
-    topk_sampled: int = 0,
+    scores: Mapping[str, Any] | None = None,
     **params: Any,
 ) -> SampleItem:
-    """A request that never stops unless told to."""
+    """A request that never stops unless told to. `scores`: more fields of the item."""
     given = SamplingParams(**{"max_tokens": 8, "stop_tokens": (), **params})
-    tokens = np.array(prompt, np.int32)
-    return SampleItem(OpId(name), adapter, tokens, given, num_samples, seed, prompt_logprobs, topk, topk_sampled)
+    ids = np.array(prompt, np.int32)
+    item = SampleItem(OpId(name), adapter, ids, given, num_samples, seed, prompt_logprobs, topk)
+    return replace(item, **(scores or {}))
 
 
 def prompt(seed: int, length: int, vocab: int = VOCAB) -> np.ndarray[Any, Any]:
@@ -102,7 +103,16 @@ def assert_same_sample(one: SampleResult, other: SampleResult) -> None:
         np.testing.assert_array_equal(left.tokens, right.tokens)
         np.testing.assert_array_equal(left.logprobs.view(np.int32), right.logprobs.view(np.int32))
         assert left.stopped == right.stopped
-    for name in ("prompt_logprobs", "topk_prompt_tokens", "topk_prompt_logprobs"):
+        for name in ("topk_tokens", "topk_logprobs"):
+            np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+    for name in (
+        "prompt_logprobs",
+        "topk_prompt_tokens",
+        "topk_prompt_logprobs",
+        "prompt_target_logprobs",
+        "prompt_alt_tokens",
+        "prompt_alt_logprobs",
+    ):
         left, right = getattr(one, name), getattr(other, name)
         assert (left is None) == (right is None)
         if left is not None:

@@ -297,9 +297,13 @@ def drain(engine: TorchEngine) -> dict[str, Any]:
 
 
 def test_most_likely_tokens_of_each_step_whatever_the_neighbours_ask(base):
-    wanted = sample("r", prompt(1, 30), num_samples=2, seed=5, max_tokens=12, topk_sampled=3, temperature=0.8)
+    wanted = sample(
+        "r", prompt(1, 30), num_samples=2, seed=5, max_tokens=12, scores={"topk_sample_logprobs": 3}, temperature=0.8
+    )
     alone = run_all(make_sampler(base), [wanted])["r"]
-    others = [sample(f"n{k}", prompt(k, 20), seed=k, max_tokens=20, topk_sampled=k) for k in (0, 2, 7)]
+    others = [
+        sample(f"n{k}", prompt(k, 20), seed=k, max_tokens=20, scores={"topk_sample_logprobs": k}) for k in (0, 2, 7)
+    ]
     crowd = run_all(make_sampler(base), [others[0], wanted, *others[1:]])
     plain = run_all(
         make_sampler(base), [sample("r", prompt(1, 30), num_samples=2, seed=5, max_tokens=12, temperature=0.8)]
@@ -330,7 +334,7 @@ def test_a_frequency_penalty_ends_repetition(base):
 
 def test_progress_is_the_beginning_of_the_result(base):
     sampler = make_sampler(base)
-    sampler.submit(sample("r", prompt(1, 20), num_samples=2, seed=5, max_tokens=9, topk_sampled=2))
+    sampler.submit(sample("r", prompt(1, 20), num_samples=2, seed=5, max_tokens=9, scores={"topk_sample_logprobs": 2}))
     sampler.submit(sample("other", prompt(1, 20), max_tokens=9))
     assert sampler.progress({"r": {}}) == []
     heard: dict[int, list[int]] = {0: [], 1: []}

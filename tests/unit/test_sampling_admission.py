@@ -5,6 +5,7 @@ import numpy as np
 from tinsmith.sampling.admission import next_chunk, plan_prefill
 from tinsmith.sampling.blocks import Claim
 from tinsmith.sampling.rng import streams
+from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import StopRule
 from tinsmith.types import OpId, SampleItem, SamplingParams
@@ -18,7 +19,7 @@ class NoText:
 def request(length: int, prefilled: int = 0, num_samples: int = 1, max_tokens: int = 10) -> Request:
     item = SampleItem(OpId("r"), None, np.zeros(length, np.int32), SamplingParams(), num_samples, 0)
     stop = StopRule(frozenset(), (), NoText())
-    return Request(item, None, stop, max_tokens, streams(0, num_samples), num_prefilled=prefilled)
+    return Request(item, None, stop, max_tokens, streams(0, num_samples), PromptScores(item), num_prefilled=prefilled)
 
 
 def plan(begun, waiting, chunk=100, may_begin=lambda _: True):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tinsmith.sampling.logits import Warp, draw, penalise, target_logprobs, top_logprobs, truncate
+from tinsmith.sampling.logits import Warp, draw, draw_many, penalise, truncate
+from tinsmith.sampling.scores import likeliest
 from tinsmith.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def one_thread():
 
 def one(logits: list[float], uniform: float = 0.5, **params: float) -> tuple[int, float]:
     warp = Warp.of([SamplingParams(**params)], len(logits), CPU)
-    tokens, logprobs = draw(torch.tensor([logits]), warp, torch.tensor([uniform], dtype=torch.float64))
+    tokens, logprobs, _ = draw(torch.tensor([logits]), warp, torch.tensor([uniform], dtype=torch.float64))
     return int(tokens[0]), float(logprobs[0])
 
 
@@ -107,21 +108,12 @@ def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(37, vocab, generator=generator) * 3
     uniforms = torch.rand(37, dtype=torch.float64, generator=generator)
-    tokens, logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
+    tokens, logprobs, all_logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
     for i in range(37):
-        token, logprob = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
+        token, logprob, _ = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
         assert torch.equal(token[0], tokens[i])
         assert torch.equal(logprob[0], logprobs[i])
-
-
-def test_target_logprobs_and_the_most_likely():
-    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
-    own, ids, top = target_logprobs(logits, torch.tensor([0, 1]), 2)
-    expected = torch.log_softmax(logits, -1)
-    torch.testing.assert_close(own, expected[[0, 1], [0, 1]])
-    assert ids.tolist() == [[2, 1], [0, 1]]
-    torch.testing.assert_close(top, expected.gather(1, ids))
-    assert target_logprobs(logits, torch.tensor([0, 1]), 0)[1].shape == (2, 0)
+        assert torch.equal(logprob[0], all_logprobs[i, tokens[i]])
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
@@ -142,15 +134,25 @@ def test_penalties_count_what_was_sampled_and_leave_logprobs_alone():
     assert penalised is not None
     assert penalised.tolist() == [[1, 2, 3, 4], [1, 2, 1, 1.5]]
     warp = Warp.of(params, 4, CPU)
-    tokens, logprobs = draw(logits, warp, torch.zeros(2, dtype=torch.float64), penalised)
+    tokens, logprobs, _ = draw(logits, warp, torch.zeros(2, dtype=torch.float64), penalised)
     assert tokens.tolist() == [3, 1]
     assert logprobs.tolist() == pytest.approx(torch.log_softmax(logits, -1)[[0, 1], [3, 1]].tolist())
     assert penalise(logits, params[:1] * 2, [[3], [3]]) is None
 
 
-def test_the_most_likely_tokens_are_those_at_the_temperature():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]])
-    tokens, logprobs = top_logprobs(logits, torch.tensor([[1.0], [0.5]]), 2)
-    assert tokens.tolist() == [[1, 2], [0, 2]]
-    expected = torch.log_softmax(logits / torch.tensor([[1.0], [0.5]]), -1)
-    assert torch.equal(logprobs, expected.gather(1, tokens))
+def test_many_draws_a_row_invert_the_distribution_at_the_temperature():
+    probs = torch.tensor([[0.125, 0.25, 0.625], [0.5, 0.5, 0.0]])
+    uniforms = torch.tensor([[0.0, 0.2, 0.9], [0.49, 0.5, 0.99]], dtype=torch.float64)
+    assert draw_many(probs.log(), 1.0, uniforms).tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert draw_many(probs.log() * 0.5, 0.5, uniforms).tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert draw_many(probs.log(), 0.0, uniforms).tolist() == [[2, 2, 2], [0, 0, 0]]
+
+
+def test_the_likeliest_of_a_row_do_not_depend_on_what_others_ask_for():
+    logprobs = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, 0.0], [1.0, 3.0, 2.0]]), -1)
+    first, none, last = likeliest(logprobs, [2, 0, 1])
+    assert none is None
+    assert first[0].tolist() == [2, 1]
+    assert first[0].dtype == np.int32
+    np.testing.assert_array_equal(first[1], logprobs[0, [2, 1]].numpy())
+    assert last[0].tolist() == [1]

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tinker import types
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 from tinker.proto.response_conv import deserialize_sample_response
 
 from tinsmith.errors import UnsupportedError
@@ -70,18 +72,53 @@ def test_mixed_stops_are_refused() -> None:
         decode_sample(body(sampling_params={"stop": ["a", 1]}))
 
 
+def test_stability_info_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="record_stability_info"):
+        decode_sample(body(record_stability_info=True))
+
+
+def test_scores_of_the_sdk_model_decode() -> None:
+    ids = torch.tensor([[7, -1], [-1, -1], [-1, 9]])
+    for data in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
+        request = types.SampleRequest(
+            prompt=types.ModelInput.from_ints([4, 5, 6, 7]),
+            sampling_params=types.SamplingParams(max_tokens=1),
+            sampling_session_id="s:sample:0",
+            seq_id=10**18,
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=2,
+            topk_sample_logprobs=3,
+            prompt_alt_tokens_k=4,
+            target_prompt_logprobs=_tensor_data_to_model(data),
+        )
+        item = decode_sample(request.model_dump_json(exclude_none=True).encode()).item("req-1", None, seed=9)
+        assert (item.prompt_logprobs_last_n, item.topk_sample_logprobs, item.prompt_alt_tokens_k) == (2, 3, 4)
+        targets = item.prompt_targets
+        assert targets.shape == (3, 2)
+        asked = targets.ids >= 0
+        assert list(zip(targets.rows[asked], targets.ids[asked], strict=True)) == [(0, 7), (2, 9)]
+
+
 @pytest.mark.parametrize(
-    "extra",
+    ("tensor", "words"),
     [
-        {"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}},
-        {"prompt_alt_tokens_k": 2},
-        {"prompt_logprobs_last_n": 1},
-        {"record_stability_info": True},
+        ({"data": [1, 2], "dtype": "float32", "shape": [2, 1]}, "int64"),
+        ({"data": [1, 2], "dtype": "int64"}, "shape"),
+        ({"data": [1, 2], "dtype": "int64", "shape": [2]}, "shape"),
+        ({"data": [1, 2], "dtype": "int64", "shape": [2, 2]}, "do not fill"),
+        ({"data": [1, 2], "dtype": "int64", "shape": [2, 2], "sparse_crow_indices": [0, 1, 2]}, "together"),
+        ({"data": [1], "shape": [1, 2], "sparse_crow_indices": [0, 2], "sparse_col_indices": [0]}, "row pointers"),
+        ({"data": [1], "shape": [2, 2], "sparse_crow_indices": [0, 1], "sparse_col_indices": [0]}, "row pointers"),
+        ({"data": [1], "shape": [1, 2], "sparse_crow_indices": [0, 1], "sparse_col_indices": [2]}, "column"),
+        ({"data": [1], "shape": [1, 2], "sparse_crow_indices": [0, 1], "sparse_col_indices": []}, "column"),
+        ({"data": [-2], "shape": [1, 1]}, "data"),
+        ({"data": [2**40], "shape": [1, 1]}, "data"),
+        ({"data": [1], "shape": [-1, -1]}, "shape"),
     ],
 )
-def test_extras_are_refused_by_name(extra: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match=next(iter(extra))):
-        decode_sample(body(**extra))
+def test_bad_targets_are_refused(tensor: dict[str, Any], words: str) -> None:
+    with pytest.raises(WireError, match=words):
+        decode_sample(body(target_prompt_logprobs=tensor))
 
 
 def test_image_prompts_are_refused() -> None:
@@ -117,3 +154,26 @@ def test_results_decode_in_the_sdk() -> None:
     assert response.prompt_logprobs == [None, -3]
     assert response.topk_prompt_logprobs == [None, [(7, -1.0), (8, -2.0)]]
     assert response.prompt_cache_hit_tokens == 5
+
+
+def test_scores_decode_in_the_sdk() -> None:
+    ids = torch.tensor([[7, -1], [-1, -1], [-1, 9]])
+    top = {"topk_tokens": np.int32([[4, 1]]), "topk_logprobs": np.float32([[-1, -2]])}
+    for data in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
+        sent = body(target_prompt_logprobs=_tensor_data_to_model(data).model_dump(exclude_none=True))
+        targets = decode_sample(sent).prompt_targets
+        result = SampleResult(
+            sequences=(SampledSequence(np.int32([4]), np.float32([-1]), stopped=True, **top),),
+            prompt_targets=targets,
+            prompt_target_logprobs=np.where(targets.ids >= 0, -targets.ids / 2, 0).astype(np.float32),
+            prompt_alt_tokens=np.int64([[1, 2], [3, 4], [5, 6]]),
+            prompt_alt_logprobs=np.float32([[-1, -2], [-3, -4], [-5, -6]]),
+        )
+        response = deserialize_sample_response(encode_sample_result(result))
+        assert response.sequences[0].topk_logprobs == [[(4, -1.0), (1, -2.0)]]
+        scored = response.target_prompt_logprobs
+        assert (scored.dtype, scored.shape) == ("float32", [3, 2])
+        assert (scored.sparse_crow_indices is None) == (data.sparse_crow_indices is None)
+        assert scored.to_torch().tolist() == [[-3.5, 0], [0, 0], [0, -4.5]]
+        assert response.prompt_alt_tokens.tokens.to_torch().tolist() == [[1, 2], [3, 4], [5, 6]]
+        assert response.prompt_alt_tokens.logprobs.to_torch().tolist() == [[-1, -2], [-3, -4], [-5, -6]]

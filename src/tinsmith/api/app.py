@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -23,6 +23,7 @@ from tinsmith.api import (
     client,
     copies,
     downloads,
+    endings,
     futures,
     identity,
     keys,
@@ -47,6 +48,8 @@ from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
+from tinsmith.api.waiters import Awaited
+from tinsmith.store.rows import EndsAfter
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -96,7 +99,10 @@ CLOSED = (
     sampling.create_sampling_session,
     sampling.get_sampler,
     sampling.asample,
+    sampling.join_sampling_session,
     futures.retrieve_future,
+    endings.retrieve_futures,
+    endings.cancel_future,
     runs.list_runs,
     runs.get_run,
     runs.list_run_checkpoints,
@@ -196,12 +202,18 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 def _watching(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        watching = services.waiters.watching(lambda ids: services.work(services.store.ops.final_among, ids))
+        watching = services.waiters.watching(lambda awaited: services.work(_ended_among, services, awaited))
         async with watching:
             with services.pieces.listening():
                 yield
 
     return lifespan
+
+
+def _ended_among(services: Services, awaited: Sequence[Awaited]) -> set[Awaited]:
+    marks = [mark for mark in awaited if isinstance(mark, EndsAfter)]
+    ended: set[Awaited] = set(services.store.endings.reached(marks))
+    return ended | services.store.ops.final_among([op_id for op_id in awaited if not isinstance(op_id, EndsAfter)])
 
 
 def _request_id(scope: Scope) -> str:

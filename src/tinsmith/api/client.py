@@ -21,16 +21,16 @@ class ClientFlags(Struct):
     proto_compress_fwdbwd: bool
     fwdbwd_max_chunk_len: int
     fwdbwd_max_chunk_bytes_count: int
+    sample_use_retrieve_futures: bool
+    sample_join_sampling_session: bool
     parallel_fwdbwd_chunks: bool = True
-    sample_use_retrieve_futures: bool = False
-    sample_join_sampling_session: bool = False
     custom_loss_server_side: bool = False
     create_model_via_load_weights: bool = True
 
 
 class DynamicFlags(Struct):
+    sample_cancel_enabled: bool
     refresh_interval_sec: int = 300
-    sample_cancel_enabled: bool = False
     sample_cancel_max_batch_size: int = 64
 
 
@@ -48,13 +48,15 @@ async def client_config(request: Call, services: ServicesDep, data: JSONBody[Cli
         fwdbwd_max_chunk_len=settings.chunk_max_datums,
         fwdbwd_max_chunk_bytes_count=settings.chunk_max_bytes,
         custom_loss_server_side=settings.custom_losses,
+        sample_use_retrieve_futures=settings.retrieve_futures,
+        sample_join_sampling_session=settings.join_sampling_session,
     )
 
 
 @post("/client/dynamic_config", status_code=200)
-async def dynamic_config(request: Call, data: JSONBody[ClientConfig]) -> DynamicFlags:
+async def dynamic_config(request: Call, services: ServicesDep, data: JSONBody[ClientConfig]) -> DynamicFlags:
     """Flags that clients ask for again from time to time."""
-    return DynamicFlags()
+    return DynamicFlags(sample_cancel_enabled=services.settings.cancel_future)
 
 
 @post("/telemetry", status_code=200, request_max_body_size=None)

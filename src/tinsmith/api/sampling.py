@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -17,19 +19,24 @@ from tinsmith.api.body import TOKENS_BYTES, read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
-from tinsmith.errors import UserError
-from tinsmith.store.rows import NewSampler, Principal
-from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
+from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.store.rows import NewSampler, OpRow, Principal
+from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId, TenantId
 from tinsmith.validate import MAX_SEED, check_sample
 from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import SampleMeta, to_meta
-from tinsmith.wire.requests import CreateSamplingSession, SamplerAddress
+from tinsmith.wire.requests import CreateSamplingSession, JoinSamplingSession, SamplerAddress
 from tinsmith.wire.sampling import decode_sample
 
 
 class SamplingSessionCreated(Struct):
     sampling_session_id: str
     type: str = "create_sampling_session"
+
+
+class SamplingSessionJoined(Struct):
+    client_counter: int
+    type: str = "join_sampling_session"
 
 
 class SamplerInfo(Struct, omit_defaults=True):
@@ -55,14 +62,45 @@ async def get_sampler(request: Call, services: ServicesDep, sampler_id: FromPath
     return SamplerInfo(sampler_id=row.sampler_id, base_model=row.base_model, model_path=row.model_path)
 
 
+@post("/join_sampling_session", status_code=200)
+async def join_sampling_session(
+    request: Call, services: ServicesDep, data: JSONBody[JoinSamplingSession]
+) -> SamplingSessionJoined:
+    """A number of its own for a copy of a sampling client; the copy's seq_ids start at that many thousand millions."""
+    if not services.settings.join_sampling_session:
+        raise UnsupportedError("join_sampling_session is turned off here: draw a number for the copy")
+    sampler_id = SamplerId(data.sampling_session_id)
+    number = await services.write(services.store.samplers.join, request.user.tenant_id, sampler_id)
+    return SamplingSessionJoined(client_counter=number)
+
+
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
     body = await read_body(request, services, TOKENS_BYTES)
-    draft = await services.digest(request.user, len(body), _draft_sample, services, request.user, body)
-    row = await admit(services, request.user, draft)
+    row = await _admit_sample(services, request.user, body)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
+
+
+async def _admit_sample(services: Services, principal: Principal, body: bytes) -> OpRow:
+    async with room_for_sample(services, principal.tenant_id):
+        draft = await services.digest(principal, len(body), _draft_sample, services, principal, body)
+        return await admit(services, principal, draft)
+
+
+@asynccontextmanager
+async def room_for_sample(services: Services, tenant_id: TenantId) -> AsyncIterator[None]:
+    """Around what checks and admits one sample request.
+
+    Raises:
+        CapacityError: as many as may wait do already.
+    """
+    room = services.queue_room
+    count = services.store.ops.num_queued_samples
+    await services.work(room.take, tenant_id, count, services.settings.max_queued_samples)
+    with room.coming(tenant_id):
+        yield
 
 
 def new_sampler(services: Services, principal: Principal, asked: CreateSamplingSession) -> NewSampler:

@@ -21,6 +21,7 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from tinsmith.api.pieces import Pieces
+from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -60,6 +61,7 @@ class Services:
     ready_bases: Callable[[], AbstractSet[str]]
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
+    queue_room: QueueRoom = field(default_factory=QueueRoom)
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)

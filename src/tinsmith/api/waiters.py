@@ -1,7 +1,8 @@
 """One watcher wakes every long poll.
 
-Polls register the op they wait for. The watcher looks at all of them in one query, when the worker rings and every
-`scan_interval_s`: a lost ring costs a scan interval, never a result. It owns no results: who is woken reads the row.
+Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
+them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
+owns no results: who is woken reads the row.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, suppress
+from typing import TypeAlias
 
 import structlog
 
 from tinsmith.bell import Bell
+from tinsmith.store.rows import EndsAfter
 from tinsmith.types import OpId
 
 log = structlog.get_logger("tinsmith.api")
 
-FinalAmong = Callable[[Sequence[OpId]], Awaitable[AbstractSet[OpId]]]
+Awaited: TypeAlias = OpId | EndsAfter
+FinalAmong = Callable[[Sequence[Awaited]], Awaitable[AbstractSet[Awaited]]]
 
 
 class Waiters:
     def __init__(self, bell: Bell | None, scan_interval_s: float) -> None:
         self._bell = bell
         self._scan_interval_s = scan_interval_s
-        self._waiting: dict[OpId, set[asyncio.Future[bool]]] = {}
+        self._waiting: dict[Awaited, set[asyncio.Future[bool]]] = {}
         self._rung = asyncio.Event()
         self._is_closed = False
 
@@ -38,8 +42,8 @@ class Waiters:
     def num_waiting(self) -> int:
         return sum(len(futures) for futures in self._waiting.values())
 
-    def expect(self, op_id: OpId) -> asyncio.Future[bool]:
-        """Register for the end of an op. Register first, then read the row: no end can slip between."""
+    def expect(self, op_id: Awaited) -> asyncio.Future[bool]:
+        """Register for an op's end, or a sampler's next one. Register first, then read: no end can slip between."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._is_closed:
             future.set_result(False)
@@ -47,7 +51,7 @@ class Waiters:
             self._waiting.setdefault(op_id, set()).add(future)
         return future
 
-    def forget(self, op_id: OpId, future: asyncio.Future[bool]) -> None:
+    def forget(self, op_id: Awaited, future: asyncio.Future[bool]) -> None:
         futures = self._waiting.get(op_id)
         if futures is not None:
             futures.discard(future)

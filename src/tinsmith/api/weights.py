@@ -122,6 +122,8 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
     asked = decode_json(body, SaveWeightsForSampler)
     if (asked.path is None) == (asked.sampling_session_seq_id is None):
         raise UserError("save_weights_for_sampler needs a path (a name), or a sampling_session_seq_id, and not both")
+    if asked.kind == "inflight" and asked.path is not None:
+        raise UserError("an inflight save makes a sampling client and has no name: leave path out, or kind")
     sampler_id = None
     if asked.sampling_session_seq_id is not None:
         sampler_id = SamplerId(f"{session_id}:sample:{asked.sampling_session_seq_id}")
@@ -131,6 +133,7 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
         session_id=session_id,
         expires_at=_expiry(asked.ttl_seconds),
         user_metadata=check_metadata(asked.user_metadata),
+        is_inflight=asked.kind == "inflight",
     )
     return replace(draft, meta=to_meta(meta))
 

@@ -38,7 +38,8 @@ def plan_prefill(
     Args:
         begun: requests in prefill, oldest first.
         waiting: requests not begun, oldest first; the first that may not begin holds back those behind it.
-        may_begin: asked just before a request would begin; a True is acted on.
+        may_begin: asked just before a request would begin; a True is acted on. It may move `num_prefilled` on by whole
+            chunks.
     """
     chunks: list[Chunk] = []
     left = chunk_tokens
@@ -52,6 +53,7 @@ def plan_prefill(
         chunk = next_chunk(request, chunk_tokens)
         if chunk.num_tokens > left or not may_begin(request):
             return chunks
+        chunk = next_chunk(request, chunk_tokens)  # where it begins may be cached; then its first chunk was a whole one
         chunks.append(chunk)
         left -= chunk.num_tokens
     return chunks

@@ -17,21 +17,22 @@ from torch import Tensor
 from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
 from tinsmith.sampling.kv import KVCache
-from tinsmith.sampling.logits import Warp, draw, penalise, top_logprobs
+from tinsmith.sampling.logits import Warp, draw, penalise
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.rng import uniforms
-from tinsmith.sampling.sequence import Sequence, TopRow
+from tinsmith.sampling.scores import Top, likeliest
+from tinsmith.sampling.sequence import Sequence
 
 DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one prompt
 
 
 class Drawn(NamedTuple):
-    """A sequence, its next token and that token's logprob; `top` if the request wants the most likely ones."""
+    """A sequence, its next token and that token's logprob; the likeliest tokens, if they were asked for."""
 
     sequence: Sequence
     token: int
     logprob: float
-    top: TopRow | None
+    top: Top | None = None
 
 
 class Decoder:
@@ -89,20 +90,6 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn
     uniforms_B = torch.from_numpy(uniforms(streams_B, positions_B)).to(logits_BV.device)
     params = [s.request.item.params for s in sequences]
     penalised_BV = penalise(logits_BV, params, [s.tokens for s in sequences])
-    tokens_B, logprobs_B = draw(logits_BV, warp, uniforms_B, penalised_BV)
-    tops = _tops(logits_BV, sequences, warp)
-    rows = enumerate(zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True))
-    return [Drawn(sequence, token, logprob, tops.get(row)) for row, (sequence, token, logprob) in rows]
-
-
-def _tops(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> dict[int, TopRow]:
-    """By row, of those that want them. Rows of one k at a time, so that a neighbour's k changes no order of equals."""
-    rows_of: dict[int, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        if k := sequence.request.item.topk_sample_logprobs:
-            rows_of.setdefault(k, []).append(row)
-    found: dict[int, TopRow] = {}
-    for k, rows in rows_of.items():
-        tokens, logprobs = top_logprobs(logits_BV[rows], warp.temperatures_B1[rows], k)
-        found |= dict(zip(rows, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
-    return found
+    tokens_B, logprobs_B, logprobs_BV = draw(logits_BV, warp, uniforms_B, penalised_BV)
+    tops = likeliest(logprobs_BV, [s.request.item.topk_sample_logprobs for s in sequences])
+    return [Drawn(*d) for d in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), tops, strict=True)]

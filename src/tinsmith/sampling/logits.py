@@ -53,7 +53,7 @@ class Warp:
 
 def draw(
     logits_BV: Tensor, warp: Warp, uniforms_B: Tensor, penalised_BV: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One token for each row.
 
     Args:
@@ -62,7 +62,8 @@ def draw(
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        tokens int64 [B] and their logprobs float32 [B]; the logprob is NaN where the logits are not finite.
+        tokens int64 [B], their logprobs float32 [B], and those of all tokens [B, V]; a logprob is NaN where the logits
+        are not finite.
     """
     scaled_BV = logits_BV / warp.temperatures_B1 if warp.has_temperature else logits_BV
     drawn_by_BV = logits_BV if penalised_BV is None else penalised_BV
@@ -75,7 +76,22 @@ def draw(
     if len(warp.greedy):
         tokens_B[warp.greedy] = drawn_by_BV[warp.greedy].argmax(dim=-1)
     logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0], logprobs_BV
+
+
+def draw_many(logits_NV: Tensor, temperature: float, uniforms_NK: Tensor) -> Tensor:
+    """K independent draws for each row, with replacement, int64 [N, K]. temperature 0: the likeliest token, K times.
+
+    Args:
+        logits_NV: float32.
+        uniforms_NK: float64 in [0, 1).
+    """
+    if temperature == 0:
+        return logits_NV.argmax(dim=-1, keepdim=True).expand(uniforms_NK.shape)
+    probs_NV = torch.softmax(logits_NV / max(temperature, MIN_TEMPERATURE), dim=-1)
+    cumulative_NV = torch.cumsum(probs_NV, dim=-1, dtype=torch.float64)
+    targets_NK = uniforms_NK * cumulative_NV[:, -1:]
+    return torch.searchsorted(cumulative_NV, targets_NK, right=True).clamp_(max=logits_NV.shape[1] - 1)
 
 
 def penalise(logits_BV: Tensor, params: Sequence[SamplingParams], tokens: Sequence[Sequence[int]]) -> Tensor | None:
@@ -108,16 +124,3 @@ def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> T
     sorted_BV = sorted_BV.masked_fill(sorted_BV < min_p * sorted_BV[:, :1], 0.0)
     kept_BV = sorted_BV.masked_fill((before_BV >= top_p * cumulative_BV[:, -1:]) & (ranks_V > 0), 0.0)
     return torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
-
-
-def top_logprobs(logits_BV: Tensor, temperatures_B1: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most likely tokens [B, k] of each row at its temperature, and their logprobs [B, k]."""
-    top = torch.log_softmax(logits_BV / temperatures_B1, dim=-1).topk(k, dim=-1)
-    return top.indices, top.values
-
-
-def target_logprobs(logits_TV: Tensor, targets_T: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprobs [T] of given tokens at temperature 1, and the k most likely tokens [T, k] with theirs [T, k]."""
-    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
-    top = logprobs_TV.topk(k, dim=-1)
-    return logprobs_TV.gather(1, targets_T[:, None])[:, 0], top.indices, top.values

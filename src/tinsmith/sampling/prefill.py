@@ -14,7 +14,6 @@ from torch import Tensor
 from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import PrefillContext, Segment, adapter_logits, head_logits, pad_rows
-from tinsmith.sampling.logits import target_logprobs
 
 HEAD_ROWS = 128  # rows whose logits are held at once
 
@@ -35,7 +34,7 @@ def run_prefill(base: BaseModel, chunks: Seq[Chunk]) -> None:
     )
     for chunk, segment in zip(chunks, segments, strict=True):
         chunk.request.num_prefilled = chunk.end
-        if chunk.request.item.prompt_logprobs or chunk.request.item.topk_prompt_logprobs:
+        if chunk.request.scores.wanted:
             _score(base, chunk, hidden_TD[segment.first : segment.last])
     _first_logits(base, [(c, s) for c, s in zip(chunks, segments, strict=True) if c.is_last], hidden_TD)
 
@@ -53,17 +52,14 @@ def _segments(chunks: Seq[Chunk]) -> list[Segment]:
 
 
 def _score(base: BaseModel, chunk: Chunk, hidden_ND: Tensor) -> None:
-    """Logprobs of the prompt tokens that follow the chunk's positions; the prompt's last position predicts none."""
+    """What the request wants to know of its prompt, as far as the chunk's positions say."""
     request = chunk.request
-    end = min(chunk.end, request.num_prompt - 1)
-    for start in range(chunk.start, end, HEAD_ROWS):
+    wanted = request.scores.wanted
+    end = min(chunk.end, wanted.stop)
+    for start in range(max(chunk.start, wanted.start), end, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, end)
         logits_NV = adapter_logits(base, hidden_ND[start - chunk.start : stop - chunk.start], request.adapter)
-        targets_N = torch.from_numpy(request.item.prompt[start + 1 : stop + 1].astype(np.int64)).to(base.device)
-        logprobs, top_ids, top_logprobs = target_logprobs(logits_NV, targets_N, request.item.topk_prompt_logprobs)
-        request.prompt_logprobs.append(logprobs.cpu().numpy())
-        request.topk_tokens.append(top_ids.cpu().numpy().astype(np.int32))
-        request.topk_logprobs.append(top_logprobs.cpu().numpy())
+        request.scores.take(start, logits_NV)
 
 
 def _first_logits(base: BaseModel, ended: Seq[tuple[Chunk, Segment]], hidden_TD: Tensor) -> None:

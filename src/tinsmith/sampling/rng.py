@@ -6,7 +6,8 @@ which can be read at any position: with golden = 0x9E3779B97F4A7C15 and `mix` it
     stream(seed, index)      = mix(mix(seed + golden) + (index + 1) * golden)      mod 2^64
     uniform(stream, position) = (mix(stream + (position + 1) * golden) >> 12) / 2^52
 
-so a uniform lies in [0, 1 - 2^-52]. `position` counts the sampled tokens of the sequence from 0. Formula and
+so a uniform lies in [0, 1 - 2^-52]. `position` counts the sampled tokens of the sequence from 0. Samples have the
+indices from 0, draws at the positions of a prompt those from `ALT_STREAMS`. Formula and
 constants are part of the contract: a request that is run again after a crash must give the same tokens.
 """
 
@@ -20,12 +21,13 @@ UInt64Array = npt.NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
+ALT_STREAMS = 2**32
 
 
-def streams(seed: int, num_samples: int) -> UInt64Array:
-    """uint64 [num_samples]: the streams of a request's samples. Seeds are taken modulo 2^64."""
+def streams(seed: int, num_samples: int, first: int = 0) -> UInt64Array:
+    """uint64 [num_samples]: the streams of a request from index `first` on. Seeds are taken modulo 2^64."""
     start = _mix(np.array([seed & (2**64 - 1)], np.uint64) + GOLDEN)
-    return _mix(start + np.arange(1, num_samples + 1, dtype=np.uint64) * GOLDEN)
+    return _mix(start + np.arange(first + 1, first + num_samples + 1, dtype=np.uint64) * GOLDEN)
 
 
 def uniforms(streams_B: UInt64Array, positions_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

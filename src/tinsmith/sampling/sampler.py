@@ -25,7 +25,9 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
 from tinsmith.sampling.prefill import run_prefill
+from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
+from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
@@ -58,6 +60,7 @@ class Sampler:
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
         self.memory = Memory(KVCache(shape, total))
+        self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
@@ -98,16 +101,20 @@ class Sampler:
             stop=StopRule.of(item.params, self._base.info.eos_tokens, self._tokenizer),
             max_tokens=max_tokens,
             streams=streams(item.seed, item.num_samples),
+            scores=PromptScores(item),
         )
         self._requests[item.op_id] = request
         self._waiting.append(request)
 
-    def cancel(self, op_id: OpId) -> None:
-        """Forget a request and free what it holds; unknown ids are ignored."""
+    def cancel(self, op_id: OpId) -> int:
+        """Forget a request and free what it holds; the tokens sampled for it until now. Unknown ids are ignored."""
         request = self._requests.get(op_id)
-        if request is not None:
-            with torch.inference_mode():
-                self._drop(request)
+        if request is None:
+            return 0
+        num_sampled = request.num_sampled + sum(len(s.tokens) for s in self._running if s.request is request)
+        with torch.inference_mode():
+            self._drop(request)
+        return num_sampled
 
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
@@ -142,20 +149,27 @@ class Sampler:
         if not chunks:
             return
         for chunk in chunks:
-            if chunk.start == 0:
+            if self._waiting and chunk.request is self._waiting[0]:
                 self._begun.append(self._waiting.popleft())
         run_prefill(self._base, chunks)
+        for chunk in chunks:
+            if chunk.request.prompt_kv is not None:
+                self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
         self._ready += [request for request in self._begun if request.is_prefilled]
         self._begun = [request for request in self._begun if not request.is_prefilled]
 
     def _may_begin(self, request: Request) -> bool:
-        """Whether seats and memory allow a prompt to be computed; takes its memory if so.
+        """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
 
         While those that came before lack memory, nobody new begins.
         """
         coming = sum(r.num_unstarted for r in (*self._begun, *self._ready))
         is_full = len(self._running) + coming >= self._settings.max_resident_samples
-        return not is_full and not self._is_short and self.memory.open_prompt(request)
+        if is_full or self._is_short or not self.memory.open_prompt(request) or request.prompt_kv is None:
+            return False
+        request.num_cached = self._prefixes.fill(request.item, request.prompt_kv, request.num_skippable)
+        request.num_prefilled = request.num_cached
+        return True
 
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, oldest request first: each gets its first token."""
@@ -187,7 +201,7 @@ class Sampler:
 
     def _accept(self, drawn: Drawn, ended: Ended) -> None:
         """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
-        sequence, token, logprob, top = drawn
+        sequence, logprob = drawn.sequence, drawn.logprob
         request = sequence.request
         op_id = request.item.op_id
         if op_id not in self._requests:
@@ -196,10 +210,10 @@ class Sampler:
             self._drop(request)
             ended.append((op_id, NON_FINITE))
             return
-        sequence.tokens.append(token)
+        sequence.tokens.append(drawn.token)
         sequence.logprobs.append(logprob)
-        if top is not None:
-            sequence.topk.append(top)
+        if drawn.top is not None:
+            sequence.tops.append(drawn.top)
         is_stopped = request.stop.ends(sequence.tokens)
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return

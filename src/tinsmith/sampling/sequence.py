@@ -11,18 +11,16 @@ from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
+from tinsmith.sampling.scores import PromptScores, Top
 from tinsmith.sampling.stop import StopRule
-from tinsmith.types import FloatArray, SampledSequence, SampleItem, SampleResult, TokenArray
-
-TopRow = tuple[list[int], list[float]]  # the most likely tokens at one position and their logprobs
-
-NO_LOGPROB = -99999.0  # what the wire has for a position without a distribution
+from tinsmith.types import SampledSequence, SampleItem, SampleResult
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """One sample request: waiting, then in prefill, then with sequences that start as memory allows.
 
+    num_cached: tokens at the prompt's beginning that needed no computing.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
     first_logits_V: float32, the logits after the whole prompt.
     """
@@ -32,13 +30,12 @@ class Request:
     stop: StopRule
     max_tokens: int
     streams: UInt64Array
+    scores: PromptScores
     num_prefilled: int = 0
+    num_cached: int = 0
     num_started: int = 0
     prompt_kv: PromptKV | None = None
     first_logits_V: Tensor | None = None
-    prompt_logprobs: list[FloatArray] = field(default_factory=list)
-    topk_tokens: list[TokenArray] = field(default_factory=list)
-    topk_logprobs: list[FloatArray] = field(default_factory=list)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
 
     @property
@@ -63,6 +60,11 @@ class Request:
         return self.max_tokens == 1
 
     @property
+    def num_skippable(self) -> int:
+        """Prompt tokens whose hidden states nobody needs: all before the first that is scored, and before the last."""
+        return min(self.num_prompt - 1, self.scores.wanted.start)
+
+    @property
     def sequence_need(self) -> int:
         """Blocks of one sequence at its longest: the last token that is sampled never enters the KV."""
         return num_blocks(self.num_prompt + self.max_tokens - 1)
@@ -78,26 +80,20 @@ class Request:
 
     def result(self) -> SampleResult:
         """The answer once all sequences have finished."""
-        result = SampleResult(tuple(self.finished[index] for index in range(self.item.num_samples)))
-        if self.item.prompt_logprobs:
-            nan = np.full(1, np.nan, np.float32)
-            result = replace(result, prompt_logprobs=np.concatenate([nan, *self.prompt_logprobs]))
-        k = self.item.topk_prompt_logprobs
-        if k:
-            no_tokens, no_logprobs = np.zeros((1, k), np.int32), np.full((1, k), NO_LOGPROB, np.float32)
-            result = replace(
-                result,
-                topk_prompt_tokens=np.concatenate([no_tokens, *self.topk_tokens]),
-                topk_prompt_logprobs=np.concatenate([no_logprobs, *self.topk_logprobs]),
-            )
-        return result
+        sequences = tuple(self.finished[index] for index in range(self.item.num_samples))
+        return self.scores.add_to(SampleResult(sequences, prompt_cache_hit_tokens=self.num_cached))
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the sequences that have finished."""
+        return sum(len(sequence.tokens) for sequence in self.finished.values())
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet. topk: of
-    each position, if the request wants them.
+    """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet.
 
+    tops: the likeliest tokens of each position, if they were asked for.
     num_blocks: its KV length class; 0 before it has KV of its own.
     """
 
@@ -105,7 +101,7 @@ class Sequence:
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    topk: list[TopRow] = field(default_factory=list)
+    tops: list[Top] = field(default_factory=list)
     num_blocks: int = 0
 
     @property
@@ -141,9 +137,9 @@ class Sequence:
         k = self.request.item.topk_sample_logprobs
         if not k:
             return sequence
-        rows = self.topk[start:]
+        tops = self.tops[start:]
         return replace(
             sequence,
-            topk_tokens=np.array([tokens for tokens, _ in rows], np.int32).reshape(-1, k),
-            topk_logprobs=np.array([logprobs for _, logprobs in rows], np.float32).reshape(-1, k),
+            topk_tokens=np.array([ids for ids, _ in tops], np.int32).reshape(-1, k),
+            topk_logprobs=np.array([logprobs for _, logprobs in tops], np.float32).reshape(-1, k),
         )

@@ -14,6 +14,7 @@ from tinsmith.store.audit import Audit
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
+from tinsmith.store.endings import Endings
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import upgrade
@@ -36,6 +37,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database)
+        self.endings = Endings(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
         self.samplers = Samplers(database)

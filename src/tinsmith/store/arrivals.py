@@ -13,6 +13,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from tinsmith.errors import NotFoundError
+from tinsmith.store.endings import number_ends
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import WHOLE, born, to_columns, to_op
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow
@@ -133,4 +134,6 @@ def _insert(conn: Connection, new: NewOp, now: float) -> OpRow:
     conn.execute(_INSERT_OP, to_columns(row))
     if new.failure is not None and new.payload_blob is not None:
         bury(conn, [new.payload_blob], now)
+    if new.failure is not None and new.sampler_id is not None:
+        number_ends(conn, [(new.sampler_id, new.id)])
     return row

@@ -1,8 +1,9 @@
 """The queue: requests from their acknowledgement to their outcome.
 
-Owns every change of an op's state. What stays true:
+Owns every change of an op's state, but for cancelling (endings.py). What stays true:
 
-* queued ▸ running ▸ done | failed; only a clean stop or a takeover leads back from running to queued.
+* queued ▸ running ▸ done | failed; only a clean stop or a takeover leads back from running to queued. A sample may be
+  cancelled in either.
 * A final op never changes again: its result is written once, and expires as a whole.
 * A worker's write is one transaction, checked against its incarnation and its leases; fenced, it writes nothing.
 
@@ -92,6 +93,9 @@ _PLACE = (
     .where(ops.c.op_id == bindparam("op_id"))
 )
 _AHEAD = select(func.count()).where(ops.c.base_model == bindparam("base"), ops.c.num < bindparam("num"), IS_QUEUED)
+_QUEUED_SAMPLES = select(func.count()).where(
+    ops.c.kind == "sample", IS_QUEUED, ops.c.tenant_id == bindparam("tenant_id")
+)
 _STALE = (
     select(ops.c.num, ops.c.result_blob)
     .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
@@ -258,6 +262,11 @@ class Ops:
             ahead = conn.execute(_AHEAD, {"base": place.base_model, "num": place.num}).scalar_one()
         is_early = place.head_seq is not None and place.head_seq < place.seq_id
         return ahead, place.head_seq + 1 if is_early else None
+
+    def num_queued_samples(self, tenant_id: TenantId) -> int:
+        """Sample requests of the tenant that no worker has taken yet."""
+        with self._database.read() as conn:
+            return int(conn.execute(_QUEUED_SAMPLES, {"tenant_id": tenant_id}).scalar_one())
 
     def expire_results(self, finished_before: float, now: float, limit: int = 1000) -> int:
         """Forget results that are older; their ops answer GoneError from then on. Their files go to the graveyard,

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, bindparam, select, update
 
 from tinsmith.errors import FencedError, NotFoundError
 from tinsmith.store.checkpoints import put_checkpoint
+from tinsmith.store.endings import number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
@@ -26,7 +27,8 @@ from tinsmith.types import OpId, OpKind, OpState, RunStatus
 
 _OPEN = (
     select(
-        ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.kind, ops.c.state, ops.c.owner, ops.c.payload_blob
+        ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.sampler_id, ops.c.kind, ops.c.state, ops.c.owner,
+        ops.c.payload_blob,
     )
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
     .with_for_update()
@@ -56,6 +58,7 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
     require_leased(conn, worker, {row.run_id for row in rows.values() if row.run_id is not None})
     fresh = {f.op_id: f for f in finished if _is_open(worker, f.op_id, rows.get(f.op_id))}
     _write(conn, [(f, rows[f.op_id]) for f in fresh.values()], now)
+    number_ends(conn, [(rows[op_id].sampler_id, op_id) for op_id in fresh if rows[op_id].sampler_id is not None])
     for op_id, outcome in fresh.items():
         row = rows[op_id]
         if row.kind == OpKind.CREATE:

@@ -268,7 +268,10 @@ class NewCopy:
 
 @dataclass(frozen=True, slots=True)
 class NewSampler:
-    """`blob` None: the plain base. `run_id` and `spec` are those of the run whose weights it samples."""
+    """`blob` None: the plain base. `run_id` and `spec` are those of the run whose weights it samples.
+
+    is_inflight: it and the run's earlier inflight samplers sample these weights from now on.
+    """
 
     tenant_id: TenantId
     session_id: SessionId
@@ -278,6 +281,7 @@ class NewSampler:
     run_id: RunId | None = None
     blob: BlobKey | None = None
     spec: RunSpec | None = None
+    is_inflight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,3 +329,21 @@ class Finished:
     checkpoint: NewCheckpoint | None = None
     sampler: NewSampler | None = None
     usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sample request that has ended; `num` is its place among its sampler's."""
+
+    num: int
+    op_id: OpId
+    state: OpState
+    result_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndsAfter:
+    """Any end of a request of this sampler after its `num`th."""
+
+    sampler_id: SamplerId
+    num: int

@@ -1,6 +1,7 @@
-"""Samplers: a base model with or without a run's weights, frozen under an id.
+"""Samplers: a base model with or without a run's weights, frozen under an id; those of inflight samplers move on.
 
-Owns the rows; a sampler keeps its file from being deleted (see graveyard.py).
+Owns the rows; a sampler keeps its file from being deleted (see graveyard.py). The inflight samplers of a run all have
+the weights of its newest inflight save.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, select
+from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
@@ -28,6 +29,18 @@ _SESSION = select(sessions.c.session_id).where(
     sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id")
 )
 _INSERT = insert(samplers).inline()
+_OLD_TARGETS = select(samplers.c.blob).where(samplers.c.run_id == bindparam("of_run"), samplers.c.is_inflight)
+_RETARGET = (
+    update(samplers)
+    .where(samplers.c.run_id == bindparam("of_run"), samplers.c.is_inflight)
+    .values(blob=bindparam("new_blob"))
+)
+_JOIN = (
+    update(samplers)
+    .where(samplers.c.sampler_id == bindparam("id"), samplers.c.tenant_id == bindparam("of_tenant"))
+    .values(num_joined=samplers.c.num_joined + 1)
+    .returning(samplers.c.num_joined)
+)
 _RETIRED = (
     select(samplers.c.sampler_id, samplers.c.blob)
     .join(sessions, sessions.c.session_id == samplers.c.session_id)
@@ -69,6 +82,18 @@ class Samplers:
             row = conn.execute(_GET_ANY, {"sampler_id": sampler_id}).first()
         return _found(row, sampler_id)
 
+    def join(self, tenant_id: TenantId, sampler_id: SamplerId) -> int:
+        """A number for one more client of the sampler, from 1; never given twice.
+
+        Raises:
+            NotFoundError: no such sampler of this tenant.
+        """
+        with self._database.write() as conn:
+            number = conn.execute(_JOIN, {"id": sampler_id, "of_tenant": tenant_id}).scalar()
+        if number is None:
+            raise NotFoundError(f"no sampler {sampler_id}")
+        return int(number)
+
     def retire(self, finished_before: float, now: float, limit: int = 1000) -> int:
         """Drop the samplers of sessions that ended before that time, unless requests still wait for them; their files
         go to the graveyard. Later requests answer NotFoundError.
@@ -95,6 +120,10 @@ def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
         return _to_sampler(row)
     if conn.execute(_SESSION, {"session_id": new.session_id, "tenant_id": new.tenant_id}).first() is None:
         raise NotFoundError(f"no session {new.session_id}")
+    if new.is_inflight:
+        replaced = conn.execute(_OLD_TARGETS, {"of_run": new.run_id}).scalars().all()
+        conn.execute(_RETARGET, {"of_run": new.run_id, "new_blob": new.blob})
+        bury(conn, replaced, now)
     conn.execute(
         _INSERT,
         {
@@ -107,6 +136,7 @@ def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
             "blob": new.blob,
             "spec": new.spec,
             "created_at": now,
+            "is_inflight": new.is_inflight,
         },
     )
     return SamplerRow(

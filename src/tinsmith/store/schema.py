@@ -41,6 +41,9 @@ RowNum = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows its
 QUEUED = text("state = 'queued'")
 PINNED = text("pin_blob IS NOT NULL")
 STARTED = text("started_at IS NOT NULL")
+HAS_ENDED = text("ended_num IS NOT NULL")
+INFLIGHT = text("is_inflight = 1")
+INFLIGHT_PG = text("is_inflight")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
 FRESH_RESULT_PG = text("finished_at IS NOT NULL AND NOT is_expired")
 
@@ -152,6 +155,7 @@ ops = Table(
     Column("failure_code", Text),
     Column("failure_category", Text),
     Column("failure_message", Text),
+    Column("ended_num", BigInteger),  # of a sample: which of its sampler's requests ended, in the order of commits
     Column("payload", LargeBinary),
     Column("result", LargeBinary),
     UniqueConstraint("run_id", "seq_id"),
@@ -163,6 +167,7 @@ ops = Table(
     ),
     Index("ix_ops_started", "started_at", sqlite_where=STARTED, postgresql_where=STARTED),
     Index("ix_ops_pins", "pin_blob", sqlite_where=PINNED, postgresql_where=PINNED),
+    Index("ix_ops_endings", "sampler_id", "ended_num", sqlite_where=HAS_ENDED, postgresql_where=HAS_ENDED),
     Index("ix_ops_results", "finished_at", sqlite_where=FRESH_RESULT, postgresql_where=FRESH_RESULT_PG),
 )
 
@@ -178,8 +183,12 @@ samplers = Table(
     Column("blob", Text),
     Column("spec", JSON(none_as_null=True)),
     Column("created_at", Float, nullable=False),
+    Column("num_ended", BigInteger, nullable=False, server_default="0"),  # of its requests
+    Column("num_joined", BigInteger, nullable=False, server_default="0"),  # clones that got a number of their own
+    Column("is_inflight", Boolean, nullable=False, server_default=false()),  # follows the run's inflight saves
     Index(None, "session_id"),
     Index(None, "blob"),
+    Index("ix_samplers_inflight", "run_id", sqlite_where=INFLIGHT, postgresql_where=INFLIGHT_PG),
 )
 
 custom_losses = Table(

@@ -49,13 +49,17 @@ class SaveMeta(Struct, frozen=True):
 
 
 class SaveSamplerMeta(Struct, frozen=True):
-    """Exactly one of `name` (a checkpoint, kept) and `sampler_id` (ephemeral, lives with its session) is set."""
+    """Exactly one of `name` (a checkpoint, kept) and `sampler_id` (ephemeral, lives with its session) is set.
+
+    is_inflight: the weights are also those of the run's earlier inflight samplers from now on.
+    """
 
     name: str | None
     sampler_id: SamplerId | None
     session_id: SessionId
     expires_at: float | None = None
     user_metadata: dict[str, str] = {}
+    is_inflight: bool = False
 
 
 class SaveExternalMeta(Struct, frozen=True):

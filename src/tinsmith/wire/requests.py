@@ -8,7 +8,7 @@ an op is in `meta`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct, structs
@@ -19,6 +19,7 @@ from tinsmith.wire.media import WireError, decode_json
 
 NonNegative = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TrainingSeq = Annotated[int, Meta(ge=1, lt=2**31)]
+CLONE_SEQS = 10**9  # seq_ids that each client of a sampler has for itself
 ObjectId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
@@ -119,7 +120,7 @@ class SaveWeights(Struct):
 class SaveWeightsForSampler(Struct):
     path: str | None = None
     sampling_session_seq_id: NonNegative | None = None
-    kind: str = "snapshot"
+    kind: Literal["snapshot", "inflight"] = "snapshot"
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
 
@@ -175,6 +176,29 @@ class LossAddress(Struct):
 
     session_id: ObjectId
     custom_loss_seq_id: NonNegative
+
+
+class CancelFuture(Struct):
+    request_id: ObjectId
+
+
+class JoinSamplingSession(Struct):
+    sampling_session_id: ObjectId
+
+
+class FuturesTarget(Struct):
+    """One client of a sampler: `cloned_sampler_id` is 0 for the first, and seq_id // CLONE_SEQS for all."""
+
+    sampling_session_id: ObjectId
+    cloned_sampler_id: Annotated[int, Meta(ge=0, lt=2**63 // CLONE_SEQS)] = 0
+
+
+class RetrieveFutures(Struct):
+    """`retrieved_request_ids` is left out: results are kept for as long as they may be asked for again."""
+
+    target: FuturesTarget
+    prev_cursor: NonNegative = 0
+    timeout: float | None = None
 
 
 class SetTtl(Struct):

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from msgspec import Meta, Struct
 
 from tinsmith.errors import CorruptError, UnsupportedError, echo
-from tinsmith.types import FloatArray, OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
+from tinsmith.types import (
+    FloatArray,
+    OpId,
+    PromptTargets,
+    SampledSequence,
+    SampleItem,
+    SampleResult,
+    SamplingParams,
+    TokenArray,
+)
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import WireError, decode_json
-from tinsmith.wire.tensors import encode_floats, encode_ids
+from tinsmith.wire.tensors import encode_floats, encode_ids, encode_longs
 
 Token = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+TargetId = Annotated[int, Meta(ge=-1, lt=2**31)]
+Index = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class ChunkBody(Struct):
@@ -44,6 +55,16 @@ class ParamsBody(Struct):
     frequency_penalty: float = 0.0
 
 
+class TargetsBody(Struct):
+    """A TensorData of the client: [P-1, K], dense, or CSR if the indices are there."""
+
+    data: list[TargetId]
+    dtype: str = "int64"
+    shape: list[Index] | None = None
+    sparse_crow_indices: list[Index] | None = None
+    sparse_col_indices: list[Index] | None = None
+
+
 class SampleBody(Struct):
     prompt: PromptBody
     sampling_params: ParamsBody
@@ -51,7 +72,7 @@ class SampleBody(Struct):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
-    target_prompt_logprobs: Any = None
+    target_prompt_logprobs: TargetsBody | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
     record_stability_info: bool | None = None
@@ -59,7 +80,7 @@ class SampleBody(Struct):
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """prompt: int32 [P]. seed None: the server draws one."""
+    """prompt: int32 [P]. seed None: the server draws one. The rest as in `SampleItem`."""
 
     prompt: TokenArray
     params: SamplingParams
@@ -68,6 +89,9 @@ class SampleRequest:
     prompt_logprobs: bool
     topk_prompt_logprobs: int
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    prompt_targets: PromptTargets | None = None
+    prompt_alt_tokens_k: int = 0
 
     def item(self, op_id: OpId, adapter: str | None, seed: int) -> SampleItem:
         """The request as the engine takes it, with the seed that was stored for it."""
@@ -81,6 +105,9 @@ class SampleRequest:
             prompt_logprobs=self.prompt_logprobs,
             topk_prompt_logprobs=self.topk_prompt_logprobs,
             topk_sample_logprobs=self.topk_sample_logprobs,
+            prompt_logprobs_last_n=self.prompt_logprobs_last_n,
+            prompt_targets=self.prompt_targets,
+            prompt_alt_tokens_k=self.prompt_alt_tokens_k,
         )
 
 
@@ -89,10 +116,11 @@ def decode_sample(body: bytes) -> SampleRequest:
 
     Raises:
         WireError: it doesn't read as one.
-        UnsupportedError: it asks for an extra that isn't offered; the message names it.
+        UnsupportedError: it asks for something that isn't offered; the message names it.
     """
     request = decode_json(body, SampleBody)
-    _refuse_extras(request)
+    if request.record_stability_info:
+        raise UnsupportedError("record_stability_info is not offered here: leave it out")
     params = request.sampling_params
     stop_tokens, stop_strings = _decode_stop(params.stop)
     return SampleRequest(
@@ -113,17 +141,29 @@ def decode_sample(body: bytes) -> SampleRequest:
         prompt_logprobs=bool(request.prompt_logprobs),
         topk_prompt_logprobs=request.topk_prompt_logprobs,
         topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        prompt_targets=_decode_targets(request.target_prompt_logprobs),
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
     )
 
 
 def encode_sample_result(result: SampleResult) -> bytes:
-    """A SampleResponse: sequences in order, float32 logprobs, NaN for the first prompt token."""
+    """A SampleResponse: sequences in order, float32 logprobs, NaN for prompt tokens without one."""
     response = pb.SampleResponse(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
     response.sequences.extend(sequence_message(sequence) for sequence in result.sequences)
     if result.prompt_logprobs is not None:
         response.prompt_logprobs = encode_floats(result.prompt_logprobs)
     if result.topk_prompt_tokens is not None and result.topk_prompt_logprobs is not None:
         response.topk_prompt_logprobs.CopyFrom(_topk_message(result.topk_prompt_tokens, result.topk_prompt_logprobs))
+    if result.prompt_targets is not None and result.prompt_target_logprobs is not None:
+        _set_targets(response.target_prompt_logprobs, result.prompt_targets, result.prompt_target_logprobs)
+    if result.prompt_alt_tokens is not None and result.prompt_alt_logprobs is not None:
+        drawn = response.prompt_alt_tokens
+        shape = result.prompt_alt_tokens.shape
+        drawn.tokens.CopyFrom(pb.Tensor(dense=encode_longs(result.prompt_alt_tokens), dtype=pb.DT_I64, shape=shape))
+        drawn.logprobs.CopyFrom(
+            pb.Tensor(dense=encode_floats(result.prompt_alt_logprobs), dtype=pb.DT_F32, shape=shape)
+        )
     return bytes(response.SerializeToString())
 
 
@@ -176,6 +216,18 @@ def _topk_message(tokens: TokenArray, logprobs: FloatArray) -> pb.TopkLogprobs:
     return pb.TopkLogprobs(token_ids=encode_ids(tokens), logprobs=encode_floats(logprobs), k=k, length=length)
 
 
+def _set_targets(tensor: pb.Tensor, targets: PromptTargets, logprobs: FloatArray) -> None:
+    """The layout of the request, with logprobs for ids."""
+    tensor.dtype = pb.DT_F32
+    tensor.shape.extend(targets.shape)
+    if targets.crow is None or targets.cols is None:
+        tensor.dense = encode_floats(logprobs)
+        return
+    tensor.sparse_csr.values = encode_floats(logprobs)
+    tensor.sparse_csr.crow_indices = encode_longs(targets.crow)
+    tensor.sparse_csr.col_indices = encode_longs(targets.cols)
+
+
 def _decode_prompt(prompt: PromptBody) -> TokenArray:
     tokens: list[int] = []
     for chunk in prompt.chunks:
@@ -199,13 +251,25 @@ def _decode_stop(stop: str | Sequence[str | int] | None) -> tuple[tuple[int, ...
     return (None, strings) if strings else (tokens, ())
 
 
-def _refuse_extras(request: SampleBody) -> None:
-    asked: dict[str, bool] = {
-        "target_prompt_logprobs": request.target_prompt_logprobs is not None,
-        "prompt_alt_tokens_k": request.prompt_alt_tokens_k != 0,
-        "prompt_logprobs_last_n": request.prompt_logprobs_last_n is not None,
-        "record_stability_info": bool(request.record_stability_info),
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise UnsupportedError(f"{name} is not offered here: leave it out")
+def _decode_targets(body: TargetsBody | None) -> PromptTargets | None:
+    """Checked as far as the layout goes; what it says of the prompt is for `validate`."""
+    if body is None:
+        return None
+    name = "target_prompt_logprobs"
+    if body.dtype != "int64" or body.shape is None or len(body.shape) != 2:
+        raise WireError(f"{name} must be int64 of shape [prompt tokens - 1, K]")
+    num_rows, num_cols = body.shape
+    ids = np.array(body.data, np.int64)
+    if (body.sparse_crow_indices is None) != (body.sparse_col_indices is None):
+        raise WireError(f"{name}: sparse_crow_indices and sparse_col_indices come together")
+    if body.sparse_crow_indices is None or body.sparse_col_indices is None:
+        if ids.size != num_rows * num_cols:
+            raise WireError(f"{name}: {ids.size} ids do not fill shape {body.shape}")
+        return PromptTargets(ids, (num_rows, num_cols))
+    crow = np.array(body.sparse_crow_indices, np.int64)
+    cols = np.array(body.sparse_col_indices, np.int64)
+    if crow.size != num_rows + 1 or crow[0] != 0 or crow[-1] != ids.size or bool((np.diff(crow) < 0).any()):
+        raise WireError(f"{name}: row pointers do not describe {num_rows} rows of {ids.size} ids")
+    if cols.size != ids.size or bool((cols >= num_cols).any()):
+        raise WireError(f"{name}: column indices do not lie below {num_cols}, one an id")
+    return PromptTargets(ids, (num_rows, num_cols), crow, cols)

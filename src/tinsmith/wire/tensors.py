@@ -69,6 +69,10 @@ def encode_ids(values: npt.NDArray[Any]) -> bytes:
     return values.astype("<i4", copy=False).tobytes()
 
 
+def encode_longs(values: npt.NDArray[Any]) -> bytes:
+    return values.astype("<i8", copy=False).tobytes()
+
+
 def _decode_values(data: bytes, dtype: int, name: str) -> IntArray | FloatArray:
     wire_dtypes: dict[int, str] = {pb.DT_F32: "<f4", pb.DT_I64: "<i8", pb.DT_I32: "<i4", pb.DT_BF16: "<u2"}
     wire_dtype = wire_dtypes.get(dtype)

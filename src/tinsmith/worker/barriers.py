@@ -163,6 +163,7 @@ class Barriers:
                     run_id=run.run_id,
                     blob=info.key,
                     spec=run.spec,
+                    is_inflight=save.is_inflight,
                 )
             body = results.sampler_result(path, save.sampler_id)
             return succeeded(op, body, checkpoint=checkpoint, sampler=sampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 
 from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError
@@ -38,7 +39,7 @@ class Payloads:
 
     def sample_item(self, op: OpRow, adapter: str | None) -> SampleItem:
         seed = read_meta(op.meta, SampleMeta).seed
-        return decode_sample(self._bytes(op)).item(op.id, adapter, seed)
+        return replace(decode_sample(self._bytes(op)).item(op.id, adapter, seed), scope=op.tenant_id)
 
     def _graph(self, blob: BlobKey) -> LossGraph:
         """A custom loss; its file never changes, so those used last are kept."""

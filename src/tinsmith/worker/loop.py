@@ -43,6 +43,7 @@ MIN_PACK_TOKENS = 64
 IDLE_PACK_S = 1.0  # a sample that arrives during a long pass waits no longer than this
 MAX_NEW_RUNS = 8  # brought into memory by one batch
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
+CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 STORAGE_RETRY_S = 0.5
 STORAGE_PATIENCE_S = 60.0
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
@@ -83,6 +84,8 @@ class Worker:
         self._barriers_s = 0.0
         self._tokens_per_s = 0.0
         self._looked_at = float("-inf")
+        self._heard_at = float("-inf")
+        self._has_news = False
         self._must_look = True
 
     def run(self, stop: threading.Event) -> None:
@@ -99,7 +102,7 @@ class Worker:
     def step(self) -> bool:
         """One turn. False if there was nothing to do."""
         worked = self._writer.drain()
-        if self._bell.wait(0.0) or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
+        if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
         batch = self._look() if self._must_look and not self._is_isolating else None
         started = time.monotonic()
@@ -118,6 +121,17 @@ class Worker:
         self._writer.flush()
         self._writer.close()
         self.runs.release_all()
+
+    def _is_rung(self) -> bool:
+        """Whether something may have come: new requests, or the news that samples were cancelled, which ends them."""
+        is_rung = self._bell.wait(0.0)
+        self._has_news = self._has_news or is_rung
+        waited_s = time.monotonic() - self._heard_at
+        if waited_s > (CANCEL_CHECK_S if self._has_news else self._settings.scan_interval_s):
+            self._has_news = False
+            self._heard_at = time.monotonic()
+            self._samples.drop_cancelled()
+        return is_rung
 
     def _look(self) -> Batch | None:
         self._must_look = False
@@ -232,7 +246,7 @@ class Worker:
             seconds = time.perf_counter() - started
             speed = stats.num_tokens / max(seconds, 1e-6)
             self._tokens_per_s = speed if not self._tokens_per_s else 0.7 * self._tokens_per_s + 0.3 * speed
-            if self._bell.wait(0.0):
+            if self._is_rung():
                 self._admit_samples()
             self._sample_for(seconds)
 
@@ -243,7 +257,7 @@ class Worker:
             self._step_samples()
             if time.perf_counter() >= until:
                 return
-            if self._bell.wait(0.0):
+            if self._is_rung():
                 self._admit_samples()
 
     def _pack_tokens(self) -> int:

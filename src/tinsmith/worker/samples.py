@@ -74,6 +74,15 @@ class Samples:
         self._telling.tell()
         return outcomes
 
+    def drop_cancelled(self) -> None:
+        """Free what requests hold that were cancelled meanwhile; their tenants are charged what was sampled."""
+        for op_id in self._store.ops.final_among(self._resident):
+            op = self._resident.pop(op_id)
+            del self._prompt_tokens[op_id]
+            self._telling.end(op_id)
+            num_sampled = self._engine.cancel_sample(op_id)
+            self._charge(op.tenant_id, min(0, num_sampled - op.cost_tokens))
+
     def abandon(self) -> list[OpRow]:
         """Forget all resident requests; sampled again, with the same seeds, they give the same."""
         abandoned = list(self._resident.values())

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from tinsmith.api.admission import Draft, admit, new_op_id
 from tinsmith.api.futures import failure_of, result_of, why_waiting
-from tinsmith.api.sampling import fill_sample
+from tinsmith.api.sampling import fill_sample, room_for_sample
 from tinsmith.api.services import Services
 from tinsmith.api.texts.fields import FieldError
 from tinsmith.api.texts.models import Model, Seats
@@ -147,11 +147,13 @@ class Desk:
         """Admit the request, and tell what becomes of it: its pieces if it is streamed, at last the whole result.
 
         Raises:
-            RequestFailed, ServerFailed: it failed. CapacityError: there was no news for too long.
+            RequestFailed, ServerFailed: it failed.
+            CapacityError: as many as may wait do already, or there was no news for too long.
         """
         services, op_id = self._services, _id_of(draft)
         with services.pieces.following(op_id) as heard:
-            await admit(services, principal, draft)
+            async with room_for_sample(services, principal.tenant_id):
+                await admit(services, principal, draft)
             final = services.waiters.expect(op_id)
             news = asyncio.create_task(heard.news.wait())
             try:

@@ -1,0 +1,115 @@
+"""The ends of a sampler's requests: numbered in the order in which they are committed, and brought about by cancelling.
+
+What stays true: the sampler's row is locked by the count, so whoever has read up to number n misses nothing at or below
+n. A request's number never changes, and outlives its result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from itertools import count
+
+from sqlalchemy import Connection, bindparam, select, update
+
+from tinsmith.errors import GoneError, UnsupportedError
+from tinsmith.store.database import Database
+from tinsmith.store.graveyard import bury
+from tinsmith.store.op_rows import WHOLE, to_op
+from tinsmith.store.rows import Ended, EndsAfter, OpRow
+from tinsmith.store.schema import ops, samplers
+from tinsmith.types import OpId, OpKind, OpState, SamplerId, TenantId
+
+_COUNT_UP = (
+    update(samplers)
+    .where(samplers.c.sampler_id == bindparam("id"))
+    .values(num_ended=samplers.c.num_ended + bindparam("more"))
+    .returning(samplers.c.num_ended)
+)
+_NUMBER = update(ops).where(ops.c.op_id == bindparam("id")).values(ended_num=bindparam("number"))
+_OPEN = (
+    select(*WHOLE, ops.c.is_expired)
+    .where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
+    .with_for_update()
+)
+_CANCEL = (
+    update(ops)
+    .where(ops.c.op_id == bindparam("id"))
+    .values(state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None)
+)
+_NUM_ENDED = select(samplers.c.sampler_id, samplers.c.num_ended).where(
+    samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True))
+)
+_ENDED = (
+    select(ops.c.ended_num, ops.c.op_id, ops.c.state, ops.c.result_bytes)
+    .where(
+        ops.c.sampler_id == bindparam("sampler_id"),
+        ops.c.ended_num > bindparam("after"),
+        ops.c.seq_id >= bindparam("first_seq"),
+        ops.c.seq_id < bindparam("end_seq"),
+    )
+    .order_by(ops.c.ended_num)
+    .limit(bindparam("limit"))
+)
+
+
+class Endings:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def cancel(self, tenant_id: TenantId, op_id: OpId, now: float) -> OpRow:
+        """QUEUED or RUNNING ▸ CANCELLED; what its worker still makes of it is dropped. After its end nothing changes.
+
+        Returns:
+            The request as it was.
+
+        Raises:
+            GoneError: no such op of this tenant, or its result has expired.
+            UnsupportedError: it is no sample.
+        """
+        with self._database.write() as conn:
+            row = conn.execute(_OPEN, {"op_id": op_id, "tenant_id": tenant_id}).first()
+            if row is None or row.is_expired:
+                raise GoneError("unknown or expired request id")
+            op = to_op(row[:-1])
+            if op.kind is not OpKind.SAMPLE or op.sampler_id is None:
+                raise UnsupportedError(f"only sample requests can be cancelled, and this is {op.kind}: let it end")
+            if op.state.is_final:
+                return op
+            conn.execute(_CANCEL, {"id": op_id, "now": now})
+            bury(conn, [op.payload_blob], now)
+            number_ends(conn, [(op.sampler_id, op_id)])
+        return op
+
+    def after(
+        self, sampler_id: SamplerId, after: int, first_seq: int, end_seq: int, limit: int
+    ) -> tuple[list[Ended], int]:
+        """(ends above number `after` of requests with a seq_id in first_seq..end_seq-1, the sampler's last number)."""
+        values = {"sampler_id": sampler_id, "after": after, "first_seq": first_seq, "end_seq": end_seq, "limit": limit}
+        with self._database.read() as conn:
+            last = conn.execute(_NUM_ENDED, {"sampler_ids": [sampler_id]}).first()
+            ended = [
+                Ended(row.ended_num, row.op_id, OpState(row.state), row.result_bytes)
+                for row in conn.execute(_ENDED, values)
+            ]
+        return ended, 0 if last is None else last.num_ended
+
+    def reached(self, marks: Collection[EndsAfter]) -> set[EndsAfter]:
+        """Those of `marks` beyond which something has ended."""
+        if not marks:
+            return set()
+        with self._database.read() as conn:
+            rows = conn.execute(_NUM_ENDED, {"sampler_ids": sorted({mark.sampler_id for mark in marks})})
+            last = {row.sampler_id: row.num_ended for row in rows}
+        return {mark for mark in marks if last.get(mark.sampler_id, 0) > mark.num}
+
+
+def number_ends(conn: Connection, ended: Iterable[tuple[SamplerId, OpId]]) -> None:
+    """Number requests that end in the caller's transaction, in the order given."""
+    by_sampler: dict[SamplerId, list[OpId]] = defaultdict(list)
+    for sampler_id, op_id in ended:
+        by_sampler[sampler_id].append(op_id)
+    for sampler_id, op_ids in sorted(by_sampler.items()):
+        last = conn.execute(_COUNT_UP, {"id": sampler_id, "more": len(op_ids)}).scalar_one()
+        numbers = zip(op_ids, count(last - len(op_ids) + 1), strict=False)
+        conn.execute(_NUMBER, [{"id": op_id, "number": number} for op_id, number in numbers])
