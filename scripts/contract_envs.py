@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "tests" / "contract" / "sdk"
 CONSTRAINTS = ROOT / "constraints.txt"
 VERSIONS = ("0.25.0", "0.38.0")
-DOWNLOAD_MB = 60
+DOWNLOAD_MB, DISK_MB = 60, 350
 SUITE_TIMEOUT_S = 300.0
 VERBOSE = ("--log-level", "debug", "--log-format", "json")
 
@@ -67,12 +67,16 @@ def environment(version: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if stamp.exists() and stamp.read_text() == state:
             return python
-        print(f"making {directory.name} (about {DOWNLOAD_MB} MB to download, unless pip has it cached)", flush=True)
+        print(
+            f"making {directory.name}: tinker {version}, pytest and what they need, no torch; "
+            f"about {DOWNLOAD_MB} MB to download, unless pip has it cached, and {DISK_MB} MB on disk",
+            flush=True,
+        )
         venv.create(directory, with_pip=True, clear=True)
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
             constraints.write("\n".join(pins))
             constraints.flush()
-            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "on"]
             subprocess.run([*pip, "-c", constraints.name, f"tinker=={version}", "pytest"], check=True)
         stamp.write_text(state)
     return python

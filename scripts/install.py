@@ -38,7 +38,11 @@ def main() -> int:
         print(f"installed already: {args.venv}")
         return 0
     if not (args.venv / "bin" / "python").exists():
-        print(f"making {args.venv}", flush=True)
+        print(
+            f"making a virtual environment with Python {platform.python_version()} and pip in {args.venv} "
+            "(some seconds; nothing is downloaded yet)",
+            flush=True,
+        )
         venv.create(args.venv, with_pip=True)
     pip = [str(args.venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
     if not has_torch(args.venv):
@@ -55,8 +59,13 @@ def install_torch(pip: list[str]) -> None:
     version = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
     if platform.system() == "Linux" and not has_gpu():
         print(f"installing {version}, CPU build (about {CPU_MB} MB to download)", flush=True)
-        if run([*pip, "--quiet", "--progress-bar", "on", f"{version}+cpu"], quiet=True) == 0:
+        code, said = attempt([*pip, "--progress-bar", "on", f"{version}+cpu"])
+        if code == 0:
             return
+        if not is_absent(said):
+            print(said.rstrip(), file=sys.stderr)
+            print("the CPU build of torch could not be installed; what pip said is above", file=sys.stderr)
+            sys.exit(code)
         print(
             "pip's index has no CPU build of torch. The default build works on a CPU too, but brings CUDA libraries\n"
             "along. To avoid them, press Ctrl-C now, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels, and try again.",
@@ -88,8 +97,22 @@ def fingerprint(extras: str) -> str:
     return digest.hexdigest()
 
 
-def run(command: list[str], *, quiet: bool = False) -> int:
-    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None, check=False).returncode
+def run(command: list[str]) -> int:
+    return subprocess.run(command, check=False).returncode
+
+
+def attempt(command: list[str]) -> tuple[int, str]:
+    """Exit status and what went to stderr, which is not shown."""
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    return done.returncode, done.stderr
+
+
+def is_absent(said: str) -> bool:
+    """Whether pip reached its index and found other builds, but not this one.
+
+    An index that can't be reached ends in "No matching distribution found" too, after retries or with no versions.
+    """
+    return "No matching distribution" in said and "from versions: none" not in said and "Retrying (" not in said
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ The only code that touches them. It knows bytes and keys, no rows and no formats
 * A key either has a whole file or none: bytes go to a temporary file in the same directory, which is synced and
   renamed; then the directory is synced, and so is every directory made on the way. After `put` returns, the file
   survives a loss of power.
+* The last part of a stored key is the digest of the content, and whoever reads a whole file checks it: a flipped bit is
+  an error, never an input.
 * A key never leaves the root, whatever it says.
 * Keys of snapshots and checkpoints are unique: nobody overwrites or deletes another's file by writing under his name.
 """
@@ -21,17 +23,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import CorruptError, NotFoundError, UserError
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
 TEMPORARY = ".tmp-"
+DIGEST_CHARS = 32
 _ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
 
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """size in bytes; sha256 in hex."""
+    """key: under which the file is found from now on; size in bytes; sha256 in hex."""
 
+    key: BlobKey
     size: int
     sha256: str
 
@@ -44,7 +48,7 @@ class Blobs:
         self._known: set[Path] = set()  # directories that are on disk for good
 
     def put(self, key: BlobKey, data: bytes | bytearray | memoryview | Iterable[memoryview]) -> BlobInfo:
-        """Write the file, replacing one with the same key; it is on disk when this returns.
+        """Write a file; it is on disk when this returns, under the key that the answer gives: `key`, a dot, a digest.
 
         Raises:
             UserError: the key is malformed.
@@ -53,23 +57,32 @@ class Blobs:
         path = self._path(key)
         self._make_directory(path.parent)
         digest, size = hashlib.sha256(), 0
-        with _temporary(path) as file:
+        with _temporary(path) as temporary:
             for piece in (data,) if isinstance(data, bytes | bytearray | memoryview) else data:
                 digest.update(piece)
-                size += file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+                size += temporary.file.write(piece)
+            temporary.file.flush()
+            os.fsync(temporary.file.fileno())
+            temporary.path = path.with_name(f"{path.name}.{digest.hexdigest()[:DIGEST_CHARS]}")
         crash_point("blob.after_rename")
         _sync_directory(path.parent)
-        return BlobInfo(size, digest.hexdigest())
+        return BlobInfo(BlobKey(f"{key}.{digest.hexdigest()[:DIGEST_CHARS]}"), size, digest.hexdigest())
 
     def get(self, key: BlobKey) -> bytes:
-        """Raises: NotFoundError: no such file."""
+        """The whole file.
+
+        Raises:
+            NotFoundError: no such file.
+            CorruptError: its content isn't what was stored.
+        """
         with self.open(key) as file:
-            return file.read()
+            data = file.read()
+        if hashlib.sha256(data).hexdigest()[:DIGEST_CHARS] != key.rpartition(".")[2]:
+            raise CorruptError(f"the stored file {key} was changed on the disk; restore it from a backup")
+        return data
 
     def open(self, key: BlobKey) -> BinaryIO:
-        """The file, for reading. A later `put` or `delete` doesn't change what is read from it.
+        """The file, for reading piece by piece, unchecked. A later `delete` doesn't change what is read from it.
 
         Raises:
             NotFoundError: no such file.
@@ -147,20 +160,29 @@ def _key(*parts: str) -> BlobKey:
     return BlobKey("/".join(("tenants", *parts)).replace(":", "-"))
 
 
+@dataclass(slots=True)
+class _Temporary:
+    """A file being written, and the path that it will have."""
+
+    file: BinaryIO
+    path: Path
+
+
 @contextmanager
-def _temporary(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block ends, and vanishes when it raises."""
-    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+def _temporary(path: Path) -> Iterator[_Temporary]:
+    """A file beside `path` that moves to its place when the block ends, and vanishes when it raises."""
+    unfinished = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     is_renamed = False
     try:
-        with temporary.open("xb") as file:
-            yield file
+        with unfinished.open("xb") as file:
+            temporary = _Temporary(file, path)
+            yield temporary
         crash_point("blob.before_rename")
-        temporary.rename(path)
+        unfinished.rename(temporary.path)
         is_renamed = True
     finally:
         if not is_renamed:
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -22,7 +22,7 @@ from tinsmith import __version__, doctor
 from tinsmith.client import Client, connect
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
-from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
 from tinsmith.flags import with_settings
 from tinsmith.serve import serve
 from tinsmith.store import open_store
@@ -102,7 +102,7 @@ app.command("migrate")(with_settings(_migrate))
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the curves go.")] = Path("curves"),
 ) -> None:
-    """Fine-tune the shipped model through the official SDK: six runs at once, live."""
+    """Train the shipped model through the official SDK, live: six fine-tunes at once, then reinforcement learning."""
     raise typer.Exit(_demo_main()(out))
 
 
@@ -123,6 +123,9 @@ def create_key(
     data_dir: DataDirFlag = None,
 ) -> None:
     """Make a key. Its secret is printed now and never again."""
+    for flag, value in (("--name", name), ("--tenant", tenant)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"{flag} must not be empty")
     body = {"name": name, "tenant": tenant or name, "is_admin": admin}
     key = _client(data_dir).call("POST", "/admin/keys", body)
     typer.echo(key["secret"])
@@ -149,7 +152,10 @@ def revoke_key(
     data_dir: DataDirFlag = None,
 ) -> None:
     """Revoke a key; it stops working within a second."""
-    key = _client(data_dir).call("DELETE", f"/admin/keys/{urllib.parse.quote(key_id, safe='')}")
+    try:
+        key = _client(data_dir).call("DELETE", f"/admin/keys/{urllib.parse.quote(key_id, safe='')}")
+    except NotFoundError as error:
+        raise NotFoundError(f"{error.message}; `tinsmith keys list` shows the ids of all keys") from None
     typer.echo(f"revoked {key['key_id']} ({key['name']})")
 
 

@@ -38,7 +38,10 @@ class Settings:
 
     lora_max_rank: int = setting(128, "Largest LoRA rank a run may ask for.", group="limits")
     max_body_bytes: int = setting(
-        256 * 2**20, "Largest request body, after decompression.", unit="bytes", group="limits"
+        256 * 2**20,
+        "Largest body of a training request, as sent and decompressed; other requests are smaller.",
+        unit="bytes",
+        group="limits",
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
@@ -46,7 +49,10 @@ class Settings:
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
     result_ttl_s: float = setting(
-        24 * 3600.0, "How long the result of a request can be fetched again.", unit="s", group="limits"
+        24 * 3600.0,
+        "How long results can be fetched again, and how long samplers stay after their session has ended.",
+        unit="s",
+        group="limits",
     )
 
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from tinsmith.types import Failure
 
+MAX_ECHO = 200  # characters
+MAX_MESSAGE = 2000  # characters, for what no one thought of
+
 
 class TinsmithError(Exception):
     """Base of all errors that are meant to reach a user. The code is part of the contract and never renamed."""
@@ -16,6 +19,7 @@ class TinsmithError(Exception):
     category = "server"
 
     def __init__(self, message: str) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
         super().__init__(message)
         self.message = message
 
@@ -66,6 +70,12 @@ class TooLargeError(UserError):
     code = "too_large"
 
 
+class RequestTimeoutError(UserError):
+    """The rest of the request didn't come in."""
+
+    code = "request_timeout"
+
+
 class ConfigError(UserError):
     """A setting or a command line that can't work."""
 
@@ -79,6 +89,12 @@ class CapacityError(TinsmithError):
     category = "capacity"
 
 
+class StorageFullError(CapacityError):
+    """The disk is full. Nothing was written."""
+
+    code = "storage_full"
+
+
 class FencedError(TinsmithError):
     """A worker tried to write for a run whose lease it no longer holds. Nothing was written."""
 
@@ -89,3 +105,8 @@ class CorruptError(TinsmithError):
     """A stored file doesn't match its checksum or its header."""
 
     code = "corrupt"
+
+
+def echo(text: str) -> str:
+    """What a user wrote, as a message may repeat it: quoted, and cut if it is long."""
+    return repr(text) if len(text) <= MAX_ECHO else f"{text[:MAX_ECHO]!r}..."

@@ -3,9 +3,14 @@
 It decides order, sharing and fairness, and knows no rows, files, tensors or clocks. What stays true:
 
 * Ops of one run leave in seq order, and nothing passes a barrier (an op that is neither forward nor backward).
-* Barriers are cheap and go first, so that as many runs as possible reach the next pass together.
+* Barriers are cheap and go first, so that as many runs as possible reach the next pass together; where they have kept a
+  pass waiting for long, it goes first.
+* Runs that aren't in memory come in a few at a time, so that a flood of new ones stays a queue.
 * A pass is filled tenant by tenant, the least served first, so that a tenant with ten runs gets one share.
-* An op whose worker died under it (a suspect) runs alone, so that it can't take others with it a second time.
+* An op whose worker died under it (a suspect) runs alone, so that it can't take others with it a second time. Samples
+  live long beside others, so one of them is a suspect only from its second death on.
+* A tenant that comes, or comes back, starts level with the least served of those at work: it neither waits for them
+  nor makes them wait for what they had before (`Shares`).
 """
 
 from __future__ import annotations
@@ -16,6 +21,38 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinsmith.types import OpId, OpKind, RunId, TenantId
+
+SUSPECT = 1  # deaths of workers that make an op of a run a suspect
+SAMPLE_SUSPECT = 2
+
+
+class Shares:
+    """Tokens that each tenant has been given, trained and sampled, in the virtual time of fair queueing."""
+
+    def __init__(self) -> None:
+        self._given: dict[TenantId, float] = {}
+        self._active: frozenset[TenantId] = frozenset()
+        self._now = 0.0
+
+    def enter(self, tenants: Iterable[TenantId]) -> Mapping[TenantId, float]:
+        """What each tenant has been given, of all that have work now; those that had none until now catch up first."""
+        active = frozenset(tenants)
+        staying = active & self._active
+        if staying:
+            self._now = max(self._now, min(self._given[tenant] for tenant in staying))
+        elif self._active:  # a pause: all start level after it
+            self._now = max(self._now, *(self._given[tenant] for tenant in self._active))
+        for tenant in active - self._active:
+            self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
+        self._active = active
+        return {tenant: self._given[tenant] for tenant in active}
+
+    def of(self, tenants: Iterable[TenantId]) -> Mapping[TenantId, float]:
+        """The same for some of them, between two calls of `enter`."""
+        return {tenant: max(self._given.get(tenant, 0.0), self._now) for tenant in tenants}
+
+    def charge(self, tenant: TenantId, num_tokens: int) -> None:
+        self._given[tenant] = self._given.get(tenant, self._now) + num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +67,23 @@ class Candidate:
     cost_tokens: int
     attempts: int = 0
     is_replay: bool = False
+    is_resident: bool = True  # its run is in the engine
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.attempts >= (SAMPLE_SUSPECT if self.kind is OpKind.SAMPLE else SUSPECT)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """num_samples: requests that are being sampled now. max_new_runs: how many runs may be brought into memory.
+    passes_first: barriers have had more than their time."""
+
     pass_max_tokens: int
     max_new_samples: int
+    num_samples: int = 0
+    max_new_runs: int = 8
+    passes_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +105,7 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     Args:
         candidates: all that may run now; of each run the contiguous prefix of its open ops.
         limits: the token budget of a pass, and how many sample requests can still be taken in.
-        served: tokens that each tenant has been given so far; absent means none.
+        served: tokens that each tenant has been given, from `Shares`; absent means none.
 
     Returns:
         The batch, or None when there is nothing to do. An op larger than the budget is taken alone.
@@ -72,9 +120,25 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     for ops in by_run.values():
         ops.sort(key=lambda c: c.seq_id)
 
-    chosen_samples = _fair(([s] for s in samples), limits.max_new_samples, served, cost=lambda _: 1)
+    absent = [ops for ops in by_run.values() if not ops[0].is_resident]
+    coming = {c.run_id for c in _fair(([ops[0]] for ops in absent), limits.max_new_runs, served, price=lambda _: 1)}
+    by_run = {run: ops for run, ops in by_run.items() if ops[0].is_resident or run in coming}
+
+    suspects = [ops[0] for ops in by_run.values() if ops[0].is_suspect]
+    if suspects:
+        suspect = min(suspects, key=lambda c: (c.attempts, c.seq_id, c.op_id))
+        return Batch(passes=(suspect,)) if suspect.kind.is_pass else Batch(barriers=(suspect,))
+    suspects = [sample for sample in samples if sample.is_suspect]
+    if suspects and not limits.num_samples and limits.max_new_samples > 0:
+        return Batch(samples=(min(suspects, key=lambda c: (c.attempts, c.op_id)),))
+    max_new_samples = 0 if suspects else limits.max_new_samples  # let those that are there end first
+    chosen_samples = _fair(([s] for s in samples), max_new_samples, served, price=lambda _: 1)
     barriers = tuple(ops[0] for ops in by_run.values() if not ops[0].kind.is_pass)
-    passes = () if barriers else _choose_pass(by_run.values(), limits.pass_max_tokens, served)
+    passes: tuple[Candidate, ...] = ()
+    if limits.passes_first or not barriers:
+        passes = _choose_pass(by_run.values(), limits.pass_max_tokens, served)
+    if passes:
+        barriers = ()
     batch = Batch(barriers=barriers, passes=passes, samples=tuple(chosen_samples))
     return batch if batch.ops else None
 
@@ -83,17 +147,14 @@ def _choose_pass(
     runs: Iterable[Sequence[Candidate]], max_tokens: int, served: Mapping[TenantId, float]
 ) -> tuple[Candidate, ...]:
     open_runs = [_commuting_prefix(ops) for ops in runs]
-    suspects = [ops[0] for ops in open_runs if ops[0].attempts]
-    if suspects:
-        return (min(suspects, key=lambda c: (c.attempts, c.seq_id, c.op_id)),)
-    chosen = _fair(open_runs, max_tokens, served, cost=lambda c: c.cost_tokens)
+    chosen = _fair(open_runs, max_tokens, served, price=lambda c: c.cost_tokens)
     return tuple(sorted(chosen, key=lambda c: (c.run_id or "", c.seq_id)))
 
 
 def _commuting_prefix(ops: Sequence[Candidate]) -> list[Candidate]:
     prefix: list[Candidate] = []
     for op in ops:
-        if not op.kind.is_pass or (op.attempts and prefix):
+        if not op.kind.is_pass or op.is_suspect:
             break
         prefix.append(op)
     return prefix
@@ -103,9 +164,11 @@ def _fair(
     queues: Iterable[Sequence[Candidate]],
     budget: int,
     served: Mapping[TenantId, float],
-    cost: Callable[[Candidate], int],
+    price: Callable[[Candidate], int],
 ) -> list[Candidate]:
     """Take from the queues (each in its own order) until the budget is spent, the least served tenant first.
+
+    `price` is what an op takes of the budget; what it adds to its tenant's share are its tokens.
 
     Within a tenant the queue from which least was taken goes first. The first op always fits.
     """
@@ -121,13 +184,13 @@ def _fair(
         share, tenant = heapq.heappop(turns)
         given, index, position = heapq.heappop(tenants[tenant])
         op = lines[index][position]
-        price = cost(op)
-        if spent + price > budget and (taken or budget <= 0):
+        if spent + price(op) > budget and (taken or budget <= 0):
             continue  # this tenant's next op doesn't fit; a smaller one of another tenant may
         taken.append(op)
-        spent += price
+        spent += price(op)
+        tokens = max(1, op.cost_tokens)
         if position + 1 < len(lines[index]):
-            heapq.heappush(tenants[tenant], (given + price, index, position + 1))
+            heapq.heappush(tenants[tenant], (given + tokens, index, position + 1))
         if tenants[tenant]:
-            heapq.heappush(turns, (share + price, tenant))
+            heapq.heappush(turns, (share + tokens, tenant))
     return taken

@@ -63,6 +63,15 @@ class OpState(StrEnum):
         return self in (OpState.DONE, OpState.FAILED, OpState.CANCELLED)
 
 
+class RunStatus(StrEnum):
+    """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state."""
+
+    CREATING = "creating"
+    READY = "ready"
+    FAILED = "failed"
+    CORRUPTED = "corrupted"
+
+
 class CheckpointKind(StrEnum):
     """The middle part of a tinker path."""
 

@@ -115,21 +115,20 @@ class HandWorker:
 
     def _saved(self, op: OpRow) -> tuple[bytes, dict[str, Any]]:
         run = self._store.runs.get(op.tenant_id, op.run_id)
-        key = checkpoint_key(op.tenant_id)
-        info = self._blobs.put(key, b"weights")
+        info = self._blobs.put(checkpoint_key(op.tenant_id), b"weights")
         is_training = op.kind is OpKind.SAVE
         save = read_meta(op.meta, SaveMeta if is_training else SaveSamplerMeta)
         kind = CheckpointKind.TRAINING if is_training else CheckpointKind.SAMPLER
         if save.name is not None:
             checkpoint = NewCheckpoint(
-                run.run_id, kind, save.name, key, info.size, info.sha256,
+                run.run_id, kind, save.name, info.key, info.size, info.sha256,
                 save.expires_at, save.user_metadata, has_optimizer=is_training,
             )  # fmt: skip
             path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
             body = results.save_result(path) if is_training else results.sampler_result(path, None)
             return body, {"checkpoint": checkpoint}
         sampler = NewSampler(
-            op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, key, run.spec
+            op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, info.key, run.spec
         )  # fmt: skip
         return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
 

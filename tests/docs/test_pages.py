@@ -47,6 +47,23 @@ def test_make_targets_in_the_readme_exist() -> None:
     assert used <= targets
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(LINK.findall((ROOT / "README.md").read_text()))
+    pages = {str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md")}
+    assert not pages - linked, "add it to the list of documentation in README.md"
+
+
+def test_the_tree_of_the_readme_is_complete() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The house")[2].split("```")[1]
+    folders = [
+        path.name
+        for parent in ("src/tinsmith", "tests", "docs")
+        for path in (ROOT / parent).iterdir()
+        if path.is_dir() and not path.name.startswith((".", "_")) and any(path.rglob("*.*"))
+    ]
+    assert not [name for name in folders if f"{name}/" not in tree]
+
+
 def test_pages_stand_on_their_own() -> None:
     for page in PAGES:
         text = page.read_text()

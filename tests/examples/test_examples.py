@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.service import Service, running
+from tinsmith.demo import main as demo
 from tinsmith.demo.reinforcement import reinforcement
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -107,6 +110,40 @@ class TestLearns:
         assert report.best_after > report.best_before
 
 
+@pytest.mark.usefixtures("service")
+class TestDemonstration:
+    """Its first half with a quarter of the steps: six tasks at once through the SDK, judged as the command does."""
+
+    def test_six_runs_learn_in_shared_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        example = demo.load_example("many_runs")
+        reports: list[Any] = []
+        run_all = example.run_all
+        monkeypatch.setattr(example, "STEPS", 9)
+        monkeypatch.setattr(example, "run_all", lambda on_step: reports.extend(run_all(on_step)) or reports)
+        out = io.StringIO()
+        assert demo.supervised(Console(file=out, width=120), tmp_path, example) == 0, out.getvalue()
+        assert [len(report.losses) for report in reports] == [9] * 6
+        assert all(report.losses[-1] < 0.6 * report.losses[0] for report in reports)
+        assert (tmp_path / "losses.png").stat().st_size > 10_000
+        printed = " ".join(out.getvalue().split())
+        sharing = re.search(r"([\d.]+) of 6 runs shared a pass \(median of 54 steps\); .* ([\d.]+) tokens/s", printed)
+        assert sharing is not None, printed
+        assert float(sharing[1]) >= 4
+        assert float(sharing[2]) > 0
+        assert "resumed tinker://" in printed
+        assert "Held-out negative log-likelihood" in printed
+        assert all(report.task.name in printed and report.sample_after for report in reports)
+
+    def test_it_fails_when_no_loss_falls(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        example = demo.load_example("many_runs")
+        still = tuple(dataclasses.replace(task, learning_rate=0.0) for task in example.TASKS)
+        monkeypatch.setattr(example, "STEPS", 3)
+        monkeypatch.setattr(example, "TASKS", still)
+        out = io.StringIO()
+        assert demo.supervised(Console(file=out, width=120), tmp_path, example) == 1
+        assert out.getvalue().count("the held-out loss did not fall") == len(still)
+
+
 class TestFailureShows:
     @pytest.mark.usefixtures("service")
     def test_demonstration_fails_when_nothing_is_learned(self, tmp_path: Path) -> None:
@@ -115,6 +152,19 @@ class TestFailureShows:
         out = io.StringIO()
         assert reinforcement(Console(file=out, width=120), tmp_path, example) == 1
         assert "failed" in out.getvalue()
+
+
+@pytest.mark.usefixtures("service")
+def test_the_first_fine_tune_of_the_quickstart_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first loss and its answer to the letter; the losses between depend on the adapter's random numbers."""
+    page = (HOW_TO.parent / "quickstart.md").read_text()
+    code, rest = page.partition("```python\n")[2].split("```", 1)
+    shown = rest.partition("```\n")[2].partition("```")[0].splitlines()
+    exec(compile(code, "quickstart", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [printed[0], printed[-1]] == [shown[0], shown[-1]]
+    assert [line.partition(":")[0] for line in printed[-3:-1]] == [line.partition(":")[0] for line in shown[-3:-1]]
+    assert float(printed[-2].split()[-1]) < 1
 
 
 @pytest.mark.parametrize("name", NAMES)

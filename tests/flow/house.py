@@ -26,7 +26,6 @@ from tinsmith.types import (
     RunState,
     SamplerId,
     SessionId,
-    TenantId,
 )
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import JSON, PROTOBUF, encode_json
@@ -45,13 +44,17 @@ class House:
         self.settings = Settings.load({}, **(defaults | settings))
         self.store = open_store(root, synchronous="NORMAL")
         self.blobs = Blobs(root / "blobs")
-        self.tenant = self.store.tenants.create("alice").tenant_id
-        self.session = self.store.sessions.create(
-            self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
-        ).session_id
+        self.be("alice")
         self._num_runs = 0
         self._open: list[Bell | Ringer] = []
         self.engine = FakeEngine(BASE)
+
+    def be(self, name: str) -> None:
+        """What is asked for from now on is asked by a new tenant, in a session of its own."""
+        self.tenant = self.store.tenants.create(name).tenant_id
+        self.session = self.store.sessions.create(
+            self.tenant, tags=[], user_metadata={}, sdk_version="0", project_id=None, display_name=None
+        ).session_id
 
     def worker(self, slot: str = "fake/base#0", line: TokenSender | None = None) -> Worker:
         self.engine = FakeEngine(BASE)
@@ -66,11 +69,10 @@ class House:
             open_socket.close()
         self.store.close()
 
-    def create_run(self, rank: int = 4, seed: int = 1, *, tenant: TenantId | None = None) -> RunId:
+    def create_run(self, rank: int = 4, seed: int = 1) -> RunId:
         run_id = RunId(f"{self.session}:train:{self._num_runs}")
         spec = RunSpec(run_id, BASE.name, rank=rank, seed=seed)
-        owner = tenant or self.tenant
-        run = NewRun(owner, self.session, self._num_runs, spec)
+        run = NewRun(self.tenant, self.session, self._num_runs, spec)
         self._num_runs += 1
         op = self.op(OpKind.CREATE, run_id, 0, meta=to_meta(CreateMeta(spec)), payload=None)
         self.store.ops.create_run(run, op, time.time())
@@ -169,8 +171,7 @@ class House:
         blob = None
         size = len(payload or b"")
         if payload is not None and size > self.settings.inline_bytes:
-            blob = payload_key(self.tenant, op_id)
-            self.blobs.put(blob, payload)
+            blob = self.blobs.put(payload_key(self.tenant, op_id), payload).key
             payload = None
         return NewOp(
             tenant_id=self.tenant,

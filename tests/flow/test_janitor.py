@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.errors import GoneError
+from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.janitor import Swept, sweep
-from tinsmith.types import CheckpointKind
+from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
+from tinsmith.wire.meta import SaveSamplerMeta, to_meta
 
 DAY = 24 * 3600.0
 
@@ -44,6 +45,32 @@ def test_old_results_go_with_their_files(house: House) -> None:
     assert swept.num_results >= 1
     with pytest.raises(GoneError):
         house.get(op)
+
+
+def test_samplers_end_a_while_after_their_session_and_named_checkpoints_stay(house: House) -> None:
+    run = house.create_run()
+    unnamed, named = (SamplerId(f"{house.session}:sample:{number}") for number in (0, 1))
+    house.save_sampler(run, 1, unnamed)
+    meta = to_meta(SaveSamplerMeta("kept", named, SessionId(house.session)))
+    house.enqueue(house.op(OpKind.SAVE_SAMPLER, run, 2, meta=meta, payload=None))
+    settle(house.worker())
+    kept = house.store.checkpoints.get(house.tenant, run, CheckpointKind.SAMPLER, "kept").blob
+    house.sampler(kept, number=1)
+    blob = house.store.samplers.get(house.tenant, unnamed).blob
+    assert blob is not None
+
+    now = time.time()
+    house.store.sessions.finish(house.tenant, SessionId(house.session), "done", None, now)
+    sweep(house.store, house.blobs, house.settings, now + 0.9 * DAY)
+    assert house.store.samplers.get(house.tenant, unnamed).blob == blob
+    sweep(house.store, house.blobs, house.settings, now + 1.1 * DAY)
+    for sampler in (unnamed, named):
+        with pytest.raises(NotFoundError):
+            house.store.samplers.get(house.tenant, sampler)
+    sweep(house.store, house.blobs, house.settings, now + 1.2 * DAY)  # files have a while of grace
+    assert not house.blobs.exists(blob)
+    assert house.blobs.exists(kept)
+    assert house.store.checkpoints.get(house.tenant, run, CheckpointKind.SAMPLER, "kept").blob == kept
 
 
 def test_a_deleted_checkpoint_stays_while_a_load_needs_it(house: House) -> None:

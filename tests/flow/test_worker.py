@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from tests.flow.house import House, settle
 from tinsmith.errors import FencedError
+from tinsmith.fake_engine import FakePass
 from tinsmith.types import CheckpointKind, FloatArray, OpKind, OpState, RunId, SamplerId
 from tinsmith.wire import wire_pb2 as pb
 
@@ -239,16 +241,38 @@ def test_samples_cut_by_a_crash_give_the_same_tokens(house: House) -> None:
     assert house.result(cut) == house.result(whole)
 
 
-def test_samples_go_on_while_a_long_request_trains(build: Callable[..., House]) -> None:
+@pytest.mark.parametrize(("pack_s", "max_packs"), [(0.0, 12), (0.02, 3)])
+def test_samples_go_on_while_a_long_request_trains(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, pack_s: float, max_packs: int
+) -> None:
+    """20 sampler steps beside 30 packs: a step for each at least, and as many as fit into the time of a pack."""
     house = build(pass_max_tokens=4)
     run = house.create_run()
     worker = house.worker()
     settle(worker)
-    sample = house.sample(house.sampler(), 0, max_tokens=16)
-    long = house.forward_backward(run, 1, [1, 2, 3], copies=12)
+    packs, ended_at = [], []
+    advance, step_samples = FakePass.advance, house.engine.step_samples
+
+    def slow(self: FakePass, max_tokens: int) -> Any:
+        time.sleep(pack_s)
+        packs.append(advance(self, max_tokens))
+        return packs[-1]
+
+    def seen() -> Any:
+        ended = step_samples()
+        ended_at.extend([len(packs)] * len(ended))
+        return ended
+
+    monkeypatch.setattr(FakePass, "advance", slow)
+    monkeypatch.setattr(house.engine, "step_samples", seen)
+    sample = house.sample(house.sampler(), 0, max_tokens=80)
+    long = house.forward_backward(run, 1, [1, 2, 3], copies=30)
     settle(worker)
-    assert house.get(sample).finished_at is not None
-    assert house.get(long).state is OpState.DONE
+    first, last = house.get(sample).finished_at, house.get(long).finished_at
+    assert first is not None
+    assert last is not None
+    assert first < last
+    assert ended_at[0] <= max_packs
 
 
 def test_runs_beyond_the_limit_leave_memory_and_come_back(build: Callable[..., House]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tinsmith import crashpoints
 from tinsmith.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
-from tinsmith.errors import ConfigError, NotFoundError, UserError
+from tinsmith.errors import ConfigError, CorruptError, NotFoundError, UserError
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
 TENANT = TenantId("t1")
@@ -25,23 +25,33 @@ def blobs(tmp_path: Path) -> Blobs:
 def test_put_get(blobs: Blobs) -> None:
     info = blobs.put(KEY, b"hello")
     assert (info.size, info.sha256) == (5, hashlib.sha256(b"hello").hexdigest())
-    assert blobs.get(KEY) == b"hello"
-    assert blobs.exists(KEY)
-    assert blobs.size(KEY) == 5
-    blobs.put(KEY, b"other")
-    assert blobs.get(KEY) == b"other"
+    assert info.key == f"{KEY}.{info.sha256[:32]}"
+    assert blobs.get(info.key) == b"hello"
+    assert blobs.exists(info.key)
+    assert blobs.size(info.key) == 5
+    other = blobs.put(KEY, b"other")
+    assert blobs.get(other.key) == b"other"
+    assert blobs.get(info.key) == b"hello"
 
 
 def test_put_takes_pieces(blobs: Blobs) -> None:
     info = blobs.put(KEY, (memoryview(piece) for piece in (b"he", b"", b"llo")))
     assert info == blobs.put(KEY, memoryview(b"hello"))
-    assert blobs.get(KEY) == b"hello"
+    assert blobs.get(info.key) == b"hello"
 
 
-def test_open_outlives_a_replacement(blobs: Blobs) -> None:
-    blobs.put(KEY, b"old")
-    with blobs.open(KEY) as file:
-        blobs.put(KEY, b"new")
+@pytest.mark.parametrize("content", [b"hellp", b"hell", b"", b"hello!"])
+def test_a_changed_file_is_called_corrupt(blobs: Blobs, tmp_path: Path, content: bytes) -> None:
+    info = blobs.put(KEY, b"hello")
+    (tmp_path / "data" / "blobs" / info.key).write_bytes(content)
+    with pytest.raises(CorruptError, match="backup"):
+        blobs.get(info.key)
+
+
+def test_open_outlives_a_deletion(blobs: Blobs) -> None:
+    key = blobs.put(KEY, b"old").key
+    with blobs.open(key) as file:
+        blobs.delete(key)
         assert file.read() == b"old"
 
 
@@ -54,9 +64,9 @@ def test_missing(blobs: Blobs) -> None:
 
 
 def test_delete(blobs: Blobs) -> None:
-    blobs.put(KEY, b"x")
-    blobs.delete(KEY)
-    assert not blobs.exists(KEY)
+    key = blobs.put(KEY, b"x").key
+    blobs.delete(key)
+    assert not blobs.exists(key)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,7 @@ def test_malformed_keys(blobs: Blobs, key: str) -> None:
 
 
 def test_a_failed_write_leaves_nothing(blobs: Blobs, tmp_path: Path) -> None:
-    blobs.put(KEY, b"old")
+    old = blobs.put(KEY, b"old").key
 
     def pieces():  # type: ignore[no-untyped-def]
         yield memoryview(b"half")
@@ -82,8 +92,8 @@ def test_a_failed_write_leaves_nothing(blobs: Blobs, tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         blobs.put(KEY, pieces())
-    assert blobs.get(KEY) == b"old"
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["req-1"]
+    assert blobs.get(old) == b"old"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [old.rpartition("/")[2]]
 
 
 def test_keys(blobs: Blobs) -> None:
@@ -93,8 +103,7 @@ def test_keys(blobs: Blobs) -> None:
     assert snapshot != snapshot_key(TENANT, run, 7)
     assert checkpoint_key(TENANT) != checkpoint_key(TENANT)
     for key in (snapshot, checkpoint_key(TENANT), result_key(TENANT, OpId("req-1"))):
-        blobs.put(key, b"x")
-        assert blobs.exists(key)
+        assert blobs.exists(blobs.put(key, b"x").key)
 
 
 def _put_and_die(root: Path, point: str) -> None:
@@ -102,20 +111,22 @@ def _put_and_die(root: Path, point: str) -> None:
     Blobs(root).put(KEY, b"new")
 
 
-@pytest.mark.parametrize(("point", "left"), [("blob.before_rename", b"old"), ("blob.after_rename", b"new")])
-def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path, point: str, left: bytes) -> None:
+@pytest.mark.parametrize(("point", "is_there"), [("blob.before_rename", False), ("blob.after_rename", True)])
+def test_a_killed_writer_leaves_a_whole_file_or_none(tmp_path: Path, point: str, is_there: bool) -> None:
     blobs = Blobs(tmp_path)
-    blobs.put(KEY, b"old")
+    old = blobs.put(KEY, b"old").key
     process = multiprocessing.get_context("spawn").Process(target=_put_and_die, args=(tmp_path, point))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert blobs.get(KEY) == left
+    new = BlobKey(f"{KEY}.{hashlib.sha256(b'new').hexdigest()[:32]}")
+    assert blobs.exists(new) is is_there
+    assert not is_there or blobs.get(new) == b"new"
     leftovers = list(tmp_path.rglob(".tmp-*"))
-    assert len(leftovers) == (1 if left == b"old" else 0)
+    assert len(leftovers) == (0 if is_there else 1)
     assert blobs.sweep(before=0.0) == 0
     assert blobs.sweep(before=2**40) == len(leftovers)
-    assert blobs.get(KEY) == left
+    assert blobs.get(old) == b"old"
 
 
 def test_crash_points_count_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tinsmith import __version__, cli
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir, ServerInfo
-from tinsmith.errors import ConfigError, ForbiddenError, TinsmithError
+from tinsmith.errors import ConfigError, ForbiddenError, NotFoundError, TinsmithError
 
 KEY = {"key_id": "k1", "name": "alice", "tenant": "alice", "created_at": "2026-01-01T00:00:00+00:00"}
 
@@ -127,6 +127,19 @@ def test_a_key_is_revoked(served: Path, stub: Stub) -> None:
     assert stub.calls[0][:2] == ("DELETE", "/api/v1/admin/keys/k%2F1")
 
 
+@pytest.mark.parametrize("flags", [("--name", ""), ("--name", "  "), ("--name", "alice", "--tenant", "")])
+def test_a_key_needs_a_name(served: Path, stub: Stub, flags: tuple[str, ...]) -> None:
+    assert failure("keys", "create", *flags, "--data-dir", served).message == f"{flags[-2]} must not be empty"
+    assert stub.calls == []
+
+
+def test_an_unknown_key_is_refused_with_the_way_to_the_ids(served: Path, stub: Stub) -> None:
+    stub.answer = (404, {"detail": "no key 999"})
+    error = failure("keys", "revoke", "999", "--data-dir", served)
+    assert isinstance(error, NotFoundError)
+    assert error.message == "no key 999; `tinsmith keys list` shows the ids of all keys"
+
+
 def test_a_remote_server_is_found_in_the_environment(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +185,12 @@ def test_migrate_makes_a_database(tmp_path: Path) -> None:
     assert "up to date" in done.stdout
     assert (tmp_path / "new" / "tinsmith.db").is_file()
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_demonstration_says_what_it_shows() -> None:
+    text = " ".join(run("demo", "--help").stdout.split())
+    assert "six fine-tunes at once" in text
+    assert "reinforcement learning" in text
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinsmith.scheduler import Batch, Candidate, Limits, plan
+from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.types import OpId, OpKind, RunId, TenantId
 
 LIMITS = Limits(pass_max_tokens=1000, max_new_samples=8)
@@ -126,3 +128,81 @@ def test_repeated_planning_empties_any_workload(candidates: list[Candidate]) -> 
         taken = {c.op_id for c in batch.ops}
         left = [c for c in left if c.op_id not in taken]
     assert left == []
+
+
+@pytest.mark.parametrize("kind", [OpKind.OPTIM_STEP, OpKind.LOAD, OpKind.CREATE])
+def test_a_suspect_barrier_runs_alone(kind: OpKind) -> None:
+    others = [op(f"r{i}", 1, kind) for i in range(4)] + [op(None, 1, OpKind.SAMPLE)]
+    batch = plan([*others, op("bad", 1, kind, attempts=1)], LIMITS, {})
+    assert batch is not None
+    assert [c.run_id for c in batch.ops] == ["bad"]
+
+
+def test_a_suspect_sample_waits_until_it_can_run_alone() -> None:
+    work = [op("r", 1, OpKind.FORWARD_BACKWARD), op(None, 1, OpKind.SAMPLE), op(None, 2, OpKind.SAMPLE, attempts=2)]
+    beside = plan(work, Limits(1000, 8, num_samples=3), {})
+    assert beside is not None
+    assert [c.kind for c in beside.ops] == [OpKind.FORWARD_BACKWARD], "those that are there end first"
+    alone = plan(work, Limits(1000, 8, num_samples=0), {})
+    assert alone is not None
+    assert [c.seq_id for c in alone.ops] == [2]
+    once = plan([op(None, 1, OpKind.SAMPLE, attempts=1), op(None, 2, OpKind.SAMPLE)], LIMITS, {})
+    assert once is not None
+    assert len(once.samples) == 2, "one death is no reason to sample one by one"
+
+
+def test_a_pass_goes_before_barriers_that_had_their_time() -> None:
+    work = [op("a", 1, OpKind.FORWARD_BACKWARD), *(op(f"r{i}", 0, OpKind.CREATE) for i in range(5))]
+    batch = plan(work, Limits(1000, 8, passes_first=True), {})
+    assert batch is not None
+    assert [c.run_id for c in batch.ops] == ["a"]
+    barriers = plan(work[1:], Limits(1000, 8, passes_first=True), {})
+    assert barriers is not None
+    assert len(barriers.barriers) == 5
+
+
+def test_absent_runs_come_in_a_few_at_a_time_and_by_turns() -> None:
+    crowd = [replace(op(f"r{i}", 0, OpKind.CREATE, tenant="crowd"), is_resident=False) for i in range(50)]
+    single = replace(op("s", 0, OpKind.CREATE, tenant="single"), is_resident=False)
+    batch = plan([*crowd, single, op("here", 1, OpKind.OPTIM_STEP)], Limits(1000, 8, max_new_runs=4), {})
+    assert batch is not None
+    runs = [c.run_id for c in batch.barriers]
+    assert len(runs) == 5
+    assert {"s", "here"} <= set(runs)
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=6), st.integers(1, 2000), st.integers(0, 10**9), st.data())
+def test_every_tenant_gets_its_turn_whatever_was_before(
+    history: list[int], cost: int, tokens_since: int, data: st.DataObject
+) -> None:
+    """With N tenants at work, each is in one of the next N passes: old hands and newcomers."""
+    shares = Shares()
+    tenants = [TenantId(f"t{i}") for i in range(len(history))]
+    for tenant, tokens in zip(tenants, history, strict=True):
+        if data.draw(st.booleans()):
+            shares.enter([tenant])
+            shares.charge(tenant, tokens)
+    work = [
+        op(f"{tenant}-{i}", 1, OpKind.FORWARD_BACKWARD, tenant=tenant, cost=cost) for tenant in tenants for i in "ab"
+    ]
+    shares.enter(data.draw(st.lists(st.sampled_from(tenants))))
+    seen: set[TenantId] = set()
+    for _ in tenants:
+        batch = plan(work, Limits(1, 8), shares.enter(tenants))
+        assert batch is not None
+        (chosen,) = batch.passes
+        shares.charge(chosen.tenant_id, cost)
+        seen.add(chosen.tenant_id)
+    assert seen == set(tenants)
+
+
+def test_a_newcomer_starts_level_with_those_at_work() -> None:
+    shares = Shares()
+    old, new = TenantId("old"), TenantId("new")
+    shares.enter([old])
+    shares.charge(old, 10**6)
+    shares.enter([old])
+    assert shares.of([new]) == {new: 10**6}
+    assert shares.enter([old, new]) == {old: 10**6, new: 10**6}
+    shares.charge(new, 5)
+    assert shares.enter([old, new])[new] == 10**6 + 5

@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from tinsmith import crashpoints
-from tinsmith.errors import CapacityError, ConfigError
+from tinsmith.errors import CapacityError, ConfigError, StorageFullError
 from tinsmith.store import Store, database, open_store
 from tinsmith.store.rows import Finished, NewOp, WorkerId
 from tinsmith.store.schema import metadata
@@ -54,6 +54,22 @@ def test_pragmas(store: Store) -> None:
     assert values == ["wal", 1, 1]
     with pytest.raises(ConfigError):
         open_store(Path("unused"), synchronous="OFF")
+
+
+def test_a_full_disk_is_no_damage(store: Store) -> None:
+    with store._database.write() as conn:
+        pages = conn.exec_driver_sql("PRAGMA page_count").scalar()
+        conn.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+    def fill() -> None:
+        for number in range(10_000):
+            store.tenants.create(f"{number:0200d}")
+
+    with pytest.raises(StorageFullError, match="the disk is full: free space"):
+        fill()
+    with store._database.write() as conn:
+        conn.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    store.tenants.create("after")
 
 
 def test_claims_and_heartbeats_wait_for_no_disk_and_everything_else_does(tmp_path: Path) -> None:

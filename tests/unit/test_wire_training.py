@@ -12,9 +12,10 @@ from tinker.types.forward_backward_request import ForwardBackwardRequest
 from tinsmith.errors import UnsupportedError
 from tinsmith.types import OpKind, TrainResult
 from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.bounds import read_address
 from tinsmith.wire.media import WireError
 from tinsmith.wire.tensors import ElementBudget, decode_tensor
-from tinsmith.wire.training import decode_training, encode_train_result, peek_address, read_address
+from tinsmith.wire.training import decode_training, encode_train_result
 
 
 def sdk_body(data: list[types.Datum], *, loss: str = "cross_entropy", config: object = None, seq_id: int = 3) -> bytes:
@@ -119,7 +120,7 @@ def test_the_address_survives_what_comes_after_it() -> None:
     with pytest.raises(WireError) as caught:
         decode_training(broken)
     assert caught.value.address == ("s1:train:0", 3)
-    assert peek_address(body[:20]) == ("s1:train:0", 3)
+    assert read_address(body[:20]) == ("s1:train:0", 3)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,5 @@ async def _write_payload(
 ) -> BlobKey | None:
     if payload is None or len(payload) <= services.settings.inline_bytes:
         return None
-    key = payload_key(principal.tenant_id, op_id)
-    await services.work(services.blobs.put, key, payload)
-    return key
+    stored = await services.work(services.blobs.put, payload_key(principal.tenant_id, op_id), payload)
+    return stored.key

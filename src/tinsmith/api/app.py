@@ -31,8 +31,9 @@ from tinsmith.api import (
 )
 from tinsmith.api.anthropic import messages
 from tinsmith.api.auth import KeyCache, admin_guard, key_guard
-from tinsmith.api.body import JsonRequest
+from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
+from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
@@ -101,6 +102,8 @@ def build_app(services: Services) -> Litestar:
         return room
 
     guard = key_guard(KeyCache(authenticate))
+    max_body_bytes = services.settings.max_body_bytes
+    budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
     return Litestar(
         route_handlers=[
             *OPEN,
@@ -116,7 +119,8 @@ def build_app(services: Services) -> Litestar:
         exception_handlers=HANDLERS_BY_PATH,
         request_class=JsonRequest,
         lifespan=[_watching(services)],
-        request_max_body_size=services.settings.max_body_bytes,
+        request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
+        middleware=[lambda app: with_intake(app, budget)],
         openapi_config=reference.openapi_config(),
         logging_config=None,
         debug=False,

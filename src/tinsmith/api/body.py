@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import zstandard
@@ -10,11 +11,14 @@ from litestar import Request
 from litestar.datastructures import State
 
 from tinsmith.api.auth import Call
+from tinsmith.api.intake import hold_of
 from tinsmith.api.services import Services
 from tinsmith.errors import TooLargeError, UserError
 from tinsmith.store.rows import Principal
 from tinsmith.wire.media import decode_json
 
+PLAIN_BYTES = 1 << 20  # a request without tokens in it: a name, an address, metadata of 8 KiB
+TOKENS_BYTES = 8 << 20  # a JSON request with a prompt: a million token ids
 PIECE_BYTES = 1 << 20
 PREFIX_BYTES = 1 << 16
 MAX_WINDOW_BYTES = 1 << 27
@@ -25,7 +29,7 @@ class BodyTooLarge(TooLargeError):
     """`prefix`: the first bytes of the decompressed body, enough to find out who it was meant for."""
 
     def __init__(self, max_bytes: int, prefix: bytes) -> None:
-        super().__init__(f"the request body is larger than {max_bytes} bytes: send fewer datums a request")
+        super().__init__(f"the request body is larger than {max_bytes} bytes: send fewer datums or tokens a request")
         self.prefix = prefix
 
 
@@ -37,36 +41,50 @@ class JsonRequest(Request[Principal, str, State]):
         return decode_json(await self.body(), object)
 
 
-async def read_body(request: Call, services: Services, at_most: int | None = None) -> bytes:
+async def read_body(request: Call, services: Services, at_most: int = PLAIN_BYTES) -> bytes:
     """The body, decompressed if it came as zstd.
 
+    Args:
+        at_most: bytes that the route takes; never more than `max_body_bytes`.
+
     Raises:
-        BodyTooLarge: beyond `max_body_bytes` or `at_most`, as sent or decompressed.
+        BodyTooLarge: beyond that, as sent or decompressed.
+        CapacityError: the server holds too many bodies now.
         UserError: another encoding, or bytes that aren't zstd.
     """
-    max_bytes = min(services.settings.max_body_bytes, at_most or services.settings.max_body_bytes)
+    max_bytes = min(at_most, services.settings.max_body_bytes)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "zstd"):
         raise UserError(f"content-encoding {encoding[:50]!r} is not understood: send zstd, or no encoding")
-    sent = bytearray()
-    num_bytes = 0
+    sent = io.BytesIO()
     async for piece in request.stream():
-        num_bytes += len(piece)
-        sent += piece[: max_bytes - len(sent)]
-        if num_bytes > 2 * max_bytes:
+        sent.write(piece)
+        if sent.tell() > max_bytes:
             break
-    body = bytes(sent)
-    if num_bytes > max_bytes:
+    body = sent.getvalue()
+    sent.close()
+    if len(body) > max_bytes:
         raise BodyTooLarge(max_bytes, body[:PREFIX_BYTES] if encoding == "identity" else _first_bytes(body))
-    return body if encoding == "identity" else await services.work(inflate, body, max_bytes)
+    if encoding == "identity":
+        return body
+    hold = hold_of(request.scope)
+    inflated = await services.digest(request.user, max_bytes, inflate, body, max_bytes, hold.take)
+    hold.give_back(len(body))
+    return inflated
 
 
-def inflate(body: bytes, max_bytes: int) -> bytes:
-    """Raises: BodyTooLarge: more than `max_bytes` come out. UserError: it isn't zstd, or not all of it."""
+def inflate(body: bytes, max_bytes: int, take: Callable[[int], None]) -> bytes:
+    """`take` is told of the bytes that come out, before they are kept, and may refuse them.
+
+    Raises:
+        BodyTooLarge: more than `max_bytes` come out.
+        UserError: it isn't zstd, or not all of it.
+    """
     whole = io.BytesIO()
     try:
         with _reader(body) as reader:
-            while piece := reader.read(PIECE_BYTES):
+            while piece := reader.read(min(PIECE_BYTES, max_bytes + 1)):
+                take(len(piece))
                 whole.write(piece)
                 if whole.tell() > max_bytes:
                     raise BodyTooLarge(max_bytes, whole.getvalue()[:PREFIX_BYTES])

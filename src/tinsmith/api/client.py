@@ -11,6 +11,8 @@ from tinsmith.api.body import read_body
 from tinsmith.api.services import ServicesDep
 from tinsmith.wire.requests import ClientConfig
 
+TELEMETRY_BYTES = 8 << 20  # 100 events, some with tracebacks
+
 
 class ClientFlags(Struct):
     """Only flags that differ from the client's own defaults, or that this server depends on."""
@@ -51,5 +53,5 @@ async def dynamic_config(request: Call, data: JSONBody[ClientConfig]) -> Dynamic
 @post("/telemetry", status_code=200, request_max_body_size=None)
 async def telemetry(request: Call, services: ServicesDep) -> Accepted:
     """Read and forgotten: it may hold tracebacks and headers of users."""
-    await read_body(request, services)
+    await read_body(request, services, TELEMETRY_BYTES)
     return Accepted()

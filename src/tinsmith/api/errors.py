@@ -20,9 +20,12 @@ from tinsmith.errors import (
     ForbiddenError,
     GoneError,
     NotFoundError,
+    RequestTimeoutError,
+    StorageFullError,
     TinsmithError,
     TooLargeError,
     UserError,
+    echo,
 )
 
 log = structlog.get_logger("tinsmith.api")
@@ -33,8 +36,10 @@ STATUSES: tuple[tuple[type[TinsmithError], int], ...] = (
     (ForbiddenError, 403),
     (NotFoundError, 404),
     (GoneError, 410),
+    (RequestTimeoutError, 408),
     (TooLargeError, 413),
     (UserError, 400),
+    (StorageFullError, 503),
     (CapacityError, 429),
 )
 CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -54,10 +59,12 @@ def status_of(error: TinsmithError) -> int:
 
 def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Response[Problem]:
     status = status_of(error)
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 429 else {}
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 408:
+        headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if status == 500:
+    if status >= 500:
         log.error("request failed", path=request.url.path, code=error.code, exc_info=error)
     problem = Problem(detail=error.message, code=error.code, category=error.category)
     return Response(problem, status_code=status, headers=headers)
@@ -70,7 +77,9 @@ def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> R
         return answer_unknown(request, error)
     detail = error.detail or "bad request"
     if status == 404:
-        detail = f"there is nothing at {request.method} {request.url.path}"
+        detail = f"there is nothing at {request.method} {echo(request.url.path)}"
+    elif status == 413:
+        detail = "the request body is larger than this route takes: shorten it"
     reasons = "; ".join(
         str(item.get("message", item)) if isinstance(item, dict) else str(item) for item in _extra(error)
     )

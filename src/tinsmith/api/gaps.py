@@ -12,12 +12,23 @@ from uuid import uuid4
 import structlog
 
 from tinsmith.api.services import Services
-from tinsmith.store.rows import NewOp, OpRow
+from tinsmith.errors import UserError
+from tinsmith.store.rows import NewOp, OpRow, RunRow
 from tinsmith.types import Failure, OpId, OpKind
 
 log = structlog.get_logger("tinsmith.api")
 
 FILL_AT_MOST = 256
+MAX_AHEAD = 100_000
+
+
+def refuse_far_ahead(run: RunRow, seq_id: int) -> None:
+    """Raises: UserError: more would be missing before this request than a client could have on its way."""
+    if seq_id > run.head_seq + MAX_AHEAD:
+        raise UserError(
+            f"seq_id {seq_id} is more than {MAX_AHEAD} above {run.head_seq}, up to which this run's requests have "
+            f"arrived: number requests one by one; the next is {run.head_seq + 1}"
+        )
 
 
 async def close_gap(services: Services, op: OpRow) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 
 from tinsmith import crashpoints, lifeline, observe
 from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
@@ -112,6 +113,10 @@ def make_server(services: Services) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
+        http=Connection,
+        ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=most_connections(),
     )
     return Server(config, services.waiters)
 
@@ -148,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings.load()
     observe.configure(settings, process="api")
     crashpoints.arm_from(settings.crash_point)
+    raise_file_limit()
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
     sock = None if args.fd is None else socket.socket(fileno=args.fd)

@@ -13,7 +13,7 @@ from tinsmith.api.paging import Cursor, Limit, Offset, iso_time
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UserError
 from tinsmith.store.rows import CheckpointRow, Principal, RunRow
-from tinsmith.types import CheckpointKind, RunId
+from tinsmith.types import CheckpointKind, RunId, RunStatus
 from tinsmith.validate import check_ttl
 from tinsmith.wire.requests import SetTtl
 
@@ -126,6 +126,7 @@ def _describe(services: Services, principal: Principal, row: RunRow) -> Training
         model_owner=principal.tenant_name,
         is_lora=True,
         lora_rank=row.spec.rank,
+        corrupted=row.status is RunStatus.CORRUPTED,
         last_request_time=iso_time(row.last_request_at),
         last_checkpoint=None if training is None else _checkpoint(training),
         last_sampler_checkpoint=None if sampler is None else _checkpoint(sampler),

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
-from tinsmith.api.body import read_body
+from tinsmith.api.body import TOKENS_BYTES, read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.api.weights import find_checkpoint
@@ -58,8 +58,8 @@ async def get_sampler(request: Call, services: ServicesDep, sampler_id: FromPath
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
-    body = await read_body(request, services)
-    draft = await services.work(_draft_sample, services, request.user, body)
+    body = await read_body(request, services, TOKENS_BYTES)
+    draft = await services.digest(request.user, len(body), _draft_sample, services, request.user, body)
     row = await admit(services, request.user, draft)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])

@@ -1,7 +1,8 @@
 """What the routes work with, bundled once at start: settings, store, files, waiters, bells, served bases.
 
 The store's calls block, so none runs on the event loop: reads and CPU work go to a small pool, writes of the queue to
-one thread, as the database takes one writer at a time anyway.
+one thread, as the database takes one writer at a time anyway. What is made of large bodies goes to a lane of its own,
+one body of a tenant's at a time, so that it delays nobody else's calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
@@ -25,10 +27,13 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.errors import UserError
 from tinsmith.store import Store
-from tinsmith.types import BaseInfo
+from tinsmith.store.rows import Principal
+from tinsmith.types import BaseInfo, TenantId
 
 T = TypeVar("T")
 NUM_THREADS = 4
+NUM_DIGESTING = 2
+LIGHT_BYTES = 128 << 10  # read within a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class ServedBase:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """ready_bases: names of the bases that a worker has loaded; called in a thread."""
+    """ready_bases: names of the bases that a worker has loaded; called in a thread. turns: held to digest a body."""
 
     settings: Settings
     store: Store
@@ -52,11 +57,23 @@ class Services:
     ready_bases: Callable[[], AbstractSet[str]]
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
+    digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
+    turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """Run a blocking read or a piece of computing."""
         return await asyncio.get_running_loop().run_in_executor(self.working, partial(call, *args))
+
+    async def digest(self, principal: Principal, num_bytes: int, call: Callable[..., T], *args: Any) -> T:
+        """Run what the tenant's body of up to `num_bytes` asks of the processor."""
+        if num_bytes <= LIGHT_BYTES:
+            return await self.work(call, *args)
+        turn = self.turns.get(principal.tenant_id)
+        if turn is None:
+            turn = self.turns[principal.tenant_id] = asyncio.Lock()
+        async with turn:
+            return await asyncio.get_running_loop().run_in_executor(self.digesting, partial(call, *args))
 
     async def write(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
         """Run a write to the store, after all that were asked for before it."""
@@ -78,6 +95,7 @@ class Services:
         for ringer in self.ringers.values():
             ringer.close()
         self.writing.shutdown(wait=True)
+        self.digesting.shutdown(wait=True)
         self.working.shutdown(wait=True)
 
 

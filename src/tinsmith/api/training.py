@@ -15,6 +15,7 @@ from msgspec import Struct
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
+from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.config import Settings
 from tinsmith.errors import GoneError, TinsmithError
@@ -28,6 +29,7 @@ from tinsmith.validate import (
     check_optimizer,
     check_training,
 )
+from tinsmith.wire.bounds import check_bounds, read_address
 from tinsmith.wire.media import PROTOBUF, WireError, decode_json
 from tinsmith.wire.meta import CreateMeta, to_meta
 from tinsmith.wire.requests import (
@@ -39,7 +41,7 @@ from tinsmith.wire.requests import (
     RunAddress,
     decode_optim_step,
 )
-from tinsmith.wire.training import decode_training, peek_address, read_address
+from tinsmith.wire.training import decode_training
 
 
 class ModelData(Struct):
@@ -85,11 +87,11 @@ async def get_info(request: Call, services: ServicesDep, data: JSONBody[GetInfo]
 async def forward_backward(request: Call, services: ServicesDep) -> Promise:
     """One chunk of a forward or forward_backward call; the body is protobuf."""
     try:
-        body = await read_body(request, services)
+        body = await read_body(request, services, services.settings.max_body_bytes)
     except BodyTooLarge as error:
         await _consume(services, request.user, error)
         raise
-    draft = await services.work(_draft_training, services, request.user, body)
+    draft = await services.digest(request.user, len(body), _draft_training, services, request.user, body)
     row = await admit(services, request.user, draft)
     return Promise(request_id=row.id, model_id=row.run_id)
 
@@ -149,8 +151,10 @@ def run_draft(services: Services, principal: Principal, kind: OpKind, address: R
 
     Raises:
         NotFoundError: no such run.
+        UserError: the seq_id is far beyond the run's others.
     """
     run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
+    refuse_far_ahead(run, address.seq_id)
     return Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
 
 
@@ -187,6 +191,7 @@ def _draft_training(services: Services, principal: Principal, body: bytes) -> Dr
 
 
 def _fill_training(services: Services, body: bytes, draft: Draft) -> Draft:
+    check_bounds(body, services.settings.max_request_tokens)
     asked = decode_training(body)
     check_training(asked, services.base(draft.base_model).info, services.settings)
     return replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
@@ -204,7 +209,7 @@ def _fill_optim_step(body: bytes, draft: Draft) -> Draft:
 
 async def _consume(services: Services, principal: Principal, error: BodyTooLarge) -> None:
     """A refused chunk must not make the run wait for it forever: its seq_id is consumed by a failed op."""
-    address = peek_address(error.prefix)
+    address = read_address(error.prefix)
     if address is None:
         return
     draft = await services.work(run_draft, services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))

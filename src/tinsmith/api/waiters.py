@@ -96,7 +96,8 @@ class Waiters:
     async def _watch(self, final_among: FinalAmong) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._rung.wait(), self._scan_interval_s)
+                async with asyncio.timeout(self._scan_interval_s):  # wait_for may swallow a cancellation (bpo-37658)
+                    await self._rung.wait()
             self._rung.clear()
             if not self._waiting:
                 continue

@@ -29,19 +29,21 @@ def main(out_dir: Path) -> int:
     """Run the demonstration; curves go to `out_dir`. 0 if everything learned, else 1."""
     console = Console()
     out_dir.mkdir(parents=True, exist_ok=True)
-    console.print("[bold]tinsmith demo[/bold]: six fine-tunes at once, through the official SDK")
+    console.print("[bold]tinsmith demo[/bold]: six fine-tunes at once, then reinforcement learning, through the SDK")
     with contextlib.ExitStack() as held:
         with console.status("starting the server"):
             url, key = held.enter_context(server())
         console.print(f"server: {url}")
         point_sdk_at(url, key)
-        supervised_failed = supervised(console, out_dir)
+        supervised_failed = supervised(console, out_dir, load_example("many_runs"))
         return reinforcement(console, out_dir, load_example("grpo")) or supervised_failed
 
 
-def supervised(console: Console, out_dir: Path) -> int:
-    """Six supervised runs, their table, and one of them resumed in a new session."""
-    example = load_example("many_runs")
+def supervised(console: Console, out_dir: Path, example: ModuleType) -> int:
+    """Run `examples/many_runs.py`: six runs, their table, one of them resumed in a new session.
+
+    0 if every loss fell, the runs shared their passes, and the resumed run is the one that was saved; else 1.
+    """
     reports, seconds = _train(console, example)
     curves = {r.task.name: r.losses for r in reports}
     show.save_png(curves, out_dir / "losses.png", "six runs on one base", "loss a token")

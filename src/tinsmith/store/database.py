@@ -25,12 +25,12 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from tinsmith.errors import CapacityError, ConfigError, CorruptError
+from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError
 
 BUSY_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.0005
 IS_WRITE = "tinsmith_is_write"
-CURE = "look at the disk (full? failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
+CURE = "look at the disk (is it failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
 SYNCHRONOUS = ("FULL", "NORMAL")
 
 
@@ -176,7 +176,7 @@ def _driver(connection: Connection) -> Any:
 
 @contextmanager
 def errors_by_name() -> Iterator[None]:
-    """Turns the driver's errors into ours: a busy database into CapacityError, an unusable one into CorruptError."""
+    """The driver's errors as ours: busy is CapacityError, a full disk StorageFullError, the others CorruptError."""
     try:
         yield
     except (OperationalError, sqlite3.OperationalError) as error:
@@ -186,6 +186,8 @@ def errors_by_name() -> Iterator[None]:
                 f"the database was busy for {BUSY_TIMEOUT_S:g} s; send the request again, and look for other programs "
                 "that hold it open"
             ) from error
+        if _is_full(origin):
+            raise StorageFullError("the disk is full: free space, then send the request again") from error
         raise CorruptError(f"the database can't be used: {origin}; {CURE}") from error
     except DatabaseError as error:
         if type(error) is not DatabaseError:  # the others are of one statement, and their callers' to judge
@@ -195,3 +197,7 @@ def errors_by_name() -> Iterator[None]:
 
 def _is_busy(error: object) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _is_full(error: object) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

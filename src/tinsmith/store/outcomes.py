@@ -19,7 +19,7 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.rows import Finished, WorkerId
 from tinsmith.store.samplers import put_sampler
 from tinsmith.store.schema import ops, runs
-from tinsmith.types import OpId, OpKind, OpState
+from tinsmith.types import OpId, OpKind, OpState, RunStatus
 
 _OPEN = (
     select(
@@ -56,8 +56,8 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
     for op_id, outcome in fresh.items():
         row = rows[op_id]
         if row.kind == OpKind.CREATE:
-            status = "ready" if outcome.state is OpState.DONE else "failed"
-            conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status})
+            status = RunStatus.READY if outcome.state is OpState.DONE else RunStatus.FAILED
+            conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status.value})
         if outcome.checkpoint is not None:
             put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
         if outcome.sampler is not None:

@@ -19,6 +19,7 @@ from tinsmith.types import (
     OpState,
     RunId,
     RunSpec,
+    RunStatus,
     SamplerId,
     SessionId,
     TenantId,
@@ -109,7 +110,6 @@ class RunRow:
     head_seq: the highest seq_id up to which every op has arrived; -1 before the first.
     epoch: how often the run was leased. lease_owner: the slot that holds it, None if it is free.
     snapshot_seq: the highest op that the snapshot holds; -1 without one.
-    status: "creating", then "ready" once its CREATE op is done, or "failed" if that failed.
     """
 
     run_id: RunId
@@ -125,7 +125,7 @@ class RunRow:
     lease_owner: str | None
     snapshot_seq: int
     snapshot_blob: BlobKey | None
-    status: str
+    status: RunStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_
 from tinsmith.store.graveyard import bury
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, workers
-from tinsmith.types import BlobKey, RunId, RunSpec, TenantId
+from tinsmith.types import BlobKey, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
 
@@ -84,6 +84,7 @@ _SET_SNAPSHOT = (
     .where(runs.c.run_id == bindparam("of_run"))
     .values(snapshot_seq=bindparam("seq"), snapshot_blob=bindparam("blob"), snapshot_bytes=bindparam("size"))
 )
+_SET_STATUS = update(runs).where(runs.c.run_id == bindparam("of_run")).values(status=bindparam("new_status"))
 _UNPIN = (
     update(ops)
     .where(ops.c.run_id == bindparam("of_run"), ops.c.seq_id <= bindparam("seq"), ops.c.pin_blob.is_not(None))
@@ -159,6 +160,17 @@ class Runs:
         with self._database.read() as conn:
             return [to_run(row) for row in conn.execute(_HELD, {"slot": worker.slot})]
 
+    def set_status(self, worker: WorkerId, run_id: RunId, status: RunStatus) -> None:
+        """CORRUPTED for a run whose state can't be rebuilt, READY once it can.
+
+        Raises:
+            FencedError: the worker doesn't hold the run.
+        """
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            require_leased(conn, worker, [run_id])
+            conn.execute(_SET_STATUS, {"of_run": run_id, "new_status": status.value})
+
     def record_snapshot(
         self, worker: WorkerId, run_id: RunId, seq: int, blob: BlobKey, size: int, now: float
     ) -> BlobKey | None:
@@ -204,7 +216,7 @@ def to_run(row: Sequence[Any]) -> RunRow:
         lease_owner=lease_owner,
         snapshot_seq=snapshot_seq,
         snapshot_blob=snapshot_blob,
-        status=status,
+        status=RunStatus(status),
     )
 
 
@@ -231,5 +243,5 @@ def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
         "wants_worker": True,
         "snapshot_seq": -1,
         "snapshot_bytes": 0,
-        "status": "creating",
+        "status": RunStatus.CREATING.value,
     }

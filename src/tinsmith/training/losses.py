@@ -21,7 +21,7 @@ TARGETS = "target_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`fn(lp, inputs, config)` -> scalar; lp float32 [N, K] or [N], as the datum's targets are, and so are the inputs.
+    """`fn(lp, inputs, config)` -> scalar; lp float64 [N, K] or [N], as the datum's targets are, and so are the inputs.
 
     is_tokenwise: a sum of terms of one token each, so that it may be evaluated on parts of a datum.
     """
@@ -79,9 +79,13 @@ LOSSES: Mapping[str, Loss] = {
 
 
 def evaluate(loss: Loss, lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> tuple[float, Tensor]:
-    """The loss and its derivative with respect to each log-probability, shaped as `lp`."""
+    """The loss and its derivative with respect to each log-probability, shaped and typed as `lp`.
+
+    Computed in double precision: terms of either sign cancel, and a sum of scalars costs nothing beside the logits.
+    """
+    exact = {name: array.double() if array.is_floating_point() else array for name, array in inputs.items()}
     with torch.enable_grad():
         leaf = lp.detach().requires_grad_()
-        value = loss.fn(leaf, inputs, config)
+        value = loss.fn(leaf.double(), exact, config)
         (coef,) = torch.autograd.grad(value, leaf)
     return float(value.detach()), coef

@@ -14,6 +14,7 @@ from tinsmith.errors import UserError
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
+MAX_SLOW_BYTES = 256 << 10  # Python's own decoder takes a second for 10 MB, in which nothing else runs
 TOO_DEEP = "the request body is nested too deeply: send a JSON object as the API page describes it"
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:
-    """The body as a `kind`. NaN and Infinity, which JSON lacks and Python writes, are read as numbers.
+    """The body as a `kind`. NaN and Infinity, which JSON lacks and Python writes, are read as numbers in small bodies.
 
     Raises:
         WireError: not JSON, or JSON of another shape; the message says where.
@@ -43,6 +44,8 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise WireError(f"the request body does not fit: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
+        if len(body) > MAX_SLOW_BYTES:
+            raise WireError("the request body is not JSON: send a JSON object; in a large one, no NaN") from None
         return _decode_python_json(body, kind)
     except RecursionError:
         raise WireError(TOO_DEEP) from None

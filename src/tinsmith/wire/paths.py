@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tinsmith.errors import UserError
+from tinsmith.errors import UserError, echo
 from tinsmith.types import CheckpointKind, RunId
 
 SCHEME = "tinker://"
+MAX_ID = 256
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -30,9 +31,10 @@ def parse_path(path: str) -> TinkerPath:
     """
     run_id, kind, name = [*path.removeprefix(SCHEME).split("/"), "", "", ""][:3]
     known = {member.value: member for member in CheckpointKind}
-    if not path.startswith(SCHEME) or path.count("/") != 4 or not run_id or kind not in known:
+    is_path = path.startswith(SCHEME) and path.count("/") == 4 and kind in known
+    if not is_path or not 1 <= len(run_id) <= MAX_ID:
         raise UserError(
-            f"{path!r} is no checkpoint path: give tinker://<run>/weights/<name> or .../sampler_weights/<name>"
+            f"{echo(path)} is no checkpoint path: give tinker://<run>/weights/<name> or .../sampler_weights/<name>"
         )
     return TinkerPath(RunId(run_id), known[kind], check_name(name))
 
@@ -45,6 +47,6 @@ def check_name(name: str) -> str:
     """
     if not NAME.fullmatch(name) or ".." in name or name == ".":
         raise UserError(
-            f"{name[:200]!r} is no checkpoint name: use 1 to 128 letters, digits, '.', '_' and '-', without '..'"
+            f"{echo(name)} is no checkpoint name: use 1 to 128 letters, digits, '.', '_' and '-', without '..'"
         )
     return name

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from tinsmith.errors import UnsupportedError
+from tinsmith.errors import UnsupportedError, echo
 from tinsmith.types import AdamParams
 from tinsmith.wire.media import WireError, decode_json
 
@@ -167,7 +167,7 @@ def decode_optim_step(body: bytes) -> AdamParams:
     request = decode_json(body, OptimStep)
     if request.optimizer_params is not None:
         raise UnsupportedError(
-            f"optimizer {request.optimizer_params.type!r} is not offered here: pass AdamParams (adamw)"
+            f"optimizer {echo(request.optimizer_params.type)} is not offered here: pass AdamParams (adamw)"
         )
     if request.adam_params is None:
         raise WireError("optim_step needs adam_params")

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from msgspec import Meta, Struct
 
-from tinsmith.errors import CorruptError, UnsupportedError
+from tinsmith.errors import CorruptError, UnsupportedError, echo
 from tinsmith.types import FloatArray, OpId, SampledSequence, SampleItem, SampleResult, SamplingParams, TokenArray
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import WireError, decode_json
@@ -182,7 +182,7 @@ def _decode_prompt(prompt: PromptBody) -> TokenArray:
     tokens: list[int] = []
     for chunk in prompt.chunks:
         if chunk.type != "encoded_text":
-            raise UnsupportedError(f"prompt chunk {chunk.type!r} is not offered here: only token chunks are")
+            raise UnsupportedError(f"prompt chunk {echo(chunk.type)} is not offered here: only token chunks are")
         if chunk.tokens is None:
             raise WireError("an encoded_text chunk needs tokens")
         tokens.extend(chunk.tokens)

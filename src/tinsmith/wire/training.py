@@ -5,7 +5,7 @@ Knows the messages and nothing of what makes a request sensible (see `validate`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,11 +15,11 @@ from google.protobuf.message import DecodeError
 from tinsmith.errors import UnsupportedError
 from tinsmith.types import Array, Datum, FloatArray, LossSpec, OpId, OpKind, RunId, TokenArray, TrainItem, TrainResult
 from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.bounds import read_address
 from tinsmith.wire.media import WireError
 from tinsmith.wire.tensors import ElementBudget, decode_tensor, decode_tokens, encode_floats
 
 OUTPUT_TYPE = "ArrayRecord"
-VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ def decode_training(body: bytes) -> TrainingRequest:
         raise WireError("the request body is no ForwardBackwardRequest message", address) from None
     if address is None:
         raise WireError("a forward_backward request needs a model_id and a seq_id of at least 1")
+    if address != (message.model_id, message.seq_id):
+        raise WireError("the request names more than one model_id or seq_id: give each once", address)
     budget = ElementBudget()
     try:
         data = tuple(_decode_datum(datum, index, budget) for index, datum in enumerate(message.data))
@@ -77,39 +79,6 @@ def decode_training(body: bytes) -> TrainingRequest:
         loss=LossSpec(name=message.loss_fn, config=_decode_config(message)),
         forward_only=message.forward_only,
     )
-
-
-def read_address(body: bytes) -> tuple[str, int] | None:
-    """(model_id, seq_id) of a whole request, in whatever order its fields were written."""
-    address = peek_address(body)
-    if address is not None:
-        return address
-    message = pb.ForwardBackwardRequest()
-    try:
-        message.ParseFromString(body)
-    except DecodeError:
-        return None
-    return (message.model_id, message.seq_id) if message.model_id and message.seq_id >= 1 else None
-
-
-def peek_address(prefix: bytes) -> tuple[str, int] | None:
-    """(model_id, seq_id) from the first bytes of a request, however it goes on; None if they aren't there.
-
-    Reads the fields before the first datum by the protobuf encoding rules
-    (https://protobuf.dev/programming-guides/encoding).
-    """
-    model_id, seq_id = "", 0
-    try:
-        for number, value in _leading_fields(prefix):
-            if number == 1 and isinstance(value, bytes):
-                model_id = value.decode()
-            elif number == 2 and isinstance(value, int):
-                seq_id = value
-            if model_id and seq_id:
-                break
-    except (IndexError, UnicodeDecodeError):
-        return None
-    return (model_id, seq_id) if model_id and 1 <= seq_id < 2**31 else None
 
 
 def encode_train_result(result: TrainResult) -> bytes:
@@ -139,7 +108,8 @@ def _decode_datum(datum: pb.Datum, index: int, budget: ElementBudget) -> Datum:
             raise UnsupportedError(f"datum {index}: only token chunks can be trained on here, no images and no audio")
         chunks.append(decode_tokens(chunk.encoded_text.tokens))
     inputs: dict[str, Array] = {
-        name: decode_tensor(tensor, f"datum {index}, {name}", budget) for name, tensor in datum.loss_fn_inputs.items()
+        name: decode_tensor(tensor, f"datum {index}, {name[:100]}", budget)
+        for name, tensor in datum.loss_fn_inputs.items()
     }
     tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
     return Datum(tokens=tokens, inputs=inputs)
@@ -150,37 +120,3 @@ def _decode_config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]
     for key, value in message.loss_fn_config_v2.items():
         config[key] = value.text if value.WhichOneof("value") == "text" else value.number
     return config
-
-
-def _leading_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of the fields before the first datum (field 3). IndexError where the bytes end."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, kind = tag >> 3, tag & 7
-        if number == 3:
-            return
-        if kind == VARINT:
-            value, at = _varint(data, at)
-            yield number, value
-        elif kind == LENGTH_DELIMITED:
-            size, at = _varint(data, at)
-            if at + size > len(data):
-                raise IndexError(at)
-            yield number, data[at : at + size]
-            at += size
-        elif kind in (FIXED64, FIXED32):
-            at += 8 if kind == FIXED64 else 4
-        else:
-            return
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise IndexError(at)

@@ -112,12 +112,12 @@ class Barriers:
         state = self._engine.export_run(run.run_id, ("param", "m", "v"))
         path = f"tinker://{run.run_id}/{CheckpointKind.TRAINING}/{save.name}"
 
-        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+        def outcome(info: BlobInfo) -> Outcome:
             checkpoint = NewCheckpoint(
                 run_id=run.run_id,
                 kind=CheckpointKind.TRAINING,
                 name=save.name,
-                blob=key,
+                blob=info.key,
                 size_bytes=info.size,
                 sha256=info.sha256,
                 expires_at=save.expires_at,
@@ -133,7 +133,7 @@ class Barriers:
         save = read_meta(op.meta, SaveSamplerMeta)
         state = self._engine.export_run(run.run_id, ("param",))
 
-        def outcome(key: BlobKey, info: BlobInfo) -> Outcome:
+        def outcome(info: BlobInfo) -> Outcome:
             checkpoint = sampler = path = None
             if save.name is not None:
                 path = f"tinker://{run.run_id}/{CheckpointKind.SAMPLER}/{save.name}"
@@ -141,7 +141,7 @@ class Barriers:
                     run_id=run.run_id,
                     kind=CheckpointKind.SAMPLER,
                     name=save.name,
-                    blob=key,
+                    blob=info.key,
                     size_bytes=info.size,
                     sha256=info.sha256,
                     expires_at=save.expires_at,
@@ -157,7 +157,7 @@ class Barriers:
                     base_model=run.spec.base_model,
                     model_path=path,
                     run_id=run.run_id,
-                    blob=key,
+                    blob=info.key,
                     spec=run.spec,
                 )
             body = results.sampler_result(path, save.sampler_id)
@@ -165,7 +165,7 @@ class Barriers:
 
         self._write(op, run, state, outcome)
 
-    def _write(self, op: OpRow, run: RunRow, state: RunState, outcome: Callable[[BlobKey, BlobInfo], Outcome]) -> None:
+    def _write(self, op: OpRow, run: RunRow, state: RunState, outcome: Callable[[BlobInfo], Outcome]) -> None:
         key = checkpoint_key(run.tenant_id)
         held = self._runs[run.run_id]
         held.num_saves += 1
@@ -181,7 +181,7 @@ class Barriers:
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return
             if op.kind is OpKind.SAVE_SAMPLER:
-                self._engine.add_adapter(key, state)
-            self._settle(outcome(key, info))
+                self._engine.add_adapter(info.key, state)
+            self._settle(outcome(info))
 
         self._writer.submit(write, written)

@@ -2,8 +2,8 @@
 
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
 changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
-in one transaction, and advances the resident samples by one token. A training pass gives way to the sampler between
-packs.
+in one transaction, and advances the resident samples. Training and sampling take turns of equal time: after each pack
+of a pass the sampler has as long as the pack took.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
-from tinsmith.errors import FencedError, TinsmithError
-from tinsmith.scheduler import Batch, Candidate, Limits, plan
+from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
+from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, RunId, TenantId, TrainItem, TrainResult
+from tinsmith.types import Failure, OpId, OpKind, RunId, TrainItem, TrainResult
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
 from tinsmith.worker.barriers import Barriers
@@ -39,7 +39,11 @@ log = structlog.get_logger("tinsmith.worker")
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 LOOK_AT_MOST = 4096
 MIN_PACK_TOKENS = 64
-IDLE_PACK_S = 2.0  # a sample that arrives during a long pass waits no longer than this
+IDLE_PACK_S = 1.0  # a sample that arrives during a long pass waits no longer than this
+MAX_NEW_RUNS = 8  # brought into memory by one batch
+BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
+STORAGE_RETRY_S = 0.5
+STORAGE_PATIENCE_S = 60.0
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
 INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
@@ -70,11 +74,12 @@ class Worker:
         self._writer = Writer(wake)
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer)
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
-        self._samples = Samples(engine, store, blobs, self._payloads, Telling(engine, line))
-        self._served: dict[TenantId, float] = {}
+        self._shares = Shares()
+        self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
+        self._barriers_s = 0.0
         self._tokens_per_s = 0.0
         self._looked_at = float("-inf")
         self._must_look = True
@@ -95,18 +100,18 @@ class Worker:
         worked = self._writer.drain()
         if self._bell.wait(0.0) or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if self._must_look else None
+        batch = self._look() if self._must_look and not self._is_isolating else None
+        started = time.monotonic()
         if batch is not None:
             self._run(batch)
-        if self._engine.num_samples:
-            self._commit(self._samples.step())
+        self._sample_for(time.monotonic() - started if batch is not None and batch.barriers else 0.0)
         self.runs.snapshot_due()
         self.runs.evict(self._busy)
         return worked or batch is not None or self._engine.num_samples > 0
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
-        self._store.ops.unclaim(self._me, self._samples.abandon())
+        self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
         self._writer.flush()
         self.runs.snapshot_all()
         self._writer.flush()
@@ -120,27 +125,48 @@ class Worker:
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=op.attempts + (op.id in self._suspects),
+                attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
             for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
         ]  # fmt: skip
-        candidates = open_ops + self.runs.replay_candidates()
+        candidates = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in candidates if c.run_id is not None)
-        limits = Limits(self._settings.pass_max_tokens, self._settings.max_resident_samples - self._engine.num_samples)
-        return plan(candidates, limits, self._served)
+        return plan(candidates, self._limits(), self._shares.enter(c.tenant_id for c in candidates))
+
+    def _limits(self) -> Limits:
+        num_samples = self._engine.num_samples
+        return Limits(
+            self._settings.pass_max_tokens,
+            self._settings.max_resident_samples - num_samples,
+            num_samples,
+            max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
+            passes_first=self._barriers_s > BARRIERS_S,
+        )
+
+    def _attempts(self, op: OpRow) -> int:
+        """Deaths under the op, and what makes it a suspect if the engine raised while it was computed."""
+        return op.attempts + (
+            (SAMPLE_SUSPECT if op.kind is OpKind.SAMPLE else SUSPECT) if op.id in self._suspects else 0
+        )
+
+    @property
+    def _is_isolating(self) -> bool:
+        """A suspect is being sampled: nothing else should run beside it."""
+        return any(op.attempts > SAMPLE_SUSPECT or op.id in self._suspects for op in self._samples.resident)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
         self._must_look = True
-        ops, replays = self._claim(batch)
+        claimed, replays = self._claim(batch)
+        self._admit([op for op in claimed if op.kind is OpKind.SAMPLE])
+        ops = [op for op in claimed if op.kind is not OpKind.SAMPLE]
         try:
             if batch.barriers:
-                self._run_barriers([op for op in ops if op.kind is not OpKind.SAMPLE], replays)
+                self._run_barriers(ops, replays)
             elif batch.passes:
-                self._run_pass([op for op in ops if op.kind.is_pass], replays)
-            self._commit(self._samples.admit([op for op in ops if op.kind is OpKind.SAMPLE]))
-        except FencedError:
-            raise
+                self._run_pass(ops, replays)
+        except (FencedError, CapacityError, CorruptError):
+            raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception:
             log.exception("batch failed", ops=[op.id for op in ops])
             self._contain(ops, replays)
@@ -148,7 +174,9 @@ class Worker:
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
         replays = {c.op_id for c in batch.ops if c.is_replay}
         claimed = self._store.ops.claim(self._me, [c.op_id for c in batch.ops if not c.is_replay], time.time())
-        rows = {op.id: op for op in claimed}
+        poison = [op for op in claimed if op.attempts > MAX_ATTEMPTS]
+        self._commit([failed(op, TinsmithError(POISON).as_failure()) for op in poison])
+        rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
         rows |= {
             c.op_id: self.runs.replayed_op(c.run_id, c.seq_id)
             for c in batch.ops
@@ -160,19 +188,23 @@ class Worker:
         self._saving |= {op.id for op in ops if op.kind in (OpKind.SAVE, OpKind.SAVE_SAMPLER)}
         started = time.perf_counter()
         outcomes = self._barriers.carry_out(ops)
-        self._settle(outcomes, replays, (time.perf_counter() - started) / max(1, len(ops)))
+        seconds = time.perf_counter() - started
+        self._barriers_s += seconds
+        self._settle(outcomes, replays, seconds / max(1, len(ops)))
 
     def _run_pass(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
+        self._barriers_s = 0.0
         finished: list[Outcome] = []
         ready: list[tuple[OpRow, TrainItem]] = []
         for op in ops:
             try:
-                if op.attempts > MAX_ATTEMPTS:
-                    raise TinsmithError(POISON)
                 self.runs.need(op.run_id)
                 ready.append((op, self._payloads.train_item(op)))
             except TinsmithError as error:
                 finished.append(failed(op, error.as_failure()))
+                if op.id in replays:
+                    self.runs.give_up_after(op, error.as_failure())
+        ready = [(op, item) for op, item in ready if self.runs.given_up(op.run_id) is None]
         started = time.perf_counter()
         results: list[TrainResult | Failure] = []
         if ready:
@@ -185,7 +217,7 @@ class Worker:
                 finished.append(failed(op, result))
             else:
                 finished.append(succeeded(op, encode_train_result(result), PROTOBUF))
-            self._served[op.tenant_id] = self._served.get(op.tenant_id, 0.0) + item.num_tokens
+            self._shares.charge(op.tenant_id, item.num_tokens)
         self._settle(finished, replays, seconds)
 
     def _advance(self, training: TrainingPass) -> None:
@@ -195,12 +227,22 @@ class Worker:
             stats = training.advance(self._pack_tokens())
             if stats is None:
                 return
-            speed = stats.num_tokens / max(time.perf_counter() - started, 1e-6)
+            seconds = time.perf_counter() - started
+            speed = stats.num_tokens / max(seconds, 1e-6)
             self._tokens_per_s = speed if not self._tokens_per_s else 0.7 * self._tokens_per_s + 0.3 * speed
             if self._bell.wait(0.0):
                 self._admit_samples()
-            if self._engine.num_samples:
-                self._commit(self._samples.step())
+            self._sample_for(seconds)
+
+    def _sample_for(self, seconds: float) -> None:
+        """Advance the resident samples by a token, and then by more until the time is up or none is left."""
+        until = time.perf_counter() + seconds
+        while self._engine.num_samples:
+            self._step_samples()
+            if time.perf_counter() >= until:
+                return
+            if self._bell.wait(0.0):
+                self._admit_samples()
 
     def _pack_tokens(self) -> int:
         """A pack's bound: the settings' tokens, and what can be computed until the sampler should get its turn."""
@@ -210,42 +252,99 @@ class Worker:
         cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
         return min(budget, max(MIN_PACK_TOKENS, int(self._tokens_per_s * cap_s)))
 
+    def _step_samples(self) -> None:
+        try:
+            outcomes = self._samples.step()
+        except Exception:
+            abandoned = self._samples.abandon()
+            log.exception("sampler step failed", ops=[op.id for op in abandoned])
+            if len(abandoned) == 1:
+                outcomes = [failed(abandoned[0], Failure("internal", "server", INTERNAL))]
+            else:
+                outcomes = []
+                self._suspects |= {op.id for op in abandoned}
+                self._store.ops.unclaim(self._me, [op.id for op in abandoned])
+                self._must_look = True
+        self._commit(outcomes)
+        self._suspects -= {outcome.op.id for outcome in outcomes}
+
     def _admit_samples(self) -> None:
         self._must_look = True
         waiting = [
-            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens)
+            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
             for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
             if op.kind is OpKind.SAMPLE
         ]
-        limits = Limits(0, self._settings.max_resident_samples - self._engine.num_samples)
-        batch = plan(waiting, limits, self._served)
+        if self._is_isolating or any(sample.is_suspect for sample in waiting):
+            return
+        batch = plan(waiting, self._limits(), self._shares.of(c.tenant_id for c in waiting))
         if batch is not None:
             ops, _ = self._claim(batch)
-            self._commit(self._samples.admit(ops))
+            self._admit(ops)
+
+    def _admit(self, ops: Sequence[OpRow]) -> None:
+        for op in ops:
+            try:
+                refused = self._samples.admit(op)
+            except Exception:
+                log.exception("sample refused", op=op.id)
+                refused = failed(op, Failure("internal", "server", INTERNAL))
+            if refused is not None:
+                self._commit([refused])
 
     def _settle(self, outcomes: Sequence[Outcome], replays: set[OpId], seconds: float) -> None:
-        """Commit the new outcomes, then count what was applied to each run."""
-        self._commit([o for o in outcomes if o.op.id not in replays])
+        """Commit the new outcomes, then count what was applied to each run.
+
+        A replay that fails where its first run didn't leaves a state that the log doesn't describe: the run is given
+        up, and what was computed on it together with the replay fails too.
+        """
+        for outcome in outcomes:
+            if outcome.op.id in replays and outcome.finished.failure is not None:
+                self.runs.give_up_after(outcome.op, outcome.finished.failure)
+        self._commit([self._as_it_stands(o) for o in outcomes if o.op.id not in replays])
         for outcome in outcomes:
             self.runs.applied(outcome.op, seconds)
             self._suspects.discard(outcome.op.id)
+
+    def _as_it_stands(self, outcome: Outcome) -> Outcome:
+        failure = self.runs.given_up(outcome.op.run_id)
+        return outcome if failure is None else failed(outcome.op, failure)
 
     def _settle_save(self, outcome: Outcome) -> None:
         self._saving.discard(outcome.op.id)
         self._settle([outcome], set(), 0.0)
 
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
-        if outcomes:
-            self._recorder.record(outcomes)
-            self._must_look = True
+        """Record outcomes. What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+
+        Raises:
+            CapacityError, CorruptError, OSError: the storage didn't come back.
+        """
+        if not outcomes:
+            return
+        deadline = time.monotonic() + STORAGE_PATIENCE_S
+        while True:
+            try:
+                self._recorder.record(outcomes)
+                break
+            except (CapacityError, CorruptError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.error("outcomes can't be recorded; trying again", error=str(error), ops=len(outcomes))
+                time.sleep(STORAGE_RETRY_S)
+        self._must_look = True
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        """After an unforeseen error: a lone op fails, several are tried again one by one; their runs are read anew."""
+        """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;
+        their runs are read anew."""
+        failure = Failure("internal", "server", INTERNAL)
         new = [op for op in ops if op.id not in replays and op.id not in self._saving]
-        lone = len(ops) == 1 or any(op.id in self._suspects for op in new)
-        if lone:
-            self._commit([failed(op, Failure("internal", "server", INTERNAL)) for op in new])
+        if len(ops) == 1:
+            self._commit([failed(op, failure) for op in new])
+            for op in ops:
+                if op.id in replays:
+                    self.runs.give_up_after(op, failure)
         else:
             self._store.ops.unclaim(self._me, [op.id for op in new])
-            self._suspects |= {op.id for op in new}
+            self._suspects |= {op.id for op in ops}
         self.runs.forget(op.run_id for op in ops if op.run_id is not None)

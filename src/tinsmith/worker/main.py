@@ -19,7 +19,7 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import FencedError, TinsmithError
+from tinsmith.errors import FencedError, TinsmithError, UserError
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
@@ -30,10 +30,16 @@ log = structlog.get_logger("tinsmith.worker")
 
 EXIT_FENCED = 75
 EXIT_UNUSABLE = 2
+EXIT_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve one base model until SIGTERM. 0 after a clean stop, 2 if the base can't be used, 75 if fenced off."""
+    """Serve one base model until SIGTERM.
+
+    Returns:
+        0 after a clean stop, 2 if the base or the settings can't be used, 75 if fenced off; 1 for what may be better at
+        the next start, such as a full disk.
+    """
     args = _arguments().parse_args(argv)
     settings = Settings.load()
     observe.configure(settings, process=f"worker {args.slot}")
@@ -58,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FencedError as error:
         log.error("another worker took over", slot=args.slot, error=error.message)
         return EXIT_FENCED
-    except TinsmithError as error:
+    except UserError as error:
         log.error("the worker can't start", base=base.name, error=error.message)
         return EXIT_UNUSABLE
+    except TinsmithError as error:
+        log.error("the worker ends, to be started again", base=base.name, error=error.message)
+        return EXIT_FAILED
     finally:
         store.close()
     return 0
@@ -109,6 +118,8 @@ def _renew(store: Store, me: WorkerId, lease_s: float, stop: threading.Event) ->
         except FencedError as error:
             log.error("lease lost", slot=me.slot, error=error.message)
             os._exit(EXIT_FENCED)
+        except TinsmithError as error:
+            log.error("the lease can't be renewed; trying again", slot=me.slot, error=error.message)
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -63,5 +63,4 @@ class Recorder:
         if finished.result is None or len(finished.result) <= self._inline_bytes:
             return finished
         key = result_key(outcome.op.tenant_id, outcome.op.id)
-        self._blobs.put(key, finished.result)
-        return replace(finished, result=None, result_blob=key)
+        return replace(finished, result=None, result_blob=self._blobs.put(key, finished.result).key)

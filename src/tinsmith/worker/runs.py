@@ -1,13 +1,17 @@
 """The runs that this worker holds: leased, restored, evicted.
 
 Owns the answer to "up to which op is this run's state in memory". What stays true: a run leaves memory only when its
-row and files alone can bring it back, and after an error that may have left it half changed it is read anew.
+row and files alone can bring it back, and after an error that may have left it half changed it is read anew. A run
+whose log or files don't give its state any more is given up, loudly: its requests fail, nothing of it is written, and
+the next worker tries again (a backup may have been restored).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import structlog
 
@@ -15,16 +19,19 @@ from tinsmith.blobs import Blobs
 from tinsmith.checkpoint_file import load_state
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import UserError
+from tinsmith.errors import CorruptError, NotFoundError, TinsmithError, UserError
 from tinsmith.recovery import Logged, plan_recovery
-from tinsmith.scheduler import Candidate
+from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import RunId
+from tinsmith.types import Failure, OpId, RunId, RunStatus
+from tinsmith.worker.memory import FreeMemory
 from tinsmith.worker.snapshots import HeldRun, Snapshots
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
+
+MAX_COPIES = 2  # states that wait to be written, when runs leave memory
 
 
 class HeldRuns:
@@ -40,6 +47,7 @@ class HeldRuns:
         self._writer = writer
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer)
         self._held: dict[RunId, HeldRun] = {}
+        self._memory = FreeMemory()
 
     def __getitem__(self, run_id: RunId) -> HeldRun:
         return self._held[run_id]
@@ -49,12 +57,19 @@ class HeldRuns:
         for row in self._store.runs.lease(self._me, self._base, limit=1024):
             self._adopt(row)
 
-    def replay_candidates(self) -> list[Candidate]:
+    @property
+    def num_resident(self) -> int:
+        return sum(self._engine.has_run(run_id) for run_id in self._held)
+
+    def replay_candidates(self, suspects: AbstractSet[OpId]) -> list[Candidate]:
         return [
-            Candidate(op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens, is_replay=True)
-            for held in self._held.values()
+            Candidate(
+                op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
+                attempts=SUSPECT if op.id in suspects else 0, is_replay=True, is_resident=self._engine.has_run(run_id),
+            )
+            for run_id, held in self._held.items()
             for op in held.replays.values()
-        ]
+        ]  # fmt: skip
 
     def replayed_op(self, run_id: RunId, seq_id: int) -> OpRow:
         return self._held[run_id].replays[seq_id]
@@ -77,22 +92,63 @@ class HeldRuns:
 
         Raises:
             UserError: it was never created.
+            CorruptError: it was given up.
         """
         if run_id is None:
             raise UserError("this request needs a run")
-        if not self.restore(run_id):
+        held = self._held[run_id]
+        try:
+            is_there = held.given_up is None and self.restore(run_id)
+        except TinsmithError as error:
+            what = "is gone" if isinstance(error, NotFoundError) else "is damaged"
+            log.error("snapshot unreadable", run_id=run_id, snapshot=held.snapshot, error=error.message)
+            self._give_up(held, f"its snapshot up to request {held.snapshot_seq} {what}")
+        if held.given_up is not None:
+            raise CorruptError(held.given_up.message)
+        if not is_there:
             raise UserError(f"the run {run_id} was not created: look at the error of its create request")
-        return self._held[run_id]
+        return held
+
+    def given_up(self, run_id: RunId | None) -> Failure | None:
+        """Why the run was given up; None for a good one."""
+        held = self._held.get(run_id) if run_id else None
+        return None if held is None else held.given_up
+
+    def give_up_after(self, op: OpRow, failure: Failure) -> None:
+        """A finished op of the run's log fails now that it is computed again: what would follow isn't its state."""
+        held = self._held.get(op.run_id) if op.run_id else None
+        if held is not None and held.given_up is None:
+            log.error("replay failed", run_id=op.run_id, seq_id=op.seq_id, op_id=op.id, error=failure.message)
+            self._give_up(held, f"request {op.seq_id} of its log can't be computed again")
+
+    def _give_up(self, held: HeldRun, why: str) -> None:
+        run_id = held.row.run_id
+        message = (
+            f"the state of the run {run_id} is lost: {why}. Restore the data directory from a backup and start the "
+            "server again, or make a new run from the last checkpoint"
+        )
+        log.error("run given up", run_id=run_id, why=why)
+        held.given_up = CorruptError(message).as_failure()
+        held.replays.clear()
+        self._engine.drop_run(run_id)
+        self._set_status(held, RunStatus.CORRUPTED)
+
+    def _set_status(self, held: HeldRun, status: RunStatus) -> None:
+        self._store.runs.set_status(self._me, held.row.run_id, status)
+        held.row = replace(held.row, status=status)
 
     def applied(self, op: OpRow, seconds: float) -> None:
         """The op has been computed (again or for the first time) and, unless it is a replay, committed."""
         held = self._held.get(op.run_id) if op.run_id else None
-        if held is None:
+        if held is None or held.given_up is not None:
             return
         held.replays.pop(op.seq_id, None)
+        if held.row.status is RunStatus.CORRUPTED and not held.replays:
+            self._set_status(held, RunStatus.READY)
         held.applied_seq = max(held.applied_seq, op.seq_id)
         if op.kind.has_effect:
-            held.debt_bytes += op.payload_bytes
+            reads_a_file = op.meta.get("blob") is not None  # which stays until a snapshot covers the op
+            held.debt_bytes += op.payload_bytes + reads_a_file
             held.debt_s += seconds
 
     def forget(self, run_ids: Iterable[RunId]) -> None:
@@ -100,8 +156,9 @@ class HeldRuns:
         self._writer.flush()
         for run_id in set(run_ids):
             self._engine.drop_run(run_id)
-            row = self._held[run_id].row
-            self._adopt(self._store.runs.get(row.tenant_id, run_id))
+            held = self._held[run_id]
+            if held.given_up is None:
+                self._adopt(self._store.runs.get(held.row.tenant_id, run_id))
 
     def snapshot_due(self) -> None:
         """Start a snapshot of each run whose debt has grown past the settings."""
@@ -112,7 +169,7 @@ class HeldRuns:
     def snapshot_all(self) -> None:
         """Start a snapshot of every run that has any debt: before a clean stop."""
         for held in self._held.values():
-            if held.applied_seq > held.snapshot_seq and self._snapshots.can_start(held):
+            if held.debt_bytes and self._snapshots.can_start(held):
                 self._snapshots.start(held)
 
     def evict(self, busy: frozenset[RunId]) -> None:
@@ -125,13 +182,14 @@ class HeldRuns:
             run_id = held.row.run_id
             if held.num_saves or held.is_snapshotting or held.replays:
                 continue
-            if held.applied_seq > held.snapshot_seq and held.debt_bytes + held.debt_s > 0:
-                if self._snapshots.can_start(held):
+            if held.given_up is None and held.debt_bytes:  # without any, it is made again as fast as it is read
+                if self._writer.num_pending < MAX_COPIES and self._snapshots.can_start(held):
                     self._snapshots.start(held)
                 continue
             self._engine.drop_run(run_id)
             del self._held[run_id]
             self._store.runs.release(self._me, [run_id])
+            self._memory.freed()
 
     def release_all(self) -> None:
         self._store.runs.release(self._me, list(self._held))
@@ -139,9 +197,15 @@ class HeldRuns:
 
     def _adopt(self, row: RunRow) -> None:
         log_rows = self._store.ops.replayable(row.run_id, row.snapshot_seq)
-        recovery = plan_recovery(
-            row.run_id, row.snapshot_seq, row.snapshot_blob, [Logged(op.seq_id, op.kind) for op in log_rows]
-        )
+        try:
+            recovery = plan_recovery(
+                row.run_id, row.snapshot_seq, row.snapshot_blob, [Logged(op.seq_id, op.kind) for op in log_rows]
+            )
+        except CorruptError as error:
+            held = HeldRun(row=row, snapshot=None, snapshot_seq=row.snapshot_seq, applied_seq=-1, replays={})
+            self._held[row.run_id] = held
+            self._give_up(held, error.message)
+            return
         by_seq = {op.seq_id: op for op in log_rows}
         self._held[row.run_id] = HeldRun(
             row=row,

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from tinsmith.blobs import Blobs, snapshot_key
+from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
 from tinsmith.checkpoint_file import dump_state
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import BlobKey, RunId
+from tinsmith.types import BlobKey, Failure, RunId
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -29,7 +29,10 @@ log = structlog.get_logger("tinsmith.worker")
 
 @dataclass(slots=True)
 class HeldRun:
-    """A leased run. `replays` are finished ops above the snapshot that have not been computed again yet, by seq."""
+    """A leased run. `replays` are finished ops above the snapshot that have not been computed again yet, by seq.
+
+    given_up: why its state can't be had from its log and files.
+    """
 
     row: RunRow
     snapshot: BlobKey | None
@@ -40,6 +43,7 @@ class HeldRun:
     debt_s: float = 0.0
     num_saves: int = 0
     is_snapshotting: bool = False
+    given_up: Failure | None = None
     used_at: float = field(default_factory=time.monotonic)
 
 
@@ -71,21 +75,22 @@ class Snapshots:
         key = snapshot_key(held.row.tenant_id, run_id, seq)
         held.is_snapshotting = True
 
-        def write() -> int:
-            return self._blobs.put(key, dump_state(state)).size
+        def write() -> BlobInfo:
+            return self._blobs.put(key, dump_state(state))
 
-        def recorded(size: int | BaseException) -> None:
+        def recorded(stored: BlobInfo | BaseException) -> None:
             held.is_snapshotting = False
-            if isinstance(size, BaseException):
-                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(size))
+            if isinstance(stored, BaseException):
+                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(stored))
                 return
             held.debt_bytes -= debt_bytes
             held.debt_s -= debt_s
-            self._record(held, run_id, seq, key, size)
+            self._record(held, run_id, seq, stored)
 
         self._writer.submit(write, recorded)
 
-    def _record(self, held: HeldRun, run_id: RunId, seq: int, key: BlobKey, size: int) -> None:
+    def _record(self, held: HeldRun, run_id: RunId, seq: int, stored: BlobInfo) -> None:
+        key, size = stored.key, stored.size
         try:
             previous = self._store.runs.record_snapshot(self._me, run_id, seq, key, size, time.time())
         except FencedError:

@@ -1,0 +1,121 @@
+"""One client's connection: how long it may owe us something, how long a header may be, how many there may be.
+
+On uvicorn's h11 protocol, which bounds an unfinished header by size and nothing by time. What stays true: a connection
+without an answer under way is idle between two requests (`timeout_keep_alive`), or it owes a whole header or the rest
+of a body, and is closed when that doesn't come in time. The body of a request under way is bounded in `intake`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from enum import Enum
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
+from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
+from tinsmith.wire.media import JSON, encode_json
+
+HEADER_BYTES = 64 << 10
+READ_BYTES = 32 << 10  # at one time: a body in chunks of one byte takes h11 2 us a byte
+HEADER_S = 15.0
+REST_S = 30.0
+MAX_CONNECTIONS = 10_000
+RESERVED_FILES = 128  # for the database, payloads, results, bells
+
+
+class Owed(Enum):
+    HEADER = "header"
+    REST = "rest"  # of a body whose request has been answered already
+
+
+class Connection(H11Protocol):
+    """`limit_concurrency` of the server's configuration is the most connections, others are turned away at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self._owed: Owed | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
+        if self._max_connections is not None and len(self.connections) > self._max_connections:
+            self._refuse(CapacityError("the server has as many connections as it can hold: try again"), status=503)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """What h11 can't read: no HTTP, or a header beyond `HEADER_BYTES`."""
+        self._refuse(UserError(f"this is no HTTP/1.1 request, or its header is longer than {HEADER_BYTES} bytes"))
+
+    def _watch(self) -> None:
+        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+            self._expect(None)
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._expect(Owed.REST)
+        else:
+            self._expect(Owed.HEADER if self.timeout_keep_alive_task is None else None)
+
+    def _expect(self, owed: Owed | None) -> None:
+        """What comes in bit by bit doesn't put the deadline off."""
+        if owed is self._owed:
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._owed = owed
+        within_s = HEADER_S if owed is Owed.HEADER else REST_S
+        self._deadline = None if owed is None else self.loop.call_later(within_s, self._expire)
+
+    def _expire(self) -> None:
+        has_begun = bool(self.conn.trailing_data[0])
+        if self._owed is Owed.HEADER and has_begun:
+            self._refuse(RequestTimeoutError(f"the request's header was not whole after {HEADER_S:g} s"))
+        self.transport.close()
+
+    def _refuse(self, error: TinsmithError, status: int | None = None) -> None:
+        """Answer outside of any request, and close."""
+        body = encode_json(Problem(error.message, error.code, error.category))
+        headers = [("content-type", JSON), ("content-length", str(len(body))), ("connection", "close")]
+        if status == 503:
+            headers.append(("retry-after", str(RETRY_AFTER_S)))
+        events = (
+            h11.Response(status_code=status or status_of(error), headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            for event in events:
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def most_connections() -> int:
+    """As many as the process's limit of open files leaves room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
+
+
+def raise_file_limit() -> None:
+    """A poll holds a connection, so the usual limit of 1024 files would be a limit of a thousand polls."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,0 +1,79 @@
+"""A client of the socket itself, for requests that come in piece by piece."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+class Stream:
+    """A connection that has sent nothing."""
+
+    def __init__(self, url: str) -> None:
+        place = urlsplit(url)
+        self._sock = socket.create_connection((str(place.hostname), place.port or 80), timeout=20)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._sock.close()
+
+    def send(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def answer(self, within_s: float) -> Answer | None:
+        """The next answer, or None if none comes in time. Raises: EOFError: the connection was closed without one."""
+        head = self._until(b"\r\n\r\n", within_s)
+        if head is None:
+            return None
+        lines = head.decode().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        body = b""
+        while len(body) < int(headers["content-length"]):
+            body += self._sock.recv(65536)
+        return Answer(int(lines[0].split()[1]), headers, json.loads(body) if body else None)
+
+    def is_closed(self, within_s: float) -> bool:
+        """Whether the server ends the connection in time, with nothing more to say."""
+        self._sock.settimeout(within_s)
+        try:
+            return self._sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+    def _until(self, end: bytes, within_s: float) -> bytes | None:
+        deadline = time.monotonic() + within_s
+        data = b""
+        while not data.endswith(end):
+            self._sock.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                piece = self._sock.recv(1)
+            except TimeoutError:
+                return None
+            if not piece:
+                raise EOFError(data)
+            data += piece
+        return data
+
+
+class Upload(Stream):
+    """A connection that has stated a body of `num_bytes` and sent none of it."""
+
+    def __init__(self, url: str, key: str, path: str, num_bytes: int) -> None:
+        super().__init__(url)
+        headers = f"Host: x\r\nX-API-Key: {key}\r\nContent-Length: {num_bytes}\r\n\r\n"
+        self.send(f"POST /api/v1{path} HTTP/1.1\r\n{headers}".encode())

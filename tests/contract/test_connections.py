@@ -1,0 +1,197 @@
+"""Connections that owe something are closed in time; slow ones that keep coming, and long polls, are not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.contract.streams import Stream, Upload
+from tinsmith.api import connection, intake
+from tinsmith.api.waiters import Waiters
+
+SHORT_S = 0.6
+WITHIN_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the server starts."""
+    monkeypatch.setattr(connection, "HEADER_S", SHORT_S)
+    monkeypatch.setattr(connection, "REST_S", SHORT_S)
+    monkeypatch.setattr(intake, "IDLE_S", SHORT_S)
+
+
+@pytest.fixture
+def few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 4)
+
+
+def test_half_a_header_is_answered_and_closed(live: Any) -> None:
+    for start in (b"G", b"GET / HT", b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n"):
+        with Stream(live.url) as stream:
+            stream.send(start)
+            answer = stream.answer(WITHIN_S)
+            assert answer is not None
+            assert answer.status == 408
+            assert answer.body["code"] == "request_timeout"
+            assert answer.headers["connection"] == "close"
+            assert stream.is_closed(WITHIN_S)
+
+
+def test_a_header_that_drips_in_is_late_all_the_same(live: Any) -> None:
+    with Stream(live.url) as stream:
+        started = time.monotonic()
+        stream.send(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n")
+        answer = None
+        while answer is None and time.monotonic() - started < WITHIN_S:
+            stream.send(b"X-A: b\r\n")
+            answer = stream.answer(0.05)
+        assert answer is not None
+        assert answer.status == 408
+
+
+def test_who_says_nothing_is_closed(live: Any) -> None:
+    with Stream(live.url) as stream:
+        assert stream.is_closed(WITHIN_S)
+
+
+def test_a_header_may_hold_64_kib(live: Any) -> None:
+    for size, status in ((50_000, 200), (70_000, 400)):
+        with Stream(live.url) as stream:
+            stream.send(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n")
+            try:
+                for _ in range(size // 1000):
+                    stream.send(b"X-A: " + b"y" * 993 + b"\r\n")
+                    time.sleep(0.001)
+                stream.send(b"\r\n")
+            except OSError:
+                assert status == 400
+            answer = stream.answer(WITHIN_S)
+            assert answer is not None
+            assert answer.status == status
+
+
+def test_a_flood_of_headers_ends(live: Any) -> None:
+    with Stream(live.url) as stream:
+        stream.send(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n")
+        line = b"X-A: " + b"y" * 993 + b"\r\n"
+        assert num_taken(stream, (line for _ in range(100_000))) < 10_000
+
+
+def test_what_is_no_http_is_refused_in_our_words(live: Any) -> None:
+    with Stream(live.url) as stream:
+        stream.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n")
+        answer = stream.answer(WITHIN_S)
+        assert answer is not None
+        assert (answer.status, answer.body["code"], answer.body["category"]) == (400, "invalid_request", "user")
+
+
+def test_a_body_that_stalls_is_answered_and_closed(live: Any, house: Any) -> None:
+    for path in ("/forward_backward", "/optim_step", "/create_session", "/asample", "/telemetry"):
+        with Upload(live.url, house.key, path, 1000) as upload:
+            upload.send(b"x" * 100)
+            answer = upload.answer(WITHIN_S)
+            assert answer is not None
+            assert (answer.status, answer.body["code"]) == (408, "request_timeout")
+            assert upload.is_closed(WITHIN_S)
+
+
+def test_a_body_that_never_ends_is_cut(live: Any, house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "WHOLE_S", 1.5)
+    with Upload(live.url, house.key, "/telemetry", 100_000) as upload:
+        answer, started = None, time.monotonic()
+        while answer is None and time.monotonic() - started < WITHIN_S:
+            upload.send(b"x")
+            answer = upload.answer(0.1)
+        assert answer is not None
+        assert answer.status == 408
+
+
+def test_a_slow_but_steady_body_is_taken(live: Any, house: Any) -> None:
+    body = b'{"tags": ["' + b"x" * 38 + b'"]}'
+    with Upload(live.url, house.key, "/create_session", len(body)) as upload:
+        for at in range(0, len(body), 5):
+            upload.send(body[at : at + 5])
+            time.sleep(SHORT_S / 3)
+        answer = upload.answer(WITHIN_S)
+        assert answer is not None
+        assert answer.status == 200
+
+
+def test_the_rest_of_a_body_that_was_answered_is_owed_too(live: Any) -> None:
+    with Upload(live.url, "tml-wrong", "/optim_step", 10**9) as upload:
+        answer = upload.answer(WITHIN_S)
+        assert answer is not None
+        assert answer.status == 401
+        assert num_taken(upload, (b"x" * 100 for _ in range(100) if time.sleep(0.05) is None)) < 100
+
+
+def test_a_refused_body_may_come_in_and_the_connection_goes_on(live: Any, house: Any) -> None:
+    with httpx.Client(base_url=f"{live.url}/api/v1", headers={"X-API-Key": house.key}) as http:
+        for _ in range(3):
+            assert http.post("/optim_step", content=bytes(20 * 2**20)).status_code == 413
+            assert http.post("/create_session", json={}).status_code == 200
+
+
+def test_a_poll_outlasts_every_deadline(make_house: Any, live: Any, house: Any) -> None:
+    object.__setattr__(house.settings, "poll_hold_s", 4 * SHORT_S)
+    headers = {"X-API-Key": house.key}
+    with httpx.Client(base_url=f"{live.url}/api/v1", headers=headers, timeout=20) as http:
+        session = http.post("/create_session", json={}).json()["session_id"]
+        made = {"session_id": session, "model_seq_id": 0, "base_model": "tinsmith/tiny", "lora_config": {"rank": 4}}
+        promise = http.post("/create_model", json=made).json()
+        answer = http.post("/retrieve_future", json={"request_id": promise["request_id"]})
+        assert answer.status_code == 408
+        assert answer.json()["type"] == "try_again"
+        assert answer.elapsed.total_seconds() > 3 * SHORT_S
+
+
+def test_too_many_connections_are_turned_away(few_connections: None, live: Any) -> None:
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Stream(live.url)) for _ in range(4)]
+        one_more = stack.enter_context(Stream(live.url))
+        answer = one_more.answer(WITHIN_S)
+        assert answer is not None
+        assert (answer.status, answer.body["code"]) == (503, "capacity")
+        assert answer.headers["retry-after"]
+        assert one_more.is_closed(WITHIN_S)
+        assert all(stream.is_closed(WITHIN_S) for stream in streams)
+    assert httpx.get(f"{live.url}/api/v1/client/config").status_code == 405
+
+
+def test_the_file_limit_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((1024, 896), (64, 1), (1_000_000, 10_000), (connection.resource.RLIM_INFINITY, 10_000)):
+        monkeypatch.setattr(connection.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert connection.most_connections() == most
+
+
+def test_the_watcher_ends_even_when_the_bell_rings_at_that_moment() -> None:
+    async def ring_and_leave() -> None:
+        async def nothing(ids: Any) -> set[Any]:
+            return set()
+
+        waiters = Waiters(None, 60.0)
+        async with waiters.watching(nothing):
+            await asyncio.sleep(0.01)
+            waiters.ring()
+            await asyncio.sleep(0)
+
+    started = time.monotonic()
+    asyncio.run(asyncio.wait_for(ring_and_leave(), WITHIN_S))
+    assert time.monotonic() - started < WITHIN_S / 2
+
+
+def num_taken(stream: Stream, pieces: Iterable[bytes]) -> int:
+    """How many can be sent before the server closes the connection."""
+    count = 0
+    with contextlib.suppress(OSError):
+        for piece in pieces:
+            stream.send(piece)
+            count += 1
+    return count
