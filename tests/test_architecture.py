@@ -22,7 +22,7 @@ LAYERS = (
     {"", "types", "errors", "config", "cpu", "crashpoints"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "bell", "tokenizer", "lifeline", "datadir",
-        "checkpoint_file", "relay", "tokenline", "jsonform",
+        "checkpoint_file", "relay", "tokenline", "jsonform", "virtual_file", "age", "signing", "adapter_files",
     },
     {
         "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -125,6 +125,7 @@ def describe(ref: BaseRef) -> BaseInfo:
         vocab_size=vocab_size,
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
+        is_head_tied=_is_head_tied(path),
     )
 
 
@@ -139,7 +140,7 @@ def num_params(path: Path) -> int:
     Raises:
         ConfigError: a header can't be read.
     """
-    return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file))
+    return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -180,7 +181,13 @@ def _ids(value: object) -> tuple[int, ...]:
     return tuple(v for v in value if isinstance(v, int)) if isinstance(value, list) else ()
 
 
-def _shapes(file: Path) -> Iterable[list[int]]:
+def _is_head_tied(path: Path) -> bool:
+    """No output head among the stored weights, under any prefix; False where there are none at all."""
+    names = [name for file in weight_files(path) for name in _shapes(file)]
+    return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
     """Tensor shapes of a safetensors file: 8 bytes of header length (little-endian), then that much JSON."""
     try:
         with file.open("rb") as f:
@@ -188,6 +195,6 @@ def _shapes(file: Path) -> Iterable[list[int]]:
             if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
             header = json.loads(f.read(length))
-        return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None

@@ -1,4 +1,4 @@
-"""A run's state as one safetensors file, and back. Numpy only; no pickle, no torch.
+"""A run's state as one safetensors file, and back; and where its tensors lie. Numpy only; no pickle, no torch.
 
 The header's metadata has one entry, a JSON object with the format, the optimizer step and the spec (several entries
 would come out of the library in a new order each time); tensors are named as in `RunState`.
@@ -6,9 +6,12 @@ would come out of the library in a new order each time); tensors are named as in
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import struct
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -22,6 +25,7 @@ from tinsmith.types import RunSpec, RunState
 
 FORMAT = "tinsmith-run-state-1"
 ENTRY = "tinsmith"
+METADATA = "__metadata__"
 MAX_HEADER_BYTES = 16 * 2**20
 
 
@@ -31,6 +35,25 @@ class Label(Struct):
     format: str
     step: int
     spec: RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A float32 tensor, and its bytes `offset`..`offset + size` of the file (little-endian)."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredState:
+    """A run state in a file, without its numbers; tensors in the order of the file."""
+
+    spec: RunSpec
+    step: int
+    tensors: tuple[StoredTensor, ...]
 
 
 def dump_state(state: RunState) -> bytes:
@@ -46,25 +69,69 @@ def load_state(data: bytes) -> RunState:
     Raises:
         CorruptError: it isn't such a file, or is cut short.
     """
+    file = io.BytesIO(data)
     try:
-        label = msgspec.json.decode(_metadata(data)[ENTRY], type=Label)
+        label = _label(_header(file, len(data))[0])
         tensors = load_tensors(data)
-    except (KeyError, TypeError, ValueError, msgspec.MsgspecError, SafetensorError) as error:
+    except (TypeError, ValueError, SafetensorError) as error:
         raise CorruptError(f"unreadable run state: {error}") from error
-    if label.format != FORMAT:
-        raise CorruptError(f"not a run state: format {label.format[:40]!r}, expected {FORMAT!r}")
     return RunState(spec=label.spec, step=label.step, tensors=tensors)
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    if len(data) < 8:
-        raise CorruptError("not a safetensors file: shorter than its header length")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER_BYTES or 8 + length > len(data):
-        raise CorruptError(f"not a safetensors file: a header of {length} bytes in a file of {len(data)}")
+def read_state_header(file: BinaryIO) -> StoredState:
+    """What the file of a state holds and where, from its header alone.
+
+    Raises:
+        CorruptError: it isn't such a file, or is cut short.
+    """
+    size = file.seek(0, io.SEEK_END)
+    header, begin = _header(file, size)
+    label = _label(header)
     try:
-        header = json.loads(data[8 : 8 + length])
+        stored = [
+            StoredTensor(name, tuple(entry["shape"]), begin + entry["data_offsets"][0], _num_bytes(entry))
+            for name, entry in header.items()
+            if name != METADATA
+        ]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CorruptError(f"unreadable run state: {error}") from error
+    stored.sort(key=lambda tensor: tensor.offset)
+    if any(tensor.offset < begin or tensor.offset + tensor.size > size for tensor in stored):
+        raise CorruptError("a run state that is cut short: a tensor lies outside of the file")
+    return StoredState(label.spec, label.step, tuple(stored))
+
+
+def _label(header: dict[str, Any]) -> Label:
+    try:
+        label = msgspec.json.decode(header[METADATA][ENTRY], type=Label)
+    except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise CorruptError(f"unreadable run state: {error}") from error
+    if label.format != FORMAT:
+        raise CorruptError(f"not a run state: format {label.format[:40]!r}, expected {FORMAT!r}")
+    return label
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """(the header, where the tensors begin)."""
+    file.seek(0)
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CorruptError("not a safetensors file: shorter than its header length")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise CorruptError(f"not a safetensors file: a header of {length} bytes in a file of {size}")
+    try:
+        header = json.loads(file.read(length))
     except ValueError as error:
         raise CorruptError("not a safetensors file: its header is no JSON") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return metadata if isinstance(metadata, dict) else {}
+    if not isinstance(header, dict):
+        raise CorruptError("not a safetensors file: its header is no object")
+    return header, 8 + length
+
+
+def _num_bytes(entry: dict[str, Any]) -> int:
+    """Raises: ValueError: it isn't a float32 tensor, or its shape and its place disagree."""
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] != "F32" or math.prod(entry["shape"]) * 4 != end - begin:
+        raise ValueError(f"a tensor of type {entry['dtype']} and shape {entry['shape']} in {end - begin} bytes")
+    return int(end - begin)

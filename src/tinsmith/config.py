@@ -114,6 +114,9 @@ class Settings:
     sqlite_synchronous: str = setting("FULL", "SQLite's synchronous pragma: FULL or NORMAL.", group="durability")
 
     serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
+    download_ttl_s: float = setting(
+        3600.0, "How long a signed link to a file of a checkpoint works.", unit="s", group="access"
+    )
     tokenizer_id: str = setting(
         "auto",
         "What clients are told to load the tokenizer from: path, name, or auto (path on loopback).",
@@ -164,7 +167,7 @@ class Settings:
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "pass_cap_ms",
+            "pass_cap_ms", "download_ttl_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

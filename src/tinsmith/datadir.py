@@ -1,4 +1,4 @@
-"""The small files at the top of a data directory: serve.lock, server.json and admin.key.
+"""The small files at the top of a data directory: serve.lock, server.json, admin.key and signing.key.
 
 Owns who serves the directory and how a client on this machine finds that server. What `server.json` says is believed
 only while a server holds the lock; the lock goes with its holder, `kill -9` included.
@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tinsmith.errors import ConfigError
 LOCK_TRIES = 10  # `holder` may have the lock for an instant while it looks
 LOCK_PAUSE_S = 0.05
 SOCKET_DIR_PREFIX = "tinsmith-"
+SIGNING_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class DataDir:
         self._lock_file = path / "serve.lock"
         self._info_file = path / "server.json"
         self._key_file = path / "admin.key"
+        self._signing_file = path / "signing.key"
 
     @property
     def admin_key_file(self) -> Path:
@@ -128,6 +131,27 @@ class DataDir:
     def write_admin_key(self, secret: str) -> None:
         _write_atomically(self._key_file, secret + "\n", 0o600)
 
+    def signing_secret(self) -> bytes:
+        """The secret that this directory's links and tokens are signed with; made at the first call, for its owner's
+        eyes alone. Of two processes that make it at once, both get the same.
+
+        Raises:
+            ConfigError: the file can't be read or written, or is damaged.
+        """
+        try:
+            if not self._signing_file.exists():
+                _write_once(self._signing_file, secrets.token_hex(SIGNING_BYTES) + "\n", 0o600)
+            secret = bytes.fromhex(self._signing_file.read_text(encoding="ascii"))
+        except OSError as error:
+            raise ConfigError(f"{self._signing_file} can't be read or written: {error.strerror}") from None
+        except ValueError:
+            secret = b""
+        if len(secret) != SIGNING_BYTES:
+            raise ConfigError(
+                f"{self._signing_file} is damaged: remove it, and a new one is made; links made before end with it"
+            )
+        return secret
+
     def _acquire(self, fd: int) -> None:
         for attempt in range(LOCK_TRIES):
             try:
@@ -154,12 +178,25 @@ class DataDir:
 
 
 def _write_atomically(path: Path, text: str, mode: int) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
+    _write_part(path, text, mode).replace(path)
+
+
+def _write_once(path: Path, text: str, mode: int) -> None:
+    """Write the file unless it is there by the time it could be."""
+    part = _write_part(path, text, mode)
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(part)
+    finally:
         part.unlink()
+
+
+def _write_part(path: Path, text: str, mode: int) -> Path:
+    """The text on disk in a file beside `path`, to be moved there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+    return part

@@ -38,12 +38,18 @@ class OpKind(StrEnum):
     LOAD = "load"
     SAVE = "save"  # weights and optimizer state, to go on training from
     SAVE_SAMPLER = "save_sampler"  # weights alone, to sample from
+    SAVE_EXTERNAL = "save_external"  # weights alone, as files for other programs
     SAMPLE = "sample"
 
     @property
     def is_pass(self) -> bool:
         """Computed by a training pass over the base; ops of this kind commute between two barriers."""
         return self in (OpKind.FORWARD, OpKind.FORWARD_BACKWARD)
+
+    @property
+    def is_save(self) -> bool:
+        """Writes a file and leaves its run as it was."""
+        return self in (OpKind.SAVE, OpKind.SAVE_SAMPLER, OpKind.SAVE_EXTERNAL)
 
     @property
     def has_effect(self) -> bool:
@@ -64,12 +70,16 @@ class OpState(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state."""
+    """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state.
+
+    COPY: made to hold a copied checkpoint, and can't be trained.
+    """
 
     CREATING = "creating"
     READY = "ready"
     FAILED = "failed"
     CORRUPTED = "corrupted"
+    COPY = "copy"
 
 
 class CheckpointKind(StrEnum):
@@ -77,6 +87,7 @@ class CheckpointKind(StrEnum):
 
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
+    EXTERNAL = "external_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,3 +293,4 @@ class BaseInfo:
     vocab_size: int
     max_context: int
     eos_tokens: tuple[int, ...]
+    is_head_tied: bool = False  # the output head is the embedding and has no weights of its own

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from litestar.testing import TestClient
 
+from tinsmith.adapter_files import pack_external
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.main import Server, make_server
 from tinsmith.api.pieces import Pieces
@@ -24,19 +25,52 @@ from tinsmith.api.waiters import Waiters
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs, checkpoint_key
+from tinsmith.checkpoint_file import dump_state
 from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
+from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
 from tinsmith.tokenline import TokenLine, line_path
-from tinsmith.types import CheckpointKind, OpKind, OpState, OptimResult, SampledSequence, SampleResult, TrainResult
+from tinsmith.types import (
+    CheckpointKind,
+    OpKind,
+    OpState,
+    OptimResult,
+    RunSpec,
+    RunState,
+    SampledSequence,
+    SampleResult,
+    TrainResult,
+)
 from tinsmith.wire import results
 from tinsmith.wire.media import JSON, PROTOBUF
-from tinsmith.wire.meta import CreateMeta, LoadMeta, SampleMeta, SaveMeta, SaveSamplerMeta, read_meta
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SampleMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, read_meta
 from tinsmith.wire.requests import decode_optim_step
 from tinsmith.wire.sampling import decode_sample, encode_sample_result
 from tinsmith.wire.training import decode_training, encode_train_result
 
 BASE = SHIPPED_NAME
+
+
+SAVES = {
+    OpKind.SAVE: (SaveMeta, CheckpointKind.TRAINING),
+    OpKind.SAVE_SAMPLER: (SaveSamplerMeta, CheckpointKind.SAMPLER),
+    OpKind.SAVE_EXTERNAL: (SaveExternalMeta, CheckpointKind.EXTERNAL),
+}
+
+
+def small_state(spec: RunSpec, parts: tuple[str, ...] = ("param",), width: int = 6) -> RunState:
+    """An adapter of one layer, with numbers that differ."""
+    shapes = {"lora_A": (spec.rank, width), "lora_B": (width, spec.rank)}
+    tensors = {
+        f"{part}/model.layers.0.self_attn.q_proj.{half}": np.arange(
+            spec.rank * width, dtype=np.float32
+        ).reshape(shape) + number
+        for number, part in enumerate(parts)
+        for half, shape in shapes.items()
+    }  # fmt: skip
+    return RunState(spec, 0, tensors)
 
 
 class HandWorker:
@@ -115,22 +149,30 @@ class HandWorker:
 
     def _saved(self, op: OpRow) -> tuple[bytes, dict[str, Any]]:
         run = self._store.runs.get(op.tenant_id, op.run_id)
-        info = self._blobs.put(checkpoint_key(op.tenant_id), b"weights")
-        is_training = op.kind is OpKind.SAVE
-        save = read_meta(op.meta, SaveMeta if is_training else SaveSamplerMeta)
-        kind = CheckpointKind.TRAINING if is_training else CheckpointKind.SAMPLER
-        if save.name is not None:
-            checkpoint = NewCheckpoint(
-                run.run_id, kind, save.name, info.key, info.size, info.sha256,
-                save.expires_at, save.user_metadata, has_optimizer=is_training,
+        key = checkpoint_key(op.tenant_id)
+        state = small_state(run.spec, ("param", "m", "v") if op.kind is OpKind.SAVE else ("param",))
+        meta_kind, kind = SAVES[op.kind]
+        save = read_meta(op.meta, meta_kind)
+        if op.kind is OpKind.SAVE_EXTERNAL:
+            info = self._blobs.put(key, pack_external(state, describe(BaseRef(BASE, SHIPPED_PATH)), save.recipients, 0))
+        else:
+            info = self._blobs.put(key, dump_state(state))
+        if save.name is None:
+            sampler = NewSampler(
+                op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, info.key, run.spec
             )  # fmt: skip
-            path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
-            body = results.save_result(path) if is_training else results.sampler_result(path, None)
-            return body, {"checkpoint": checkpoint}
-        sampler = NewSampler(
-            op.tenant_id, run.session_id, save.sampler_id, BASE, None, run.run_id, info.key, run.spec
+            return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
+        checkpoint = NewCheckpoint(
+            run.run_id, kind, save.name, info.key, info.size, info.sha256, save.expires_at,
+            getattr(save, "user_metadata", {}), has_optimizer=op.kind is OpKind.SAVE,
         )  # fmt: skip
-        return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
+        path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
+        bodies = {
+            OpKind.SAVE: results.save_result(path),
+            OpKind.SAVE_SAMPLER: results.sampler_result(path, None),
+            OpKind.SAVE_EXTERNAL: results.external_result(path, info.size),
+        }
+        return bodies[op.kind], {"checkpoint": checkpoint}
 
 
 @dataclass
@@ -164,6 +206,7 @@ class House:
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
             pieces=Pieces(self.line),
+            signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
         )
 
     def make_worker(self) -> HandWorker:
@@ -279,7 +322,8 @@ class Live:
 def live(house: House) -> Iterator[Live]:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    server = make_server(house.services)
+    waiters = Waiters(None, house.settings.scan_interval_s)  # the others' belong to another event loop
+    server = make_server(replace(house.services, waiters=waiters))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="uvicorn")
     thread.start()
     deadline = time.monotonic() + 20

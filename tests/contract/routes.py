@@ -1,6 +1,6 @@
 """Every closed route and the request that exercises it, so that a new route can't be forgotten by the tests of access.
 
-`KINDS` are the kinds of ids that a request may carry; a request that carries none has an empty set.
+`KINDS` are those of checkpoints: the middle parts of their paths.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from tests.contract.raw import BASE, PROTOBUF
 from tinsmith.api import app
 from tinsmith.wire import wire_pb2 as pb
+
+KINDS = ("weights", "sampler_weights", "external_weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,31 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "DELETE /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}": [
             Probe("DELETE", f"{checkpoints}/weights/kept"),
             Probe("DELETE", f"{checkpoints}/sampler_weights/kept"),
+            Probe("DELETE", f"{checkpoints}/external_weights/kept"),
         ],
         "PUT /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/ttl": [
             Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 1}),
             Probe("PUT", f"{checkpoints}/sampler_weights/kept/ttl", {"ttl_seconds": None}),
+        ],
+        "POST /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/publish": [
+            Probe("POST", f"{checkpoints}/{kind}/kept/publish") for kind in KINDS
+        ],
+        "DELETE /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/publish": [
+            Probe("DELETE", f"{checkpoints}/{kind}/kept/publish") for kind in KINDS
+        ],
+        "POST /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/access_token": [
+            Probe("POST", f"{checkpoints}/{kind}/kept/access_token", {}) for kind in KINDS
+        ],
+        "GET /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/archive": [
+            Probe("GET", f"{checkpoints}/{kind}/kept/archive") for kind in KINDS
+        ],
+        "GET /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/external_weights_urls": [
+            Probe("GET", f"{checkpoints}/external_weights/kept/external_weights_urls")
+        ],
+        "POST /copy_weights": [
+            Probe("POST", "/copy_weights", {"source_path": at.path, "destination_project_id": "p"}),
+            Probe("POST", "/copy_weights", {"source_path": at.sampler_path, **my_run, "model_seq_id": seq_id + 100}),
+            Probe("POST", "/copy_weights", {"source_path": mine.path, **new_run, "model_seq_id": seq_id + 200}),
         ],
         "GET /oai/api/v1/models": [],
         "GET /oai/api/v1/models/{model:path}": [Probe("GET", f"/oai/api/v1/models/{quote(at.sampler_path, safe='')}")],

@@ -175,7 +175,7 @@ def test_a_bad_request_fails_alone_and_consumes_its_seq_id(api: Any, run_id: str
         (api.post("/optim_step", {"model_id": run_id, "seq_id": 4, "adam_params": {"beta1": 2}}), "beta1"),
         (api.post("/save_weights", {"model_id": run_id, "seq_id": 5, "path": "../x"}), "checkpoint name"),
         (api.post("/save_weights_for_sampler", {"model_id": run_id, "seq_id": 6}), "needs a path"),
-        (api.post("/save_weights_external", {"model_id": run_id, "seq_id": 7, "path": "x"}), "not offered"),
+        (api.post("/save_weights_external", {"model_id": run_id, "seq_id": 7, "path": ".."}), "checkpoint name"),
         (api.post("/load_weights", {"model_id": run_id, "seq_id": 8, "path": "tinker://a:train:0/weights/b"}), "b"),
         (api.post("/save_weights", {"model_id": run_id, "seq_id": 9, "path": "a", "ttl_seconds": 0}), "ttl_seconds"),
     ]

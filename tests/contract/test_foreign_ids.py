@@ -64,6 +64,7 @@ def tenant(service: Service, admin: Raw, name: str) -> Tenant:
     path = raw.result(future)
     assert isinstance(path, httpx.Response)
     sampler_path = raw.good("/save_weights_for_sampler", json={**run.next(), "path": "kept"}).json()["path"]
+    raw.good("/save_weights_external", json={**run.next(), "path": "kept"})
     body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": sampler_path}
     sampler = raw.good("/create_sampling_session", json=body).json()["sampling_session_id"]
     return Tenant(raw, Ids(session, run.run_id, sampler, future, path.json()["path"], sampler_path))
@@ -109,7 +110,7 @@ def test_an_owner_is_answered(alice: Tenant, route: str) -> None:
         return
     for probe in probes(alice.ids, alice.ids)[route]:
         response = alice.raw.send(probe.method, probe.path, **probe.options)
-        assert response.status_code == 200, response.text
+        assert response.status_code in (200, 204, 302), response.text
 
 
 def test_lists_hold_only_ones_own(alice: Tenant, mallory: Tenant) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -94,3 +95,22 @@ def test_a_lost_key_is_replaced_and_a_foreign_one_refused(tmp_path: Path) -> Non
     data_dir.write_admin_key("tml-made-up")
     with pytest.raises(ConfigError, match="remove the file"):
         ensure_admin_key(data_dir, "NORMAL")
+
+
+def test_the_signing_secret_is_made_once_for_its_owners_eyes(tmp_path: Path) -> None:
+    secret = DataDir(tmp_path).signing_secret()
+    assert len(secret) == 32
+    assert (tmp_path / "signing.key").stat().st_mode & 0o777 == 0o600
+    assert DataDir(tmp_path).signing_secret() == secret
+    assert [path.name for path in tmp_path.iterdir()] == ["signing.key"]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        (tmp_path / "other").mkdir()
+        made = set(pool.map(lambda _: DataDir(tmp_path / "other").signing_secret(), range(8)))
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("text", ["", "abc", "zz" * 32, "00" * 31])
+def test_a_damaged_signing_secret_is_not_used(tmp_path: Path, text: str) -> None:
+    (tmp_path / "signing.key").write_text(text)
+    with pytest.raises(ConfigError, match="is damaged: remove it"):
+        DataDir(tmp_path).signing_secret()

@@ -61,7 +61,12 @@ def rejected(draft: Draft, error: UserError) -> Draft:
 
 
 def attempt(draft: Draft, fill: Callable[[Draft], Draft]) -> Draft:
-    """`fill` completes an addressed draft; a mistake of the user that it finds makes the draft a rejected one."""
+    """`fill` completes an addressed draft; a mistake of the user that it finds makes the draft a rejected one.
+
+    A draft that was rejected at its address already stays as it is.
+    """
+    if draft.failure is not None:
+        return draft
     try:
         return fill(draft)
     except UserError as error:

@@ -19,12 +19,15 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from tinsmith.api import (
     capabilities,
     client,
+    copies,
+    downloads,
     futures,
     keys,
     reference,
     runs,
     sampling,
     sessions,
+    sharing,
     tokenizers,
     training,
     weights,
@@ -49,6 +52,7 @@ SECURITY_HEADERS = (
 
 OPEN = (  # and /schema, the OpenAPI document and its page
     Router("/api/v1", route_handlers=[capabilities.healthz]),
+    downloads.download,
     tokenizers.hub_file,
     reference.asset,
 )
@@ -81,6 +85,12 @@ CLOSED = (
     runs.list_checkpoints,
     runs.delete_checkpoint,
     runs.set_checkpoint_ttl,
+    sharing.publish,
+    sharing.unpublish,
+    sharing.create_access_token,
+    copies.copy_weights,
+    downloads.archive,
+    downloads.external_weights_urls,
 )
 OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
 ANTHROPIC = (messages.create_message, messages.count_message_tokens)

@@ -29,8 +29,10 @@ from tinsmith.bases import describe, parse_all, tokenizer_files
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
+from tinsmith.datadir import DataDir
 from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
+from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.tokenline import TokenLine, line_path
 
@@ -83,7 +85,7 @@ def build_services(
         line: on which workers tell of samples under way; None: answers are streamed once they are whole.
 
     Raises:
-        ConfigError: a base's directory is missing or not a model's.
+        ConfigError: a base's directory is missing or not a model's, or the signing secret can't be read or made.
     """
     bases: dict[str, ServedBase] = {}
     for ref in parse_all(settings.base_model):
@@ -98,6 +100,7 @@ def build_services(
         ringers={base: Ringer(path) for base, path in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
         pieces=Pieces(line),
+        signer=Signer(DataDir(settings.data_dir).signing_secret()),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 
 from litestar import delete, get, put
 from litestar.params import FromPath, JSONBody
@@ -11,13 +13,19 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.paging import Cursor, Limit, Offset, iso_time
 from tinsmith.api.services import Services, ServicesDep
-from tinsmith.errors import UserError
 from tinsmith.store.rows import CheckpointRow, Principal, RunRow
 from tinsmith.types import CheckpointKind, RunId, RunStatus
 from tinsmith.validate import check_ttl
+from tinsmith.wire.paths import parse_kind
 from tinsmith.wire.requests import SetTtl
 
-TYPES = {CheckpointKind.TRAINING: "training", CheckpointKind.SAMPLER: "sampler"}
+TYPES = {
+    CheckpointKind.TRAINING: "training",
+    CheckpointKind.SAMPLER: "sampler",
+    CheckpointKind.EXTERNAL: "external",
+}
+VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
+KNOWS_EXTERNAL = (0, 28)  # SDK releases before refuse a whole list in which an external checkpoint stands
 
 
 class Checkpoint(Struct, omit_defaults=True):
@@ -66,7 +74,7 @@ async def get_run(request: Call, services: ServicesDep, run_id: FromPath[str]) -
 
 @get("/training_runs/{run_id:str}/checkpoints")
 async def list_run_checkpoints(request: Call, services: ServicesDep, run_id: FromPath[str]) -> CheckpointList:
-    return await services.work(_run_checkpoints, services, request.user, RunId(run_id))
+    return await services.work(_run_checkpoints, services, request, RunId(run_id))
 
 
 @get("/checkpoints")
@@ -75,7 +83,7 @@ async def list_checkpoints(
 ) -> CheckpointList:
     rows, total = await services.work(services.store.checkpoints.list, request.user.tenant_id, limit, offset)
     cursor = Cursor(offset=offset, limit=limit, total_count=total)
-    return CheckpointList(checkpoints=[_checkpoint(row) for row in rows], cursor=cursor)
+    return CheckpointList(checkpoints=_visible(request, rows), cursor=cursor)
 
 
 @delete("/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}", status_code=204)
@@ -83,7 +91,7 @@ async def delete_checkpoint(
     request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
 ) -> None:
     checkpoints = services.store.checkpoints
-    await services.write(checkpoints.delete, request.user.tenant_id, RunId(run_id), _kind(kind), name)
+    await services.write(checkpoints.delete, request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
 
 
 @put("/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/ttl", status_code=204)
@@ -99,7 +107,9 @@ async def set_checkpoint_ttl(
     check_ttl(data.ttl_seconds)
     expires_at = None if data.ttl_seconds is None else time.time() + data.ttl_seconds
     checkpoints = services.store.checkpoints
-    await services.write(checkpoints.set_expiry, request.user.tenant_id, RunId(run_id), _kind(kind), name, expires_at)
+    await services.write(
+        checkpoints.set_expiry, request.user.tenant_id, RunId(run_id), parse_kind(kind), name, expires_at
+    )
 
 
 def _runs(services: Services, principal: Principal, limit: int, offset: int) -> RunList:
@@ -112,10 +122,17 @@ def _run(services: Services, principal: Principal, run_id: RunId) -> TrainingRun
     return _describe(services, principal, services.store.runs.get(principal.tenant_id, run_id))
 
 
-def _run_checkpoints(services: Services, principal: Principal, run_id: RunId) -> CheckpointList:
-    services.store.runs.get(principal.tenant_id, run_id)
-    rows = services.store.checkpoints.list_run(principal.tenant_id, run_id)
-    return CheckpointList(checkpoints=[_checkpoint(row) for row in rows])
+def _run_checkpoints(services: Services, request: Call, run_id: RunId) -> CheckpointList:
+    services.store.runs.get(request.user.tenant_id, run_id)
+    rows = services.store.checkpoints.list_run(request.user.tenant_id, run_id)
+    return CheckpointList(checkpoints=_visible(request, rows))
+
+
+def _visible(request: Call, rows: Sequence[CheckpointRow]) -> list[Checkpoint]:
+    """The rows of a page, but for those of a kind that the client doesn't know."""
+    version = VERSION.match(request.headers.get("x-stainless-package-version", ""))
+    is_old = version is not None and (int(version[1]), int(version[2])) < KNOWS_EXTERNAL
+    return [_checkpoint(row) for row in rows if not (is_old and row.kind is CheckpointKind.EXTERNAL)]
 
 
 def _describe(services: Services, principal: Principal, row: RunRow) -> TrainingRun:
@@ -141,13 +158,7 @@ def _checkpoint(row: CheckpointRow) -> Checkpoint:
         time=iso_time(row.created_at),
         tinker_path=row.path,
         size_bytes=row.size_bytes,
+        public=row.is_public,
         user_metadata=row.user_metadata,
         expires_at=None if row.expires_at is None else iso_time(row.expires_at),
     )
-
-
-def _kind(text: str) -> CheckpointKind:
-    known = {kind.value: kind for kind in CheckpointKind}
-    if text not in known:
-        raise UserError(f"a checkpoint is weights/<name> or sampler_weights/<name>, not {text[:50]!r}/...")
-    return known[text]

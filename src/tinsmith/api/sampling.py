@@ -15,8 +15,8 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import TOKENS_BYTES, read_body
 from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
-from tinsmith.api.weights import find_checkpoint
 from tinsmith.errors import UserError
 from tinsmith.store.rows import NewSampler, Principal
 from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
@@ -87,9 +87,7 @@ def new_sampler(services: Services, principal: Principal, asked: CreateSamplingS
         return plain
     found = find_checkpoint(services, principal, asked.model_path)
     if found.kind is not CheckpointKind.SAMPLER:
-        raise UserError(
-            f"{found.path} is a checkpoint to train from, not to sample from: save one with save_weights_for_sampler"
-        )
+        raise UserError(f"{found.path} is no checkpoint to sample from: save one with save_weights_for_sampler")
     services.base(found.spec.base_model)
     if asked.base_model is not None and asked.base_model != found.spec.base_model:
         raise UserError(f"{found.path} was made on {found.spec.base_model}, not on {asked.base_model[:200]!r}")

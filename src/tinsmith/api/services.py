@@ -26,6 +26,7 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.errors import UserError
+from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Principal
 from tinsmith.types import BaseInfo, TenantId
@@ -46,7 +47,9 @@ class ServedBase:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """ready_bases: names of the bases that a worker has loaded; called in a thread. turns: held to digest a body."""
+    """ready_bases: names of the bases that a worker has loaded; called in a thread. turns: held to digest a body.
+    signer: of links and tokens.
+    """
 
     settings: Settings
     store: Store
@@ -55,6 +58,7 @@ class Services:
     waiters: Waiters
     ringers: Mapping[str, Ringer]
     ready_bases: Callable[[], AbstractSet[str]]
+    signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))

@@ -12,15 +12,16 @@ from litestar import post
 from litestar.params import JSONBody
 from msgspec import Struct
 
-from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.config import Settings
-from tinsmith.errors import GoneError, TinsmithError
+from tinsmith.errors import GoneError, TinsmithError, UserError
+from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import NewRun, Principal
-from tinsmith.types import Failure, OpKind, RunId, RunSpec, SessionId, Targets
+from tinsmith.types import Failure, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
 from tinsmith.validate import (
     MAX_SEED,
     check_adam,
@@ -147,7 +148,7 @@ def refuse_finished_session(services: Services, principal: Principal, session_id
 
 
 def run_draft(services: Services, principal: Principal, kind: OpKind, address: RunAddress) -> Draft:
-    """The address of an op on a run of the caller's.
+    """The address of an op on a run of the caller's; rejected if the run only holds a copy.
 
     Raises:
         NotFoundError: no such run.
@@ -155,7 +156,8 @@ def run_draft(services: Services, principal: Principal, kind: OpKind, address: R
     """
     run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
     refuse_far_ahead(run, address.seq_id)
-    return Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
+    draft = Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
+    return rejected(draft, UserError(UNTRAINABLE)) if run.status is RunStatus.COPY else draft
 
 
 def _draft_create(services: Services, principal: Principal, body: bytes) -> Draft:

@@ -10,24 +10,27 @@ from litestar import post
 from litestar.params import JSONBody
 from msgspec import Struct
 
+from tinsmith.age import check_recipients
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import new_run_draft, refuse_finished_session, run_draft, with_spec
-from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.errors import UserError
 from tinsmith.store.rows import CheckpointRow, OpRow, Principal
-from tinsmith.types import OpKind, RunId, RunSpec, SamplerId, SessionId
+from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId, SessionId
 from tinsmith.validate import check_lora, check_metadata, check_optimizer, check_ttl
 from tinsmith.wire.media import decode_json
-from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveMeta, SaveSamplerMeta, to_meta
-from tinsmith.wire.paths import check_name, parse_path
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, to_meta
+from tinsmith.wire.paths import check_name
 from tinsmith.wire.requests import (
     LoadWeights,
     NewRunAddress,
     OptimizerConfig,
     RunAddress,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     WeightsInfo,
 )
@@ -61,7 +64,7 @@ async def save_weights_for_sampler(request: Call, services: ServicesDep) -> Prom
 
 @post("/save_weights_external", status_code=200, request_max_body_size=None)
 async def save_weights_external(request: Call, services: ServicesDep) -> Promise:
-    """Not offered: the request fails, its seq_id is consumed, so that the run goes on."""
+    """Save weights as files for other programs, a PEFT adapter; encrypted to age's public keys, if any are given."""
     body = await read_body(request, services)
     draft = await services.work(_draft_save_external, services, request.user, body)
     return _promise(await admit(services, request.user, draft))
@@ -86,12 +89,6 @@ async def weights_info(request: Call, services: ServicesDep, data: JSONBody[Weig
         train_mlp=spec.targets.mlp,
         train_attn=spec.targets.attn,
     )
-
-
-def find_checkpoint(services: Services, principal: Principal, path: str) -> CheckpointRow:
-    """Raises: UserError: no checkpoint path. NotFoundError: nothing there for this tenant."""
-    place = parse_path(path)
-    return services.store.checkpoints.get(principal.tenant_id, place.run_id, place.kind, place.name)
 
 
 def _promise(row: OpRow) -> Promise:
@@ -139,12 +136,18 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
 
 
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
-    draft = run_draft(services, principal, OpKind.SAVE, decode_json(body, RunAddress))
-    return attempt(draft, _refuse_external)
+    draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
+    return attempt(draft, partial(_fill_save_external, body))
 
 
-def _refuse_external(draft: Draft) -> Draft:
-    raise UnsupportedError("external checkpoints are not offered here: use save_state or save_weights_for_sampler")
+def _fill_save_external(body: bytes, draft: Draft) -> Draft:
+    asked = decode_json(body, SaveWeightsExternal)
+    meta = SaveExternalMeta(
+        name=check_name(asked.path),
+        expires_at=_expiry(asked.ttl_seconds),
+        recipients=check_recipients(asked.age_encryption_recipients),
+    )
+    return replace(draft, meta=to_meta(meta))
 
 
 def _draft_load(services: Services, principal: Principal, body: bytes) -> Draft:
@@ -186,7 +189,9 @@ def _fill_load(services: Services, principal: Principal, body: bytes, draft: Dra
 
 
 def _loadable(services: Services, principal: Principal, asked: LoadWeights) -> CheckpointRow:
-    found = find_checkpoint(services, principal, asked.path)
+    found = find_checkpoint(services, principal, asked.path, asked.weights_access_token)
+    if found.kind is CheckpointKind.EXTERNAL:
+        raise UserError(f"{found.path} is for other programs and can't be loaded: load one saved with save_state")
     if asked.optimizer and not found.has_optimizer:
         raise UserError(f"{found.path} holds no optimizer state: load it without, or load one saved with save_state")
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinsmith.store.checkpoints import Checkpoints
+from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
@@ -31,6 +32,7 @@ class Store:
         self.runs = Runs(database)
         self.ops = Ops(database)
         self.checkpoints = Checkpoints(database)
+        self.copies = Copies(database)
         self.samplers = Samplers(database)
         self.workers = Workers(database)
 

@@ -30,7 +30,8 @@ CheckpointRows: TypeAlias = list[CheckpointRow]  # within the class, `list` is a
 _COLUMNS = (
     checkpoints.c.tenant_id, checkpoints.c.run_id, checkpoints.c.kind, checkpoints.c.name, checkpoints.c.blob,
     checkpoints.c.size_bytes, checkpoints.c.sha256, checkpoints.c.created_at, checkpoints.c.expires_at,
-    checkpoints.c.user_metadata, checkpoints.c.has_optimizer, runs.c.spec,
+    checkpoints.c.user_metadata, checkpoints.c.has_optimizer, checkpoints.c.is_public,
+    runs.c.spec,
 )  # fmt: skip
 _IS_TENANTS = checkpoints.c.tenant_id == bindparam("tenant_id")
 _IS_LIVE = or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > bindparam("now"))
@@ -41,6 +42,8 @@ _IS_NAMED = (
 )
 _ALL = select(*_COLUMNS).join(runs, runs.c.run_id == checkpoints.c.run_id)
 _GET = _ALL.where(_IS_NAMED, _IS_TENANTS, _IS_LIVE)
+_GET_READABLE = _ALL.where(_IS_NAMED, or_(_IS_TENANTS, checkpoints.c.is_public), _IS_LIVE)
+_GET_ANY = _ALL.where(_IS_NAMED, _IS_LIVE)
 _OF_RUN = _ALL.where(checkpoints.c.run_id == bindparam("of_run"), _IS_TENANTS, _IS_LIVE).order_by(
     checkpoints.c.created_at.desc(), checkpoints.c.kind, checkpoints.c.name
 )
@@ -63,6 +66,7 @@ _EARLIER = select(checkpoints.c.blob, checkpoints.c.user_metadata).where(_IS_NAM
 _INSERT = insert(checkpoints).inline()
 _DELETE = delete(checkpoints).where(_IS_NAMED)
 _SET_EXPIRY = update(checkpoints).where(_IS_NAMED).values(expires_at=bindparam("until"))
+_SET_PUBLIC = update(checkpoints).where(_IS_NAMED).values(is_public=bindparam("public"))
 _EXPIRED = select(checkpoints.c.blob).where(checkpoints.c.expires_at <= bindparam("now"))
 _DELETE_EXPIRED = delete(checkpoints).where(checkpoints.c.expires_at <= bindparam("now"))
 
@@ -88,6 +92,24 @@ class Checkpoints:
         """Raises: NotFoundError: no such checkpoint of this tenant, or it has expired."""
         with self._database.read() as conn:
             return _get(conn, tenant_id, run_id, kind, name, now)
+
+    def get_readable(
+        self, tenant_id: TenantId, run_id: RunId, kind: CheckpointKind, name: str, now: float | None = None
+    ) -> CheckpointRow:
+        """As `get`, and another tenant's checkpoint if it is public."""
+        with self._database.read() as conn:
+            row = conn.execute(_GET_READABLE, _key(tenant_id, run_id, kind, name, now)).first()
+        return _found(row, run_id, kind, name)
+
+    def get_any(self, run_id: RunId, kind: CheckpointKind, name: str, now: float | None = None) -> CheckpointRow:
+        """Of whatever tenant: for those who show a signed link to it.
+
+        Raises:
+            NotFoundError: no such checkpoint, or it has expired.
+        """
+        with self._database.read() as conn:
+            row = conn.execute(_GET_ANY, {**_named(run_id, kind, name), "now": _clock(now)}).first()
+        return _found(row, run_id, kind, name)
 
     def list_run(self, tenant_id: TenantId, run_id: RunId, now: float | None = None) -> CheckpointRows:
         """All of a run, newest first.
@@ -136,6 +158,24 @@ class Checkpoints:
         with self._database.write() as conn:
             _get(conn, tenant_id, run_id, kind, name, now)
             conn.execute(_SET_EXPIRY, {**_named(run_id, kind, name), "until": expires_at})
+
+    def set_public(
+        self,
+        tenant_id: TenantId,
+        run_id: RunId,
+        kind: CheckpointKind,
+        name: str,
+        is_public: bool,
+        now: float | None = None,
+    ) -> None:
+        """Let other tenants use its path, or no longer; doing it again changes nothing.
+
+        Raises:
+            NotFoundError: as `get`.
+        """
+        with self._database.write() as conn:
+            _get(conn, tenant_id, run_id, kind, name, now)
+            conn.execute(_SET_PUBLIC, {**_named(run_id, kind, name), "public": is_public})
 
     def last(
         self, tenant_id: TenantId, run_id: RunId, now: float | None = None
@@ -206,11 +246,17 @@ def _require_run(conn: Connection, tenant_id: TenantId, run_id: RunId) -> None:
 def _get(
     conn: Connection, tenant_id: TenantId, run_id: RunId, kind: CheckpointKind, name: str, now: float | None
 ) -> CheckpointRow:
-    values = {**_named(run_id, kind, name), "tenant_id": tenant_id, "now": _clock(now)}
-    row = conn.execute(_GET, values).first()
+    return _found(conn.execute(_GET, _key(tenant_id, run_id, kind, name, now)).first(), run_id, kind, name)
+
+
+def _found(row: Sequence[Any] | None, run_id: RunId, kind: CheckpointKind, name: str) -> CheckpointRow:
     if row is None:
         raise NotFoundError(f"no checkpoint tinker://{run_id}/{kind}/{name}")
     return _to_checkpoint(row)
+
+
+def _key(tenant_id: TenantId, run_id: RunId, kind: CheckpointKind, name: str, now: float | None) -> dict[str, Any]:
+    return {**_named(run_id, kind, name), "tenant_id": tenant_id, "now": _clock(now)}
 
 
 def _named(run_id: RunId, kind: CheckpointKind, name: str) -> dict[str, Any]:
@@ -223,7 +269,7 @@ def _clock(now: float | None) -> float:
 
 def _to_checkpoint(row: Sequence[Any]) -> CheckpointRow:
     (tenant_id, run_id, kind, name, blob, size_bytes, sha256, created_at, expires_at, user_metadata, has_optimizer,
-     spec) = row  # fmt: skip
+     is_public, spec) = row  # fmt: skip
     return CheckpointRow(
         tenant_id=tenant_id,
         run_id=run_id,
@@ -236,5 +282,6 @@ def _to_checkpoint(row: Sequence[Any]) -> CheckpointRow:
         expires_at=expires_at,
         user_metadata=user_metadata,
         has_optimizer=has_optimizer,
+        is_public=is_public,
         spec=to_spec(spec),
     )

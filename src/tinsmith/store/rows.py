@@ -221,7 +221,10 @@ class NewCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
-    """A named checkpoint and what is needed of its run to make another one from it."""
+    """A named checkpoint and what is needed of its run to make another one from it.
+
+    is_public: other tenants may use its path. A checkpoint that takes the name of a public one is not public.
+    """
 
     tenant_id: TenantId
     run_id: RunId
@@ -234,11 +237,32 @@ class CheckpointRow:
     expires_at: float | None
     user_metadata: dict[str, str]
     has_optimizer: bool
+    is_public: bool
     spec: RunSpec
 
     @property
     def path(self) -> str:
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class NewCopy:
+    """A copy of `source` in a new run of its own.
+
+    Either `project_id` is set, and the run is the only one of a new session of that project, or `session_id` and
+    `model_seq_id` are, and it takes that place.
+    request_key: the same key makes the same session, so that a request that is sent again makes no second copy.
+    keeps_metadata: what the owner wrote on the source and its run is copied too.
+    """
+
+    tenant_id: TenantId
+    source: CheckpointRow
+    project_id: str | None = None
+    session_id: SessionId | None = None
+    model_seq_id: int = 0
+    request_key: str | None = None
+    expires_at: float | None = None
+    keeps_metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True)

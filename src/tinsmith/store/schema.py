@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -192,6 +193,7 @@ checkpoints = Table(
     Column("expires_at", Float),
     Column("user_metadata", JSON, nullable=False),
     Column("has_optimizer", Boolean, nullable=False),
+    Column("is_public", Boolean, nullable=False, server_default=false()),  # other tenants may use its path
     Index(None, "tenant_id", "created_at"),
     Index(None, "expires_at"),
     Index(None, "blob"),

@@ -4,6 +4,7 @@
     LOAD          LoadMeta         no payload   the checkpoint's path, blob and whether its moments are wanted
     SAVE          SaveMeta         no payload   the checkpoint's name, expiry, metadata
     SAVE_SAMPLER  SaveSamplerMeta  no payload   the same with a name, or the id of the sampler to make
+    SAVE_EXTERNAL SaveExternalMeta no payload   the checkpoint's name, expiry, whom to encrypt it to
     SAMPLE        SampleMeta       the request  the drawn seed, the sampler
     FORWARD, FORWARD_BACKWARD, OPTIM_STEP       the request; their meta is {}
 
@@ -54,6 +55,14 @@ class SaveSamplerMeta(Struct, frozen=True):
     session_id: SessionId
     expires_at: float | None = None
     user_metadata: dict[str, str] = {}
+
+
+class SaveExternalMeta(Struct, frozen=True):
+    """recipients: age's public keys, as `age.check_recipients` passed them; empty: not encrypted."""
+
+    name: str
+    expires_at: float | None = None
+    recipients: tuple[str, ...] = ()
 
 
 class SampleMeta(Struct, frozen=True):

@@ -24,7 +24,7 @@ class TinkerPath:
 
 
 def parse_path(path: str) -> TinkerPath:
-    """`tinker://<run>/<weights|sampler_weights>/<name>`.
+    """`tinker://<run>/<weights|sampler_weights|external_weights>/<name>`.
 
     Raises:
         UserError: anything else.
@@ -34,9 +34,19 @@ def parse_path(path: str) -> TinkerPath:
     is_path = path.startswith(SCHEME) and path.count("/") == 4 and kind in known
     if not is_path or not 1 <= len(run_id) <= MAX_ID:
         raise UserError(
-            f"{echo(path)} is no checkpoint path: give tinker://<run>/weights/<name> or .../sampler_weights/<name>"
+            f"{echo(path)} is no checkpoint path: give tinker://<run>/weights/<name>, .../sampler_weights/<name> or "
+            ".../external_weights/<name>"
         )
     return TinkerPath(RunId(run_id), known[kind], check_name(name))
+
+
+def parse_kind(text: str) -> CheckpointKind:
+    """Raises: UserError: it isn't the middle part of a checkpoint path."""
+    try:
+        return CheckpointKind(text)
+    except ValueError:
+        kinds = ", ".join(f"{kind}/<name>" for kind in CheckpointKind)
+        raise UserError(f"a checkpoint is one of {kinds}, not {text[:50]!r}/...") from None
 
 
 def check_name(name: str) -> str:

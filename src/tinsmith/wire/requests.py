@@ -120,14 +120,35 @@ class SaveWeightsForSampler(Struct):
     user_metadata: dict[str, Any] | None = None
 
 
+class SaveWeightsExternal(Struct):
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
 class LoadWeights(Struct):
-    """Both addressings: (session_id, model_seq_id) makes a run, (model_id, seq_id) loads into one."""
+    """Both addressings: (session_id, model_seq_id) makes a run, (model_id, seq_id) loads into one.
+
+    weights_access_token: a secret; it is looked at and never kept.
+    """
 
     path: str
     optimizer: bool = False
     base_model: str | None = None
     user_metadata: dict[str, Any] | None = None
     optimizer_config: OptimizerConfig | None = None
+    weights_access_token: str | None = None
+
+
+class CopyWeights(Struct):
+    """Either destination_project_id, or both session_id and model_seq_id. The token may come in a header instead."""
+
+    source_path: str
+    destination_project_id: ObjectId | None = None
+    session_id: ObjectId | None = None
+    model_seq_id: NonNegative | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
 
 
 class WeightsInfo(Struct):
@@ -147,6 +168,10 @@ class RetrieveFuture(Struct):
 
 class SetTtl(Struct):
     ttl_seconds: int | None = None
+
+
+class CreateAccessToken(Struct):
+    ttl_seconds: Annotated[int, Meta(ge=1, le=30 * 24 * 3600)] = 24 * 3600
 
 
 class CreateKey(Struct):

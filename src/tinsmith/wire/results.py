@@ -37,6 +37,10 @@ def sampler_result(path: str | None, sampler_id: SamplerId | None) -> bytes:
     return encode_json(body)
 
 
+def external_result(path: str, size_bytes: int) -> bytes:
+    return encode_json({"type": "save_weights_external", "path": path, "size_bytes": size_bytes})
+
+
 def failure_result(failure: Failure) -> bytes:
     category = CATEGORIES.get(failure.category, "server")
     return encode_json({"error": failure.message, "category": category, "code": failure.code})

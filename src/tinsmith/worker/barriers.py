@@ -6,10 +6,11 @@ writer, so its outcome comes later, through `settle`. A failed op leaves its run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 
+from tinsmith.adapter_files import pack_external
 from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key
 from tinsmith.checkpoint_file import dump_state, load_state
 from tinsmith.engine import Engine
@@ -17,7 +18,7 @@ from tinsmith.errors import TinsmithError, UserError
 from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
 from tinsmith.types import BlobKey, CheckpointKind, Failure, OpKind, OptimItem, RunState
 from tinsmith.wire import results
-from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveMeta, SaveSamplerMeta, read_meta
+from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, read_meta
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.runs import HeldRuns
@@ -72,6 +73,9 @@ class Barriers:
             return None
         if op.kind is OpKind.SAVE_SAMPLER:
             self._save_sampler(op, run)
+            return None
+        if op.kind is OpKind.SAVE_EXTERNAL:
+            self._save_external(op, run)
             return None
         raise UserError(f"{op.kind} is not a request of a run")
 
@@ -165,13 +169,44 @@ class Barriers:
 
         self._write(op, run, state, outcome)
 
-    def _write(self, op: OpRow, run: RunRow, state: RunState, outcome: Callable[[BlobInfo], Outcome]) -> None:
+    def _save_external(self, op: OpRow, run: RunRow) -> None:
+        save = read_meta(op.meta, SaveExternalMeta)
+        state = self._engine.export_run(run.run_id, ("param",))
+        path = f"tinker://{run.run_id}/{CheckpointKind.EXTERNAL}/{save.name}"
+
+        def dump(state: RunState) -> Iterator[memoryview]:
+            return pack_external(state, self._engine.info, save.recipients, op.created_at)
+
+        def outcome(info: BlobInfo) -> Outcome:
+            checkpoint = NewCheckpoint(
+                run_id=run.run_id,
+                kind=CheckpointKind.EXTERNAL,
+                name=save.name,
+                blob=info.key,
+                size_bytes=info.size,
+                sha256=info.sha256,
+                expires_at=save.expires_at,
+                has_optimizer=False,
+                overwrite=True,
+            )
+            return succeeded(op, results.external_result(path, info.size), checkpoint=checkpoint)
+
+        self._write(op, run, state, outcome, dump)
+
+    def _write(
+        self,
+        op: OpRow,
+        run: RunRow,
+        state: RunState,
+        outcome: Callable[[BlobInfo], Outcome],
+        dump: Callable[[RunState], bytes | Iterator[memoryview]] = dump_state,
+    ) -> None:
         key = checkpoint_key(run.tenant_id)
         held = self._runs[run.run_id]
         held.num_saves += 1
 
         def write() -> BlobInfo:
-            return self._blobs.put(key, dump_state(state))
+            return self._blobs.put(key, dump(state))
 
         def written(info: BlobInfo | BaseException) -> None:
             held.num_saves -= 1

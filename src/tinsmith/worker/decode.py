@@ -17,7 +17,10 @@ class Payloads:
         self._blobs = blobs
 
     def train_item(self, op: OpRow) -> TrainItem:
-        return decode_training(self._bytes(op)).item(op.id)
+        item = decode_training(self._bytes(op)).item(op.id)
+        if item.run_id != op.run_id:
+            raise CorruptError(f"the payload of {op.id} names another run; send the request again")
+        return item
 
     def adam_params(self, op: OpRow) -> AdamParams:
         return decode_optim_step(self._bytes(op))

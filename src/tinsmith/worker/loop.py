@@ -185,7 +185,7 @@ class Worker:
         return [rows[c.op_id] for c in batch.ops if c.op_id in rows], replays
 
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        self._saving |= {op.id for op in ops if op.kind in (OpKind.SAVE, OpKind.SAVE_SAMPLER)}
+        self._saving |= {op.id for op in ops if op.kind.is_save}
         started = time.perf_counter()
         outcomes = self._barriers.carry_out(ops)
         seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from tinsmith import __version__
 from tinsmith.api.sampling import new_sampler
 from tinsmith.api.services import Services
-from tinsmith.api.weights import find_checkpoint
+from tinsmith.api.sharing import find_checkpoint
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.rows import CheckpointRow, Principal
 from tinsmith.types import BaseInfo, CheckpointKind, SamplerId, SessionId
@@ -59,9 +59,7 @@ def find_model(services: Services, principal: Principal, name: str) -> Model:
             "of a checkpoint saved with save_weights_for_sampler"
         )
     if found.kind is not CheckpointKind.SAMPLER:
-        raise UserError(
-            f"{found.path} is a checkpoint to train from, not to sample from: save one with save_weights_for_sampler"
-        )
+        raise UserError(f"{found.path} is no checkpoint to sample from: save one with save_weights_for_sampler")
     return Model(found.path, services.bases[found.spec.base_model].info, found.path, found.blob, found.created_at)
 
 

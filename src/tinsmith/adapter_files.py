@@ -1,0 +1,135 @@
+"""A run's weights as others read them: `adapter_config.json` and `adapter_model.safetensors`, alone or as a tar.
+
+The tensors of an adapter are the same bytes in both formats; only names and headers differ. So a checkpoint is not
+converted when it is saved (that would store every checkpoint twice, for the few that are ever downloaded) but when it
+is read: the export is a list of pieces, new headers and stretches of the stored file, whose size is known beforehand.
+Serving it takes a megabyte of memory however large the checkpoint is, any range of it can be asked for, and equal
+checkpoints give equal bytes. External checkpoints are the exception: they are made and, if asked for, encrypted when
+saved, and stored as the tar that is served.
+
+Names are those of `tinker_cookbook.weights`, which for a dense model are those of `peft`: `base_model.model.` and the
+layer's path. The output head is `lm_head`; where it is tied to the embedding and so has no weights of its own,
+`model.unembed_tokens`, which the cookbook maps and `peft` needs renamed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+from tinsmith.age import SUFFIX, encrypt
+from tinsmith.checkpoint_file import StoredState, dump_state, read_state_header
+from tinsmith.errors import CorruptError
+from tinsmith.types import BaseInfo, RunSpec, RunState
+from tinsmith.virtual_file import Piece, Span, VirtualFile
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PART = "param/"
+PREFIX = "base_model.model."
+HEAD = "model.unembed_tokens"  # of a state; see model/layout.py
+OWN_HEAD = "lm_head"
+BLOCK = 512  # of a tar
+MAX_MEMBERS = 64
+
+Files = Mapping[str, VirtualFile]
+
+
+def adapter_files(state: StoredState, base: BaseInfo) -> Files:
+    """The files by name, in pieces of the stored state; its optimizer moments are left out.
+
+    Raises:
+        CorruptError: the state holds no weights, or a tensor that is no half of an adapter.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spans: list[Piece] = []
+    modules: dict[str, None] = {}
+    end = 0
+    for tensor in state.tensors:
+        if not tensor.name.startswith(PART):
+            continue
+        module, _, half = tensor.name.removeprefix(PART).rpartition(".")
+        if half not in ("lora_A", "lora_B"):
+            raise CorruptError(f"the checkpoint holds {tensor.name[:200]!r}, which is no half of an adapter")
+        name = OWN_HEAD if module == HEAD and not base.is_head_tied else module
+        modules[OWN_HEAD if module == HEAD else module] = None
+        offsets = [end, end + tensor.size]
+        entries[f"{PREFIX}{name}.{half}.weight"] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": offsets}
+        spans.append(Span(tensor.offset, tensor.size))
+        end += tensor.size
+    if not spans:
+        raise CorruptError("the checkpoint holds no weights")
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return {
+        CONFIG: VirtualFile([_config(state.spec, list(modules))]),
+        WEIGHTS: VirtualFile([struct.pack("<Q", len(header)) + header, *spans]),
+    }
+
+
+def as_tar(files: Files, made_at: float) -> VirtualFile:
+    """The files as one uncompressed tar, all at its root. `made_at`: unix seconds, the time of each entry."""
+    pieces: list[Piece] = []
+    for name, content in files.items():
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mtime, entry.mode = content.size, int(made_at), 0o644
+        pieces += [entry.tobuf(tarfile.GNU_FORMAT), *content, bytes(-content.size % BLOCK)]
+    return VirtualFile([*pieces, bytes(2 * BLOCK)])
+
+
+def pack_external(state: RunState, base: BaseInfo, recipients: Sequence[str], made_at: float) -> Iterator[memoryview]:
+    """The tar of an external checkpoint, in parts; with recipients, each file is encrypted to them and named `.age`."""
+    source = io.BytesIO(dump_state(state))
+    files = adapter_files(read_state_header(source), base)
+    if recipients:
+        files = {
+            name + SUFFIX: VirtualFile([encrypt(b"".join(content.read(source)), recipients)])
+            for name, content in files.items()
+        }
+    return map(memoryview, as_tar(files, made_at).read(source))
+
+
+def external_files(stored: BinaryIO) -> Files:
+    """The files in the tar of an external checkpoint, in pieces of it.
+
+    Raises:
+        CorruptError: it isn't such a tar.
+    """
+    files: dict[str, VirtualFile] = {}
+    try:
+        stored.seek(0)
+        with tarfile.open(fileobj=stored, mode="r:") as tar:
+            for member in tar:
+                if not member.isreg() or "/" in member.name or len(files) >= MAX_MEMBERS:
+                    raise CorruptError("not an external checkpoint: it holds something else than a few files")
+                files[member.name] = VirtualFile([Span(member.offset_data, member.size)])
+    except tarfile.TarError as error:
+        raise CorruptError(f"not an external checkpoint: {error}") from error
+    if not files:
+        raise CorruptError("not an external checkpoint: it holds no files")
+    return files
+
+
+def _config(spec: RunSpec, modules: Sequence[str]) -> bytes:
+    """What `peft` reads. The modules are given by the last parts of their paths, as serving engines expect them."""
+    alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
+    config = {
+        "base_model_name_or_path": spec.base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return (json.dumps(config, indent=2) + "\n").encode()

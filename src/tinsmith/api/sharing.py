@@ -1,0 +1,124 @@
+"""Who may use a checkpoint by its path: its owner; everybody, once it is published; whoever shows an access token.
+
+A path that may be used can be loaded, sampled from, copied and asked for its shape. Nothing else of another tenant's
+checkpoint is open: it is in no list, and its files, its metadata and its lifetime are its owner's. A path that may not
+be used answers like one that leads nowhere.
+
+A token speaks for one checkpoint, until it expires. It holds no secret of the server, and is kept nowhere: what it says
+is signed. The key of another tenant is as good as a token for all of that tenant's checkpoints.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+
+import msgspec
+from litestar import delete, post
+from litestar.params import FromPath, JSONBody
+from msgspec import Struct
+
+from tinsmith.api.auth import Call
+from tinsmith.api.paging import iso_time
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.errors import NotFoundError
+from tinsmith.store.rows import CheckpointRow, Principal
+from tinsmith.types import RunId, TenantId
+from tinsmith.wire.paths import TinkerPath, parse_kind, parse_path
+from tinsmith.wire.requests import CreateAccessToken
+
+CHECKPOINT = "/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}"
+PURPOSE = "weights access"
+TOKEN_PREFIX = "tmlw-"
+MAX_TOKEN_CHARS = 2048
+
+
+class AccessToken(Struct):
+    """expires: ISO 8601."""
+
+    token: str
+    expires: str
+
+
+class Claims(Struct, array_like=True):
+    """What a token says. expires_at: unix seconds."""
+
+    tenant_id: TenantId
+    path: str
+    expires_at: int
+
+
+@post(f"{CHECKPOINT}/publish", status_code=204)
+async def publish(
+    request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
+) -> None:
+    """Let every tenant use the path. Doing it again is fine."""
+    await _set_public(services, request.user, run_id, kind, name, True)
+
+
+@delete(f"{CHECKPOINT}/publish", status_code=204)
+async def unpublish(
+    request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
+) -> None:
+    """Make it private again. Samplers, runs and copies that others made meanwhile stay theirs."""
+    await _set_public(services, request.user, run_id, kind, name, False)
+
+
+@post(f"{CHECKPOINT}/access_token", status_code=200)
+async def create_access_token(
+    request: Call,
+    services: ServicesDep,
+    run_id: FromPath[str],
+    kind: FromPath[str],
+    name: FromPath[str],
+    data: JSONBody[CreateAccessToken],
+) -> AccessToken:
+    """A token with which another tenant may load or copy this checkpoint (`weights_access_token` in the SDK)."""
+    place = (request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
+    row = await services.work(services.store.checkpoints.get, *place)
+    claims = Claims(row.tenant_id, row.path, int(time.time()) + data.ttl_seconds)
+    return AccessToken(token=_issue(services, claims), expires=iso_time(claims.expires_at))
+
+
+def find_checkpoint(services: Services, principal: Principal, path: str, token: str | None = None) -> CheckpointRow:
+    """The checkpoint that the caller may use by this path.
+
+    Raises:
+        UserError: no checkpoint path.
+        NotFoundError: nothing there, or nothing that the caller or the token may use.
+    """
+    place = parse_path(path)
+    try:
+        return services.store.checkpoints.get_readable(principal.tenant_id, place.run_id, place.kind, place.name)
+    except NotFoundError:
+        owner = None if token is None else _vouches_for(services, token, place)
+        if owner is None:
+            raise
+        return services.store.checkpoints.get(owner, place.run_id, place.kind, place.name)
+
+
+async def _set_public(
+    services: Services, principal: Principal, run_id: str, kind: str, name: str, is_public: bool
+) -> None:
+    place = (principal.tenant_id, RunId(run_id), parse_kind(kind), name)
+    await services.write(services.store.checkpoints.set_public, *place, is_public)
+
+
+def _issue(services: Services, claims: Claims) -> str:
+    body = base64.urlsafe_b64encode(msgspec.json.encode(claims)).decode().rstrip("=")
+    return f"{TOKEN_PREFIX}{body}.{services.signer.sign(PURPOSE, body)}"
+
+
+def _vouches_for(services: Services, token: str, place: TinkerPath) -> TenantId | None:
+    """The tenant whose checkpoints the token opens at this place, if it is a good one."""
+    if len(token) > MAX_TOKEN_CHARS:
+        return None
+    if not token.startswith(TOKEN_PREFIX):
+        owner = services.store.tenants.authenticate(token)
+        return None if owner is None else owner.tenant_id
+    body, _, signature = token.removeprefix(TOKEN_PREFIX).partition(".")
+    if not services.signer.is_good(signature, PURPOSE, body):
+        return None
+    claims = msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=Claims)
+    is_good = claims.path == str(place) and claims.expires_at > time.time()
+    return claims.tenant_id if is_good else None

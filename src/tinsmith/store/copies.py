@@ -1,0 +1,141 @@
+"""Copies of checkpoints: a new name in a new run that points at the same file.
+
+No bytes are copied: a file stays while any name points at it (see graveyard.py). What stays true:
+
+* A run that holds a copy is never trained: its place in the log is taken by a CREATE op that has failed already, so
+  that no other run can be made there, and no worker ever leases it.
+* A request that is sent again finds its copy: by its key, or by its place in the session.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, insert, select
+
+from tinsmith.errors import NotFoundError, UserError
+from tinsmith.store.checkpoints import put_checkpoint
+from tinsmith.store.database import Database
+from tinsmith.store.op_rows import born, to_columns
+from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun
+from tinsmith.store.runs import new_run_columns
+from tinsmith.store.schema import checkpoints, ops, runs, sessions
+from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId
+
+COPIED = "copied"  # finish_reason of a session that was made for a copy
+SOURCE = "copied_from"  # in the metadata of the copy's run
+UNTRAINABLE = (
+    "this run holds a copied checkpoint and can't be trained: make one from it with create_training_client_from_state"
+)
+
+_SESSION = select(sessions.c.session_id).where(
+    sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id")
+)
+_INSERT_SESSION = insert(sessions).inline()
+_INSERT_RUN = insert(runs).inline()
+_INSERT_OP = insert(ops).inline()
+_TAKEN = select(ops.c.op_id).where(ops.c.run_id == bindparam("run_id"), ops.c.seq_id == 0)
+_RUN = select(runs.c.status, runs.c.user_metadata).where(
+    runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id")
+)
+_SOURCE = (
+    select(runs.c.user_metadata)
+    .join(checkpoints, checkpoints.c.run_id == runs.c.run_id)
+    .where(
+        checkpoints.c.run_id == bindparam("run_id"),
+        checkpoints.c.kind == bindparam("kind"),
+        checkpoints.c.name == bindparam("name"),
+        checkpoints.c.blob == bindparam("blob"),
+    )
+)
+
+
+class Copies:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, new: NewCopy, now: float) -> str:
+        """The path of the copy: a new one, or the one that an equal request made before.
+
+        Raises:
+            NotFoundError: the session is not the tenant's, or the source has gone meanwhile.
+            UserError: another run, or a copy of something else, has the place or the key.
+        """
+        with self._database.write() as conn:
+            session_id = new.session_id or _own_session(conn, new, now)
+            if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first() is None:
+                raise NotFoundError(f"no session {session_id}")
+            run_id = RunId(f"{session_id}:train:{new.model_seq_id}")
+            path = f"tinker://{run_id}/{new.source.kind}/{new.source.name}"
+            if conn.execute(_TAKEN, {"run_id": run_id}).first() is not None:
+                _require_same(conn, new, run_id)
+                return path
+            _insert(conn, new, run_id, session_id, now)
+        return path
+
+
+def _own_session(conn: Connection, new: NewCopy, now: float) -> SessionId:
+    """A session that has ended already, for the copy alone."""
+    number = secrets.token_hex(12)
+    if new.request_key is not None:
+        number = hashlib.sha256(f"{new.tenant_id}\n{new.request_key}".encode()).hexdigest()[:24]
+    session_id = SessionId("s" + number)
+    if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first() is None:
+        values: dict[str, Any] = {
+            "session_id": session_id,
+            "tenant_id": new.tenant_id,
+            "tags": [],
+            "user_metadata": {},
+            "project_id": new.project_id,
+            "created_at": now,
+            "last_beat_at": now,
+            "finished_at": now,
+            "finish_reason": COPIED,
+        }
+        conn.execute(_INSERT_SESSION, values)
+    return session_id
+
+
+def _require_same(conn: Connection, new: NewCopy, run_id: RunId) -> None:
+    row = conn.execute(_RUN, {"run_id": run_id, "tenant_id": new.tenant_id}).first()
+    if row is None or row.status != RunStatus.COPY or row.user_metadata.get(SOURCE) != new.source.path:
+        where = f"model_seq_id {new.model_seq_id} of this session" if new.session_id else "this X-Idempotency-Key"
+        raise UserError(f"{where} has been used for something else: take a new one")
+
+
+def _insert(conn: Connection, new: NewCopy, run_id: RunId, session_id: SessionId, now: float) -> None:
+    source = new.source
+    place = {"run_id": source.run_id, "kind": source.kind.value, "name": source.name, "blob": source.blob}
+    found = conn.execute(_SOURCE, place).first()
+    if found is None:
+        raise NotFoundError(f"no checkpoint {source.path}")
+    kept = found.user_metadata if new.keeps_metadata else {}
+    spec = replace(source.spec, run_id=run_id)
+    run = NewRun(new.tenant_id, session_id, new.model_seq_id, spec, {**kept, SOURCE: source.path})
+    conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "status": RunStatus.COPY.value, "wants_worker": False})
+    op = NewOp(
+        tenant_id=new.tenant_id,
+        kind=OpKind.CREATE,
+        base_model=spec.base_model,
+        id=OpId(f"req-{uuid.uuid4().hex}"),
+        seq_id=0,
+        run_id=run_id,
+        failure=Failure(UserError.code, UserError.category, UNTRAINABLE),
+    )
+    conn.execute(_INSERT_OP, to_columns(born(op, now)))
+    checkpoint = NewCheckpoint(
+        run_id=run_id,
+        kind=source.kind,
+        name=source.name,
+        blob=source.blob,
+        size_bytes=source.size_bytes,
+        sha256=source.sha256,
+        expires_at=new.expires_at,
+        user_metadata=source.user_metadata if new.keeps_metadata else {},
+        has_optimizer=source.has_optimizer,
+    )
+    put_checkpoint(conn, new.tenant_id, checkpoint, now)
