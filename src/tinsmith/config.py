@@ -45,6 +45,15 @@ class Settings:
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
+    chunk_max_datums: int = setting(
+        1024, "Most datums that clients put into one training request; they send more as several.", group="limits"
+    )
+    chunk_max_bytes: int = setting(
+        5_000_000,
+        "Largest training request that clients make up, before compression; one datum may be larger.",
+        unit="bytes",
+        group="limits",
+    )
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
@@ -113,6 +122,16 @@ class Settings:
     )
     sqlite_synchronous: str = setting("FULL", "SQLite's synchronous pragma: FULL or NORMAL.", group="durability")
 
+    compress_requests: bool = setting(True, "Have clients compress their training requests (zstd).", group="access")
+    jwt_auth: bool = setting(
+        False, "Have clients exchange their key for short-lived tokens (JWT); keys work as well.", group="access"
+    )
+    jwt_ttl_s: float = setting(
+        900.0,
+        "How long such a token works. Clients renew it after half of that, and in the last minute before each request.",
+        unit="s",
+        group="access",
+    )
     serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
     download_ttl_s: float = setting(
         3600.0, "How long a signed link to a file of a checkpoint works.", unit="s", group="access"
@@ -167,7 +186,7 @@ class Settings:
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "pass_cap_ms", "download_ttl_s",
+            "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -52,6 +52,12 @@ class AuthError(UserError):
     code = "unauthorized"
 
 
+class TokenError(AuthError):
+    """The token that stands for a key has ended, or was not made here; the key itself may be good."""
+
+    code = "invalid_token"
+
+
 class ForbiddenError(UserError):
     """The key is good, but not for this."""
 

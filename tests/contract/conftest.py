@@ -31,6 +31,7 @@ from tinsmith.datadir import DataDir
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
+from tinsmith.store.usage_rows import Usage
 from tinsmith.tokenline import TokenLine, line_path
 from tinsmith.types import (
     CheckpointKind,
@@ -118,10 +119,12 @@ class HandWorker:
         media = JSON
         if op.kind.is_pass:
             data = decode_training(self._payload(op)).data
+            extra["usage"] = Usage(trained_tokens=sum(d.num_tokens for d in data))
             logprobs = tuple(np.full(d.inputs["target_tokens"].shape, -1, np.float32) for d in data)
             body, media = encode_train_result(TrainResult(logprobs, {"loss:sum": float(len(data))})), PROTOBUF
         elif op.kind is OpKind.SAMPLE:
             body, media = self._sampled(op), PROTOBUF
+            extra["usage"] = Usage(prefill_tokens=decode_sample(self._payload(op)).prompt.size, sampled_tokens=3)
         elif op.kind is OpKind.OPTIM_STEP:
             body = results.optim_result(OptimResult({"lr": decode_optim_step(self._payload(op)).learning_rate}))
         elif op.kind is OpKind.CREATE:
@@ -205,8 +208,8 @@ class House:
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
             ringers={BASE: Ringer(self.root / "worker.sock")},
             ready_bases=lambda: self.ready,
-            pieces=Pieces(self.line),
             signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
+            pieces=Pieces(self.line),
         )
 
     def make_worker(self) -> HandWorker:

@@ -68,6 +68,17 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "POST /sessions/{session_id:str}/finish": [Probe("POST", f"/sessions/{at.session}/finish", {})],
         "GET /sessions": [],
         "GET /sessions/{session_id:str}": [Probe("GET", f"/sessions/{at.session}")],
+        "PUT /sessions/{session_id:str}/project": [
+            Probe("PUT", f"/sessions/{at.session}/project", {"project_id": "mine"})
+        ],
+        "POST /sessions/search": [],
+        "GET /sessions/{session_id:str}/trace_export": [Probe("GET", f"/sessions/{at.session}/trace_export")],
+        "POST /auth/token": [],
+        "GET /auth/apikey/me": [],
+        "DELETE /auth/apikey/me": [],
+        "GET /audit": [],
+        "GET /billing/usage/events": [],
+        "GET /billing/usage/checkpoints/current": [],
         "POST /client/config": [],
         "POST /client/dynamic_config": [],
         "POST /telemetry": [],

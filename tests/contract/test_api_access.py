@@ -13,7 +13,7 @@ from litestar.testing import TestClient
 from tests.contract.raw import ours
 from tinsmith.api.app import build_app
 
-OPEN = ("/api/v1/healthz", "/api/v1/downloads/", "/hf/", "/schema")
+OPEN = ("/api/v1/healthz", "/api/v1/downloads/", "/api/v1/traces/", "/hf/", "/schema")
 
 
 def test_every_route_but_the_open_ones_needs_a_key(house: Any, anonymous: Any) -> None:

@@ -1,12 +1,16 @@
-"""A process dies at each named point, in the middle of its work; the SDK client gets what it would have got."""
+"""A process dies at each named point, in the middle of its work; the SDK client gets what it would have got, and what
+it is metered for is what it would have been.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tinker import types
+from tinker import AdminClient, types
 
 from tests.crash.test_kill import connect, datum, pids
 from tests.service import Service, running
@@ -36,7 +40,31 @@ def everything(service: Service) -> list[Any]:
     sampler = sampler.result() if hasattr(sampler, "result") else sampler
     params = types.SamplingParams(max_tokens=20, seed=5)
     sampled = sampler.sample(types.ModelInput.from_ints([1, 2, 3]), num_samples=2, sampling_params=params).result()
-    return [*answers, [sequence.tokens for sequence in sampled.sequences]]
+    return [*answers, [sequence.tokens for sequence in sampled.sequences], metered(service)]
+
+
+def metered(service: Service) -> dict[str, int]:
+    """Tokens and checkpoints by kind, whatever the hour."""
+    now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    admin = AdminClient(base_url=service.url, api_key=service.key)
+    usage = admin.get_billing_usage(now - timedelta(hours=1), now + timedelta(hours=1)).result()
+    sums: Counter[str] = Counter()
+    for event in usage.data:
+        info = event.event_info.model_dump()
+        sums[info["type"]] += info.get("token_count") or info.get("count") or 0
+    return dict(sums)
+
+
+def test_what_is_metered_is_what_was_asked_for(expected: list[Any]) -> None:
+    num_tokens = sum(datum(step).model_input.length for step in (*range(STEPS), 9))
+    num_sampled = sum(map(len, expected[-2]))
+    assert expected[-1] == {
+        "training": num_tokens,
+        "sampling_prefill": 3,
+        "sampling_sample": num_sampled,
+        "checkpoint": 1,
+        "storage": 0,
+    }
 
 
 @pytest.fixture(scope="module")

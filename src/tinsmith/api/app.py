@@ -17,18 +17,23 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.api import (
+    audit,
+    billing,
     capabilities,
     client,
     copies,
     downloads,
     futures,
+    identity,
     keys,
     reference,
     runs,
     sampling,
+    search,
     sessions,
     sharing,
     tokenizers,
+    traces,
     training,
     weights,
 )
@@ -40,6 +45,7 @@ from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
+from tinsmith.api.tokens import PREFIX, Tokens
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -54,6 +60,7 @@ OPEN = (  # and /schema, the OpenAPI document and its page
     Router("/api/v1", route_handlers=[capabilities.healthz]),
     downloads.download,
     tokenizers.hub_file,
+    traces.fetch_trace,
     reference.asset,
 )
 CLOSED = (
@@ -65,6 +72,15 @@ CLOSED = (
     sessions.finish_session,
     sessions.list_sessions,
     sessions.get_session,
+    sessions.assign_project,
+    search.search_sessions,
+    traces.export_trace,
+    identity.exchange_token,
+    identity.get_own_key,
+    identity.delete_own_key,
+    audit.get_audit,
+    billing.get_usage,
+    billing.get_storage,
     capabilities.get_server_capabilities,
     training.create_model,
     training.get_info,
@@ -100,8 +116,13 @@ ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
 def build_app(services: Services) -> Litestar:
     """All routes over the given services. The app runs the watcher of long polls while it is up."""
 
+    tenants = services.store.tenants
+    tokens = Tokens(services.signer, services.settings.jwt_ttl_s)
+
     async def authenticate(secret: str) -> Any:
-        return await services.work(services.store.tenants.authenticate, secret)
+        if services.settings.jwt_auth and secret.startswith(PREFIX):
+            return await services.work(tenants.principal, tokens.read(secret)[0])
+        return await services.work(tenants.authenticate, secret)
 
     def provide_services() -> Services:
         return services

@@ -1,7 +1,7 @@
-"""Who is asking: a key from `X-API-Key` or `Authorization: Bearer` to a principal.
+"""Who is asking: a key, or a token that stands for one, from `X-API-Key` or `Authorization: Bearer` to a principal.
 
-Every route under a guard is closed; there are no exceptions inside. Keys that were good are remembered for
-`TTL_S`, so a revoked key works for at most that long.
+Every route under a guard is closed; there are no exceptions inside. Keys and tokens that were good are remembered for
+`TTL_S`, so those of a revoked key work for at most that long, and a token that ends for that much longer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from litestar import Request
 from litestar.connection import ASGIConnection
@@ -54,7 +55,7 @@ def key_guard(keys: KeyCache) -> Guard:
     """A guard that puts the caller's principal into the request, or refuses it."""
 
     async def require_key(connection: Connection, handler: BaseRouteHandler) -> None:
-        connection.scope["user"] = await keys.principal(_secret(connection))
+        connection.scope["user"] = await keys.principal(secret_of(connection))
 
     return require_key
 
@@ -65,7 +66,12 @@ def admin_guard(connection: Connection, handler: BaseRouteHandler) -> None:
         raise ForbiddenError("this needs an admin key")
 
 
-def _secret(connection: Connection) -> str:
+def secret_of(connection: ASGIConnection[Any, Principal, str, State]) -> str:
+    """The key or token that came with a request.
+
+    Raises:
+        AuthError: none did.
+    """
     secret = connection.headers.get("x-api-key", "")
     if secret:
         return secret

@@ -17,11 +17,11 @@ TELEMETRY_BYTES = 8 << 20  # 100 events, some with tracebacks
 class ClientFlags(Struct):
     """Only flags that differ from the client's own defaults, or that this server depends on."""
 
-    pjwt_auth_enabled: bool = False
-    proto_compress_fwdbwd: bool = True
+    pjwt_auth_enabled: bool
+    proto_compress_fwdbwd: bool
+    fwdbwd_max_chunk_len: int
+    fwdbwd_max_chunk_bytes_count: int
     parallel_fwdbwd_chunks: bool = True
-    fwdbwd_max_chunk_len: int = 1024
-    fwdbwd_max_chunk_bytes_count: int = 5_000_000
     sample_use_retrieve_futures: bool = False
     sample_join_sampling_session: bool = False
     custom_loss_server_side: bool = False
@@ -39,9 +39,15 @@ class Accepted(Struct):
 
 
 @post("/client/config", status_code=200)
-async def client_config(request: Call, data: JSONBody[ClientConfig]) -> ClientFlags:
+async def client_config(request: Call, services: ServicesDep, data: JSONBody[ClientConfig]) -> ClientFlags:
     """The server's side of the negotiation; clients know every flag's default."""
-    return ClientFlags()
+    settings = services.settings
+    return ClientFlags(
+        pjwt_auth_enabled=settings.jwt_auth,
+        proto_compress_fwdbwd=settings.compress_requests,
+        fwdbwd_max_chunk_len=settings.chunk_max_datums,
+        fwdbwd_max_chunk_bytes_count=settings.chunk_max_bytes,
+    )
 
 
 @post("/client/dynamic_config", status_code=200)

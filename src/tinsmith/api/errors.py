@@ -23,6 +23,7 @@ from tinsmith.errors import (
     RequestTimeoutError,
     StorageFullError,
     TinsmithError,
+    TokenError,
     TooLargeError,
     UserError,
     echo,
@@ -63,7 +64,8 @@ def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Respon
     if status == 408:
         headers["connection"] = "close"
     if status == 401:
-        headers["www-authenticate"] = "Bearer"
+        is_token = isinstance(error, TokenError)  # clients exchange their key for another one, and ask again
+        headers["www-authenticate"] = 'Bearer error="invalid_token"' if is_token else "Bearer"
     if status >= 500:
         log.error("request failed", path=request.url.path, code=error.code, exc_info=error)
     problem = Problem(detail=error.message, code=error.code, category=error.category)

@@ -45,14 +45,14 @@ async def list_keys(request: Call, services: ServicesDep) -> KeyList:
 @delete("/admin/keys/{key_id:str}", status_code=200)
 async def revoke_key(request: Call, services: ServicesDep, key_id: FromPath[str]) -> Key:
     """The key stops working within a second."""
-    return _key(await services.write(services.store.tenants.revoke_key, key_id))
+    return _key(await services.write(services.store.tenants.revoke_key, key_id, by=request.user))
 
 
 def _create(services: Services, principal: Principal, asked: CreateKey) -> NewKey:
     tenants = services.store.tenants
     name = asked.tenant or principal.tenant_name
-    tenant = tenants.by_name(name) or tenants.create(name)
-    row, secret = tenants.create_key(tenant.tenant_id, asked.name, is_admin=asked.is_admin)
+    tenant = tenants.by_name(name) or tenants.create(name, by=principal)
+    row, secret = tenants.create_key(tenant.tenant_id, asked.name, is_admin=asked.is_admin, by=principal)
     return NewKey(
         key_id=row.key_id,
         name=row.name,

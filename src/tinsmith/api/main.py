@@ -99,8 +99,8 @@ def build_services(
         waiters=Waiters(bell, settings.scan_interval_s),
         ringers={base: Ringer(path) for base, path in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
-        pieces=Pieces(line),
         signer=Signer(DataDir(settings.data_dir).signing_secret()),
+        pieces=Pieces(line),
     )
 
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 
 from litestar import delete, get, put
-from litestar.params import FromPath, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
-from tinsmith.api.paging import Cursor, Limit, Offset, iso_time
+from tinsmith.api.paging import AccessScope, Cursor, Limit, Offset, iso_time
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.store.rows import CheckpointRow, Principal, RunRow
 from tinsmith.types import CheckpointKind, RunId, RunStatus
@@ -63,12 +63,21 @@ class CheckpointList(Struct, omit_defaults=True):
 
 
 @get("/training_runs")
-async def list_runs(request: Call, services: ServicesDep, limit: Limit = 20, offset: Offset = 0) -> RunList:
-    return await services.work(_runs, services, request.user, limit, offset)
+async def list_runs(
+    request: Call,
+    services: ServicesDep,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+    project_id: FromQuery[str | None] = None,
+) -> RunList:
+    return await services.work(_runs, services, request.user, limit, offset, project_id)
 
 
 @get("/training_runs/{run_id:str}")
-async def get_run(request: Call, services: ServicesDep, run_id: FromPath[str]) -> TrainingRun:
+async def get_run(
+    request: Call, services: ServicesDep, run_id: FromPath[str], access_scope: AccessScope = "owned"
+) -> TrainingRun:
     return await services.work(_run, services, request.user, RunId(run_id))
 
 
@@ -91,7 +100,8 @@ async def delete_checkpoint(
     request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
 ) -> None:
     checkpoints = services.store.checkpoints
-    await services.write(checkpoints.delete, request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
+    user = request.user
+    await services.write(checkpoints.delete, user.tenant_id, RunId(run_id), parse_kind(kind), name, by=user)
 
 
 @put("/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/ttl", status_code=204)
@@ -107,13 +117,13 @@ async def set_checkpoint_ttl(
     check_ttl(data.ttl_seconds)
     expires_at = None if data.ttl_seconds is None else time.time() + data.ttl_seconds
     checkpoints = services.store.checkpoints
-    await services.write(
-        checkpoints.set_expiry, request.user.tenant_id, RunId(run_id), parse_kind(kind), name, expires_at
-    )
+    user = request.user
+    place = (user.tenant_id, RunId(run_id), parse_kind(kind), name)
+    await services.write(checkpoints.set_expiry, *place, expires_at, by=user)
 
 
-def _runs(services: Services, principal: Principal, limit: int, offset: int) -> RunList:
-    rows, total = services.store.runs.list(principal.tenant_id, limit, offset)
+def _runs(services: Services, principal: Principal, limit: int, offset: int, project_id: str | None) -> RunList:
+    rows, total = services.store.runs.list(principal.tenant_id, limit, offset, project_id)
     cursor = Cursor(offset=offset, limit=limit, total_count=total)
     return RunList(training_runs=[_describe(services, principal, row) for row in rows], cursor=cursor)
 

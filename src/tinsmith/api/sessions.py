@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 
-from litestar import get, post
+from litestar import get, post, put
 from litestar.params import FromPath, JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
-from tinsmith.api.paging import Limit, Offset
+from tinsmith.api.paging import AccessScope, Limit, Offset
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UserError
 from tinsmith.store.rows import Principal
 from tinsmith.types import SessionId
 from tinsmith.validate import check_metadata
-from tinsmith.wire.requests import CreateSession, FinishSession, SessionHeartbeat
+from tinsmith.wire.requests import AssignProject, CreateSession, FinishSession, SessionHeartbeat
 
 MAX_TEXT = 512
 REASONS = ("success", "errored", "interrupted")
@@ -89,14 +89,37 @@ async def finish_session(
 
 
 @get("/sessions")
-async def list_sessions(request: Call, services: ServicesDep, limit: Limit = 20, offset: Offset = 0) -> SessionList:
+async def list_sessions(
+    request: Call,
+    services: ServicesDep,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+) -> SessionList:
     rows, _ = await services.work(services.store.sessions.list, request.user.tenant_id, limit, offset)
     return SessionList(sessions=[row.session_id for row in rows])
 
 
 @get("/sessions/{session_id:str}")
-async def get_session(request: Call, services: ServicesDep, session_id: FromPath[str]) -> SessionInfo:
+async def get_session(
+    request: Call, services: ServicesDep, session_id: FromPath[str], access_scope: AccessScope = "owned"
+) -> SessionInfo:
     return await services.work(_info, services, request.user, SessionId(session_id))
+
+
+@put("/sessions/{session_id:str}/project", status_code=204)
+async def assign_project(
+    request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[AssignProject]
+) -> None:
+    """Move a session with its runs and samplers into a project; there is no way out of projects."""
+    await services.write(
+        services.store.sessions.set_project,
+        request.user.tenant_id,
+        SessionId(session_id),
+        data.project_id,
+        request.user,
+        time.time(),
+    )
 
 
 def _info(services: Services, principal: Principal, session_id: SessionId) -> SessionInfo:

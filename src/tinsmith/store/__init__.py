@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinsmith.store.audit import Audit
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
+from tinsmith.store.ledger import Ledger
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
+from tinsmith.store.session_search import SessionSearch
 from tinsmith.store.sessions import Sessions
 from tinsmith.store.tenants import Tenants
+from tinsmith.store.traces import Traces
 from tinsmith.store.workers import Workers
 
 DATABASE_FILE = "tinsmith.db"
@@ -35,6 +39,10 @@ class Store:
         self.copies = Copies(database)
         self.samplers = Samplers(database)
         self.workers = Workers(database)
+        self.ledger = Ledger(database)
+        self.audit = Audit(database)
+        self.session_search = SessionSearch(database)
+        self.traces = Traces(database)
 
     def close(self) -> None:
         """Close all connections. Calls made afterwards raise RuntimeError."""

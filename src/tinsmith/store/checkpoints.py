@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
 
 from tinsmith.errors import NotFoundError
+from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.graveyard import bury, forget, unneeded
-from tinsmith.store.rows import CheckpointRow, NewCheckpoint
+from tinsmith.store.ledger import end_span, open_span
+from tinsmith.store.rows import CheckpointRow, NewCheckpoint, Principal
 from tinsmith.store.runs import to_spec
 from tinsmith.store.schema import checkpoints, runs
 from tinsmith.types import BlobKey, CheckpointKind, RunId, TenantId
@@ -133,9 +135,16 @@ class Checkpoints:
             return [_to_checkpoint(row) for row in rows], total
 
     def delete(
-        self, tenant_id: TenantId, run_id: RunId, kind: CheckpointKind, name: str, now: float | None = None
+        self,
+        tenant_id: TenantId,
+        run_id: RunId,
+        kind: CheckpointKind,
+        name: str,
+        now: float | None = None,
+        *,
+        by: Principal | None = None,
     ) -> None:
-        """Take the name away; samplers and loads that use the file already keep it.
+        """Take the name away; samplers and loads that use the file already keep it. `by` stands in the audit log.
 
         Raises:
             NotFoundError: as `get`.
@@ -144,6 +153,8 @@ class Checkpoints:
             row = _get(conn, tenant_id, run_id, kind, name, now)
             conn.execute(_DELETE, _named(run_id, kind, name))
             bury(conn, [row.blob], _clock(now))
+            end_span(conn, _named(run_id, kind, name), _clock(now), _clock(now))
+            note(conn, "checkpoint_delete", tenant_id, by, about(row), _clock(now))
 
     def set_expiry(
         self,
@@ -153,11 +164,20 @@ class Checkpoints:
         name: str,
         expires_at: float | None,
         now: float | None = None,
+        *,
+        by: Principal | None = None,
     ) -> None:
-        """Raises: NotFoundError: as `get`."""
+        """`by` stands in the audit log.
+
+        Raises:
+            NotFoundError: as `get`.
+        """
         with self._database.write() as conn:
-            _get(conn, tenant_id, run_id, kind, name, now)
+            row = _get(conn, tenant_id, run_id, kind, name, now)
             conn.execute(_SET_EXPIRY, {**_named(run_id, kind, name), "until": expires_at})
+            end_span(conn, _named(run_id, kind, name), expires_at, _clock(now))
+            until = "never" if expires_at is None else f"{expires_at:.3f}"
+            note(conn, "checkpoint_ttl_set", tenant_id, by, {**about(row), "expires_at": until}, _clock(now))
 
     def set_public(
         self,
@@ -220,6 +240,8 @@ def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, no
             user_metadata = {**earlier.user_metadata, **user_metadata}
         conn.execute(_DELETE, named)
         bury(conn, [earlier.blob] if earlier.blob != new.blob else [], now)
+        end_span(conn, named, now, now)
+    open_span(conn, tenant_id, new, now)
     conn.execute(
         _INSERT,
         {
@@ -236,6 +258,11 @@ def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, no
             "has_optimizer": new.has_optimizer,
         },
     )
+
+
+def about(row: CheckpointRow) -> dict[str, str]:
+    """A checkpoint as the audit log speaks of it."""
+    return {"model_id": row.run_id, "tinker_path": row.path}
 
 
 def _require_run(conn: Connection, tenant_id: TenantId, run_id: RunId) -> None:

@@ -1,13 +1,14 @@
 """How an op becomes final, with everything that commits beside it.
 
 Works within the caller's transaction: the fence, the op's outcome, its run's status, its checkpoint and sampler rows,
-and the burial of a payload that nobody will read again. An op that is final already keeps its outcome, and nothing of
-the new one is recorded.
+its usage, and the burial of a payload that nobody will read again. An op that is final already keeps its outcome, and
+nothing of the new one is recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select, update
@@ -16,9 +17,11 @@ from tinsmith.errors import FencedError, NotFoundError
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
+from tinsmith.store.ledger import meter
 from tinsmith.store.rows import Finished, WorkerId
 from tinsmith.store.samplers import put_sampler
 from tinsmith.store.schema import ops, runs
+from tinsmith.store.usage_rows import Usage
 from tinsmith.types import OpId, OpKind, OpState, RunStatus
 
 _OPEN = (
@@ -62,7 +65,15 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
             put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
         if outcome.sampler is not None:
             put_sampler(conn, outcome.sampler, now)
+    meter(conn, {op_id: _usage(outcome) for op_id, outcome in fresh.items()}, now)
     return list(fresh)
+
+
+def _usage(outcome: Finished) -> Usage:
+    """What is metered: nothing of an op that failed; a checkpoint where one was made."""
+    if outcome.state is not OpState.DONE:
+        return Usage()
+    return replace(outcome.usage or Usage(), checkpoints=0 if outcome.checkpoint is None else 1)
 
 
 def _check(outcome: Finished) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinsmith.store.usage_rows import Usage
 from tinsmith.types import (
     BlobKey,
     CheckpointKind,
@@ -296,7 +297,7 @@ class SamplerRow:
 class Finished:
     """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
 
-    `checkpoint` and `sampler` are rows that come to be in the same transaction.
+    `checkpoint` and `sampler` are rows that come to be in the same transaction, and `usage` is metered in it.
     """
 
     op_id: OpId
@@ -308,3 +309,4 @@ class Finished:
     failure: Failure | None = None
     checkpoint: NewCheckpoint | None = None
     sampler: NewSampler | None = None
+    usage: Usage | None = None

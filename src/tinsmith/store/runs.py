@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
-from tinsmith.store.schema import ops, runs, workers
+from tinsmith.store.schema import ops, runs, sessions, workers
 from tinsmith.types import BlobKey, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
@@ -31,14 +31,18 @@ COLUMNS = (
 )  # fmt: skip
 
 _GET = select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
+_IS_LISTED = (runs.c.tenant_id == bindparam("tenant_id")) & or_(
+    bindparam("project_id").is_(None),
+    runs.c.session_id.in_(select(sessions.c.session_id).where(sessions.c.project_id == bindparam("project_id"))),
+)
 _LIST = (
     select(*COLUMNS)
-    .where(runs.c.tenant_id == bindparam("tenant_id"))
+    .where(_IS_LISTED)
     .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
     .limit(bindparam("limit"))
     .offset(bindparam("offset"))
 )
-_COUNT = select(func.count()).select_from(runs).where(runs.c.tenant_id == bindparam("tenant_id"))
+_COUNT = select(func.count()).select_from(runs).where(_IS_LISTED)
 _WANTING = (
     select(runs.c.run_id)
     .where(runs.c.wants_worker.is_(True), runs.c.base_model == bindparam("base"))
@@ -104,11 +108,12 @@ class Runs:
             raise NotFoundError(f"no training run {run_id}")
         return to_run(row)
 
-    def list(self, tenant_id: TenantId, limit: int, offset: int) -> tuple[RunRows, int]:
-        """One page, newest first, and how many there are in all."""
+    def list(self, tenant_id: TenantId, limit: int, offset: int, project_id: str | None = None) -> tuple[RunRows, int]:
+        """One page, newest first, and how many there are in all; of one project, if it is named."""
+        values = {"tenant_id": tenant_id, "project_id": project_id}
         with self._database.read() as conn:
-            total = conn.execute(_COUNT, {"tenant_id": tenant_id}).scalar_one()
-            rows = conn.execute(_LIST, {"tenant_id": tenant_id, "limit": limit, "offset": offset})
+            total = conn.execute(_COUNT, values).scalar_one()
+            rows = conn.execute(_LIST, {**values, "limit": limit, "offset": offset})
             return [to_run(row) for row in rows], total
 
     def lease(self, worker: WorkerId, base_model: str, limit: int, now: float | None = None) -> RunRows:

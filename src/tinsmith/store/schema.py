@@ -39,6 +39,7 @@ metadata = MetaData(naming_convention=NAMING)
 RowNum = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows itself only in an INTEGER column
 QUEUED = text("state = 'queued'")
 PINNED = text("pin_blob IS NOT NULL")
+STARTED = text("started_at IS NOT NULL")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
 FRESH_RESULT_PG = text("finished_at IS NOT NULL AND NOT is_expired")
 
@@ -159,6 +160,7 @@ ops = Table(
     Index(
         "ix_ops_running", "owner", sqlite_where=text("state = 'running'"), postgresql_where=text("state = 'running'")
     ),
+    Index("ix_ops_started", "started_at", sqlite_where=STARTED, postgresql_where=STARTED),
     Index("ix_ops_pins", "pin_blob", sqlite_where=PINNED, postgresql_where=PINNED),
     Index("ix_ops_results", "finished_at", sqlite_where=FRESH_RESULT, postgresql_where=FRESH_RESULT_PG),
 )
@@ -205,4 +207,43 @@ dead_blobs = Table(  # files whose row is gone; `checkpoints.collect` hands them
     Column("blob", Text, primary_key=True),
     Column("died_at", Float, nullable=False),
     Index(None, "died_at"),
+)
+
+usage = Table(  # the ledger: summed by hour, run and kind
+    "usage",
+    metadata,
+    Column("hour", BigInteger, primary_key=True),  # unix seconds at which it began
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), primary_key=True),
+    Column("session_id", Text, primary_key=True),
+    Column("run_id", Text, primary_key=True),  # empty: no run's weights were used
+    Column("base_model", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("quantity", BigInteger, nullable=False),
+)
+
+spans = Table(  # when checkpoints were stored; rows stay when they are gone
+    "spans",
+    metadata,
+    Column("num", RowNum, primary_key=True, autoincrement=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("run_id", Text, ForeignKey("runs.run_id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("until", Float),  # deleted, replaced or to expire; null: stored for good
+    Index(None, "run_id", "kind", "name"),
+    Index(None, "until"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("num", RowNum, primary_key=True, autoincrement=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),  # whose object it was about
+    Column("at", Float, nullable=False),
+    Column("resource", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("details", JSON, nullable=False),
+    Index(None, "at"),
 )

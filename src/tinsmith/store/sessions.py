@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store.audit import note
 from tinsmith.store.database import Database
-from tinsmith.store.rows import SessionRow
+from tinsmith.store.rows import Principal, SessionRow
 from tinsmith.store.schema import runs, samplers, sessions
 from tinsmith.types import RunId, SamplerId, SessionId, TenantId
 
@@ -22,13 +23,13 @@ EXPIRED = "expired"  # finish_reason of a session whose heartbeats stopped
 
 SessionRows: TypeAlias = list[SessionRow]  # within the class, `list` is a method
 
-_COLUMNS = (
+COLUMNS = (
     sessions.c.session_id, sessions.c.tenant_id, sessions.c.tags, sessions.c.user_metadata, sessions.c.sdk_version,
     sessions.c.project_id, sessions.c.display_name, sessions.c.created_at, sessions.c.last_beat_at,
     sessions.c.finished_at, sessions.c.finish_reason, sessions.c.finish_detail,
 )  # fmt: skip
 _IS_TENANTS = sessions.c.tenant_id == bindparam("tenant_id")
-_GET = select(*_COLUMNS).where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
+_GET = select(*COLUMNS).where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
 _INSERT = insert(sessions).inline()
 _BEAT = (
     update(sessions)
@@ -48,6 +49,7 @@ _FINISH = (
     )
     .values(finished_at=bindparam("now"), finish_reason=bindparam("reason"), finish_detail=bindparam("detail"))
 )
+_SET_PROJECT = update(sessions).where(sessions.c.session_id == bindparam("id")).values(project_id=bindparam("project"))
 _SILENT = select(sessions.c.session_id).where(
     sessions.c.finished_at.is_(None), sessions.c.last_beat_at < bindparam("before")
 )
@@ -58,7 +60,7 @@ _EXPIRE = (
     .returning(sessions.c.session_id)
 )
 _LIST = (
-    select(*_COLUMNS)
+    select(*COLUMNS)
     .where(_IS_TENANTS)
     .order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
     .limit(bindparam("limit"))
@@ -149,6 +151,20 @@ class Sessions:
             if not conn.execute(_FINISH, values).rowcount:
                 _get(conn, tenant_id, session_id)
 
+    def set_project(
+        self, tenant_id: TenantId, session_id: SessionId, project_id: str, by: Principal | None, now: float
+    ) -> None:
+        """Move the session, and its runs and samplers with it, into a project. `by` stands in the audit log.
+
+        Raises:
+            NotFoundError: no such session of this tenant.
+        """
+        with self._database.write() as conn:
+            row = _get(conn, tenant_id, session_id)
+            conn.execute(_SET_PROJECT, {"id": session_id, "project": project_id})
+            details = {"session_id": session_id, "project_id": project_id, "from_project_id": row.project_id or ""}
+            note(conn, "project_session_set", tenant_id, by, details, now)
+
     def expire(self, silent_since: float, now: float) -> Sequence[SessionId]:
         """End all sessions whose last heartbeat is older than `silent_since`; their ids. Writes nothing if none is."""
         with self._database.read() as conn:
@@ -162,7 +178,7 @@ class Sessions:
         with self._database.read() as conn:
             total = conn.execute(_COUNT, {"tenant_id": tenant_id}).scalar_one()
             rows = conn.execute(_LIST, {"tenant_id": tenant_id, "limit": limit, "offset": offset})
-            return [_to_session(row) for row in rows], total
+            return [to_session(row) for row in rows], total
 
     def children(self, tenant_id: TenantId, session_id: SessionId) -> tuple[Sequence[RunId], Sequence[SamplerId]]:
         """(ids of its runs, ids of its samplers), oldest first.
@@ -181,9 +197,9 @@ def _get(conn: Connection, tenant_id: TenantId, session_id: SessionId) -> Sessio
     row = conn.execute(_GET, {"session_id": session_id, "tenant_id": tenant_id}).first()
     if row is None:
         raise NotFoundError(f"no session {session_id}")
-    return _to_session(row)
+    return to_session(row)
 
 
-def _to_session(row: Sequence[Any]) -> SessionRow:
+def to_session(row: Sequence[Any]) -> SessionRow:
     session_id, tenant_id, tags, *rest = row
     return SessionRow(session_id, tenant_id, tuple(tags), *rest)

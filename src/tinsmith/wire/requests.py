@@ -66,6 +66,10 @@ class FinishSession(Struct):
     detail: str | None = None
 
 
+class AssignProject(Struct):
+    project_id: Annotated[str, Meta(min_length=1, max_length=512)]
+
+
 class LoraConfig(Struct):
     rank: int = 32
     seed: int | None = None

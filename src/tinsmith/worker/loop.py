@@ -22,6 +22,7 @@ from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithEr
 from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
+from tinsmith.store.usage_rows import Usage
 from tinsmith.tokenline import TokenSender
 from tinsmith.types import Failure, OpId, OpKind, RunId, TrainItem, TrainResult
 from tinsmith.wire.media import PROTOBUF
@@ -216,7 +217,8 @@ class Worker:
             if isinstance(result, Failure):
                 finished.append(failed(op, result))
             else:
-                finished.append(succeeded(op, encode_train_result(result), PROTOBUF))
+                usage = Usage(trained_tokens=item.num_tokens)
+                finished.append(succeeded(op, encode_train_result(result), PROTOBUF, usage=usage))
             self._shares.charge(op.tenant_id, item.num_tokens)
         self._settle(finished, replays, seconds)
 

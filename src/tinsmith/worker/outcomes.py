@@ -10,6 +10,7 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs, result_key
 from tinsmith.store import Store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow, WorkerId
+from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpState
 from tinsmith.wire.media import JSON
 
@@ -27,7 +28,9 @@ def succeeded(
     *,
     checkpoint: NewCheckpoint | None = None,
     sampler: NewSampler | None = None,
+    usage: Usage | None = None,
 ) -> Outcome:
+    """`usage`: what the ledger is to count for it, beside the checkpoint."""
     finished = Finished(
         op_id=op.id,
         state=OpState.DONE,
@@ -36,6 +39,7 @@ def succeeded(
         media=media,
         checkpoint=checkpoint,
         sampler=sampler,
+        usage=usage,
     )
     return Outcome(op, finished)
 

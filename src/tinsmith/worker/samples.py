@@ -10,7 +10,8 @@ from tinsmith.engine import Engine
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow
-from tinsmith.types import Failure, OpId, TenantId
+from tinsmith.store.usage_rows import Usage
+from tinsmith.types import Failure, OpId, SampleResult, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
@@ -37,6 +38,7 @@ class Samples:
         self._charge = charge
         self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
+        self._prompt_tokens: dict[OpId, int] = {}
 
     @property
     def resident(self) -> Collection[OpRow]:
@@ -45,10 +47,12 @@ class Samples:
     def admit(self, op: OpRow) -> Outcome | None:
         """Hand a claimed request to the engine; its outcome, if it is refused."""
         try:
-            self._engine.submit_sample(self._payloads.sample_item(op, self._adapter(op)))
+            item = self._payloads.sample_item(op, self._adapter(op))
+            self._engine.submit_sample(item)
         except TinsmithError as error:
             return failed(op, error.as_failure())
         self._resident[op.id] = op
+        self._prompt_tokens[op.id] = int(item.prompt.size)
         self._charge(op.tenant_id, op.cost_tokens)
         if read_meta(op.meta, SampleMeta).stream:
             self._telling.begin(op.id)
@@ -60,12 +64,13 @@ class Samples:
         for op_id, result in self._engine.step_samples():
             op = self._resident.pop(op_id)
             self._telling.end(op_id)
+            num_prompt = self._prompt_tokens.pop(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
             else:
-                outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF))
-                num_sampled = sum(len(sequence.tokens) for sequence in result.sequences)
-                self._charge(op.tenant_id, min(0, num_sampled - op.cost_tokens))
+                usage = _usage(num_prompt, result)
+                outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF, usage=usage))
+                self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         return outcomes
 
@@ -77,6 +82,7 @@ class Samples:
             self._telling.end(op.id)
             self._charge(op.tenant_id, -op.cost_tokens)
         self._resident.clear()
+        self._prompt_tokens.clear()
         return abandoned
 
     def _adapter(self, op: OpRow) -> str | None:
@@ -88,3 +94,13 @@ class Samples:
         if not self._engine.has_adapter(sampler.blob):
             self._engine.add_adapter(sampler.blob, load_state(self._blobs.get(sampler.blob)))
         return sampler.blob
+
+
+def _usage(num_prompt: int, result: SampleResult) -> Usage:
+    """The prompt counts once, however many samples were drawn from it."""
+    num_cached = min(num_prompt, result.prompt_cache_hit_tokens)
+    return Usage(
+        prefill_tokens=num_prompt - num_cached,
+        cached_tokens=num_cached,
+        sampled_tokens=sum(len(sequence.tokens) for sequence in result.sequences),
+    )

@@ -1,0 +1,64 @@
+"""A session's timeline as a file for Perfetto, behind a signed link that works without a key for an hour."""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import quote, urlencode
+
+from litestar import Response, get
+from litestar.params import FromPath, FromQuery
+from msgspec import Struct
+
+from tinsmith.api.auth import Call
+from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.timeline import write_trace
+from tinsmith.errors import ForbiddenError, GoneError
+from tinsmith.types import SessionId, TenantId
+
+LINK_TTL_S = 3600
+MAX_REQUESTS = 100_000  # of one trace, the newest
+MEDIA = "application/octet-stream"
+PATH = "/api/v1/traces"
+
+
+class TraceExport(Struct, omit_defaults=True):
+    status: str
+    url: str | None = None
+    error: str | None = None
+
+
+@get("/sessions/{session_id:str}/trace_export")
+async def export_trace(request: Call, services: ServicesDep, session_id: FromPath[str]) -> TraceExport:
+    """A link to the trace, which is made when it is fetched and so is always up to date."""
+    tenant_id = request.user.tenant_id
+    await services.work(services.store.sessions.get, tenant_id, SessionId(session_id))
+    expires = int(time.time()) + LINK_TTL_S
+    signature = services.signer.sign("trace", tenant_id, session_id, expires)
+    base = services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
+    query = urlencode({"tenant": tenant_id, "expires": expires, "signature": signature})
+    return TraceExport(status="ready", url=f"{base}{PATH}/{quote(session_id)}.pftrace?{query}")
+
+
+@get(f"{PATH}/{{file:str}}")
+async def fetch_trace(
+    services: ServicesDep,
+    file: FromPath[str],
+    tenant: FromQuery[str],
+    expires: FromQuery[int],
+    signature: FromQuery[str],
+) -> Response[bytes]:
+    """The trace that a signed link leads to; needs no key."""
+    session_id = file.removesuffix(".pftrace")
+    if not services.signer.is_good(signature, "trace", tenant, session_id, expires):
+        raise ForbiddenError("this link was not made here, or was changed: ask for another one")
+    if expires <= time.time():
+        raise GoneError("this link has expired: ask for another one")
+    body = await services.work(_trace, services, TenantId(tenant), SessionId(session_id))
+    return Response(body, media_type=MEDIA)
+
+
+def _trace(services: Services, tenant_id: TenantId, session_id: SessionId) -> bytes:
+    session = services.store.sessions.get(tenant_id, session_id)
+    ops = services.store.traces.ops(tenant_id, session_id, MAX_REQUESTS)
+    title = f"session {session.display_name or session_id}"
+    return write_trace(title, ops, services.store.traces.shared(ops))

@@ -1,0 +1,72 @@
+"""The audit log: who did what to what, written in the transaction of the act itself.
+
+An event is named `<resource>_<action>`; the resource decides which of the wire's kinds it is listed under. Details are
+short texts and never hold a secret. Entries are never changed and never deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import Connection, bindparam, insert, or_, select
+
+from tinsmith.store.database import Database
+from tinsmith.store.rows import Principal
+from tinsmith.store.schema import audit
+from tinsmith.store.usage_rows import AuditRow
+from tinsmith.types import TenantId
+
+RESOURCES = ("checkpoint", "project", "team", "organization")
+SERVER = "server"  # the actor of what the server did by itself
+LIST_AT_MOST = 10_000
+
+_INSERT = insert(audit).inline()
+_LIST = (
+    select(audit.c.at, audit.c.event, audit.c.tenant_id, audit.c.details)
+    .where(
+        audit.c.at >= bindparam("start"),
+        audit.c.at < bindparam("end"),
+        or_(bindparam("of_tenant").is_(None), audit.c.tenant_id == bindparam("of_tenant")),
+        or_(bindparam("of_resource").is_(None), audit.c.resource == bindparam("of_resource")),
+    )
+    .order_by(audit.c.at.desc(), audit.c.num.desc())
+    .limit(LIST_AT_MOST)
+)
+
+
+class Audit:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def list(self, tenant_id: TenantId | None, resource: str | None, start: float, end: float) -> list[AuditRow]:
+        """What happened from `start` until before `end`, oldest first; the newest `LIST_AT_MOST` if there are more.
+
+        Args:
+            tenant_id: None: of all tenants, which is for administrators alone.
+            resource: one of `RESOURCES`; None: all.
+        """
+        values = {"of_tenant": tenant_id, "of_resource": resource, "start": start, "end": end}
+        with self._database.read() as conn:
+            return [AuditRow(*row) for row in conn.execute(_LIST, values)][::-1]
+
+
+def note(
+    conn: Connection, event: str, tenant_id: TenantId, by: Principal | None, details: Mapping[str, str], now: float
+) -> None:
+    """Record an act on something of `tenant_id`, within the caller's transaction. `by` None: the server itself.
+
+    Raises:
+        ValueError: the event's name doesn't begin with one of `RESOURCES`.
+    """
+    resource = event.partition("_")[0]
+    if resource not in RESOURCES:
+        raise ValueError(f"an audited event is one of {RESOURCES}, then its action, not {event!r}")
+    actor = {"actor": SERVER} if by is None else {"actor": by.tenant_name, "actor_key_id": by.key_id}
+    row = {
+        "tenant_id": tenant_id,
+        "at": now,
+        "resource": resource,
+        "event": event,
+        "details": {**actor, **details},
+    }
+    conn.execute(_INSERT, row)

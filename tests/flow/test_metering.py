@@ -1,0 +1,88 @@
+"""What the worker meters: once for each request, whatever dies or is computed again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flow.house import House, settle
+from tinsmith.store.usage_rows import UsageKind
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    made = House(tmp_path)
+    yield made
+    made.close()
+
+
+def metered(house: House) -> dict[tuple[str | None, UsageKind], int]:
+    sums: Counter[tuple[str | None, UsageKind]] = Counter()
+    for row in house.store.ledger.usage(None, 0, 2**40, 1000):
+        assert row.base_model == "fake/base"
+        assert row.session_id == house.session
+        sums[row.run_id, row.kind] += row.quantity
+    return dict(sums)
+
+
+def test_every_kind_of_request(house: House) -> None:
+    worker = house.worker()
+    run, other = house.create_run(), house.create_run()
+    house.forward_backward(run, 1, [1, 2, 3], copies=2)
+    house.forward_backward(run, 2, [4, 5], forward_only=True)
+    house.optim_step(run, 3)
+    house.save(run, 4, "a")
+    house.save_sampler(run, 5, house.sampler(number=9))
+    house.forward_backward(other, 1, [1])
+    sample = house.sample(house.sampler(), 0)
+    settle(worker)
+    num_prompt = 3
+    assert metered(house) == {
+        (run, UsageKind.TRAINING): 8,
+        (run, UsageKind.CHECKPOINT): 1,
+        (other, UsageKind.TRAINING): 1,
+        (None, UsageKind.PREFILL): num_prompt,
+        (None, UsageKind.SAMPLE): metered(house)[None, UsageKind.SAMPLE],
+    }
+    assert 0 < metered(house)[None, UsageKind.SAMPLE] <= 2 * 40
+    assert house.get(sample).state == "done"
+
+
+def test_a_sampler_of_a_run_is_metered_with_the_run(house: House) -> None:
+    worker = house.worker()
+    run = house.create_run()
+    sampler = f"{house.session}:sample:0"
+    house.save_sampler(run, 1, sampler)
+    settle(worker)
+    house.sample(sampler, 0)
+    settle(worker)
+    assert metered(house)[run, UsageKind.PREFILL] == 3
+
+
+def test_replays_and_deaths_meter_nothing_twice(house: House) -> None:
+    """The run is replayed from its rows by each new worker; claimed work of a dead one is done by the next."""
+    run = house.create_run()
+    for seq in range(1, 6):
+        house.forward_backward(run, seq, [1, 2, 3])
+        settle(house.worker())
+    dead = house.worker()
+    house.forward_backward(run, 6, [1, 2, 3])
+    dead._store.runs.lease(dead._me, "fake/base", 10)
+    claimed = dead._store.ops.claim(dead._me, [op.id for op in house.store.ops.runnable(dead._me, "fake/base", 9)], 1.0)
+    assert len(claimed) == 1
+    settle(house.worker())
+    assert metered(house) == {(run, UsageKind.TRAINING): 18}
+
+
+def test_a_failed_request_costs_nothing(house: House) -> None:
+    worker = house.worker()
+    run = house.create_run()
+    load = house.load(run, 1, "t/nothing")
+    sample = house.sample(house.sampler(blob="t/nothing"), 0)
+    settle(worker)
+    assert house.get(load).failure is not None
+    assert house.get(sample).failure is not None
+    assert metered(house) == {}
