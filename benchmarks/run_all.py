@@ -31,6 +31,7 @@ COMMANDS = (
     "train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 3",
     "train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5",
     "sample_vs_generate.py --cases 1:1 8:8 32:32 --repeats 3",
+    "custom_loss.py --layers 4 --cases 16x64 4x512 --repeats 3",
     "service.py",
     "store_ops.py",
 )

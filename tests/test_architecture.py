@@ -19,10 +19,11 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "errors", "config", "cpu", "crashpoints"},
+    {"", "types", "loss_graph", "errors", "config", "cpu", "crashpoints"},
     {
-        "store", "blobs", "observe", "wire", "bases", "hub", "validate", "bell", "tokenizer", "lifeline", "datadir",
-        "checkpoint_file", "relay", "tokenline", "jsonform", "virtual_file", "age", "signing", "adapter_files",
+        "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
+        "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
+        "adapter_files", "jsonform",
     },
     {
         "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",

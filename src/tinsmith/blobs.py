@@ -8,7 +8,8 @@ The only code that touches them. It knows bytes and keys, no rows and no formats
 * The last part of a stored key is the digest of the content, and whoever reads a whole file checks it: a flipped bit is
   an error, never an input.
 * A key never leaves the root, whatever it says.
-* Keys of snapshots and checkpoints are unique: nobody overwrites or deletes another's file by writing under his name.
+* Keys of snapshots, checkpoints and losses are unique: nobody overwrites or deletes another's file by writing under
+  his name.
 """
 
 from __future__ import annotations
@@ -154,6 +155,11 @@ def snapshot_key(tenant: TenantId, run_id: RunId, seq: int) -> BlobKey:
 def checkpoint_key(tenant: TenantId) -> BlobKey:
     """Unique at each call."""
     return _key(tenant, "checkpoints", secrets.token_hex(16))
+
+
+def loss_key(tenant: TenantId) -> BlobKey:
+    """Of a custom loss. Unique at each call."""
+    return _key(tenant, "losses", secrets.token_hex(16))
 
 
 def _key(*parts: str) -> BlobKey:

@@ -45,6 +45,9 @@ class Settings:
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
+    custom_losses: bool = setting(
+        True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
+    )
     chunk_max_datums: int = setting(
         1024, "Most datums that clients put into one training request; they send more as several.", group="limits"
     )

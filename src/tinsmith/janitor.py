@@ -40,6 +40,8 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
         num_results += expired
     while store.samplers.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
+    while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
+        pass
     num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
     while dead := store.checkpoints.collect(now):
         for key in dead:

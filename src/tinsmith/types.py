@@ -15,6 +15,8 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from tinsmith.loss_graph import LossGraph
+
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
 RunId = NewType("RunId", str)  # "<session>:train:<model_seq_id>": clients derive it themselves
@@ -40,6 +42,7 @@ class OpKind(StrEnum):
     SAVE_SAMPLER = "save_sampler"  # weights alone, to sample from
     SAVE_EXTERNAL = "save_external"  # weights alone, as files for other programs
     SAMPLE = "sample"
+    CREATE_LOSS = "create_loss"  # a custom loss; of a session, and carried out when it arrives
 
     @property
     def is_pass(self) -> bool:
@@ -116,7 +119,8 @@ class Datum:
     """One training sequence. Position i of `tokens` predicts target i of each input.
 
     tokens: int32 [N].
-    inputs: by name, each [N] or [N, K]; `target_tokens` int64, the others float32.
+    inputs: by name, each [N] or [N, K]; `target_tokens` int64, the others float32. What a custom loss reads may have
+        any length, and be int64 too.
     """
 
     tokens: TokenArray
@@ -129,8 +133,11 @@ class Datum:
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
+    """`graph`: what a `custom` loss computes; the worker adds it to what the request names."""
+
     name: str
     config: Mapping[str, float | str] = field(default_factory=dict)
+    graph: LossGraph | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,10 @@ MAX_SEED = 2**63
 
 @dataclass(frozen=True, slots=True)
 class LossSignature:
-    """The inputs of a loss and its configuration keys with their defaults. `has_many_targets`: [N, K] is allowed."""
+    """The inputs of a loss and its configuration keys with their defaults. `has_many_targets`: [N, K] is allowed.
+
+    `optional` inputs that are also settings give each token its own value.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -42,19 +45,33 @@ class LossSignature:
 
 POLICY = (TARGETS, "logprobs", "advantages")
 LOW, HIGH = "clip_low_threshold", "clip_high_threshold"
+MASK = "sequence_ratio_mask"
 LOSSES: Mapping[str, LossSignature] = {
     "cross_entropy": LossSignature(required=(TARGETS,), optional=("weights",), has_many_targets=True),
     "importance_sampling": LossSignature(required=POLICY),
-    "ppo": LossSignature(required=POLICY, config={LOW: 0.8, HIGH: 1.2}),
-    "cispo": LossSignature(required=POLICY, config={LOW: 0.0, HIGH: 4.0}),
+    "ppo": LossSignature(required=POLICY, optional=(LOW, HIGH), config={LOW: 0.8, HIGH: 1.2}),
+    "cispo": LossSignature(required=POLICY, optional=(LOW, HIGH), config={LOW: 0.0, HIGH: 4.0}),
     "dro": LossSignature(required=POLICY, config={"beta": 0.05}),
+    "gspo": LossSignature(required=(*POLICY, MASK), optional=(LOW, HIGH), config={LOW: 0.8, HIGH: 1.2}),
 }
-LATER_LOSSES = ("gspo", "custom")
+CUSTOM = "custom"
 
 
 def check_training(request: TrainingRequest, info: BaseInfo, settings: Settings) -> None:
-    """Raises: UserError: naming the datum and the input that is wrong. TooLargeError: beyond a limit."""
+    """Of all losses but custom ones (see `validate_custom`).
+
+    Raises:
+        UserError: naming the datum and the input that is wrong.
+        TooLargeError: beyond a limit.
+    """
     signature = check_loss(request.loss)
+    check_size(request, settings)
+    for index, datum in enumerate(request.data):
+        _check_datum(datum, f"datum {index}", request.loss, signature, info)
+
+
+def check_size(request: TrainingRequest, settings: Settings) -> None:
+    """Raises: UserError: there are no data. TooLargeError: too many tokens."""
     if not request.data:
         raise UserError("data is empty: send at least one datum")
     if request.num_tokens > settings.max_request_tokens:
@@ -62,8 +79,6 @@ def check_training(request: TrainingRequest, info: BaseInfo, settings: Settings)
             f"the request holds {request.num_tokens} tokens, at most {settings.max_request_tokens} are allowed: "
             "send it in several calls; gradients add up until optim_step"
         )
-    for index, datum in enumerate(request.data):
-        _check_datum(datum, f"datum {index}", request.loss.name, signature, info)
 
 
 def check_loss(loss: LossSpec) -> LossSignature:
@@ -74,10 +89,8 @@ def check_loss(loss: LossSpec) -> LossSignature:
             "stable_reinforce is not offered, its formula is not published: use importance_sampling with "
             "target_tokens, logprobs and advantages"
         )
-    if loss.name in LATER_LOSSES:
-        raise UnsupportedError(f"loss {loss.name} is not offered yet; offered: {offered}")
     if loss.name not in LOSSES:
-        raise UserError(f"unknown loss {loss.name[:100]!r}; offered: {offered}")
+        raise UserError(f"unknown loss {loss.name[:100]!r}; offered: {offered}, {CUSTOM}")
     signature = LOSSES[loss.name]
     for key, value in loss.config.items():
         if key not in signature.config:
@@ -169,34 +182,53 @@ def _check_thresholds(loss: LossSpec, signature: LossSignature) -> None:
         )
 
 
-def _check_datum(datum: Datum, where: str, loss: str, signature: LossSignature, info: BaseInfo) -> None:
+def _check_datum(datum: Datum, where: str, loss: LossSpec, signature: LossSignature, info: BaseInfo) -> None:
+    check_tokens(datum, where, info)
+    for name in signature.required:
+        if name not in datum.inputs:
+            raise UserError(f"{where}: loss {loss.name} needs the input {name}")
+    for name in datum.inputs:
+        if name not in signature.required and name not in signature.optional:
+            takes = ", ".join((*signature.required, *signature.optional))
+            raise UserError(f"{where}: loss {loss.name} takes no input {name[:100]!r}; it takes: {takes}")
+    targets = datum.inputs[TARGETS]
+    if targets.ndim != 1 and not signature.has_many_targets:
+        raise UserError(f"{where}: loss {loss.name} takes {TARGETS} of shape [N], not {list(targets.shape)}")
+    check_targets(targets, datum.num_tokens, where, info)
+    for name, array in datum.inputs.items():
+        if name != TARGETS:
+            _check_floats(array, targets.shape, f"{where}: {name}")
+    _check_token_thresholds(datum, where, loss, signature)
+    if MASK in signature.required and not datum.inputs[MASK].any():
+        raise UserError(f"{where}: {MASK} is zero everywhere: mark the sampled tokens with 1")
+
+
+def check_tokens(datum: Datum, where: str, info: BaseInfo) -> None:
+    """Raises: UserError: a model input that is empty, too long or holds what is no token."""
     num_tokens = datum.num_tokens
     if num_tokens == 0:
         raise UserError(f"{where}: the model input is empty: give at least one token")
     if num_tokens > info.max_context:
         raise UserError(f"{where}: {num_tokens} tokens are longer than the context of {info.name}, {info.max_context}")
     _check_range(datum.tokens, info.vocab_size, f"{where}: model input tokens")
-    for name in signature.required:
-        if name not in datum.inputs:
-            raise UserError(f"{where}: loss {loss} needs the input {name}")
-    for name in datum.inputs:
-        if name not in signature.required and name not in signature.optional:
-            takes = ", ".join((*signature.required, *signature.optional))
-            raise UserError(f"{where}: loss {loss} takes no input {name[:100]!r}; it takes: {takes}")
-    targets = datum.inputs[TARGETS]
-    _check_targets(targets, num_tokens, where, signature, loss, info)
-    for name, array in datum.inputs.items():
-        if name != TARGETS:
-            _check_floats(array, targets.shape, f"{where}: {name}")
 
 
-def _check_targets(
-    targets: Array, num_tokens: int, where: str, signature: LossSignature, loss: str, info: BaseInfo
-) -> None:
+def _check_token_thresholds(datum: Datum, where: str, loss: LossSpec, signature: LossSignature) -> None:
+    if LOW not in datum.inputs and HIGH not in datum.inputs:
+        return
+    for name in (LOW, HIGH):
+        if name in datum.inputs and name in loss.config:
+            raise UserError(f"{where}: {name} is both an input and a setting of loss {loss.name}: give it once")
+    low, high = (datum.inputs.get(key, np.float32(loss.config.get(key, signature.config[key]))) for key in (LOW, HIGH))
+    if bool((low > high).any()):
+        at = int(np.argmax(low > high))
+        raise UserError(f"{where}: {LOW} is above {HIGH} at token {at}: give bounds of the ratio, such as 0.8 and 1.2")
+
+
+def check_targets(targets: Array, num_tokens: int, where: str, info: BaseInfo) -> None:
+    """Raises: UserError: not one target a token, or what is no token."""
     if targets.dtype != np.int64:
         raise UserError(f"{where}: {TARGETS} must be int64, not {targets.dtype}")
-    if targets.ndim != 1 and not signature.has_many_targets:
-        raise UserError(f"{where}: loss {loss} takes {TARGETS} of shape [N], not {list(targets.shape)}")
     if targets.shape[0] != num_tokens or targets.size == 0:
         raise UserError(
             f"{where}: {TARGETS} has shape {list(targets.shape)}, but the model input has {num_tokens} tokens: give "

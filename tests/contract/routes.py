@@ -86,8 +86,15 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "POST /create_model": [Probe("POST", "/create_model", {**new_run, "base_model": BASE})],
         "POST /get_info": [Probe("POST", "/get_info", {"model_id": at.run})],
         "POST /forward_backward": [
-            Probe("POST", "/forward_backward", content=training(at.run, seq_id), headers={"content-type": PROTOBUF})
+            Probe("POST", "/forward_backward", content=training(at.run, seq_id), headers={"content-type": PROTOBUF}),
+            Probe(
+                "POST",
+                "/forward_backward",
+                content=training(mine.run, seq_id + 100, loss_of=at.session),
+                headers={"content-type": PROTOBUF},
+            ),
         ],
+        "POST /create_custom_loss": [Probe("POST", "/create_custom_loss", custom_loss(at.session, seq_id))],
         "POST /optim_step": [Probe("POST", "/optim_step", {**seq, "adam_params": {}})],
         "POST /save_weights": [Probe("POST", "/save_weights", {**seq, "path": "x"})],
         "POST /save_weights_for_sampler": [
@@ -185,8 +192,29 @@ def concrete(route: str) -> tuple[str, str]:
     return method, path
 
 
-def training(run_id: str, seq_id: int) -> bytes:
-    message = pb.ForwardBackwardRequest(model_id=run_id, seq_id=seq_id, loss_fn="cross_entropy")
+def custom_loss(session_id: str, seq_id: int = 0) -> dict[str, Any]:
+    """A request to upload the mean of the log-probabilities."""
+    nodes = [
+        {"op": "placeholder", "name": "logprobs", "target": "logprobs"},
+        {"op": "call_method", "name": "mean", "target": "mean", "args": [{"ref": "logprobs"}]},
+        {"op": "output", "name": "output", "target": "output", "args": [{"tuple": [{"ref": "mean"}, {"dict": {}}]}]},
+    ]
+    return {
+        "session_id": session_id,
+        "custom_loss_seq_id": seq_id,
+        "name": "mean",
+        "inputs": [{"name": "logprobs", "rank": 1}],
+        "graph": {"format": 1, "nodes": nodes},
+    }
+
+
+def training(run_id: str, seq_id: int, loss_of: str | None = None) -> bytes:
+    """`loss_of`: with the first custom loss of that session."""
+    message = pb.ForwardBackwardRequest(
+        model_id=run_id, seq_id=seq_id, loss_fn="custom" if loss_of else "cross_entropy"
+    )
+    if loss_of:
+        message.loss_fn_config_v2["loss_id"].text = f"{loss_of}:loss:0"
     datum = message.data.add()
     datum.model_input.add().encoded_text.tokens = np.array([1, 2], "<i4").tobytes()
     targets = datum.loss_fn_inputs["target_tokens"]

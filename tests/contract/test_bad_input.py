@@ -170,7 +170,9 @@ def test_bad_data_for_policy_losses(pair: Pair, mistake: str, loss: Any) -> None
 LOSSES = {
     "unknown loss": ("no_such_loss", None, "unknown loss 'no_such_loss'; offered: cross_entropy, importance_sampling"),
     "loss without a published formula": ("stable_reinforce", None, "use importance_sampling"),
-    "loss of a later release": ("gspo", None, "not offered yet; offered: cross_entropy"),
+    "loss without its mask": ("gspo", None, "needs the input sequence_ratio_mask"),
+    "custom loss without an id": ("custom", None, "takes the setting loss_id alone"),
+    "custom loss that was never uploaded": ("custom", {"loss_id": "s0:loss:0"}, "no custom loss 's0:loss:0'"),
     "unknown key": ("ppo", {"epsilon": 0.2}, "no setting 'epsilon'; it has: clip_low_threshold, clip_high_threshold"),
     "key of another loss": ("dro", {"clip_low_threshold": 0.2}, "no setting 'clip_low_threshold'; it has: beta"),
     "key where there are none": ("importance_sampling", {"beta": 0.2}, "no setting 'beta'; it has: none"),

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.contract.raw import BASE, Raw, Refusal, refused
-from tests.contract.routes import Ids, Probe, closed_routes, concrete, probes
+from tests.contract.routes import Ids, Probe, closed_routes, concrete, custom_loss, probes
 from tests.service import Service, running
 
 ABSENT = Ids(
@@ -59,6 +59,7 @@ def tenant(service: Service, admin: Raw, name: str) -> Tenant:
     key = admin.good("/admin/keys", json={"name": "laptop", "tenant": name}).json()["secret"]
     raw = Raw(service.url, key)
     session = raw.session()
+    raw.good("/create_custom_loss", json=custom_loss(session))
     run = raw.run(session)
     future = raw.send("POST", "/save_weights", json={**run.next(), "path": "kept"}).json()["request_id"]
     path = raw.result(future)

@@ -83,6 +83,9 @@ def datum(
     else:
         inputs["logprobs"] = rng.normal(-5.5, 0.5, shape).astype(np.float32)
         inputs["advantages"] = rng.normal(size=shape).astype(np.float32)
+    if loss == "gspo":
+        inputs["sequence_ratio_mask"] = (rng.random(shape) > 0.4).astype(np.float32)
+        inputs["sequence_ratio_mask"][0] = 1
     return Datum(rng.integers(0, vocab, length).astype(np.int32), inputs)
 
 

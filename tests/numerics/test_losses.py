@@ -1,5 +1,6 @@
 """Each loss against a few lines of plain PyTorch on the peft model: value, log-probabilities and gradient."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.numerics.lab import (
     run_pass,
     spec,
 )
-from tinsmith.training.losses import LOSSES, evaluate
+from tinsmith.training.losses import LOSSES, NativeLoss
 from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem
 from tinsmith.validate import LOSSES as OFFERED
 
@@ -48,6 +49,40 @@ def plain_dro(beta: float) -> Plain:
     return loss
 
 
+def plain_ppo_by_token(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=lp.dtype)
+    for i in range(len(lp)):
+        r = (lp[i] - x["logprobs"][i]).exp()
+        low, high = float(x["clip_low_threshold"][i]), float(x["clip_high_threshold"][i])
+        total = total - torch.minimum(r * x["advantages"][i], torch.clamp(r, low, high) * x["advantages"][i])
+    return total
+
+
+def plain_cispo_by_token(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=lp.dtype)
+    for i in range(len(lp)):
+        r = float((lp[i] - x["logprobs"][i]).exp().detach())
+        total = total - min(max(r, 0.0), float(x["clip_high_threshold"][i])) * lp[i] * x["advantages"][i]
+    return total
+
+
+def plain_gspo(low: float, high: float) -> Plain:
+    """The gradient of the paper's eq. 5 for a sequence, spelt out: where it isn't clipped, s·A·∇lp for each token."""
+
+    def loss(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
+        marked = [i for i in range(len(lp)) if x["sequence_ratio_mask"][i] != 0]
+        s = math.exp(sum(float(lp[i].detach()) - float(x["logprobs"][i]) for i in marked) / len(marked))
+        total = torch.zeros((), dtype=lp.dtype)
+        for i in range(len(lp)):
+            a = float(x["advantages"][i])
+            is_clipped = (s > high and a > 0) or (s < low and a < 0)
+            value = min(s * a, min(max(s, low), high) * a)
+            total = total - (value if is_clipped else value + s * a * (lp[i] - float(lp[i].detach())))
+        return total
+
+    return loss
+
+
 def plain_cross_entropy(lp: Tensor, x: Mapping[str, Tensor]) -> Tensor:
     return -(x["weights"] * lp).sum()
 
@@ -65,17 +100,26 @@ CASES: list[tuple[LossSpec, Plain]] = [
     (LossSpec("cispo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}), plain_cispo(0.9, 1.1)),
     (LossSpec("dro"), plain_dro(0.05)),
     (LossSpec("dro", {"beta": 0.7}), plain_dro(0.7)),
+    (LossSpec("gspo"), plain_gspo(0.8, 1.2)),
+    (LossSpec("gspo", {"clip_low_threshold": 0.999, "clip_high_threshold": 1.001}), plain_gspo(0.999, 1.001)),
+    (LossSpec("ppo"), plain_ppo_by_token),
+    (LossSpec("cispo"), plain_cispo_by_token),
 ]
-IDS = [f"{loss.name}-{'-'.join(map(str, loss.config.values())) or 'default'}" for loss, _ in CASES]
+BY_TOKEN = (plain_ppo_by_token, plain_cispo_by_token)
+IDS = [f"{loss.name}-{plain.__name__}-{'-'.join(map(str, loss.config.values()))}" for loss, plain in CASES]
 
 
-def near_policy(rng: np.random.Generator, length: int, loss: str, lp: np.ndarray) -> Datum:
+def near_policy(rng: np.random.Generator, length: int, loss: str, lp: np.ndarray, plain: Plain) -> Datum:
     """Sampling log-probabilities around the present ones, so that ratios fall on both sides of the thresholds."""
     made = datum(rng, length, loss)
     if loss == "cross_entropy":
         return made
-    q = (lp + rng.normal(0, 0.6, length)).astype(np.float32)
-    return Datum(made.tokens, {**made.inputs, "logprobs": q})
+    inputs = {**made.inputs, "logprobs": (lp + rng.normal(0, 0.6, length)).astype(np.float32)}
+    if plain in BY_TOKEN:
+        inputs["clip_high_threshold"] = rng.uniform(1.01, 1.5, length).astype(np.float32)
+    if plain is plain_ppo_by_token:
+        inputs["clip_low_threshold"] = rng.uniform(0.5, 0.99, length).astype(np.float32)
+    return Datum(made.tokens, inputs)
 
 
 @pytest.mark.parametrize(("loss", "plain"), CASES, ids=IDS)
@@ -88,7 +132,10 @@ def test_value_and_gradient(base, loss, plain):
     data = tuple(
         Datum(
             d.tokens,
-            {**near_policy(rng, len(d.tokens), loss.name, lp).inputs, "target_tokens": d.inputs["target_tokens"]},
+            {
+                **near_policy(rng, len(d.tokens), loss.name, lp, plain).inputs,
+                "target_tokens": d.inputs["target_tokens"],
+            },
         )
         for d, lp in zip(first, probe.logprobs, strict=True)
     )
@@ -115,9 +162,10 @@ def test_value_and_coefficients_within_a_millionth(loss, plain, seed):
     """
     rng = np.random.default_rng(seed)
     lp = torch.from_numpy(rng.normal(-1.5, 0.5, 64).astype(np.float32))
-    made = near_policy(rng, 64, loss.name, lp.numpy())
+    made = near_policy(rng, 64, loss.name, lp.numpy(), plain)
     inputs = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
-    value, coef = evaluate(LOSSES[loss.name], lp, inputs, loss.config)
+    found = NativeLoss(LOSSES[loss.name], loss.config).evaluate(lp, inputs)
+    value, coef = found.loss, found.coef
     exact_lp = lp.double().requires_grad_()
     exact = plain(exact_lp, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
     (exact_coef,) = torch.autograd.grad(exact, exact_lp)
@@ -130,13 +178,13 @@ def test_value_and_coefficients_within_a_millionth(loss, plain, seed):
 def test_weights_left_out_are_ones(num_targets):
     rng = np.random.default_rng(9)
     lp = torch.from_numpy(rng.normal(-1.5, 0.5, (64, num_targets) if num_targets else 64).astype(np.float32))
-    value, coef = evaluate(LOSSES["cross_entropy"], lp, {}, {})
-    assert value == pytest.approx(-float(lp.double().sum()), rel=1e-6, abs=0)
-    assert bool((coef == -1).all())
+    found = NativeLoss(LOSSES["cross_entropy"], {}).evaluate(lp, {})
+    assert found.loss == pytest.approx(-float(lp.double().sum()), rel=1e-6, abs=0)
+    assert bool((found.coef == -1).all())
 
 
 def test_losses_and_settings_mix_in_one_pass(base):
-    """Eight losses and settings of eight runs in one forward give each the bits that it has alone."""
+    """All losses and settings of eight runs in one forward give each the bits that it has alone."""
     rng = np.random.default_rng(10)
     specs = [spec(f"r{i}", 4 + 2 * (i % 3), seed=i) for i in range(len(CASES))]
     items = [

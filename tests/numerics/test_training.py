@@ -19,8 +19,8 @@ from tests.numerics.lab import (
     spec,
 )
 from tinsmith.errors import UserError
-from tinsmith.training import lanes
-from tinsmith.training.losses import LOSSES, Loss, evaluate
+from tinsmith.training import head, losses
+from tinsmith.training.losses import LOSSES, Loss, NativeLoss
 from tinsmith.training.optimizer import global_norm
 from tinsmith.types import AdamParams, Datum, Failure, OpId, OptimItem, RunId, RunState, Targets
 
@@ -174,7 +174,8 @@ def test_coefficients_are_the_derivative(name):
     rng = np.random.default_rng(6)
     inputs = {key: torch.from_numpy(value) for key, value in datum(rng, 7, name).inputs.items()}
     lp = torch.randn(7, generator=torch.Generator().manual_seed(0)) - 5
-    value, coef = evaluate(LOSSES[name], lp, inputs, {})
+    found = NativeLoss(LOSSES[name], {}).evaluate(lp, inputs)
+    value, coef = found.loss, found.coef
     if name == RL:
         terms = [-math.exp(p - q) * a for p, q, a in zip(lp, inputs["logprobs"], inputs["advantages"], strict=True)]
         expected = torch.tensor(terms)
@@ -187,18 +188,20 @@ def test_coefficients_are_the_derivative(name):
 
 def test_cross_entropy_without_weights_counts_each_token_once():
     lp = torch.tensor([-1.0, -2.0])
-    value, coef = evaluate(LOSSES["cross_entropy"], lp, {}, {})
+    found = NativeLoss(LOSSES["cross_entropy"], {}).evaluate(lp, {})
+    value, coef = found.loss, found.coef
     assert (value, coef.tolist()) == (3.0, [-1.0, -1.0])
 
 
 def test_a_loss_that_ties_tokens_of_different_chunks(base, monkeypatch):
     """Such a loss is evaluated on the whole datum; a token-wise one declared so gives what it gives otherwise."""
+    monkeypatch.setattr(head, "WHOLE_BYTES", 0)
     rng = np.random.default_rng(7)
     items = [item("a", [datum(rng, n, "cross_entropy") for n in (10, 100, 33)])]
     trainer, tied = make_trainer(base, RUN), make_trainer(base, RUN)
     (expected,) = run_pass(trainer, items)
     tie = Loss(LOSSES["cross_entropy"].fn, is_tokenwise=False)
-    monkeypatch.setattr(lanes, "LOSSES", {"cross_entropy": tie})
+    monkeypatch.setattr(losses, "LOSSES", {"cross_entropy": tie})
     (result,) = run_pass(tied, items)
     assert_same_bits(dict(enumerate(result.logprobs)), dict(enumerate(expected.logprobs)))
     assert result.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)

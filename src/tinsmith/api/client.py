@@ -47,6 +47,7 @@ async def client_config(request: Call, services: ServicesDep, data: JSONBody[Cli
         proto_compress_fwdbwd=settings.compress_requests,
         fwdbwd_max_chunk_len=settings.chunk_max_datums,
         fwdbwd_max_chunk_bytes_count=settings.chunk_max_bytes,
+        custom_loss_server_side=settings.custom_losses,
     )
 
 

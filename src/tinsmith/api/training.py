@@ -18,11 +18,12 @@ from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.config import Settings
-from tinsmith.errors import GoneError, TinsmithError, UserError
+from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
-from tinsmith.store.rows import NewRun, Principal
+from tinsmith.store.rows import LossRow, NewRun, Principal
 from tinsmith.types import Failure, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
 from tinsmith.validate import (
+    CUSTOM,
     MAX_SEED,
     check_adam,
     check_lora,
@@ -30,9 +31,11 @@ from tinsmith.validate import (
     check_optimizer,
     check_training,
 )
+from tinsmith.validate_custom import check_custom_training, loss_id_of
 from tinsmith.wire.bounds import check_bounds, read_address
+from tinsmith.wire.custom_loss import decode_custom_loss
 from tinsmith.wire.media import PROTOBUF, WireError, decode_json
-from tinsmith.wire.meta import CreateMeta, to_meta
+from tinsmith.wire.meta import CreateMeta, LossMeta, to_meta
 from tinsmith.wire.requests import (
     CreateModel,
     GetInfo,
@@ -140,6 +143,15 @@ def with_spec(draft: Draft, meta: CreateMeta, user_metadata: Mapping[str, Any] |
     return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
 
 
+def refuse_if_off(settings: Settings) -> None:
+    """Raises: UnsupportedError: custom losses are not evaluated by this server."""
+    if not settings.custom_losses:
+        raise UnsupportedError(
+            "custom losses are not evaluated by this server (--no-custom-losses): pass the function itself to "
+            "forward_backward_custom, the client evaluates it then"
+        )
+
+
 def refuse_finished_session(services: Services, principal: Principal, session_id: str) -> None:
     """Raises: GoneError: the session has ended, or fell silent."""
     session = services.store.sessions.get(principal.tenant_id, SessionId(session_id))
@@ -189,14 +201,28 @@ def _draft_training(services: Services, principal: Principal, body: bytes) -> Dr
     if address is None:
         raise WireError("no forward_backward request: it needs a model_id and a seq_id of at least 1")
     draft = run_draft(services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))
-    return attempt(draft, partial(_fill_training, services, body))
+    return attempt(draft, partial(_fill_training, services, principal, body))
 
 
-def _fill_training(services: Services, body: bytes, draft: Draft) -> Draft:
+def _fill_training(services: Services, principal: Principal, body: bytes, draft: Draft) -> Draft:
     check_bounds(body, services.settings.max_request_tokens)
     asked = decode_training(body)
-    check_training(asked, services.base(draft.base_model).info, services.settings)
-    return replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+    info = services.base(draft.base_model).info
+    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+    if asked.loss.name != CUSTOM:
+        check_training(asked, info, services.settings)
+        return filled
+    refuse_if_off(services.settings)
+    loss = _find_loss(services, principal, RunId(str(draft.run_id)), loss_id_of(asked.loss))
+    graph = decode_custom_loss(services.blobs.get(loss.blob))
+    check_custom_training(asked.with_graph(graph), graph, info, services.settings)
+    return replace(filled, meta=to_meta(LossMeta(loss_id=loss.loss_id, blob=loss.blob)))
+
+
+def _find_loss(services: Services, principal: Principal, run_id: RunId, loss_id: str) -> LossRow:
+    """Raises: NotFoundError: no such loss in the run's session."""
+    run = services.store.runs.get(principal.tenant_id, run_id)
+    return services.store.losses.get(principal.tenant_id, run.session_id, loss_id)
 
 
 def _draft_optim_step(services: Services, principal: Principal, body: bytes) -> Draft:

@@ -15,6 +15,7 @@ from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.ledger import Ledger
+from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
@@ -38,6 +39,7 @@ class Store:
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
         self.samplers = Samplers(database)
+        self.losses = Losses(database)
         self.workers = Workers(database)
         self.ledger = Ledger(database)
         self.audit = Audit(database)

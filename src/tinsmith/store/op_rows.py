@@ -11,7 +11,7 @@ from tinsmith.store.rows import NewOp, OpRow
 from tinsmith.store.schema import ops
 from tinsmith.types import Failure, OpKind, OpState
 
-PINNING = (OpKind.CREATE, OpKind.LOAD)
+PINNING = (OpKind.CREATE, OpKind.LOAD, OpKind.FORWARD, OpKind.FORWARD_BACKWARD)  # those whose meta names a file
 
 _LIGHT: tuple[ColumnElement[Any], ...] = (
     ops.c.op_id, ops.c.tenant_id, ops.c.kind, ops.c.base_model, ops.c.run_id, ops.c.sampler_id, ops.c.seq_id,

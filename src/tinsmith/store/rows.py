@@ -294,6 +294,21 @@ class SamplerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class NewLoss:
+    """A custom loss; `blob` holds the request that made it."""
+
+    loss_id: str
+    name: str
+    blob: BlobKey
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    loss_id: str
+    blob: BlobKey
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
 

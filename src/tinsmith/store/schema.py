@@ -5,6 +5,7 @@ JSON goes through the engine's serializer. What stays true:
 
 * Rows that change state stay small: payloads and results beyond `inline_bytes` are files, named by a blob key.
 * `ops.run_id` and `ops.sampler_id` are no foreign keys: a rejected request occupies its place in a run that never was.
+  A CREATE_LOSS has neither: it is final when it is inserted.
 * The queue's indices are partial (`state = 'queued'`), so that finished ops cost nothing.
 """
 
@@ -144,7 +145,7 @@ ops = Table(
     Column("payload_bytes", BigInteger, nullable=False),
     Column("payload_blob", Text),
     Column("meta", JSON, nullable=False),
-    Column("pin_blob", Text),  # meta["blob"] of a CREATE or LOAD that no snapshot covers yet
+    Column("pin_blob", Text),  # meta["blob"] of an op (see op_rows.PINNING) that no snapshot covers yet
     Column("result_media", Text),
     Column("result_bytes", BigInteger, nullable=False),
     Column("result_blob", Text),
@@ -179,6 +180,18 @@ samplers = Table(
     Column("created_at", Float, nullable=False),
     Index(None, "session_id"),
     Index(None, "blob"),
+)
+
+custom_losses = Table(
+    "custom_losses",
+    metadata,
+    Column("loss_id", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("blob", Text, nullable=False),  # the request that made it
+    Column("created_at", Float, nullable=False),
+    Index(None, "session_id"),
 )
 
 checkpoints = Table(

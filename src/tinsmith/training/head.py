@@ -1,7 +1,8 @@
 """The output head and the losses: from hidden states to log-probabilities, and back to the hidden states' gradient.
 
 Works through the rows a chunk at a time: logits, log-probabilities, losses and gradient are all made while the chunk's
-logits are there, so memory grows with chunk x vocabulary. What stays true: a chunk holds whole pieces, a piece depends
+logits are there, so memory grows with chunk x vocabulary. A datum whose loss ties its tokens together is a chunk of its
+own up to a bound; beyond it the logits are made twice. What stays true: a chunk holds whole pieces, a piece depends
 on its datum alone, and every elementwise kernel whose rounding depends on where an array ends runs on one piece.
 Shape letters: T rows of the pack, C rows of a chunk, M rows with a gradient, N rows of a piece, K targets a position,
 D hidden size, V vocabulary, R rank.
@@ -9,7 +10,7 @@ D hidden size, V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.errors import UserError
 from tinsmith.model import HEAD, padded_rows
 from tinsmith.training.context import add_grads
 from tinsmith.training.lanes import Lane
-from tinsmith.training.losses import TARGETS, evaluate
+from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
 from tinsmith.types import Failure
+
+WHOLE_BYTES = 256 * 2**20
 
 
 @dataclass(slots=True)
@@ -51,7 +55,13 @@ class Piece:
     def targets(self) -> Tensor:
         return self.lane.inputs[TARGETS][self.start : self.end]
 
-    def inputs(self) -> dict[str, Tensor]:
+    def evaluate(self, lp: Tensor) -> Evaluation | Failure:
+        """The loss on these rows, which are all of the datum unless it goes token by token."""
+        if not self.lane.op.loss_fn.is_tokenwise:
+            return evaluate(self.lane, lp)
+        return evaluate(self.lane, lp, self._inputs())
+
+    def _inputs(self) -> dict[str, Tensor]:
         return {name: tensor[self.start : self.end] for name, tensor in self.lane.inputs.items()}
 
 
@@ -61,6 +71,7 @@ class Head:
     def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
         self._weight_VD = weight_VD
         self._chunk_tokens = chunk_tokens
+        self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (len(weight_VD) * weight_VD.element_size()))
         # held from pass to pass: memory fresh from the kernel costs more than the softmax that fills it (measured 3x)
         self._buffer_CV = weight_VD.new_empty(padded_rows(chunk_tokens), len(weight_VD))
 
@@ -80,7 +91,7 @@ class Head:
         start = 0
         for chunk in self._chunks(lanes):
             end = start + chunk[-1].rows.stop
-            _ChunkPass(self._weight_VD, self._buffer_CV, h_TD[start:end], chunk).run(dh_TD[start:end], whole)
+            self._pass(h_TD[start:end], chunk).run(dh_TD[start:end], whole)
             start = end
         for lane in lanes:
             if lane.op.failure is not None:
@@ -92,7 +103,7 @@ class Head:
         chunk: list[Piece] = []
         filled = 0
         for lane in lanes:
-            for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
+            for start, end in pieces(lane.ref.num_tokens, self._piece_tokens(lane)):
                 if chunk and filled + end - start > self._chunk_tokens:
                     yield chunk
                     chunk, filled = [], 0
@@ -103,16 +114,27 @@ class Head:
 
     def _is_coupled(self, lane: Lane) -> bool:
         """The loss ties tokens of different chunks, so all log-probabilities are needed before any coefficient."""
-        return lane.ref.num_tokens > self._chunk_tokens and not lane.op.loss_fn.is_tokenwise
+        return lane.ref.num_tokens > self._whole_tokens and not lane.op.loss_fn.is_tokenwise
 
-    def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> tuple[float, Tensor]:
+    def _piece_tokens(self, lane: Lane) -> int:
+        """The longest piece of a datum: a whole one, if its loss needs that and it is short enough."""
+        is_whole = not lane.op.loss_fn.is_tokenwise and lane.ref.num_tokens <= self._whole_tokens
+        return self._whole_tokens if is_whole else self._chunk_tokens
+
+    def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
+        num_rows = padded_rows(len(h_CD))
+        if num_rows > len(self._buffer_CV):
+            self._buffer_CV = self._weight_VD.new_empty(num_rows, len(self._weight_VD))
+        return _ChunkPass(self._weight_VD, self._buffer_CV, h_CD, chunk)
+
+    def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
         parts = []
         for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
             rows = slice(lane.start + start, lane.start + end)
             piece = Piece(lane, start, end, 0)
-            parts.append(_ChunkPass(self._weight_VD, self._buffer_CV, h_TD[rows], [piece]).logprobs[0])
-        return evaluate(lane.op.loss_fn, torch.cat(parts), lane.inputs, lane.op.item.loss.config)
+            parts.append(self._pass(h_TD[rows], [piece]).logprobs[0])
+        return evaluate(lane, torch.cat(parts))
 
 
 class _ChunkPass:
@@ -139,7 +161,7 @@ class _ChunkPass:
             for piece, logits_NK in zip(chunk, target_logits, strict=True)
         ]
 
-    def run(self, dh_CD: Tensor, whole: dict[int, tuple[float, Tensor]]) -> None:
+    def run(self, dh_CD: Tensor, whole: Mapping[int, Evaluation | Failure]) -> None:
         """Losses of all pieces first, then gradients of those whose op stands."""
         coefs: list[Tensor | None] = []
         for piece, lp in zip(self._chunk, self.logprobs, strict=True):
@@ -167,20 +189,22 @@ class _ChunkPass:
                 self._shrunk[id(piece)] = u_NR
         return logits_CV
 
-    def _evaluate(self, piece: Piece, lp: Tensor, whole: tuple[float, Tensor] | None) -> Tensor | None:
+    def _evaluate(self, piece: Piece, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
         """Book the piece's log-probabilities and loss; its coefficients [N, K], or None if there's nothing to add."""
         lane, op = piece.lane, piece.lane.op
         if op.failure is not None:
             return None
-        if whole is None:
-            loss, coef = evaluate(op.loss_fn, lp, piece.inputs(), op.item.loss.config)
-        else:
-            loss, coef = (whole[0] if piece.start == 0 else 0.0), whole[1][piece.start : piece.end]
+        found = piece.evaluate(lp) if whole is None else whole
+        if isinstance(found, Failure):
+            op.fail(found)
+            return None
+        loss, coef = found.loss, found.coef if whole is None else found.coef[piece.start : piece.end]
         if not (np.isfinite(loss) and bool(torch.isfinite(coef).all()) and bool(torch.isfinite(lp).all())):
             op.fail(_not_finite(lane.ref.datum, op.item.loss.name))
             return None
         op.logprobs[lane.ref.datum][piece.start : piece.end] = lp.cpu().numpy()
-        op.loss += loss
+        if whole is None or piece.start == 0:
+            op.book(loss, found.metrics)
         if op.staging is None or not bool(coef.any()):
             return None
         lane.is_live = True
@@ -217,6 +241,15 @@ class _ChunkPass:
         u_NR = self._shrunk[id(piece)][rows_N - piece.row]
         grads = op.staging.views[HEAD]
         add_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
+
+
+def evaluate(lane: Lane, lp: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Evaluation | Failure:
+    """The lane's loss on log-probabilities of it; `inputs`: those of these rows, if they aren't the whole datum."""
+    try:
+        return lane.op.loss_fn.evaluate(lp, lane.inputs if inputs is None else inputs)
+    except UserError as error:
+        message = f"datum {lane.ref.datum}: {error.message}"
+        return Failure(code=error.code, category=error.category, message=message)
 
 
 def _to_dlogits(probs_NV: Tensor, coef_NK: Tensor, targets: Tensor) -> None:

@@ -5,12 +5,13 @@ Plain state that the head, the linear layers and the pass share; no computing he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tinsmith.training.losses import LOSSES, TARGETS, Loss
+from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.types import Datum, Failure, FloatArray, TrainItem, TrainResult
@@ -24,15 +25,20 @@ class OpProgress:
     slot: RunSlot
     staging: Staging | None
     num_left: int
+    loss_fn: OpLoss
     failure: Failure | None = None
     loss: float = 0.0
+    custom: dict[str, float] = field(default_factory=dict)
     logprobs: dict[int, FloatArray] = field(default_factory=dict)
     max_runs: int = 0
     max_tokens: int = 0
 
-    @property
-    def loss_fn(self) -> Loss:
-        return LOSSES[self.item.loss.name]
+    def book(self, loss: float, metrics: Mapping[str, float]) -> None:
+        """Add a datum's loss and metrics; a `:mean` is one over the request's data."""
+        self.loss += loss
+        for key, value in metrics.items():
+            share = value / len(self.item.data) if key.endswith(":mean") else value
+            self.custom[key] = self.custom.get(key, 0.0) + share
 
     def fail(self, failure: Failure) -> None:
         """Leave no trace of this op in its staging row."""
@@ -49,6 +55,7 @@ class OpProgress:
             "tokens:sum": float(self.item.num_tokens),
             "pass_runs:max": float(self.max_runs),
             "pass_tokens:max": float(self.max_tokens),
+            **self.custom,
         }
         return TrainResult(tuple(self.logprobs[i] for i in range(len(self.item.data))), metrics)
 
@@ -69,8 +76,5 @@ class Lane:
         return self.op.item.data[self.ref.datum]
 
     def load_inputs(self, device: torch.device) -> None:
-        """The loss's inputs as tensors: targets int64, others float32, each [N, K] or [N]."""
-        self.inputs = {
-            name: torch.from_numpy(array).to(device, torch.int64 if name == TARGETS else torch.float32)
-            for name, array in self.datum.inputs.items()
-        }
+        """The loss's inputs as tensors, in their dtypes: targets int64, those of native losses float32."""
+        self.inputs = {name: torch.from_numpy(array).to(device) for name, array in self.datum.inputs.items()}

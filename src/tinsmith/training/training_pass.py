@@ -17,6 +17,7 @@ from tinsmith.training.attention import PackedAttention
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress
+from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import list_data, num_fitting
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.types import Failure, RunId, TrainItem, TrainResult
@@ -35,6 +36,7 @@ class TorchPass:
                 slot=slots[item.run_id],
                 staging=self._stagings[item.run_id] if item.backward else None,
                 num_left=len(item.data),
+                loss_fn=loss_of(item.loss),
             )
             for item in items
         ]

@@ -6,7 +6,8 @@
     SAVE_SAMPLER  SaveSamplerMeta  no payload   the same with a name, or the id of the sampler to make
     SAVE_EXTERNAL SaveExternalMeta no payload   the checkpoint's name, expiry, whom to encrypt it to
     SAMPLE        SampleMeta       the request  the drawn seed, the sampler
-    FORWARD, FORWARD_BACKWARD, OPTIM_STEP       the request; their meta is {}
+    FORWARD, FORWARD_BACKWARD     the request; with a custom loss LossMeta, else {}
+    OPTIM_STEP                    the request; their meta is {}
 
 The API writes them, the worker reads them. A store keeps meta as a plain dict, so `to_meta` and `read_meta` convert.
 """
@@ -63,6 +64,13 @@ class SaveExternalMeta(Struct, frozen=True):
     name: str
     expires_at: float | None = None
     recipients: tuple[str, ...] = ()
+
+
+class LossMeta(Struct, frozen=True):
+    """blob: the create_custom_loss request of the loss; no file is deleted while such an op may be run again."""
+
+    loss_id: str
+    blob: BlobKey
 
 
 class SampleMeta(Struct, frozen=True):

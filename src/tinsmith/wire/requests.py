@@ -170,6 +170,13 @@ class RetrieveFuture(Struct):
     request_id: ObjectId
 
 
+class LossAddress(Struct):
+    """Of a custom loss that a session uploads."""
+
+    session_id: ObjectId
+    custom_loss_seq_id: NonNegative
+
+
 class SetTtl(Struct):
     ttl_seconds: int | None = None
 

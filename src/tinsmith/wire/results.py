@@ -41,6 +41,10 @@ def external_result(path: str, size_bytes: int) -> bytes:
     return encode_json({"type": "save_weights_external", "path": path, "size_bytes": size_bytes})
 
 
+def loss_result(loss_id: str) -> bytes:
+    return encode_json({"type": "create_custom_loss", "loss_id": loss_id})
+
+
 def failure_result(failure: Failure) -> bytes:
     category = CATEGORIES.get(failure.category, "server")
     return encode_json({"error": failure.message, "category": category, "code": failure.code})

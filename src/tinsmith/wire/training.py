@@ -5,14 +5,15 @@ Knows the messages and nothing of what makes a request sensible (see `validate`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from tinsmith.errors import UnsupportedError
+from tinsmith.loss_graph import LossGraph
 from tinsmith.types import Array, Datum, FloatArray, LossSpec, OpId, OpKind, RunId, TokenArray, TrainItem, TrainResult
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.bounds import read_address
@@ -38,6 +39,13 @@ class TrainingRequest:
     def kind(self) -> OpKind:
         return OpKind.FORWARD if self.forward_only else OpKind.FORWARD_BACKWARD
 
+    def with_graph(self, graph: LossGraph) -> TrainingRequest:
+        """The same with what its custom loss computes. The wire has no shape of a scalar, so those that the loss
+        declares to be scalars become such."""
+        scalars = [declared.name for declared in graph.inputs if declared.rank == 0]
+        data = tuple(replace(datum, inputs=_with_scalars(datum.inputs, scalars)) for datum in self.data)
+        return replace(self, data=data, loss=replace(self.loss, graph=graph))
+
     def item(self, op_id: OpId) -> TrainItem:
         """The request as the engine takes it."""
         return TrainItem(
@@ -48,6 +56,11 @@ class TrainingRequest:
             loss=self.loss,
             backward=not self.forward_only,
         )
+
+
+def _with_scalars(inputs: Mapping[str, Array], names: Sequence[str]) -> Mapping[str, Array]:
+    changed = {name: inputs[name].reshape(()) for name in names if name in inputs and inputs[name].size == 1}
+    return {**inputs, **changed}
 
 
 def decode_training(body: bytes) -> TrainingRequest:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError
+from tinsmith.loss_graph import LossGraph
 from tinsmith.store.rows import OpRow
-from tinsmith.types import AdamParams, SampleItem, TrainItem
-from tinsmith.wire.meta import SampleMeta, read_meta
+from tinsmith.types import AdamParams, BlobKey, SampleItem, TrainItem
+from tinsmith.validate import CUSTOM
+from tinsmith.wire.custom_loss import decode_custom_loss
+from tinsmith.wire.meta import LossMeta, SampleMeta, read_meta
 from tinsmith.wire.requests import decode_optim_step
 from tinsmith.wire.sampling import decode_sample
 from tinsmith.wire.training import decode_training
+
+MAX_GRAPHS = 64
 
 
 class Payloads:
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
+        self._graphs: OrderedDict[BlobKey, LossGraph] = OrderedDict()
 
     def train_item(self, op: OpRow) -> TrainItem:
-        item = decode_training(self._bytes(op)).item(op.id)
+        request = decode_training(self._bytes(op))
+        if request.loss.name == CUSTOM:
+            request = request.with_graph(self._graph(read_meta(op.meta, LossMeta).blob))
+        item = request.item(op.id)
         if item.run_id != op.run_id:
             raise CorruptError(f"the payload of {op.id} names another run; send the request again")
         return item
@@ -28,6 +39,16 @@ class Payloads:
     def sample_item(self, op: OpRow, adapter: str | None) -> SampleItem:
         seed = read_meta(op.meta, SampleMeta).seed
         return decode_sample(self._bytes(op)).item(op.id, adapter, seed)
+
+    def _graph(self, blob: BlobKey) -> LossGraph:
+        """A custom loss; its file never changes, so those used last are kept."""
+        graph = self._graphs.pop(blob, None)
+        if graph is None:
+            graph = decode_custom_loss(self._blobs.get(blob))
+        self._graphs[blob] = graph
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
 
     def _bytes(self, op: OpRow) -> bytes:
         if op.payload is not None:
