@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tinsmith.sampling.blocks import Claim, num_blocks
+from tinsmith.sampling.grammar import Matcher
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
@@ -96,7 +97,7 @@ class Request:
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet. topk: of
-    each position, if the request wants them.
+    each position, if the request wants them. matcher: holds the text to a schema, if the request has one.
 
     num_blocks: its KV length class; 0 before it has KV of its own.
     """
@@ -106,6 +107,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     topk: list[TopRow] = field(default_factory=list)
+    matcher: Matcher | None = None
     num_blocks: int = 0
 
     @property
