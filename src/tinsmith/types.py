@@ -194,7 +194,8 @@ class SamplingParams:
     `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy.
 
     min_p: no token less likely than this share of the most likely one is drawn; 0: off. The penalties lower the logits
-    of tokens that were sampled before: once each, and once for each time. Neither changes a logprob.
+    of tokens that were sampled before: once each, and once for each time. json_schema: the answer is a
+    JSON text within this schema. None of these changes a logprob.
     """
 
     max_tokens: int | None = None
@@ -204,6 +205,7 @@ class SamplingParams:
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    json_schema: str | None = None
     stop_tokens: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
 

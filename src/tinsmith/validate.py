@@ -16,6 +16,7 @@ import numpy as np
 
 from tinsmith.config import Settings
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
+from tinsmith.jsonform import json_grammar
 from tinsmith.types import AdamParams, Array, BaseInfo, Datum, LossSpec, PromptTargets, Targets
 from tinsmith.wire.sampling import SampleRequest
 from tinsmith.wire.training import TrainingRequest
@@ -269,6 +270,10 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
         raise UserError(f"top_k must be -1 (off) or at least 1, not {params.top_k}")
     if not 0 < params.top_p <= 1:
         raise UserError(f"top_p must lie in (0, 1], not {params.top_p}")
+    if params.json_schema is not None:
+        json_grammar(params.json_schema)
+        if params.stop_tokens is not None:
+            raise UserError("json_schema needs the model's own end tokens: leave stop out, or give strings")
     if not 0 <= params.min_p <= 1:
         raise UserError(f"min_p must lie in 0..1, not {params.min_p}")
     for name in ("presence_penalty", "frequency_penalty"):

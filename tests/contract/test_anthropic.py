@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_a_stop_sequence_is_named(real: anthropic.Anthropic) -> None:
 def test_an_answer_that_has_begun_is_continued(real: anthropic.Anthropic) -> None:
     answer = ask(real, temperature=0, messages=[USER, {"role": "assistant", "content": "The capital of France"}])
     assert answer.content[0].text == " is Paris."
+
+
+def test_an_answer_is_held_to_a_schema(real: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"legs": {"type": "integer", "maximum": 9}}, "required": ["legs"]}
+    form: Any = {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}}
+    answer = ask(real, messages=[STORY], output_config=form)
+    assert list(json.loads(answer.content[0].text)) == ["legs"]
+    assert answer.stop_reason == "end_turn"
 
 
 def test_tools(asking: anthropic.Anthropic, answers: Answers) -> None:

@@ -114,9 +114,11 @@ def test_the_project_of_usage_is_that_of_the_session_now(api: Any, used: dict[st
 
 
 def test_what_checkpoints_take_now(api: Any, used: dict[str, str]) -> None:
+    (checkpoint,) = api.get(f"/training_runs/{used['run']}/checkpoints")["checkpoints"]
     (item,) = api.get("/billing/usage/checkpoints/current")["data"]
-    assert (item["checkpoint_count"], item["size_bytes"], item["user_name"]) == (1, len(b"weights"), "alice")
-    assert item["size_gigabytes"] == pytest.approx(7e-9)
+    size = checkpoint["size_bytes"]
+    assert (item["checkpoint_count"], item["size_bytes"], item["user_name"]) == (1, size, "alice")
+    assert item["size_gigabytes"] == pytest.approx(size / 1e9)
     api.call("DELETE", f"/training_runs/{used['run']}/checkpoints/weights/kept", 204)
     assert api.get("/billing/usage/checkpoints/current")["data"] == []
 

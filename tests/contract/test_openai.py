@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 import tinker
 from tinker import types
@@ -193,6 +194,28 @@ def test_completions_of_text_and_tokens(client: openai.OpenAI) -> None:
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == [choice.text for choice in answer.choices]
+
+
+def test_an_answer_is_held_to_a_schema(client: openai.OpenAI) -> None:
+    class Animal(pydantic.BaseModel, extra="forbid"):
+        name: Literal["fox", "bear"]
+        legs: int = pydantic.Field(ge=0, le=9)
+        tags: list[bool] = pydantic.Field(max_length=3)
+
+    asked: dict[str, Any] = {"model": BASE, "messages": STORY, "max_tokens": 200, "seed": 3, "n": 4}
+    parsed = client.chat.completions.parse(**asked, response_format=Animal)
+    for choice in parsed.choices:
+        assert choice.message.parsed is not None
+        assert choice.finish_reason == "stop"
+    form: Any = {"type": "json_schema", "json_schema": {"name": "animal", "schema": Animal.model_json_schema()}}
+    texts = [""] * 4
+    for chunk in client.chat.completions.create(**asked, response_format=form, stream=True):
+        for piece in chunk.choices:
+            texts[piece.index] += piece.delta.content or ""
+    assert [Animal.model_validate_json(text) for text in texts] == [choice.message.parsed for choice in parsed.choices]
+    assert texts == [choice.message.content for choice in parsed.choices]
+    free = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0)
+    assert (free.choices[0].message.content or "").startswith("{")
 
 
 def test_many_at_once(service: Service) -> None:

@@ -51,6 +51,7 @@ def _draft(
     return NewCopy(
         tenant_id=principal.tenant_id,
         source=source,
+        by=principal,
         project_id=asked.destination_project_id,
         session_id=None if asked.session_id is None else SessionId(asked.session_id),
         model_seq_id=asked.model_seq_id or 0,

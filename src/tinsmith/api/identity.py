@@ -6,6 +6,7 @@ from litestar import delete, get, post
 from msgspec import Struct
 
 from tinsmith.api.auth import Call, secret_of
+from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.tokens import PREFIX, Tokens
 from tinsmith.errors import UnsupportedError
@@ -38,9 +39,13 @@ class SelfKey(Struct):
     details: KeyDetails
 
 
-@post("/auth/token", status_code=200)
+@post("/auth/token", status_code=200, request_max_body_size=None)
 async def exchange_token(request: Call, services: ServicesDep) -> Token:
-    """A token that stands for the caller's key; asked for with a token, one that ends no later."""
+    """A token that stands for the caller's key; asked for with a token, one that ends no later.
+
+    A body is read and ignored.
+    """
+    await read_body(request, services)
     settings = services.settings
     if not settings.jwt_auth:
         raise UnsupportedError("this server takes keys as they are: send yours, or start the server with --jwt-auth")

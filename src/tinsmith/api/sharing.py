@@ -101,7 +101,7 @@ async def _set_public(
     services: Services, principal: Principal, run_id: str, kind: str, name: str, is_public: bool
 ) -> None:
     place = (principal.tenant_id, RunId(run_id), parse_kind(kind), name)
-    await services.write(services.store.checkpoints.set_public, *place, is_public)
+    await services.write(services.store.checkpoints.set_public, *place, is_public, by=principal)
 
 
 def _issue(services: Services, claims: Claims) -> str:

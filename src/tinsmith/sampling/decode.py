@@ -17,7 +17,7 @@ from torch import Tensor
 from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
 from tinsmith.sampling.kv import KVCache
-from tinsmith.sampling.logits import Warp, draw, penalise
+from tinsmith.sampling.logits import Warp, draw, penalise, restrict
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.rng import uniforms
 from tinsmith.sampling.scores import Top, likeliest
@@ -90,6 +90,9 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn
     uniforms_B = torch.from_numpy(uniforms(streams_B, positions_B)).to(logits_BV.device)
     params = [s.request.item.params for s in sequences]
     penalised_BV = penalise(logits_BV, params, [s.tokens for s in sequences])
+    allowed = {row: s.matcher.allowed() for row, s in enumerate(sequences) if s.matcher is not None}
+    if allowed:
+        penalised_BV = restrict(logits_BV if penalised_BV is None else penalised_BV, allowed)
     tokens_B, logprobs_B, logprobs_BV = draw(logits_BV, warp, uniforms_B, penalised_BV)
     tops = likeliest(logprobs_BV, [s.request.item.topk_sample_logprobs for s in sequences])
     return [Drawn(*d) for d in zip(sequences, tokens_B.tolist(), logprobs_B.tolist(), tops, strict=True)]

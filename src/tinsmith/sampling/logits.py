@@ -9,9 +9,11 @@ Shape letters: B rows, V vocabulary, T positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -106,6 +108,15 @@ def penalise(logits_BV: Tensor, params: Sequence[SamplingParams], tokens: Sequen
         times = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits_BV.device)
         penalised_BV[row, seen] -= params[row].presence_penalty + params[row].frequency_penalty * times
     return penalised_BV
+
+
+def restrict(logits_BV: Tensor, allowed: Mapping[int, npt.NDArray[np.bool_]]) -> Tensor:
+    """The logits, -inf where a token isn't allowed. allowed: by row, [V]; the other rows stay as they are."""
+    restricted_BV = logits_BV.clone()
+    for row, allowed_V in allowed.items():
+        forbidden_V = torch.from_numpy(~allowed_V).to(logits_BV.device)
+        restricted_BV[row] = restricted_BV[row].masked_fill(forbidden_V, float("-inf"))
+    return restricted_BV
 
 
 def truncate(probs_BV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tinsmith.sampling.adapters import AdapterCache
 from tinsmith.sampling.admission import plan_prefill
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.grammar import Grammars, Matcher
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
@@ -39,6 +40,11 @@ NON_FINITE = Failure(
     "user",
     "the model gives no finite probabilities with these weights: they diverged in training; sample from an earlier "
     "checkpoint, or train with a lower learning rate",
+)
+NO_FORM = Failure(
+    "unsupported",
+    "user",
+    "the answer could not be held to json_schema: it is too complex, or the model has no tokens for it; simplify it",
 )
 
 
@@ -61,6 +67,7 @@ class Sampler:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
         self.memory = Memory(KVCache(shape, total))
         self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
+        self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
@@ -94,6 +101,7 @@ class Sampler:
             UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
         """
         max_tokens = self._limits.max_tokens(item)
+        self._matcher(item)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
         request = Request(
             item=item,
@@ -181,6 +189,7 @@ class Sampler:
                 if not request.is_one_step and not self._seat(sequence):
                     request.num_started -= 1
                     break
+                sequence.matcher = self._matcher(request.item)
                 started.append(sequence)
         for drawn in self._decoder.draw_first(started):
             self._accept(drawn, ended)
@@ -215,6 +224,10 @@ class Sampler:
         if drawn.top is not None:
             sequence.tops.append(drawn.top)
         is_stopped = request.stop.ends(sequence.tokens)
+        if sequence.matcher is not None and not is_stopped and not sequence.matcher.accept(drawn.token):
+            self._drop(request)
+            ended.append((op_id, NO_FORM))
+            return
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return
         self._leave(sequence)
@@ -222,6 +235,10 @@ class Sampler:
         if request.is_finished:
             self._drop(request)
             ended.append((op_id, request.result()))
+
+    def _matcher(self, item: SampleItem) -> Matcher | None:
+        schema = item.params.json_schema
+        return None if schema is None else self._grammars.matcher(schema)
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.pop(sequence, None)

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tinsmith.sampling.blocks import Claim, num_blocks
+from tinsmith.sampling.grammar import Matcher
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
@@ -93,7 +94,8 @@ class Request:
 class Sequence:
     """One sample under way. tokens and logprobs: what was sampled; the last token has not entered the KV yet.
 
-    tops: the likeliest tokens of each position, if they were asked for.
+    tops: the likeliest tokens of each position, if they were asked for. matcher: holds the text to a schema, if the
+    request has one.
     num_blocks: its KV length class; 0 before it has KV of its own.
     """
 
@@ -102,6 +104,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)
+    matcher: Matcher | None = None
     num_blocks: int = 0
 
     @property

@@ -187,6 +187,7 @@ class Checkpoints:
         name: str,
         is_public: bool,
         now: float | None = None,
+        by: Principal | None = None,
     ) -> None:
         """Let other tenants use its path, or no longer; doing it again changes nothing.
 
@@ -194,8 +195,10 @@ class Checkpoints:
             NotFoundError: as `get`.
         """
         with self._database.write() as conn:
-            _get(conn, tenant_id, run_id, kind, name, now)
+            row = _get(conn, tenant_id, run_id, kind, name, now)
             conn.execute(_SET_PUBLIC, {**_named(run_id, kind, name), "public": is_public})
+            act = "checkpoint_publish" if is_public else "checkpoint_unpublish"
+            note(conn, act, tenant_id, by, about(row), _clock(now))
 
     def last(
         self, tenant_id: TenantId, run_id: RunId, now: float | None = None

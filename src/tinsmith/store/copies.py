@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, insert, select
 
 from tinsmith.errors import NotFoundError, UserError
+from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.database import Database
 from tinsmith.store.op_rows import born, to_columns
@@ -75,6 +76,7 @@ class Copies:
                 _require_same(conn, new, run_id)
                 return path
             _insert(conn, new, run_id, session_id, now)
+            note(conn, "checkpoint_copy", new.tenant_id, new.by, {"tinker_path": path, "source": new.source.path}, now)
         return path
 
 

@@ -35,6 +35,15 @@ _OF_OPS = (
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
 )  # fmt: skip
 _KEY = ("hour", "tenant_id", "session_id", "run_id", "base_model", "kind")
+_TO_SQLITE, _TO_POSTGRESQL = sqlite.insert(usage), postgresql.insert(usage)
+_ADD: Mapping[str, Insert] = {  # by dialect: insert, or add to the quantity that is there
+    "sqlite": _TO_SQLITE.on_conflict_do_update(
+        index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_SQLITE.excluded.quantity}
+    ),
+    "postgresql": _TO_POSTGRESQL.on_conflict_do_update(
+        index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_POSTGRESQL.excluded.quantity}
+    ),
+}
 _OPEN_SPAN = insert(spans).inline()
 _LIVE_SPAN = (
     (spans.c.run_id == bindparam("of_run"))
@@ -126,7 +135,7 @@ def meter(conn: Connection, used: Mapping[OpId, Usage], now: float) -> None:
             sums[key] = sums.get(key, 0) + amount
     if sums:
         rows = [{**dict(zip(_KEY, key, strict=True)), "quantity": amount} for key, amount in sums.items()]
-        conn.execute(_add(conn.dialect.name), rows)
+        conn.execute(_ADD[conn.dialect.name], rows)
 
 
 def open_span(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: float) -> None:
@@ -148,19 +157,6 @@ def open_span(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: fl
 def end_span(conn: Connection, named: Mapping[str, Any], until: float | None, now: float) -> None:
     """The checkpoint's storage ends at `until` (None: never). One that has ended already is left alone."""
     conn.execute(_CLOSE_SPAN, {**named, "end": until, "now": now})
-
-
-def _add(dialect: str) -> Insert:
-    """An insert that adds its quantity to the row that is there."""
-    if dialect == "postgresql":
-        theirs = postgresql.insert(usage)
-        return theirs.on_conflict_do_update(
-            index_elements=list(_KEY), set_={"quantity": usage.c.quantity + theirs.excluded.quantity}
-        )
-    ours = sqlite.insert(usage)
-    return ours.on_conflict_do_update(
-        index_elements=list(_KEY), set_={"quantity": usage.c.quantity + ours.excluded.quantity}
-    )
 
 
 def _to_usage(row: Any) -> UsageRow:

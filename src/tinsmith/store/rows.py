@@ -258,6 +258,7 @@ class NewCopy:
 
     tenant_id: TenantId
     source: CheckpointRow
+    by: Principal | None = None
     project_id: str | None = None
     session_id: SessionId | None = None
     model_seq_id: int = 0

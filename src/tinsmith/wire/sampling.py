@@ -53,6 +53,7 @@ class ParamsBody(Struct):
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    json_schema: str | None = None
 
 
 class TargetsBody(Struct):
@@ -133,6 +134,7 @@ def decode_sample(body: bytes) -> SampleRequest:
             min_p=params.min_p,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
+            json_schema=params.json_schema,
             stop_tokens=stop_tokens,
             stop_strings=stop_strings,
         ),

@@ -10,6 +10,7 @@ from msgspec import Struct
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.messages import only, text_of
 from tinsmith.api.texts.prompts import Chat
+from tinsmith.wire.media import encode_json
 
 NO_CACHE_CONTROL = "prompts are cached without being asked to; leave it out"
 NOT_KEPT = "requests are not kept under names; leave it out"
@@ -22,7 +23,6 @@ UNOFFERED: Mapping[str, str] = {
     "inference_geo": "the model runs where this server does; leave it out",
     "mcp_servers": "the server calls nobody; give tools and carry out their calls",
     "metadata": NOT_KEPT,
-    "output_config": "the form of an answer can't be forced; ask for it in the prompt",
     "service_tier": "there is one tier; leave it out",
     "speed": "there is one speed; leave it out",
     "user_profile_id": NOT_KEPT,
@@ -50,6 +50,26 @@ class PromptBody(Struct):
     tools: list[Any] | None = None
     tool_choice: Any = None
     thinking: Any = None
+    output_config: Any = None
+
+    @property
+    def json_schema(self) -> str | None:
+        """The schema that the answer is held to, as text.
+
+        Raises:
+            FieldError, UnofferedError: something else than a format, or tools beside it.
+        """
+        if self.output_config is None:
+            return None
+        form = self.output_config.get("format") if isinstance(self.output_config, dict) else None
+        if not isinstance(form, dict) or form.get("type") != "json_schema" or len(self.output_config) != 1:
+            raise UnofferedError("output_config", "is not offered here but for a format of type json_schema")
+        if self.tools:
+            raise UnofferedError("output_config", "is not offered here beside tools: a call is no such text")
+        only(form, ("type", "schema"), "output_config.format")
+        if not isinstance(form.get("schema"), dict):
+            raise FieldError("output_config.format.schema", "must be an object")
+        return encode_json(form["schema"]).decode()
 
 
 class MessagesBody(PromptBody, kw_only=True):

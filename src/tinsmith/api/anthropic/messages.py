@@ -71,6 +71,7 @@ def _read(room: Room, principal: Principal, data: bytes) -> MessageJob:
         top_k=body.top_k,
         top_p=body.top_p,
         stop=tuple(body.stop_sequences),
+        json_schema=body.json_schema,
     )
     return MessageJob(body, asked, reads_calls=chat.tools is not None)
 

@@ -19,7 +19,7 @@ from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Choice, Delta, Score, scores
 from tinsmith.api.texts.events import ALIVE, frame, open_stream
 from tinsmith.api.texts.fields import FieldError, UnofferedError, read_fields, read_text_body
-from tinsmith.api.texts.messages import plain_messages, plain_tools
+from tinsmith.api.texts.messages import only, plain_messages, plain_tools
 from tinsmith.api.texts.models import find_model
 from tinsmith.api.texts.prompts import Chat, chat_tokens, check_length
 from tinsmith.api.texts.room import Room, RoomDep
@@ -40,6 +40,7 @@ class ChatBody(CommonBody, kw_only=True):
     top_logprobs: int = 0
     tools: list[Any] | None = None
     tool_choice: Any = None
+    response_format: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -83,6 +84,7 @@ def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
         max_tokens=max_tokens,
         stop=body.stops,
         **body.sampling,
+        json_schema=_schema(body.response_format, has_tools=tools is not None),
         num_samples=body.n,
         topk=body.top_logprobs,
     )
@@ -95,6 +97,30 @@ def _uses_tools(choice: Any) -> bool:
     if choice == "none":
         return False
     raise UnofferedError("tool_choice", "other than auto and none is not offered here: a model can't be made to call")
+
+
+def _schema(form: Any, *, has_tools: bool) -> str | None:
+    """The JSON schema that the answer is held to, as text.
+
+    Raises:
+        FieldError, UnofferedError: another form, or tools beside it.
+    """
+    kind = form.get("type") if isinstance(form, dict) else None
+    if form is None:
+        return None
+    if kind not in ("json_schema", "json_object"):
+        raise UnofferedError("response_format", "is text, json_object or json_schema")
+    if has_tools:
+        raise UnofferedError("response_format", "beside tools is not offered here: a call is no such text")
+    if kind == "json_object":
+        only(form, ("type",), "response_format")
+        return '{"type": "object"}'
+    only(form, ("type", "json_schema"), "response_format")
+    named = form.get("json_schema")
+    if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise FieldError("response_format.json_schema.schema", "must be an object")
+    only(named, ("name", "description", "schema", "strict"), "response_format.json_schema")
+    return encode_json(named["schema"]).decode()
 
 
 def _choices(room: Room, job: ChatJob) -> list[Choice]:

@@ -32,7 +32,7 @@ UNOFFERED: Mapping[str, str] = {
     "prompt_cache_options": DOES_NOTHING,
     "prompt_cache_retention": DOES_NOTHING,
     "reasoning_effort": "set chat_template_kwargs, if the model's chat template has such a switch",
-    "response_format": "the form of an answer can't be forced; ask for it in the prompt",
+    "response_format": "ask for chat completions",
     "safety_identifier": NOT_KEPT,
     "service_tier": ONE_TIER,
     "store": NOT_KEPT,

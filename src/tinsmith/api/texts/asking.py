@@ -33,6 +33,7 @@ FIELDS = (
     "min_p",
     "presence_penalty",
     "frequency_penalty",
+    "json_schema",
     "max_tokens",
     "seed",
     "stop",
@@ -70,6 +71,7 @@ class Asked:
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    json_schema: str | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     num_samples: int = 1
@@ -85,6 +87,7 @@ class Asked:
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
+            "json_schema": self.json_schema,
             "seed": self.seed,
             "stop": list(self.stop) or None,
         }

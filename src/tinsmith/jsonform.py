@@ -1,0 +1,42 @@
+"""JSON schemas as grammars that an answer can be held to, by the llguidance library. Knows no tokens.
+
+Answers are written as Python's `json` writes them (one space after commas and colons, none elsewhere), so that no model
+can go on with white space forever.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher
+
+from tinsmith.errors import UnsupportedError, UserError
+
+MAX_SCHEMA_BYTES = 1 << 16
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+OPTIONS = "x-guidance"  # where a schema could ask the library to overlook what it doesn't know
+
+
+def json_grammar(schema: str) -> str:
+    """The grammar of a JSON schema, for `LLMatcher`.
+
+    Raises:
+        UserError: it is no JSON object, or too large.
+        UnsupportedError: it is no JSON schema, or has keywords that can't be held to; the message names them.
+    """
+    if len(schema) > MAX_SCHEMA_BYTES:
+        raise UserError(
+            f"json_schema has {len(schema)} characters, at most {MAX_SCHEMA_BYTES} are allowed: simplify it"
+        )
+    try:
+        is_object = isinstance(json.loads(schema), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object or OPTIONS in schema:
+        raise UserError("json_schema must be a JSON schema, an object")
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+    problem = LLMatcher.validate_grammar(grammar)
+    if problem:
+        raise UnsupportedError(f"json_schema can't be held to ({problem[:300]}): leave that out")
+    return grammar

@@ -1,0 +1,83 @@
+"""Which JSON schemas an answer can be held to."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.jsonform import MAX_SCHEMA_BYTES, json_grammar
+from tinsmith.sampling.grammar import Grammars
+from tinsmith.tokenizer import ChatTokenizer
+
+INFO = describe(BaseRef(SHIPPED_NAME, SHIPPED_PATH))
+TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)
+ANIMAL = {
+    "type": "object",
+    "properties": {"name": {"enum": ["fox", "bear"]}, "legs": {"type": "integer"}},
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"not": {"type": "string"}}, "not"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "nope"}, "nope"),
+        ({"type": "string", "format": "weird"}, "weird"),
+        ({"$ref": "http://127.0.0.1:1/schema"}, "not present"),
+    ],
+)
+def test_schemas_that_can_not_be_held_to(schema: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        json_grammar(json.dumps(schema))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "1", '{"x-guidance": {"lenient": true}}', " " * (MAX_SCHEMA_BYTES + 1), "[" * 60_000]
+)
+def test_what_is_no_schema(text: str) -> None:
+    with pytest.raises(UserError):
+        json_grammar(text)
+
+
+def test_wild_schemas_take_no_time() -> None:
+    wild = [
+        {"type": "string", "pattern": "(a+)+$"},
+        {"type": "array", "items": {}, "maxItems": 10**9},
+        {"type": "string", "minLength": 10**6},
+        {"anyOf": [{"type": "string", "pattern": f"^({'a|' * i}b)*$"} for i in range(200)]},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    ]
+    for schema in wild:
+        started = time.monotonic()
+        try:
+            json_grammar(json.dumps(schema))
+        except UserError:
+            continue
+        finally:
+            assert time.monotonic() - started < 1
+
+
+def test_a_matcher_allows_what_the_schema_allows() -> None:
+    matcher = Grammars(INFO).matcher(json.dumps(ANIMAL))
+    for token in TOKENIZER.encode('{"name": "fox", "legs": 4}'):
+        allowed = matcher.allowed()
+        assert allowed.shape == (INFO.vocab_size,)
+        assert allowed[token]
+        assert not allowed[list(INFO.eos_tokens)].any()
+        assert matcher.accept(token)
+    assert np.flatnonzero(matcher.allowed()).tolist() == sorted(INFO.eos_tokens)
+
+
+def test_a_matcher_that_was_led_astray_allows_nothing() -> None:
+    matcher = Grammars(INFO).matcher(json.dumps(ANIMAL))
+    assert not matcher.accept(TOKENIZER.encode("x")[0])
+    assert not matcher.allowed().any()
