@@ -159,6 +159,21 @@ def test_a_full_queue_says_when_to_come_back(make_house: Any) -> None:
         ask(api, sampler, 3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_holds_for_the_compatible_endpoints(make_house: Any, stream: bool) -> None:
+    house = make_house(max_queued_samples=2)
+    with TestClient(build_app(house.services)) as client:
+        api = Api(client, house.key)
+        sampler = new_sampler(api)
+        for seq in range(2):
+            ask(api, sampler, seq)
+        body = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "stream": stream}
+        for path in ("/oai/api/v1/chat/completions", "/anthropic/api/v1/messages"):
+            response = api.raw("POST", path, json=body)
+            assert (response.status_code, "max-queued-samples" in response.text) == (429, True)
+            assert int(response.headers["retry-after"]) > 0
+
+
 def test_requests_on_their_way_into_the_queue_take_room() -> None:
     room = QueueRoom()
     tenant = TenantId("t")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_every_kind_of_request(house: House) -> None:
     }
     assert 0 < metered(house)[None, UsageKind.SAMPLE] <= 2 * 40
     assert house.get(sample).state == "done"
+
+
+def test_a_cancelled_sample_counts_for_nothing(house: House) -> None:
+    worker = house.worker()
+    op = house.sample(house.sampler(), 0, max_tokens=200)
+    for _ in range(3):
+        worker.step()
+    house.store.endings.cancel(house.tenant, op.id, time.time())
+    settle(worker)
+    assert house.get(op).state == "cancelled"
+    assert metered(house) == {}
+    assert house.engine.num_samples == 0
 
 
 def test_a_sampler_of_a_run_is_metered_with_the_run(house: House) -> None:
