@@ -130,14 +130,14 @@ class TestFiles:
         save = run.save_weights_for_sampler if kind == "sampler" else run.save_state
         path = save(f"peft-{kind}").result().path
         found = peft_logprobs(unpack(archive(service, path), tmp_path))
-        np.testing.assert_allclose(found, logprobs(run), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(found, logprobs(run), rtol=0, atol=BOUND)
 
     def test_peft_computes_the_samplers_logprobs(self, client: Any, run: Any, service: Service, tmp_path: Path) -> None:
         path = run.save_weights_for_sampler("peft").result().path
         sampler = client.create_sampling_client(model_path=path).result()
         ours = sampler.compute_logprobs(types.ModelInput.from_ints(TEXT)).result()[1:]
         theirs = peft_logprobs(unpack(archive(service, path), tmp_path))
-        np.testing.assert_allclose(theirs, np.array(ours), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(theirs, np.array(ours), rtol=0, atol=BOUND)
 
     def test_only_what_was_trained_is_in_the_files(self, client: Any, service: Service, tmp_path: Path) -> None:
         run = client.create_lora_training_client(
@@ -148,7 +148,7 @@ class TestFiles:
         config = json.loads((directory / FILES[0]).read_text())
         assert (config["r"], config["lora_alpha"]) == (4, 32)
         assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
-        np.testing.assert_allclose(peft_logprobs(directory), logprobs(run), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(peft_logprobs(directory), logprobs(run), rtol=0, atol=BOUND)
 
     def test_an_external_checkpoint_is_fetched_file_by_file(self, rest: Any, run: Any, tmp_path: Path) -> None:
         path = run.save_weights_external("plain").result().path
@@ -157,7 +157,7 @@ class TestFiles:
         assert sorted(links.urls) == FILES
         for name, url in links.urls.items():
             (tmp_path / name).write_bytes(fetch(url))
-        np.testing.assert_allclose(peft_logprobs(tmp_path), logprobs(run), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(peft_logprobs(tmp_path), logprobs(run), rtol=0, atol=BOUND)
 
     def test_an_encrypted_export_opens_with_each_of_its_keys(
         self, rest: Any, run: Any, service: Service, tmp_path: Path
@@ -173,7 +173,7 @@ class TestFiles:
             assert pyrage.decrypt(sealed, [other]) == pyrage.decrypt(sealed, [ours])
             with pytest.raises(pyrage.DecryptError):
                 pyrage.decrypt(sealed, [third])
-        np.testing.assert_allclose(peft_logprobs(tmp_path), logprobs(run), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(peft_logprobs(tmp_path), logprobs(run), rtol=0, atol=BOUND)
         secret = str(ours)
         assert secret not in service.log.read_text()
 
@@ -212,7 +212,7 @@ class TestSharing:
         np.testing.assert_array_equal(logprobs(theirs), expected)
         sampling = stranger.create_sampling_client(model_path=sampler).result()
         found = sampling.compute_logprobs(types.ModelInput.from_ints(TEXT)).result()[1:]
-        np.testing.assert_allclose(np.array(found), expected, rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=BOUND)
         assert stranger_rest.get_weights_info_by_tinker_path(training).result().lora_rank == 8
 
         for path in (training, sampler, sampler):
@@ -344,7 +344,7 @@ class TestCommandLine:
         directory = Path(done["destination"])
         assert sorted(file.name for file in directory.iterdir()) == FILES
         assert done["file_size_bytes"] == sum(file.stat().st_size for file in directory.iterdir())
-        np.testing.assert_allclose(peft_logprobs(directory), logprobs(run), rtol=1e-6, atol=BOUND)
+        np.testing.assert_allclose(peft_logprobs(directory), logprobs(run), rtol=0, atol=BOUND)
         left = [c.tinker_path for c in rest.list_user_checkpoints(1000).result().checkpoints]
         assert not [p for p in left if p.endswith("/external_weights/download")]
 
