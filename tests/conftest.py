@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,16 @@ for name in [name for name in os.environ if name.startswith(("TINSMITH_", "TINKE
 import pytest  # noqa: E402
 
 from tests.service import Service, running  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sdk_clients_closed() -> Iterator[None]:
+    """What a module's SDK clients still have running in their thread ends with it: heartbeats to a stopped server."""
+    yield
+    if sdk := sys.modules.get("tinker.lib.internal_client_holder"):
+        for holder in [thing for thing in gc.get_objects() if type(thing) is sdk.InternalClientHolder]:
+            if holder._session_heartbeat_task:
+                holder.close()
 
 
 @pytest.fixture

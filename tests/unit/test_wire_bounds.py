@@ -63,7 +63,7 @@ def test_too_much_is_refused_at_little_cost(body: Callable[[], bytes], words: st
         check_bounds(sent, MAX_TOKENS)
     elapsed_s, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 100_000
+    assert peak < 1_000_000
     assert elapsed_s < 5.0
 
 
