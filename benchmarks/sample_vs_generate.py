@@ -136,7 +136,7 @@ def main() -> None:
     base = load_base(describe(parse(args.model)), device=torch.device("cpu"), dtype=torch.float32)
     vocab_size = base.info.vocab_size
     print(
-        f"{base.info.name}: {base.num_layers} layers, hidden {base.head_weight_VD.shape[1]}, vocabulary {vocab_size}; "
+        f"{base.info.name}: {base.num_layers} layers, hidden {base.head.in_features}, vocabulary {vocab_size}; "
         f"{PROMPT_TOKENS} prompt and {args.tokens} new tokens, LoRA rank {RANK} on every linear, "
         f"{args.threads} thread(s), median of {args.repeats}\n"
     )

@@ -53,7 +53,7 @@ class TorchEngine:
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         self._base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
-        uneven = uneven_products(self._base.weights())
+        uneven = uneven_products(self._base.matrices())
         if uneven:
             log.warning(RESULTS_DEPEND, base=info.name, products=uneven, threads=torch.get_num_threads())
         self._trainer = Trainer(self._base, settings)

@@ -12,6 +12,7 @@ import time
 import torch
 import transformers
 
+from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.row_probe import uneven_products
 
 GEMM_SIZE = 512
@@ -34,7 +35,7 @@ def probe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gflops": round(_gemm_gflops(), 1),
         "gpus": gpus,
-        "uneven": uneven_products(torch.randn(shape) for shape in SHAPES),
+        "uneven": uneven_products(FrozenMatrix(torch.randn(shape)) for shape in SHAPES),
     }
 
 

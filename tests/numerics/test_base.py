@@ -35,7 +35,7 @@ def test_linears_are_named_and_grouped(base):
     assert groups["model.layers.1.mlp.down_proj"] == "mlp"
     assert groups["lm_head"] == "unembed"
     assert len(groups) == 2 * 7 + 1
-    assert base.head_weight_VD.shape[0] == 211
+    assert base.head.out_features == 211
     assert sum(isinstance(module, StableSiLU) for module in base.backbone.modules()) == 2
 
 

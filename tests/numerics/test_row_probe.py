@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from tinsmith.model import row_probe
+from tinsmith.model import FrozenMatrix, row_probe
 
 
 def test_products_of_the_bases_are_even_here(base, wide_base, threads):
-    assert row_probe.uneven_products([*base.weights(), *wide_base.weights()]) == []
+    assert row_probe.uneven_products([*base.matrices(), *wide_base.matrices()]) == []
 
 
-def test_a_breach_is_seen(monkeypatch: pytest.MonkeyPatch):
-    def split_by_rows(x, w):
-        return F.linear(x, w) if len(x) > 64 else F.linear(x, w) * (1 + 1e-6)
+@pytest.mark.parametrize("side", ["times", "times_transpose"])
+def test_a_breach_is_seen(side: str, monkeypatch: pytest.MonkeyPatch):
+    product = getattr(FrozenMatrix, side)
 
-    weights = [torch.randn(48, 200), torch.randn(32, 96)]
-    monkeypatch.setattr(row_probe, "F", type("F", (), {"linear": staticmethod(split_by_rows)}))
-    assert row_probe.uneven_products(weights) == [(48, 200), (32, 96)]
+    def split_by_rows(matrix, rows):
+        return product(matrix, rows) if len(rows) > 64 else product(matrix, rows) * (1 + 1e-6)
+
+    monkeypatch.setattr(FrozenMatrix, side, split_by_rows)
+    matrices = [FrozenMatrix(torch.randn(48, 200)), FrozenMatrix(torch.randn(32, 96))]
+    assert row_probe.uneven_products(matrices) == [(48, 200), (32, 96)]

@@ -2,6 +2,7 @@
 
 from tinsmith.model.base import BaseModel, load_base
 from tinsmith.model.context import MIN_ROWS, ROW_GRID, GradContext, PassContext, padded_rows
+from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.layout import RowLayout, init_row
 
@@ -10,6 +11,7 @@ __all__ = [
     "MIN_ROWS",
     "ROW_GRID",
     "BaseModel",
+    "FrozenMatrix",
     "GradContext",
     "LinearInfo",
     "PassContext",

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.context import MIN_ROWS, PassContext
+from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, PassHolder
 from tinsmith.types import BaseInfo
@@ -43,7 +44,7 @@ class BaseModel:
     ) -> None:
         self.info = info
         self.linears = linears
-        self.head_weight_VD = head.weight.detach()
+        self.head = FrozenMatrix(head.weight)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.num_forwards = 0
         self.backbone: nn.Module = getattr(model, model.base_model_prefix)
@@ -52,18 +53,18 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight_VD.device
+        return self.head.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head_weight_VD.dtype
+        return self.head.dtype
 
-    def weights(self) -> Iterator[Tensor]:
-        """The frozen matrices [O, I] that rows of a pass are multiplied with, the head's last."""
+    def matrices(self) -> Iterator[FrozenMatrix]:
+        """What rows of a pass are multiplied with, the head's last."""
         for module in self.backbone.modules():
             if isinstance(module, GroupedLinear):
-                yield module.weight_OI
-        yield self.head_weight_VD
+                yield module.matrix
+        yield self.head
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
         """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
@@ -191,7 +192,7 @@ def _check(base: BaseModel, model: PreTrainedModel, tokens_T: Tensor, expected_T
     if context.linears != expected:
         wrong = sorted(set((context.linears - expected) + (expected - context.linears)))
         raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(wrong[:6])}")
-    logits_TV = h_TD @ base.head_weight_VD.T
+    logits_TV = base.head.times(h_TD)
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(

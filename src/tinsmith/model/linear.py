@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.model.context import GradContext, PassContext
+from tinsmith.model.frozen import FrozenMatrix
 
 
 class PassHolder:
@@ -43,29 +43,21 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, name: str, holder: PassHolder) -> None:
         super().__init__()
-        self.weight_OI = linear.weight.detach()
+        self.matrix = FrozenMatrix(linear.weight)
         self.bias_O = None if linear.bias is None else linear.bias.detach()
         self.name = name
         self._holder = holder
 
-    @property
-    def in_features(self) -> int:
-        return self.weight_OI.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight_OI.shape[0]
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]; leading dimensions are flattened to the rows of the pass."""
         context = self._holder.context
-        x_TI = x.reshape(-1, self.in_features)
+        x_TI = x.reshape(-1, self.matrix.in_features)
         if torch.is_grad_enabled():
             y_TO: Tensor = _GroupedLinear.apply(x_TI, self, context)  # type: ignore[no-untyped-call]
         else:
-            y_TO = F.linear(x_TI, self.weight_OI, self.bias_O)
+            y_TO = self.matrix.times(x_TI, self.bias_O)
             context.add_lora(self.name, x_TI, y_TO)
-        return y_TO.view(*x.shape[:-1], self.out_features)
+        return y_TO.view(*x.shape[:-1], self.matrix.out_features)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -73,7 +65,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, layer: GroupedLinear, context: GradContext) -> Tensor:
-        y_TO = F.linear(x_TI, layer.weight_OI, layer.bias_O)
+        y_TO = layer.matrix.times(x_TI, layer.bias_O)
         context.add_lora(layer.name, x_TI, y_TO)
         ctx.layer, ctx.context = layer, context
         if context.needs_input(layer.name):
@@ -84,7 +76,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None, None]:
         layer = cast(GroupedLinear, ctx.layer)
         dy_TO = dy_TO.contiguous()
-        dx_TI = dy_TO @ layer.weight_OI
+        dx_TI = layer.matrix.times_transpose(dy_TO)
         (x_TI,) = ctx.saved_tensors or (None,)
         cast(GradContext, ctx.context).add_lora_grad(layer.name, x_TI, dy_TO, dx_TI)
         return dx_TI, None, None

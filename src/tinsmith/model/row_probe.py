@@ -9,30 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from tinsmith.model.context import MIN_ROWS
+from tinsmith.model.frozen import FrozenMatrix
 
 MOST_ROWS = 272
 ROWS = (MIN_ROWS, 32, 64, 128)
 
 
-def uneven_products(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """The shapes (O, I) of those among `weights` whose products x Wᵀ [T, O] or dy W [T, I] round a row differently in
-    a crowd; each shape is tried once."""
-    by_shape = {(w.shape[0], w.shape[1]): w for w in weights}
-    return [shape for shape, weight_OI in by_shape.items() if not _is_even(weight_OI)]
+def uneven_products(matrices: Iterable[FrozenMatrix]) -> list[tuple[int, int]]:
+    """The shapes (O, I) of those whose products x Wᵀ [T, O] or dy W [T, I] round a row differently in a crowd; each
+    shape is tried once."""
+    by_shape = {(matrix.out_features, matrix.in_features): matrix for matrix in matrices}
+    return [shape for shape, matrix in by_shape.items() if not _is_even(matrix)]
 
 
 @torch.no_grad()
-def _is_even(weight_OI: Tensor) -> bool:
+def _is_even(matrix: FrozenMatrix) -> bool:
     generator = torch.Generator().manual_seed(0)
-    for width, is_forward in ((weight_OI.shape[1], True), (weight_OI.shape[0], False)):
-        rows = torch.randn(MOST_ROWS, width, generator=generator).to(weight_OI)
-        crowd = F.linear(rows, weight_OI) if is_forward else rows @ weight_OI
-        for count in ROWS:
-            few = F.linear(rows[:count], weight_OI) if is_forward else rows[:count] @ weight_OI
-            if not torch.equal(few, crowd[:count]):
-                return False
+    for width, product in ((matrix.in_features, matrix.times), (matrix.out_features, matrix.times_transpose)):
+        rows = torch.randn(MOST_ROWS, width, generator=generator).to(matrix.device, matrix.dtype)
+        crowd = product(rows)
+        if not all(torch.equal(product(rows[:count]), crowd[:count]) for count in ROWS):
+            return False
     return True

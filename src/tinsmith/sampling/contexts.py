@@ -166,7 +166,7 @@ def pad_rows(x_ND: Tensor) -> Tensor:
 
 def head_logits(base: BaseModel, hidden_TD: Tensor) -> Tensor:
     """The base's logits [T, V], without any adapter; T as `padded_rows` says."""
-    return F.linear(hidden_TD, base.head_weight_VD)
+    return base.head.times(hidden_TD)
 
 
 def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.errors import UserError
-from tinsmith.model import HEAD, padded_rows
+from tinsmith.model import HEAD, FrozenMatrix, padded_rows
 from tinsmith.training.context import add_grads
 from tinsmith.training.lanes import Lane
 from tinsmith.training.losses import TARGETS, Evaluation
@@ -68,12 +68,10 @@ class Piece:
 class Head:
     """The head of one base. `chunk_tokens` bounds the rows whose logits are held at once."""
 
-    def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
-        self._weight_VD = weight_VD
+    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int) -> None:
+        self._matrix = matrix
         self._chunk_tokens = chunk_tokens
-        self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (len(weight_VD) * weight_VD.element_size()))
-        # held from pass to pass: memory fresh from the kernel costs more than the softmax that fills it (measured 3x)
-        self._buffer_CV = weight_VD.new_empty(padded_rows(chunk_tokens), len(weight_VD))
+        self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (matrix.out_features * matrix.dtype.itemsize))
 
     def run(self, h_TD: Tensor, lanes: Sequence[Lane]) -> Tensor:
         """Fill in log-probabilities, losses and failures of the lanes' ops, and add the head's adapter gradients.
@@ -122,10 +120,7 @@ class Head:
         return self._whole_tokens if is_whole else self._chunk_tokens
 
     def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
-        num_rows = padded_rows(len(h_CD))
-        if num_rows > len(self._buffer_CV):
-            self._buffer_CV = self._weight_VD.new_empty(num_rows, len(self._weight_VD))
-        return _ChunkPass(self._weight_VD, self._buffer_CV, h_CD, chunk)
+        return _ChunkPass(self._matrix, h_CD, chunk)
 
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
@@ -140,16 +135,16 @@ class Head:
 class _ChunkPass:
     """One chunk: its logits and what follows from them.
 
-    `logprobs` are those of the targets of each piece, [N, K] or [N]. The buffer holds the logits, then the
+    `logprobs` are those of the targets of each piece, [N, K] or [N]. One tensor holds the logits, then the
     probabilities, then the gradient of the logits.
     """
 
-    def __init__(self, weight_VD: Tensor, buffer_CV: Tensor, h_CD: Tensor, chunk: Sequence[Piece]) -> None:
-        self._weight_VD = weight_VD
+    def __init__(self, matrix: FrozenMatrix, h_CD: Tensor, chunk: Sequence[Piece]) -> None:
+        self._matrix = matrix
         self._h_CD = h_CD
         self._chunk = chunk
         self._shrunk: dict[int, Tensor] = {}
-        logits_CV = self._make_logits(buffer_CV)
+        logits_CV = self._make_logits()
         top_C = logits_CV.amax(-1)
         target_logits = [logits_CV[piece.rows].gather(1, _rows_by_k(piece.targets)) for piece in chunk]
         self._probs_CV = torch.softmax(
@@ -176,10 +171,10 @@ class _ChunkPass:
         if live:
             self._backward(live, dh_CD)
 
-    def _make_logits(self, buffer_CV: Tensor) -> Tensor:
+    def _make_logits(self) -> Tensor:
         num_rows = len(self._h_CD)
         h_CD = F.pad(self._h_CD, (0, 0, 0, padded_rows(num_rows) - num_rows))
-        logits_CV = torch.mm(h_CD, self._weight_VD.T, out=buffer_CV[: len(h_CD)])[:num_rows]
+        logits_CV = self._matrix.times(h_CD)[:num_rows]
         for piece in self._chunk:
             slot = piece.lane.op.slot
             if HEAD in slot.views:
@@ -227,7 +222,7 @@ class _ChunkPass:
             _to_dlogits(dlogits_MV[span], coef_NK[inner_N], piece.targets[inner_N])
             spans.append(span)
             offset = span.stop
-        dh_MD = dlogits_MV @ self._weight_VD
+        dh_MD = self._matrix.times_transpose(dlogits_MV)
         for (piece, _), rows_N, span in zip(live, rows, spans, strict=True):
             self._add_lora_grad(piece, rows_N, dlogits_MV[span], dh_MD[span])
         dh_CD.index_copy_(0, rows_M, dh_MD[: len(rows_M)])

@@ -18,7 +18,7 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head_weight_VD, settings.loss_chunk_tokens)
+        self._head = Head(base.head, settings.loss_chunk_tokens)
         self._slots: dict[RunId, RunSlot] = {}
 
     def has_run(self, run_id: RunId) -> bool:
