@@ -1,6 +1,7 @@
 # One command a verb. `make` alone lists them.
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -29,8 +30,9 @@ types: init ## mypy, strict, over src
 	@echo "mypy"
 	@$(BIN)/mypy
 
-unit: init ## the tests alone
-	@$(BIN)/python -m pytest
+unit: init ## the tests alone: two files at a time, then those that compare times one by one
+	@$(BIN)/python -m pytest -q -m "not alone" -n $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest -q -m alone
 
 contract: init ## the contract suite with every supported SDK, each in its own environment
 	@$(BIN)/python -m scripts.contract_envs

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-READY_WITHIN_S = 60.0
+READY_WITHIN_S = 120.0
 
 
 class Service:

@@ -34,7 +34,7 @@ from tinsmith.supervisor import available_cores
 PROBE_TIMEOUT_S = 120.0
 MIN_DISK_BYTES = 2 * 10**9
 LITTLE_DISK_BYTES = 10 * 10**9
-BYTES_PER_PARAM = 4  # float32
+BYTES_PER_PARAM = 8  # float32, laid out once for each side it is multiplied from
 WORKER_BYTES = 600 * 2**20  # torch and transformers themselves
 GIB = 2**30
 MOST_SPINS = 1000

@@ -22,6 +22,8 @@ from tinsmith.wire.media import MAX_SLOW_BYTES
 MIB = 2**20
 ZSTD = {"content-encoding": "zstd"}
 
+pytestmark = pytest.mark.alone
+
 
 def pack(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)

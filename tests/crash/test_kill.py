@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tinker
 from tinker import types
 
@@ -79,6 +80,7 @@ def test_queued_requests_survive_the_death_of_everything(tmp_path: Path) -> None
         assert [f.result().metrics["loss:sum"] for f in [*futures, last]] == expected
 
 
+@pytest.mark.alone
 def test_dead_children_are_back_within_five_seconds_on_the_same_port(tmp_path: Path) -> None:
     with running(tmp_path / "data") as service:
         url = service.url
@@ -103,6 +105,7 @@ def test_a_clean_stop_takes_its_files_along(tmp_path: Path) -> None:
         until(lambda: not any(map(is_alive, children)), 5.0)
 
 
+@pytest.mark.alone
 def test_healthz_knows_at_once_that_a_worker_is_gone(tmp_path: Path) -> None:
     with running(tmp_path / "data") as service:
         service.kill_worker()

@@ -114,6 +114,7 @@ class TestLearns:
 class TestDemonstration:
     """Its first half with a quarter of the steps: six tasks at once through the SDK, judged as the command does."""
 
+    @pytest.mark.alone
     def test_six_runs_learn_in_shared_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         example = demo.load_example("many_runs")
         reports: list[Any] = []

@@ -119,6 +119,7 @@ def cpu_s(engine: TorchEngine, items: Sequence[TrainItem]) -> float:
     return time.process_time() - started
 
 
+@pytest.mark.alone
 def test_twenty_neighbours_cost_time_in_proportion_to_their_tokens(engine):
     """The best of several interleaved measurements of CPU time; one run with as many tokens is the measure."""
     rng = np.random.default_rng(0)
