@@ -15,18 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.cookbook import environment, fixture
-from scripts.cookbook.recipes import (
-    ABSENT,
-    MODEL,
-    NAMES,
-    RECIPES,
-    RECIPES_PACKAGE,
-    SCRIPTS_PACKAGE,
-    WIDE_NAMES,
-    Recipe,
-    missing,
-    unlisted,
-)
+from scripts.cookbook.recipe import NAMES, RECIPES_PACKAGE, SCRIPTS_PACKAGE, WIDE_NAMES, Recipe
+from scripts.cookbook.recipes import ABSENT, RECIPES, missing, unlisted
 from scripts.cookbook.runner import Places, run
 from scripts.cookbook.table import Row, render
 from tests.service import Service, running
@@ -34,6 +24,7 @@ from tests.service import Service, running
 DIRECTORY = environment.ROOT / ".cookbook"
 SHIPPED = environment.ROOT / "src" / "tinsmith" / "assets" / "tiny"
 KV_CACHE_MIB = 256
+READY_WITHIN_S = 300.0  # a worker for each name, each with a torch to import
 
 
 def select(names: Sequence[str]) -> list[Recipe]:
@@ -99,8 +90,9 @@ def main(names: Sequence[str]) -> int:
     flags = [part for name, path in served.items() for part in ("--base-model", f"{name}={path}")]
     rows: list[Row] = []
     print(f"starting a server with {len(served)} names for {SHIPPED.name}; logs are in {DIRECTORY}", flush=True)
-    with running(DIRECTORY / "data", *flags, "--kv-cache-mib", str(KV_CACHE_MIB)) as service:
-        places = Places(python, work, runs, MODEL, client_environment(service, runs))
+    flags += ["--kv-cache-mib", str(KV_CACHE_MIB)]
+    with running(DIRECTORY / "data", *flags, ready_within_s=READY_WITHIN_S) as service:
+        places = Places(python, work, runs, client_environment(service, runs))
         for index, recipe in enumerate(chosen, start=1):
             print(f"[{index}/{len(chosen)}] {recipe.name} ...", end=" ", flush=True)
             started = time.monotonic()

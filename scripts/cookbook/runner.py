@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.cookbook.outcome import BEFORE_KILL, Outcome, Verdict
-from scripts.cookbook.recipes import Recipe
+from scripts.cookbook.recipe import Recipe
 
 LOOK_EVERY_S = 0.02
 
@@ -25,7 +25,6 @@ class Places:
     python: Path
     work: Path
     runs: Path
-    model: str
     env: Mapping[str, str]
 
     def log_path(self, name: str) -> Path:
