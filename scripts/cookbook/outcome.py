@@ -22,7 +22,6 @@ class Outcome:
     log_path: Path
     output: str
     returncode: int | None
-    seconds: float
 
     def metrics(self, file: str = "metrics.jsonl", folder: str = ".") -> list[dict[str, Any]]:
         """The rows of a metrics file; none if there is no file."""
@@ -132,6 +131,39 @@ def _moves(steps: int, metric: str, window: int, by: float, word: str) -> Judge:
         moved = last - first >= by if by > 0 else last - first <= by
         text = f"{metric} {word if moved else 'did not move enough:'} from {first:.3f} to {last:.3f}"
         return Verdict(moved, f"{'ok' if moved else 'failed'}: {text}", verdict.steps)
+
+    return judge
+
+
+AGREEMENT, AGREEMENT_BOUND = "optim/kl_sample_train_v2", 1e-10
+
+
+def agreeing(then: Judge, folder: str = ".") -> Judge:
+    """On-policy, the sampler's log-probabilities are the trainer's: half their mean squared difference is within 1e-10.
+
+    The cookbook's own estimate (k2) of the divergence between the two, logged at every step of reinforcement learning.
+    """
+
+    def judge(outcome: Outcome) -> Verdict:
+        verdict = then(outcome)
+        values = outcome.series(AGREEMENT, folder)
+        if not verdict.ok:
+            return verdict
+        if not values or max(values) > AGREEMENT_BOUND:
+            return Verdict(False, f"failed: sampler and trainer differ, {AGREEMENT} {values}", verdict.steps)
+        return Verdict(True, f"{verdict.text}; sampler and trainer agree, {max(values):.0e}", verdict.steps)
+
+    return judge
+
+
+def both(first: Judge, second: Judge) -> Judge:
+    """The first bad verdict, or the two together."""
+
+    def judge(outcome: Outcome) -> Verdict:
+        one, two = first(outcome), second(outcome)
+        if not one.ok:
+            return one
+        return Verdict(two.ok, two.text, (one.steps or 0) + (two.steps or 0))
 
     return judge
 

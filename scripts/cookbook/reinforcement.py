@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.cookbook.outcome import Judge, refused, rises, said, trained
+from scripts.cookbook.outcome import Judge, agreeing, refused, rises, said, trained
 from scripts.cookbook.recipe import (
     GRADER,
     IS,
@@ -27,9 +27,9 @@ SMALL = ("groups_per_batch=2", "group_size=2", "max_tokens=16", "max_steps=1")
 REINFORCEMENT = (
     math_rl(
         "math_rl arithmetic",
-        *(NO_THOUGHT, "env=arithmetic", IS, "groups_per_batch=32", "group_size=8", "max_tokens=6", "max_steps=24"),
-        *("learning_rate=2e-3", "save_every=12"),
-        judge=rises(24, REWARD, 3, 0.2),
+        *(NO_THOUGHT, "env=arithmetic", IS, "groups_per_batch=32", "group_size=8", "max_tokens=6", "max_steps=16"),
+        *("learning_rate=2e-3", "save_every=8"),
+        judge=agreeing(rises(16, REWARD, 3, 0.3)),
         timeout_s=900,
     ),
     math_rl(
@@ -46,10 +46,10 @@ REINFORCEMENT = (
         "math_rl streamed",
         *("env=arithmetic", "loss_fn=ppo", "groups_per_batch=4", "group_size=4", "max_steps=2"),
         *("stream_minibatch_config.groups_per_batch=4", "stream_minibatch_config.num_minibatches=2"),
-        judge=trained(2, REWARD),
+        judge=agreeing(trained(2, REWARD)),
     ),
     *(
-        math_rl(f"math_rl {env}", f"env={env}", IS, *SMALL, judge=trained(1, REWARD))
+        math_rl(f"math_rl {env}", f"env={env}", IS, *SMALL, judge=agreeing(trained(1, REWARD)))
         for env in ("math", "polaris", "deepmath", "gsm8k")
     ),
     *(
@@ -74,19 +74,19 @@ REINFORCEMENT = (
             ),
             f"dataset_builder.model_name_for_tokenizer={PLAIN}",
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "rl_numerics_check",
         recipe("rl_numerics_check.train"),
         (f"model_name={STUDENT}", "groups_per_batch=2", "group_size=2", "max_tokens=32", "max_steps=1", *LOG),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "guess_number",
         recipe("multiplayer_rl.guess_number.train"),
         (MODEL_IS, NO_THOUGHT, "batch_size=2", "group_size=2", "max_tokens=8", "eval_every=0", "max_steps=1", *LOG),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "twenty_questions",
@@ -95,7 +95,7 @@ REINFORCEMENT = (
             *(MODEL_IS, NO_THOUGHT, "batch_size=2", "group_size=2", "num_epochs=1", "max_tokens=8"),
             *("eval_every=0", "max_steps=1", *LOG),
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "text_arena",
@@ -104,7 +104,7 @@ REINFORCEMENT = (
             *(MODEL_IS, NO_THOUGHT, "batch_size=2", "num_train_datapoints=8", "num_test_datapoints=2", "max_tokens=8"),
             *("eval_every=1", "max_steps=1", *LOG),
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "text_arena play",
@@ -126,7 +126,7 @@ REINFORCEMENT = (
             *(f"model_name={TEACHER}", f"grader_llm_name={GRADER}", IS, "groups_per_batch=2", "train_group_size=2"),
             *("max_tokens=8", "max_steps=1", "eval_every=0", *LOG),
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
         after="rubric generate_data",
     ),
     Recipe(
@@ -136,7 +136,7 @@ REINFORCEMENT = (
             *(f"model_name={TEACHER}", f"grader_llm_name={GRADER}", IS, "groups_per_batch=2", "train_group_size=2"),
             *("max_tokens=8", "max_steps=1", "eval_every=0", *LOG),
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe("rubric debug_env", recipe("rubric.debug_env"), (), said("Rubric")),
     Recipe(
@@ -146,7 +146,7 @@ REINFORCEMENT = (
             *(MODEL_IS, "renderer_name=qwen3", "data_path={work}/forecasts.csv", "groups_per_batch=2", "group_size=2"),
             *("validation_group_size=1", "max_validation_questions=2", "max_tokens=16", "max_steps=1", *LOG),
         ),
-        trained(1, REWARD),
+        agreeing(trained(1, REWARD)),
     ),
     Recipe(
         "forecasting data",

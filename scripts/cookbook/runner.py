@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scripts.cookbook.outcome import BEFORE_KILL, Outcome, Verdict
@@ -33,8 +33,7 @@ class Places:
 
 def run(recipe: Recipe, places: Places) -> Verdict:
     log_path = places.log_path(recipe.name)
-    log_path.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         args = [fill(arg, recipe, places) for arg in recipe.args]
     except LookupError as error:
@@ -45,8 +44,21 @@ def run(recipe: Recipe, places: Places) -> Verdict:
         args = [*(arg for arg in args if arg.partition("=")[0] not in keys(recipe.again)), *recipe.again]
         shutil.copyfile(kept, log_path / BEFORE_KILL)
     returncode = start(recipe, places, args, output, recipe.timeout_s)
-    text = output.read_text(errors="replace")
-    return recipe.judge(Outcome(log_path, text, returncode, time.monotonic() - started))
+    outcome = Outcome(log_path, output.read_text(errors="replace"), returncode)
+    if returncode == -signal.SIGABRT:
+        return judged_after_abort(recipe, outcome)
+    return recipe.judge(outcome)
+
+
+def judged_after_abort(recipe: Recipe, outcome: Outcome) -> Verdict:
+    """Python processes with the SDK abort now and then while they exit, after their work; the verdict says that it was so.
+
+    The work itself is judged as ever: what was aborted midway lacks its steps or its last words.
+    """
+    verdict = recipe.judge(replace(outcome, returncode=0))
+    return (
+        replace(verdict, text=f"{verdict.text}; its process aborted on exit") if verdict.ok else recipe.judge(outcome)
+    )
 
 
 def keys(args: tuple[str, ...]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.cookbook.outcome import falls, resumed, said, trained
+from scripts.cookbook.outcome import agreeing, both, falls, resumed, said, trained
 from scripts.cookbook.recipe import (
     LOG,
     MODEL,
@@ -58,8 +58,9 @@ SUPERVISED = (
         "chat_sl sweep",
         recipe("chat_sl.sweep"),
         (
-            *("recipe=sft", f"base.{MODEL_IS}", "base.dataset=no_robots", "base.batch_size=16", "base.eval_every=0"),
-            *("training_budget_examples=32", "learning_rates=[1e-4,1e-3]", "lora_ranks=[4]", "sweep_dir={log}"),
+            *("recipe=sft", f"base.{MODEL_IS}", "base.dataset=no_robots", "base.batch_size=16", "base.eval_every=1"),
+            *("training_budget_examples=32", "learning_rates=[1e-4,1e-3]", "lora_ranks=[4]"),
+            f"sweep_dir={{log}}/{MODEL.replace('/', '-')}",
         ),
         said("Best config per rank", "Recommendations written to"),
     ),
@@ -95,7 +96,7 @@ SUPERVISED = (
         "decisions forecasting",
         recipe("decisions.forecasting"),
         (MODEL_IS, "data_path={work}/forecasts.csv", "batch_size=4", "max_steps=2", *LOG),
-        trained(2, "step"),
+        trained(2, "train/loss"),
     ),
 )
 
@@ -113,7 +114,7 @@ PREFERENCES = (
         "shorter",
         recipe("preference.shorter.train"),
         (MODEL_IS, NO_THOUGHT, "batch_size=2", "group_size=2", "max_tokens=16", "eval_every=0", "max_steps=2", *LOG),
-        trained(2, REWARD),
+        agreeing(trained(2, REWARD)),
     ),
     Recipe(
         "rlhf_pipeline",
@@ -122,7 +123,10 @@ PREFERENCES = (
             *(f"base_model={MODEL}", "short_name=tiny", "batch_size=4", "max_length=512", "max_steps=2"),
             *("rl_max_tokens=8", "rl_group_size=2", "eval_every=2", "save_every=2"),
         ),
-        said("Writing metrics", never=("Traceback",)),
+        both(
+            trained(2, NLL, ("../rlhf-tiny/sft", "../rlhf-tiny/rm")),
+            agreeing(trained(2, REWARD, ("../rlhf-tiny/rl",)), "../rlhf-tiny/rl"),
+        ),
         timeout_s=600,
     ),
 )
@@ -136,7 +140,7 @@ DISTILLATION = (
             *(MODEL_IS, f"teacher_model={TEACHER}", "groups_per_batch=2", "group_size=2", "max_tokens=16"),
             *("max_steps=2", "compute_post_kl=True", "lora_rank=16", *LOG),
         ),
-        trained(2, "teacher_kl"),
+        agreeing(trained(2, "teacher_kl")),
     ),
     Recipe(
         "distillation multi_teacher",
@@ -146,7 +150,7 @@ DISTILLATION = (
             *("deepmath_groups_per_batch=2", "tulu3_groups_per_batch=2", "group_size=2", "max_steps=2", "lora_rank=16"),
             *LOG,
         ),
-        trained(2, "teacher_kl"),
+        agreeing(trained(2, "teacher_kl")),
     ),
     *(
         Recipe(
@@ -165,7 +169,14 @@ DISTILLATION = (
         "sdft benchmark",
         recipe("sdft.benchmark"),
         (
-            *(MODEL_IS, "dataset=science", "data_dir={work}/arrow", "log_root={log}", "lora_rank=16", "max_tokens=16"),
+            *(
+                f"model_name={STUDENT}",
+                "dataset=science",
+                "data_dir={work}/arrow",
+                "log_root={log}",
+                "lora_rank=16",
+                "max_tokens=16",
+            ),
             *("groups_per_batch=4", "max_steps=1", "sft_batch_size=4", "sft_max_steps=1", "eval_every=0"),
             "behavior_if_log_dir_exists=delete",
         ),
@@ -175,7 +186,7 @@ DISTILLATION = (
         "sdft run_continual_learning",
         recipe("sdft.run_continual_learning"),
         (
-            *(MODEL_IS, "data_dir={work}/arrow", "log_root={log}", "lora_rank=16", "batch_size=4", "max_tokens=8"),
+            *(MODEL_IS, "data_dir={work}/arrow", "log_root={log}", "lora_rank=16", "batch_size=4", "max_tokens=64"),
             *("methods=sft,sdft_topk", "learning_rates=1e-3"),
         ),
         said("EXPERIMENT COMPLETE", never=("Traceback",)),

@@ -11,7 +11,19 @@ from tokenizers import Tokenizer
 
 from scripts.cookbook import fixture
 from scripts.cookbook.__main__ import absent_rows, select
-from scripts.cookbook.outcome import BEFORE_KILL, Outcome, falls, refused, resumed, rises, said, trained
+from scripts.cookbook.outcome import (
+    AGREEMENT,
+    BEFORE_KILL,
+    Outcome,
+    agreeing,
+    both,
+    falls,
+    refused,
+    resumed,
+    rises,
+    said,
+    trained,
+)
 from scripts.cookbook.recipe import Recipe
 from scripts.cookbook.recipes import ABSENT, RECIPES, missing, unlisted
 from scripts.cookbook.runner import Places, fill, run
@@ -37,7 +49,7 @@ def write(log_path: Path, values: list[float], name: str = "metrics.jsonl", time
 
 
 def outcome(log_path: Path, output: str = "", returncode: int | None = 0) -> Outcome:
-    return Outcome(log_path, output, returncode, 1.0)
+    return Outcome(log_path, output, returncode)
 
 
 class TestFixture:
@@ -116,6 +128,20 @@ class TestVerdicts:
         verdict = resumed(trained(4, "nll"), "nll", 2)(outcome(log_path))
         assert not verdict.ok
         assert message in verdict.text
+
+    def test_the_sampler_has_to_agree_with_the_trainer(self, log_path: Path) -> None:
+        judge = agreeing(trained(1, "step"))
+        for value, ok in ((1e-13, True), (1e-6, False)):
+            (log_path / "metrics.jsonl").write_text(json.dumps({"step": 0, AGREEMENT: value}) + "\n")
+            assert judge(outcome(log_path)).ok is ok
+        write(log_path, [1.0])
+        assert not judge(outcome(log_path)).ok
+
+    def test_two_verdicts_are_one(self, log_path: Path) -> None:
+        write(log_path, [1.0, 2.0])
+        assert both(trained(2, "nll"), trained(1, "nll"))(outcome(log_path)).steps == 4
+        assert not both(trained(3, "nll"), trained(1, "nll"))(outcome(log_path)).ok
+        assert not both(trained(1, "nll"), trained(3, "nll"))(outcome(log_path)).ok
 
     def test_a_refusal_has_to_fail_and_to_say_why(self, log_path: Path) -> None:
         judge = refused("importance_sampling")
@@ -209,3 +235,13 @@ class TestRunner:
         assert fill("x={state}", recipe, places) == "x=tinker://b"
         assert fill("{sampler}", recipe, places) == "tinker://c"
         assert fill("{log}/a", recipe, places) == str(places.runs / "next" / "a")
+
+    def test_an_abort_on_exit_is_told_and_one_midway_is_bad(self, places: Places) -> None:
+        script = places.work / "abort.py"
+        script.write_text("import os; print('done', flush=True); os.abort()")
+        verdict = run(Recipe("abort", script, (), said("done")), places)
+        assert verdict.ok
+        assert verdict.text == "ok; its process aborted on exit"
+        verdict = run(Recipe("abort", script, (), said("more")), places)
+        assert not verdict.ok
+        assert "exit -6" in verdict.text

@@ -71,7 +71,13 @@ def main(out: Path, base: Path, name: str) -> int:
         merged, exported = out / f"{kind}-merged", out / f"{kind}-peft"
         for old in (merged, exported):
             shutil.rmtree(old, ignore_errors=True)
-        weights.build_hf_model(str(base), str(adapter), str(merged), dtype="float32", merge_strategy="full")
+        weights.build_hf_model(
+            base_model=str(base),
+            adapter_path=str(adapter),
+            output_path=str(merged),
+            dtype="float32",
+            merge_strategy="full",
+        )
         weights.build_lora_adapter(base_model=str(base), adapter_path=str(adapter), output_path=str(exported))
         hand = logprobs(by_hand(base, adapter), tokens)
         found = {
