@@ -51,7 +51,7 @@ def run(recipe: Recipe, places: Places) -> Verdict:
 
 
 def judged_after_abort(recipe: Recipe, outcome: Outcome) -> Verdict:
-    """Python processes with the SDK abort now and then while they exit, after their work; the verdict says that it was so.
+    """Processes with the SDK abort now and then while they exit, after their work; the verdict then says so.
 
     The work itself is judged as ever: what was aborted midway lacks its steps or its last words.
     """
@@ -150,5 +150,6 @@ def run_until(recipe: Recipe, places: Places, args: list[str], output: Path, met
             time.sleep(LOOK_EVERY_S)
     finally:
         stop(process)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.touch()
     return metrics

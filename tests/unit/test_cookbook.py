@@ -189,10 +189,10 @@ class TestTable:
 
 
 LOOP = """
-import json, sys, time
-path, first = sys.argv[1] + "/metrics.jsonl", len(open(sys.argv[1] + "/metrics.jsonl", "a+").readlines())
-start = int(sys.argv[3].partition("=")[2])
-rows = [json.loads(line) for line in open(path)][:start]
+import json, os, sys, time
+os.makedirs(sys.argv[1], exist_ok=True)
+path, start = sys.argv[1] + "/metrics.jsonl", int(sys.argv[3].partition("=")[2])
+rows = [json.loads(line) for line in open(path)][:start] if start else []
 open(path, "w").write("".join(json.dumps(row) + "\\n" for row in rows))
 for step in range(start, 6):
     with open(path, "a") as file:
