@@ -5,7 +5,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract bench docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ unit: init ## the tests alone: two files at a time, then those that compare time
 contract: init ## the contract suite with every supported SDK, each in its own environment
 	@$(BIN)/python -m scripts.contract_envs
 
+cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
+	@$(BIN)/python -m scripts.cookbook $(RECIPES)
+
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
 
@@ -44,4 +47,4 @@ docs: init ## the pages that are generated from the code
 	@$(BIN)/python scripts/make_settings_page.py
 
 clean: ## remove what the other verbs made
-	rm -rf $(VENV) .venv-* build dist curves .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cookbook build dist curves .mypy_cache .ruff_cache .pytest_cache .hypothesis

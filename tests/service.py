@@ -20,9 +20,10 @@ READY_WITHIN_S = 120.0
 class Service:
     """A running server. `info()` is its server.json, which changes when a child is restarted."""
 
-    def __init__(self, data_dir: Path, *flags: str) -> None:
+    def __init__(self, data_dir: Path, *flags: str, ready_within_s: float = READY_WITHIN_S) -> None:
         self.data_dir = data_dir
         self.flags = flags
+        self.ready_within_s = ready_within_s
         self.log = data_dir.parent / f"{data_dir.name}.log"
         self.process = self._start()
         self.url = self.wait_ready()
@@ -47,7 +48,7 @@ class Service:
 
     def wait_ready(self) -> str:
         try:
-            until(self.is_ready, READY_WITHIN_S, lambda: self.log.read_text(errors="replace")[-4000:])
+            until(self.is_ready, self.ready_within_s, lambda: self.log.read_text(errors="replace")[-4000:])
         except AssertionError:
             self.kill()
             raise
@@ -77,8 +78,8 @@ class Service:
 
 
 @contextlib.contextmanager
-def running(data_dir: Path, *flags: str) -> Iterator[Service]:
-    service = Service(data_dir, *flags)
+def running(data_dir: Path, *flags: str, ready_within_s: float = READY_WITHIN_S) -> Iterator[Service]:
+    service = Service(data_dir, *flags, ready_within_s=ready_within_s)
     try:
         yield service
     finally:

@@ -143,7 +143,7 @@ class FakeEngine:
             run.parts["v"] = run.parts["v"] + np.float32(1)
             run.parts["param"] = run.parts["param"] - np.float32(item.params.learning_rate) * run.parts["m"]
             run.step += 1
-            results.append(OptimResult({"grad_norm": float(np.linalg.norm(grad)), "step": float(run.step)}))
+            results.append(OptimResult({"grad_norm": float(np.linalg.norm(grad)), "optimizer_step": float(run.step)}))
             run.parts["grad"] = np.zeros_like(grad)
         return results
 

@@ -74,7 +74,7 @@ def test_early_arrivals_wait_and_then_run_in_order(house: House) -> None:
     house.forward_backward(run, 1, [1, 2])
     settle(worker)
     assert house.get(second).state is OpState.DONE
-    assert msgspec.json.decode(house.result(third))["metrics"]["step"] == 1.0
+    assert msgspec.json.decode(house.result(third))["metrics"]["optimizer_step"] == 1.0
 
 
 def test_a_failed_request_blocks_nobody(house: House) -> None:

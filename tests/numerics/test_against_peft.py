@@ -74,7 +74,7 @@ def test_five_steps_of_adamw(base, params):
         norm = torch.nn.utils.clip_grad_norm_(twin.params.values(), params.grad_clip_norm or float("inf"))
         optimizer.step()
         assert ours.metrics["grad_norm"] == pytest.approx(float(norm), rel=BOUND)
-        assert ours.metrics["step"] == step + 1
+        assert ours.metrics["optimizer_step"] == step + 1
     tensors = trainer.export_run(RunId("a"), ("param",)).tensors
     errors = {name: relative(tensors[f"param/{name}"], p) for name, p in twin.params.items()}
     assert max(errors.values()) < BOUND, errors

@@ -149,6 +149,8 @@ def test_a_step_without_gradients_decays_alone(base):
     params = AdamParams(learning_rate=0.1, weight_decay=0.5)
     (result,) = trainer.optim_step([OptimItem(OpId("o"), RUN.run_id, params)])
     assert result.metrics["grad_norm"] == 0
+    assert result.metrics["optimizer_step"] == 1
+    assert "step" not in result.metrics, "the cookbook merges these into rows whose own step it resumes by"
     for name, tensor in trainer.export_run(RUN.run_id, ("param",)).tensors.items():
         np.testing.assert_allclose(tensor, before[name] * 0.95, rtol=1e-6)
 

@@ -23,8 +23,9 @@ def optim_step(slot: RunSlot, params: AdamParams) -> OptimResult | Failure:
     """Apply the run's accumulated gradients and zero them; none accumulated counts as zero gradients.
 
     Returns:
-        `grad_norm` (global, before clipping), `step` (taken so far) and `learning_rate`; or a Failure that left the run
-        as it was, if the gradients aren't finite.
+        `grad_norm` (global, before clipping), `optimizer_step` (taken so far) and `learning_rate`; or a Failure that
+        left the run as it was, if the gradients aren't finite. None is called `step`: loops merge these into rows of
+        their own, whose `step` they look for when they resume.
     """
     grad_P = slot.rows["grad"]
     norm = global_norm(grad_P)
@@ -55,7 +56,7 @@ def optim_step(slot: RunSlot, params: AdamParams) -> OptimResult | Failure:
     )
     slot.step += 1
     grad_P.zero_()
-    return OptimResult({"grad_norm": norm, "step": float(slot.step), "learning_rate": params.learning_rate})
+    return OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": params.learning_rate})
 
 
 def global_norm(row_P: Tensor) -> float:

@@ -121,7 +121,10 @@ def decode_sample(body: bytes) -> SampleRequest:
     """
     request = decode_json(body, SampleBody)
     if request.record_stability_info:
-        raise UnsupportedError("record_stability_info is not offered here: leave it out")
+        raise UnsupportedError(
+            "record_stability_info is not offered: it records what the loss stable_reinforce trains on, whose formula "
+            "is not published; leave it out, and train with importance_sampling (recipes: loss_fn=importance_sampling)"
+        )
     params = request.sampling_params
     stop_tokens, stop_strings = _decode_stop(params.stop)
     return SampleRequest(
