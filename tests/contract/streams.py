@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
 from dataclasses import dataclass
@@ -31,7 +32,15 @@ class Stream:
         self._sock.close()
 
     def send(self, data: bytes) -> None:
+        self._sock.settimeout(20)
         self._sock.sendall(data)
+
+    def end(self) -> None:
+        """Say that nothing more is sent; answers can still be read."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def has_answer(self) -> bool:
+        return bool(select.select([self._sock], [], [], 0)[0])
 
     def answer(self, within_s: float) -> Answer | None:
         """The next answer, or None if none comes in time. Raises: EOFError: the connection was closed without one."""

@@ -7,11 +7,8 @@ error has a code that the page of errors lists.
 from __future__ import annotations
 
 import re
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import count
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -36,10 +33,8 @@ from tests.contract.conftest import BASE, House
 from tests.contract.depth import depth
 from tests.contract.raw import PROTOBUF, Raw
 from tests.contract.routes import Ids, belongings, closed_routes, training
+from tests.contract.standing import standing
 from tests.docs.test_errors_page import rows
-from tinsmith.api.main import make_server
-from tinsmith.api.waiters import Waiters
-from tinsmith.config import Settings
 
 WITHIN_S = 10.0  # on a busy machine
 CHECKS = [
@@ -100,27 +95,9 @@ class Edge:
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    root = tmp_path_factory.mktemp("document")
-    limits = {
-        "poll_hold_s": 0.5,
-        "scan_interval_s": 0.05,
-        "answer_hold_s": 2.0,
-        "max_body_bytes": 1 << 20,
-        "jwt_auth": True,
-    }
-    with closing(House(root, Settings(data_dir=root / "data", **limits))) as house:
-        house.make_worker().start()
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
-        server = make_server(replace(house.services, waiters=Waiters(None, 0.02)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="uvicorn")
-        thread.start()
-        try:
-            with closing(Edge(house, f"http://127.0.0.1:{sock.getsockname()[1]}")) as edge:
-                yield edge
-        finally:
-            server.should_exit = True
-            thread.join(20)
+    limits = {"answer_hold_s": 2.0, "max_body_bytes": 1 << 20, "jwt_auth": True}
+    with standing(tmp_path_factory.mktemp("document"), **limits) as (house, url), closing(Edge(house, url)) as edge:
+        yield edge
 
 
 @st.composite
