@@ -24,6 +24,7 @@ class Stream:
     def __init__(self, url: str) -> None:
         place = urlsplit(url)
         self._sock = socket.create_connection((str(place.hostname), place.port or 80), timeout=20)
+        self._come = b""
 
     def __enter__(self) -> Self:
         return self
@@ -38,6 +39,12 @@ class Stream:
     def end(self) -> None:
         """Say that nothing more is sent; answers can still be read."""
         self._sock.shutdown(socket.SHUT_WR)
+
+    def bytes(self) -> bytes:
+        """All that has come so far, of an answer that is read in no other way."""
+        while self.has_answer() and (more := self._sock.recv(65536)):
+            self._come += more
+        return self._come
 
     def has_answer(self) -> bool:
         return bool(select.select([self._sock], [], [], 0)[0])
