@@ -5,7 +5,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook bench docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ contract: init ## the contract suite with every supported SDK, each in its own e
 
 cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
 	@$(BIN)/python -m scripts.cookbook $(RECIPES)
+
+fuzz: init ## requests and bodies that nobody thought of, hundreds for each route, other ones each time (half an hour)
+	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
