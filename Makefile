@@ -32,8 +32,8 @@ types: init ## mypy, strict, over src
 unit: init ## the tests alone
 	@$(BIN)/python -m pytest
 
-contract: init ## the contract suite with every supported SDK, each in its own environment
-	@$(BIN)/python -m scripts.contract_envs
+contract: init ## the contract suite with every supported SDK; prints which calls each of them made
+	@$(BIN)/python -m scripts.contract_matrix
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
