@@ -34,8 +34,8 @@ unit: init ## the tests alone: two files at a time, then those that compare time
 	@$(BIN)/python -m pytest -q -m "not alone" -n $(TEST_PROCESSES) --dist loadfile
 	@$(BIN)/python -m pytest -q -m alone
 
-contract: init ## the contract suite with every supported SDK, each in its own environment
-	@$(BIN)/python -m scripts.contract_envs
+contract: init ## the contract suite with every supported SDK; prints which calls each of them made
+	@$(BIN)/python -m scripts.contract_matrix
 
 cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
 	@$(BIN)/python -m scripts.cookbook $(RECIPES)

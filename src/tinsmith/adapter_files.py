@@ -10,6 +10,9 @@ saved, and stored as the tar that is served.
 Names are those of `tinker_cookbook.weights`, which for a dense model are those of `peft`: `base_model.model.` and the
 layer's path. The output head is `lm_head`; where it is tied to the embedding and so has no weights of its own,
 `model.unembed_tokens`, which the cookbook maps and `peft` needs renamed.
+
+Every tar ends with an empty file `checkpoint_complete`, without which `tinker checkpoint push-hf` of SDK 0.25 and 0.30
+takes the adapter for a part of one. It is none of the checkpoint's files.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from tinsmith.virtual_file import Piece, Span, VirtualFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+COMPLETE = "checkpoint_complete"
 PART = "param/"
 PREFIX = "base_model.model."
 HEAD = "model.unembed_tokens"  # of a state; see model/layout.py
@@ -72,9 +76,9 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
 
 
 def as_tar(files: Files, made_at: float) -> VirtualFile:
-    """The files as one uncompressed tar, all at its root. `made_at`: unix seconds, the time of each entry."""
+    """The files, then `COMPLETE`, as one uncompressed tar, all at its root. `made_at`: unix seconds, of each entry."""
     pieces: list[Piece] = []
-    for name, content in files.items():
+    for name, content in {**files, COMPLETE: VirtualFile([])}.items():
         entry = tarfile.TarInfo(name)
         entry.size, entry.mtime, entry.mode = content.size, int(made_at), 0o644
         pieces += [entry.tobuf(tarfile.GNU_FORMAT), *content, bytes(-content.size % BLOCK)]
@@ -106,7 +110,8 @@ def external_files(stored: BinaryIO) -> Files:
             for member in tar:
                 if not member.isreg() or "/" in member.name or len(files) >= MAX_MEMBERS:
                     raise CorruptError("not an external checkpoint: it holds something else than a few files")
-                files[member.name] = VirtualFile([Span(member.offset_data, member.size)])
+                if member.name != COMPLETE:
+                    files[member.name] = VirtualFile([Span(member.offset_data, member.size)])
     except tarfile.TarError as error:
         raise CorruptError(f"not an external checkpoint: {error}") from error
     if not files:

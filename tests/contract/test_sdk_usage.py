@@ -1,14 +1,7 @@
-"""The official SDK and its command line, run as a process, on keys, tokens, sessions, runs, usage and audit."""
+"""The official SDK on tokens, sessions, runs, usage and audit."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import stat
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -188,89 +181,11 @@ def test_a_run_tells_all_about_itself(rest: tinker.RestClient, run: Any) -> None
     assert row.corrupted is False
 
 
-@pytest.fixture
-def cli(service: Service, tmp_path: Path) -> Any:
-    env = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "TINKER_BASE_URL": service.url,
-        "TINKER_API_KEY": service.key,
-        "TINKER_TELEMETRY": "0",
-        "COLUMNS": "200",
-    }
-
-    def call(*args: str, status: int = 0, stdin: str = "", key: str | None = "") -> str:
-        mine = {k: v for k, v in env.items() if k != "TINKER_API_KEY" or key == ""} | (
-            {"TINKER_API_KEY": key} if key else {}
-        )
-        done = subprocess.run(
-            [sys.executable, "-m", "tinker.cli", *args],
-            env=mine, cwd=tmp_path, input=stdin, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + (done.stderr if status else "")
-
-    return call
-
-
-class TestCommandLine:
-    def test_auth_status_and_whoami(self, cli: Any) -> None:
-        assert cli("auth", "status") == "Credentials available: yes\nTinker accessible: yes\n"
-        who = json.loads(cli("--format", "json", "auth", "whoami"))
-        assert who["user_urn"].startswith("tml:organization_user:t")
-        assert who["email"] is None
-        refused = cli("auth", "status", status=1, key="tml-wrong")
-        assert "Tinker accessible: no" in refused
-
-    def test_login_and_logout(self, cli: Any, service: Service, tmp_path: Path) -> None:
-        said = cli("auth", "login", key=None, stdin=service.key + "\n")
-        assert "Logged in as admin (admin). Stored API key 'admin' as the default credential." in said
-        stored = tmp_path / ".tinker" / "credentials.json"
-        assert service.key in stored.read_text()
-        assert stat.S_IMODE(stored.stat().st_mode) == 0o600
-        assert "Removed credential 'admin'. The API key is still active." in cli("auth", "logout", key=None)
-        wrong = cli("auth", "login", key=None, stdin="tml-wrong\n", status=1)
-        assert "this key is unknown or was revoked" in wrong
-        assert "(HTTP 401 from /api/v1/auth/apikey/me)" in wrong
-
-    def test_runs(self, cli: Any, run: Any) -> None:
-        listed = json.loads(cli("--format", "json", "run", "list"))["runs"]
-        assert [row["training_run_id"] for row in listed] == [run.model_id]
-        info = json.loads(cli("--format", "json", "run", "info", run.model_id))
-        assert (info["base_model"], info["lora_rank"], info["corrupted"]) == (BASE, 4, False)
-        assert info["user_metadata"] == {"renderer": "plain"}
-        table = cli("run", "list", "--columns", "id,status,checkpoint")
-        assert run.model_id in table
-        assert "weights/kept" in table
-        assert "OK" in table
-        assert "not found" in cli("run", "info", "nothing", status=1).lower()
-
-    def test_billing(self, cli: Any, run: Any) -> None:
-        start, end = (moment.isoformat() for moment in window())
-        usage = json.loads(cli("--format", "json", "billing", "usage", start, end))
-        kinds = {event["event_info"]["type"] for event in usage["data"]}
-        assert kinds == {"training", "sampling_prefill", "sampling_sample", "checkpoint", "storage"}
-        assert usage["sessions"][session_of(run)] == {"user_metadata": {"team": "a"}}
-        assert usage["cost_data_through"] is None
-        rows = list(csv.DictReader(io.StringIO(cli("billing", "usage", start, end, "--csv", "-"))))
-        assert len(rows) == len(usage["data"])
-        assert {row["session_id"] for row in rows} >= {session_of(run)}
-        assert "14 days" in cli("billing", "usage", "2020-01-01T00:00:00Z", end, status=1)
-        storage = json.loads(cli("--format", "json", "billing", "checkpoint-storage"))
-        assert [item["checkpoint_count"] for item in storage["data"]] == [2]
-        assert storage["data"][0]["user_name"] == "admin"
-
-    def test_session_export_trace(self, cli: Any, run: Any, tmp_path: Path) -> None:
-        session_id = session_of(run)
-        saved = json.loads(cli("--format", "json", "session", "export-trace", session_id))
-        file = tmp_path / f"{session_id}.pftrace"
-        assert saved["file_size_bytes"] == file.stat().st_size
-        trace = perfetto_pb.Trace.FromString(file.read_bytes())
-        names = {packet.track_descriptor.name for packet in trace.packet}
-        assert {"session nightly", run.model_id, f"{session_id}:sample:0"} <= names
-        events = {packet.track_event.name for packet in trace.packet}
-        assert {"create 0", "forward_backward 1", "optim_step 3", "sample 0", "queued", "running"} <= events
-        url = cli("session", "export-trace", session_id, "--url-only").strip()
-        with urllib.request.urlopen(url, timeout=10) as response:
-            assert len(perfetto_pb.Trace.FromString(response.read()).packet) == len(trace.packet)
-        cli("session", "export-trace", "nothing", status=1)
+def test_a_trace_of_the_session(rest: tinker.RestClient, run: Any) -> None:
+    session_id = session_of(run)
+    with urllib.request.urlopen(rest.export_session_trace(session_id).result(), timeout=10) as response:
+        trace = perfetto_pb.Trace.FromString(response.read())
+    names = {packet.track_descriptor.name for packet in trace.packet}
+    assert {"session nightly", run.model_id, f"{session_id}:sample:0"} <= names
+    events = {packet.track_event.name for packet in trace.packet}
+    assert {"create 0", "forward_backward 1", "optim_step 3", "sample 0", "queued", "running"} <= events

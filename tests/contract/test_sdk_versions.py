@@ -1,16 +1,26 @@
-"""The suite in `sdk/` with each supported SDK release, each in its own environment, which is made if it's missing."""
+"""The suite in `sdk/` with each supported SDK release, side by side, each in its own environment, made if missing."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scripts.contract_envs import VERBOSE, VERSIONS, calls_since, environment, run_suite, table
-from tests.service import Service, running
+from scripts.contract_envs import VERSIONS
+from scripts.contract_matrix import (
+    PAGE,
+    Report,
+    call_table,
+    markdown,
+    plain_text,
+    requests_by_tenant,
+    run_all,
+    servers,
+    tenant_of,
+)
 
 CORE = {
     "POST /create_model",
@@ -20,29 +30,79 @@ CORE = {
     "POST /save_weights_for_sampler",
     "POST /load_weights",
     "POST /asample",
+    "POST /auth/token",
     "POST /retrieve_future",
     "GET /training_runs/{run}/checkpoints",
 }
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("versions") / "data", *VERBOSE) as service:
-        yield service
+def reports_and_requests(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[list[Report], dict[str, Counter[str]]]]:
+    with servers(tmp_path_factory.mktemp("versions")) as both:
+        reports = run_all(VERSIONS, both)
+        yield reports, requests_by_tenant([both.plain.log, both.tokens.log])
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_suite_passes(service: Service, version: str) -> None:
-    """The release that these tests are installed with needs no environment of its own here."""
-    ours = importlib.metadata.version("tinker") == version
-    report = run_suite(version, Path(sys.executable) if ours else environment(version), service)
-    assert report.returncode == 0, report.output[-8000:]
-    assert set(report.calls) >= CORE, table([report])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("index", range(len(VERSIONS)), ids=VERSIONS)
+def test_the_suite_passes_and_leaves_no_call_out(
+    reports_and_requests: tuple[list[Report], dict[str, Counter[str]]], index: int
+) -> None:
+    reports, requests = reports_and_requests
+    report = reports[index]
+    assert report.version == VERSIONS[index]
+    assert not report.problems, "\n".join([*report.problems, report.output[-8000:]])
+    assert set(requests[tenant_of(report.version)]) >= CORE
 
 
-def test_ids_are_left_out_of_the_table(tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+def test_the_page_is_current(reports_and_requests: tuple[list[Report], dict[str, Counter[str]]]) -> None:
+    """Except for how often; renew it with `make contract`."""
+    reports, _ = reports_and_requests
+    there = re.sub(r"\d+ passed", "passed", PAGE.read_text())
+    assert re.sub(r"\d+ passed", "passed", markdown(call_table(reports))) in there
+
+
+def report(**calls: dict[str, object]) -> Report:
+    return Report("0.1.0", 0, "", 1.0, calls, {}, {})
+
+
+def row(calls: int = 1, failed: tuple[str, ...] = (), missing: tuple[str, ...] = ()) -> dict[str, object]:
+    return {"calls": calls, "answered": calls, "failed": list(failed), "missing": list(missing)}
+
+
+def test_what_no_test_calls_is_a_problem_by_name() -> None:
+    assert report(a=row()).problems == []
+    assert report(a=row(), b=row(missing=("b_async",))).problems == ["tinker 0.1.0: no test calls b_async"]
+    assert report().problems == ["tinker 0.1.0: the suite ended with status 0"]
+
+
+def test_a_table_names_what_a_release_does_not_have() -> None:
+    table = call_table([report(a=row(3), b=row(failed=("t",))), report(b=row(), c=row(0, missing=("c",)))])
+    assert plain_text(table).splitlines() == [
+        "call  0.1.0     0.1.0",
+        "a     3 passed  -",
+        "b     1 FAILED  1 passed",
+        "c     -         0 UNUSED",
+    ]
+
+
+def test_requests_are_counted_by_tenant_and_without_ids(tmp_path: Path) -> None:
+    """A signed link is followed without a key; its session tells whose it is."""
     log = tmp_path / "log"
-    line = '{"event": "request", "method": "GET", "path": "/api/v1/training_runs/%s/checkpoints/weights/a/ttl"}\n'
-    log.write_text("noise\n" + line % f"s{'0' * 24}:train:0" + line % f"s{'1' * 24}:train:12")
-    assert calls_since(log, 0) == {"GET /training_runs/{run}/checkpoints/weights/{name}/ttl": 2}
+    run = f"s{'0' * 24}:train:0"
+    line = '{"event": "request", "method": "GET", "path": "/api/v1/%s"%s}\n'
+    log.write_text(
+        "noise\n"
+        + line % (f"training_runs/{run}/checkpoints/weights/a/archive", ', "tenant": "mine"')
+        + line % (f"downloads/{run}/weights/a/archive.tar", "")
+        + line % ("healthz", "")
+    )
+    assert requests_by_tenant([log]) == {
+        "mine": {
+            "GET /training_runs/{run}/checkpoints/weights/{name}/archive": 1,
+            "GET /downloads/{run}/weights/{name}/{file}": 1,
+        }
+    }

@@ -11,7 +11,7 @@ import pyrage
 import pytest
 from safetensors.numpy import load
 
-from tinsmith.adapter_files import CONFIG, WEIGHTS, adapter_files, as_tar, external_files, pack_external
+from tinsmith.adapter_files import COMPLETE, CONFIG, WEIGHTS, adapter_files, as_tar, external_files, pack_external
 from tinsmith.checkpoint_file import dump_state, read_state_header
 from tinsmith.errors import CorruptError
 from tinsmith.types import BaseInfo, RunId, RunSpec, RunState
@@ -82,9 +82,10 @@ def test_the_tar_is_one_for_everybody() -> None:
     assert len(data) == pieces.size
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         assert [(m.name, m.mtime, m.mode, m.isreg()) for m in tar] == [
-            (CONFIG, 10**9, 0o644, True), (WEIGHTS, 10**9, 0o644, True),
+            (CONFIG, 10**9, 0o644, True), (WEIGHTS, 10**9, 0o644, True), (COMPLETE, 10**9, 0o644, True),
         ]  # fmt: skip
         assert tar.extractfile(WEIGHTS).read() == files_of(source.getvalue())[WEIGHTS]  # type: ignore[union-attr]
+        assert tar.getmember(COMPLETE).size == 0
 
 
 def test_a_tar_may_hold_more_than_eight_gigabytes() -> None:
@@ -92,7 +93,7 @@ def test_a_tar_may_hold_more_than_eight_gigabytes() -> None:
     made = as_tar({WEIGHTS: VirtualFile([Span(0, size)])}, 0)
     header = next(piece for piece in made if isinstance(piece, bytes))
     assert tarfile.TarInfo.frombuf(header[:512], "utf-8", "strict").size == size
-    assert made.size == 512 + size + 1024
+    assert made.size == 512 + size + 512 + 1024
 
 
 class TestExternal:

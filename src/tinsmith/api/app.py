@@ -167,7 +167,8 @@ def build_app(services: Services) -> Litestar:
 
 
 def with_edge(app: ASGIApp) -> ASGIApp:
-    """Give every request an id (its own `X-Request-Id` if it is sane), a log line, and the security headers.
+    """Give every request an id (its own `X-Request-Id` if it is sane), a log line that says whose it was, and the
+    security headers.
 
     Requests that went well are logged at debug, those that were refused at info.
     """
@@ -194,7 +195,9 @@ def with_edge(app: ASGIApp) -> ASGIApp:
             elapsed_ms = round((time.monotonic() - started) * 1e3, 1)
             is_routine = status < 400 or status == 408 or scope["path"].endswith("/healthz")
             level = logging.DEBUG if is_routine else logging.INFO
-            log.log(level, "request", method=scope["method"], path=scope["path"], status=status, ms=elapsed_ms)
+            caller = scope.get("user")
+            who = {} if caller is None else {"tenant": caller.tenant_name}
+            log.log(level, "request", method=scope["method"], path=scope["path"], status=status, ms=elapsed_ms, **who)
 
     return edge
 

@@ -28,14 +28,17 @@ GIGABYTE = 1e9
 
 
 class EventInfo(Struct, omit_defaults=True):
-    """`type` says which of the quantities is there."""
+    """`type` says which of the quantities is there.
+
+    No storage is marked as free: it would be false everywhere, which is what clients take its absence for, and SDK
+    releases before 0.31 refuse an answer in which it stands.
+    """
 
     type: str
     token_count: int | None = None
     cached: bool | None = None
     count: int | None = None
     gigabyte_hours: float | None = None
-    free: bool | None = None
 
 
 class UsageEvent(Struct):
@@ -125,9 +128,7 @@ def _usage(services: Services, principal: Principal, start: int, end: int) -> Us
         raise TooLargeError(f"this window holds more than {MAX_EVENTS} events: ask for a shorter one")
     stored = storage_by_hour(spans, start, min(end, time.time()), MAX_EVENTS)
     events = [_event(row.hour, row, _info(row)) for row in rows]
-    events += [
-        _event(hour, span, EventInfo("storage", gigabyte_hours=amount, free=False)) for hour, span, amount in stored
-    ]
+    events += [_event(hour, span, EventInfo("storage", gigabyte_hours=amount)) for hour, span, amount in stored]
     events.sort(key=lambda event: (event.bucket_start, -(event.event_info.token_count or 0)))
     seen = {event.session_id for event in events}
     both: list[UsageRow | StoredSpan] = [*rows, *spans]

@@ -23,7 +23,7 @@ from tinsmith.wire.paths import parse_kind
 
 PATH = "/api/v1/downloads"
 PURPOSE = "download"
-FORMAT = 1  # of the files that are made from a checkpoint; a new one ends the links and tags of the one before
+FORMAT = 2  # of the files that are made from a checkpoint; a new one ends the links and tags of the one before
 
 
 class LinkQuery(Struct):

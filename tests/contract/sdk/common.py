@@ -9,6 +9,7 @@ import numpy as np
 from tinker import types
 
 BASE = "tinsmith/tiny"
+NOBODY = f"s{'0' * 24}"  # the id of no session
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64]
 VERSION = tuple(int(part) for part in importlib.metadata.version("tinker").split(".")[:2])
 

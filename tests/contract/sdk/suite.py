@@ -18,6 +18,7 @@ import tinker
 from common import BASE, TEXT, VERSION, current, datum, done, logprobs, step
 from tinker import types
 
+WEIGHTS = [0.5, 2.0, 0.0, 3.0, 1.0, 0.25, 1.5]
 HELLO = "<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -53,7 +54,7 @@ def test_optim_step_says_what_it_did(run: Any) -> None:
 
 
 def test_weights_of_any_sign(run: Any) -> None:
-    weights = [0.5, -2.0, 0.0, 3.0, 1.0, 0.25, 1.5]
+    weights = [-weight for weight in WEIGHTS]
     output = run.forward_backward([datum(weights=weights)], "cross_entropy").result()
     assert output.metrics["loss:sum"] == pytest.approx(-float(np.dot(logprobs(output)[0], weights)), abs=1e-4)
 
@@ -70,13 +71,18 @@ def test_several_targets_a_position(run: Any) -> None:
     assert output.loss_fn_outputs[0]["logprobs"].shape == [3, 2]
 
 
-def test_a_batch_of_two_requests(run: Any) -> None:
-    """1,030 data are two requests; the SDK posts the second first."""
-    data = [datum([3 + i % 50, 4, 5 + i % 7]) for i in range(1030)]
+def test_a_batch_of_two_requests() -> None:
+    """Of a client that is told to put at most ten data into one; the SDK posts the second first."""
+    client = tinker.ServiceClient()
+    client.holder._client_config = client.holder._client_config.model_copy(update={"fwdbwd_max_chunk_len": 10})
+    run = done(client.create_lora_training_client(BASE, rank=8, seed=3))
+    data = [datum([3 + i, 4, 5 + i % 7]) for i in range(13)]
+    before = run._request_id_counter
     output = run.forward_backward(data, "cross_entropy").result()
-    assert len(output.loss_fn_outputs) == 1030
-    single = current(run, [3 + 1029 % 50, 4, 5 + 1029 % 7])
-    np.testing.assert_array_equal(logprobs(output)[1029], single)
+    assert run._request_id_counter == before + 2
+    assert len(output.loss_fn_outputs) == 13
+    single = current(run, [3 + 12, 4, 5 + 12 % 7])
+    np.testing.assert_array_equal(logprobs(output)[12], single)
 
 
 def test_reinforcement_learning(run: Any) -> None:
@@ -127,6 +133,30 @@ def test_a_loss_of_the_callers_own(run: Any) -> None:
     assert seen == [pytest.approx(-before, abs=1e-4)]
     assert metrics["loss:sum"] == pytest.approx(before, abs=1e-4)
     assert run.forward([datum()], "cross_entropy").result().metrics["loss:sum"] < before
+
+
+@pytest.mark.skipif(
+    not hasattr(tinker.ServiceClient, "create_custom_loss"), reason="earlier releases evaluate losses in the client"
+)
+def test_a_loss_that_the_server_evaluates(client: Any) -> None:
+    """An uploaded graph gives what the client computes itself."""
+    torch = pytest.importorskip("torch")
+
+    def squares(logprobs: Any, weights: Any) -> Any:
+        return (logprobs**2 * weights).sum() / 2, {"custom/largest:sum": logprobs.detach().max()}
+
+    def in_the_client(data: Any, found: Any) -> Any:
+        return squares(found[0], torch.tensor(WEIGHTS))
+
+    handle = client.create_custom_loss(squares, {"logprobs": 1, "weights": 1}).result()
+    item = datum(weights=WEIGHTS)
+    first, second = (done(client.create_lora_training_client(BASE, rank=8, seed=3)) for _ in range(2))
+    theirs = first.forward_backward_custom([item], handle).result()
+    ours = second.forward_backward_custom([item], in_the_client).result()
+    assert theirs.metrics["custom/largest:sum"] == pytest.approx(float(ours.metrics["custom/largest:sum"]), abs=1e-5)
+    for run in (first, second):
+        run.optim_step(types.AdamParams(learning_rate=5e-3)).result()
+    np.testing.assert_allclose(current(first), current(second), atol=1e-5)
 
 
 def test_resume_with_and_without_the_optimizer(client: Any, run: Any) -> None:
@@ -313,7 +343,7 @@ def test_sessions_and_samplers_are_listed(client: Any, run: Any, rest: Any) -> N
     assert sampler.base_model == BASE
 
 
-@pytest.mark.skipif(VERSION < (0, 38), reason="0.25 never ends its session itself")
+@pytest.mark.skipif(not hasattr(tinker.ServiceClient, "close"), reason="earlier releases never end a session")
 def test_a_session_is_finished(rest: Any) -> None:
     with tinker.ServiceClient() as client:
         run = done(client.create_lora_training_client(BASE, rank=2))
