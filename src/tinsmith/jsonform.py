@@ -30,13 +30,24 @@ def json_grammar(schema: str) -> str:
             f"json_schema has {len(schema)} characters, at most {MAX_SCHEMA_BYTES} are allowed: simplify it"
         )
     try:
-        is_object = isinstance(json.loads(schema), dict)
+        is_object = isinstance(json.loads(schema, object_pairs_hook=_without_options), dict)
     except (ValueError, RecursionError):
         is_object = False
-    if not is_object or OPTIONS in schema:
+    if not is_object:
         raise UserError("json_schema must be a JSON schema, an object")
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
     problem = LLMatcher.validate_grammar(grammar)
     if problem:
         raise UnsupportedError(f"json_schema can't be held to ({problem[:300]}): leave that out")
     return grammar
+
+
+def _without_options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Any object of the schema, whatever its keys are written with and how often they come.
+
+    Raises:
+        UnsupportedError: options of the library.
+    """
+    if any(key == OPTIONS for key, _ in pairs):
+        raise UnsupportedError(f"json_schema: {OPTIONS} is not offered here, every keyword is held to: leave it out")
+    return dict(pairs)

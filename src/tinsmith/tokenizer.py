@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RENDERED_NAMES = ("messages", "tools", "documents", "add_generation_prompt")  # what `render` sets itself
+NO_VARIABLES = ("self", "loop", "caller", "varargs", "kwargs")  # jinja2's own
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
@@ -43,6 +45,8 @@ class ChatTokenizer:
         self._special = dict(special)
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._templates = {name: _compile(source) for name, source in templates.items()}
+        ours = {*RENDERED_NAMES, *NO_VARIABLES, *self._special}
+        self._switches = {name: _undeclared(source) - ours for name, source in templates.items()}
 
     @classmethod
     def from_dir(cls, path: Path) -> Self:
@@ -78,6 +82,10 @@ class ChatTokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
+    def switches(self, *, with_tools: bool = False) -> frozenset[str]:
+        """Variables that the chat template reads and that `render` takes as `extra`, such as enable_thinking."""
+        return self._switches.get(self._chosen(with_tools), frozenset())
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -104,6 +112,7 @@ class ChatTokenizer:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -117,7 +126,7 @@ class ChatTokenizer:
         """
         if not messages:
             raise UserError("messages is empty; give at least one message")
-        template = self._templates.get("tool_use" if tools is not None else "default") or self._templates.get("default")
+        template = self._templates.get(self._chosen(tools is not None))
         if template is None:
             raise UnsupportedError("this base model has no chat template; send a prompt of tokens or text")
         plain = [_aliased({k: v for k, v in _plain(dict(m)).items() if v is not None}) for m in messages]
@@ -125,11 +134,13 @@ class ChatTokenizer:
         tool_list = None if tools is None else _plain(list(tools))
         try:
             return template.render(
-                messages=plain,
-                tools=tool_list,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
+                {
+                    **variables,
+                    "messages": plain,
+                    "tools": tool_list,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"the chat template refused these messages: {error}") from None
@@ -137,6 +148,9 @@ class ChatTokenizer:
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """`render`, then `encode`; the template writes the special tokens itself."""
         return self.encode(self.render(messages, **options))
+
+    def _chosen(self, with_tools: bool) -> str:
+        return "tool_use" if with_tools and "tool_use" in self._templates else "default"
 
 
 class _Generation(Extension):
@@ -150,13 +164,23 @@ class _Generation(Extension):
 
 
 def _compile(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+def _undeclared(source: str) -> frozenset[str]:
+    """What a template reads and doesn't define itself."""
+    environment = _environment()
+    return frozenset(meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return environment
 
 
 def _tojson(

@@ -26,6 +26,7 @@ MAX_TTL_S = 10 * 366 * 24 * 3600
 MAX_METADATA_BYTES = 8192
 MAX_TOPK = 128
 MAX_STOPS = 64
+MAX_STOP_CHARS = 256  # the sampler reads that much text again after every token
 MAX_PENALTY = 2
 MAX_SEED = 2**63
 
@@ -281,6 +282,11 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
             raise UserError(f"{name} must lie in -{MAX_PENALTY}..{MAX_PENALTY}, not {getattr(params, name)}")
     if len(params.stop_strings) > MAX_STOPS or len(params.stop_tokens or ()) > MAX_STOPS:
         raise UserError(f"stop may hold at most {MAX_STOPS} entries")
+    longest = max(map(len, params.stop_strings), default=0)
+    if longest > MAX_STOP_CHARS:
+        raise UserError(
+            f"stop holds a string of {longest} characters, at most {MAX_STOP_CHARS} are allowed: shorten it"
+        )
     if any(not text for text in params.stop_strings):
         raise UserError("stop holds an empty string: leave it out")
     if any(not 0 <= token < info.vocab_size for token in params.stop_tokens or ()):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -240,6 +242,69 @@ def test_requests_that_overlap_lie_in_lanes_of_their_own() -> None:
         if event.name == "running"
     }
     assert running == {(int(a * 1e9), int(b * 1e9)) for a, b in [(1, 5), (6, 8), (9, 10), (12, 13)]}
+
+
+def test_a_trace_takes_time_in_proportion_to_its_requests() -> None:
+    def cost_s(count: int, step: float | None) -> float:
+        waiting = [traced(i, i, step, None) for i in range(count)]
+        shared = {} if step is None else {("w", step, "pass"): SharedStep(count, 1, count)}
+        started = time.perf_counter()
+        assert len(write_trace("t", waiting, shared)) < 1000 * count
+        return time.perf_counter() - started
+
+    for step in (None, 1e6):
+        cost_s(500, step)
+        assert cost_s(8000, step) < 16 * 3 * cost_s(500, step)
+
+
+def test_a_slice_names_some_of_many_runs_beside_it() -> None:
+    ops = [replace(traced(i, 0, 1, 2), place=f"s:train:{i:03}") for i in range(200)]
+    _, events = read_trace(write_trace("t", ops, {("w", 1, "pass"): SharedStep(200, 200, 7)}))
+    named = [args_of(event).get("with_runs_of_this_session", "") for track in events.values() for _, event in track]
+    assert {name.count("s:train") for name in named} == {0, 16}
+    assert all(name.endswith(" and 183 more") for name in named if name)
+
+
+def test_a_long_trace_is_cut_and_says_so(
+    house: Any, api: Any, worker: Any, anonymous: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.api.traces.MAX_REQUESTS", 3)
+    session = make(api, "mine")
+    run = api.create(session)["model_id"]
+    worker.step()
+    for seq in (1, 2, 3):
+        train(api, run, seq)
+    url = api.get(f"/sessions/{session}/trace_export")["url"].partition("testserver.local")[2]
+    names, events = read_trace(anonymous.raw("GET", url).content)
+    assert "session mine (its newest 3 requests; older ones are left out)" in names.values()
+    begun = [event.name for track in events.values() for _, event in track]
+    assert "create 0" not in begun
+    assert {"forward_backward 1", "forward_backward 3"} <= set(begun)
+
+
+def test_many_who_fetch_a_trace_at_once_cost_one(
+    house: Any, api: Any, anonymous: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [make(api, name) for name in ("a", "b")]
+    urls = [api.get(f"/sessions/{id_}/trace_export")["url"].partition("testserver.local")[2] for id_ in sessions]
+    made, busy = [], []
+
+    def ops(tenant_id: str, session_id: str, limit: int) -> list[TracedOp]:
+        busy.append(1)
+        made.append((session_id, len(busy)))
+        time.sleep(0.2)
+        busy.pop()
+        return []
+
+    monkeypatch.setattr(house.store.traces, "ops", ops)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: anonymous.raw("GET", urls[i % 2]), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert sorted(made) == sorted((session, 1) for session in sessions)
+    now = time.monotonic()
+    monkeypatch.setattr("tinsmith.api.once.time.monotonic", lambda: now + 6)
+    anonymous.raw("GET", urls[0])
+    assert len(made) == 3
 
 
 def test_a_run_that_was_given_up_is_listed_as_corrupted(house: Any, api: Any, worker: Any) -> None:

@@ -98,6 +98,16 @@ def schema(value: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
 
 
+NO_SWITCHES = (
+    "self",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "range",
+    "namespace",
+    "raise_exception",
+    "eos_token",
+)
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"nonsense": 1}, "nonsense: there is no such field"),
     (CHAT, {"messages": []}, "messages: empty"),
@@ -120,7 +130,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"response_format": schema({"not": {}})}, '["not"]'),
     (CHAT, {"response_format": schema({"type": "nope"})}, "json_schema: can't be held to (Invalid type"),
     (CHAT, {"response_format": schema({"$ref": "http://127.0.0.1:1/x"})}, "json_schema: can't be held to"),
-    (CHAT, {"response_format": schema({"x-guidance": {"lenient": True}})}, "must be a JSON schema"),
+    (CHAT, {"response_format": schema({"x-guidance": {"lenient": True}})}, "x-guidance is not offered"),
     (CHAT, {"response_format": schema({"enum": ["x" * 70_000]})}, "at most 65536"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "json_schema.schema: must be an object"),
     (TEXT, {"response_format": {"type": "json_object"}}, "ask for chat completions"),
@@ -144,10 +154,17 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens: is another name"),
     (CHAT, {"stop": ["a"] * 65}, "stop: at most 64"),
     (CHAT, {"stop": [""]}, "stop: holds an empty string"),
+    (CHAT, {"stop": "x" * 257, "stream": True}, "stop: holds a string of 257 characters"),
+    (TEXT, {"stop": ["x" * 8000] * 64}, "stop: holds a string of 8000 characters"),
+    (MESSAGES, {"stop_sequences": ["x" * 257]}, "a string of 257 characters"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options: needs stream"),
     (CHAT, {"stream": True, "stream_options": {"other": True}}, "stream_options.other"),
     (CHAT, {"chat_template_kwargs": {"messages": "x"}}, "'messages' can't be set"),
-    (CHAT, {"chat_template_kwargs": {"a": {}}}, "'a' must be a string"),
+    *((CHAT, {"chat_template_kwargs": {name: "x"}}, f"'{name}' can't be set here") for name in NO_SWITCHES),
+    (CHAT, {"chat_template_kwargs": {"enable_thinkin": False}}, "the chat template of tinsmith/tiny has: enable_think"),
+    (CHAT, {"chat_template_kwargs": {"enable_thinking": {}}}, "'enable_thinking' must be a string"),
+    (CHAT, {"messages": [{**USER, "name": "anna"}]}, r"messages[0].name is not offered for tinsmith/tiny"),
+    (CHAT, {"messages": [USER, {"role": "tool", "content": "5", "name": "f"}]}, r"messages[1].name is not offered"),
     (TEXT, {"prompt": ""}, "prompt: is empty"),
     (TEXT, {"prompt": []}, "prompt: give 1 to 64 prompts"),
     (TEXT, {"prompt": ["a", 5]}, r"prompt[1]: must be a text"),

@@ -110,7 +110,7 @@ def test_roles_and_parts(asking: openai.OpenAI, answers: Answers) -> None:
         {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
         USER,
         {"role": "assistant", "content": "5", "refusal": None},
-        {"role": "user", "content": "Sure?", "name": "anna"},
+        {"role": "user", "content": "Sure?"},
     ]
     ask(asking, messages=messages)
     plain = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "5"}]

@@ -40,12 +40,29 @@ def test_schemas_that_can_not_be_held_to(schema: dict[str, Any], words: str) -> 
         json_grammar(json.dumps(schema))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", "1", '{"x-guidance": {"lenient": true}}', " " * (MAX_SCHEMA_BYTES + 1), "[" * 60_000]
-)
+@pytest.mark.parametrize("text", ["", "[]", "{", "1", " " * (MAX_SCHEMA_BYTES + 1), "[" * 60_000])
 def test_what_is_no_schema(text: str) -> None:
     with pytest.raises(UserError):
         json_grammar(text)
+
+
+@pytest.mark.parametrize("key", ["x-guidance", r"\u0078-guidance", r"x\u002dguidance"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"type": "string", "format": "weird", "%s": {"lenient": true}}',
+        '{"type": "object", "properties": {"a": {"%s": {"lenient": true}, "format": "weird"}}}',
+        '{"anyOf": [{"type": "string", "%s": {"lenient": true}}]}',
+        '{"%s": {"lenient": true}, "x-guidance ": 1, "a": {}, "a": 1}',
+    ],
+)
+def test_no_schema_makes_the_library_lenient(schema: str, key: str) -> None:
+    with pytest.raises(UnsupportedError, match="x-guidance is not offered"):
+        json_grammar(schema % key)
+
+
+def test_a_text_may_speak_of_options() -> None:
+    assert json_grammar('{"enum": ["x-guidance"], "description": "x-guidance"}')
 
 
 def test_wild_schemas_take_no_time() -> None:

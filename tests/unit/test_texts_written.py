@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinsmith.api.texts.written import ContradictionError, Written
+from tinsmith.api.texts.written import ContradictionError, Search, Written
 from tinsmith.bases import SHIPPED_PATH
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.types import SampledSequence
@@ -63,6 +65,34 @@ def test_no_part_of_a_stop_string_goes_out(words: list[str], cut: int) -> None:
         expected = expected[: expected.find(stop)] if stop in expected else expected
     pieces = in_pieces(tokens, list(range(0, 60, cut)), stops, stopped=bool(ended))
     assert pieces == whole(tokens, stops, stopped=bool(ended)) == expected
+
+
+@settings(deadline=None)
+@given(string=st.text("ab", min_size=1, max_size=8), pieces=st.lists(st.text("ab", max_size=6), max_size=20))
+def test_a_search_in_pieces_finds_what_a_search_of_the_whole_does(string: str, pieces: list[str]) -> None:
+    search, text = Search(string), ""
+    for piece in pieces:
+        search.read(piece)
+        text += piece
+        at = text.find(string)
+        assert search.found_at == (None if at < 0 else at)
+        begun = max(n for n in range(min(len(string) - 1, len(text)) + 1) if text.endswith(string[:n]))
+        assert search.num_begun == (begun if at < 0 else 0)
+
+
+def test_a_search_takes_time_by_the_new_text_alone() -> None:
+    def cost_s(length: int) -> float:
+        searches = [Search("a" * length + chr(0x4E00 + i)) for i in range(64)]
+        for search in searches:
+            search.read("a" * 2 * length)
+        started = time.perf_counter()
+        for _ in range(50):
+            for search in searches:
+                search.read("aaaa")
+        return time.perf_counter() - started
+
+    cost_s(10)
+    assert cost_s(20_000) < 10 * cost_s(200) + 0.05
 
 
 def test_the_end_token_is_no_text_and_no_stop_string() -> None:

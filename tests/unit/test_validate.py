@@ -164,6 +164,7 @@ def test_good_samples_pass(good: dict[str, Any]) -> None:
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"stop_strings": ("",)}, "empty string"),
+        ({"stop_strings": ("a", "b" * 257)}, "a string of 257 characters, at most 256 are allowed: shorten it"),
         ({"stop_tokens": (100,)}, "stop tokens"),
         ({"topk_prompt_logprobs": 101}, "topk_prompt_logprobs"),
     ],

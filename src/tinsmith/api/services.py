@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.waiters import Waiters
@@ -62,6 +63,7 @@ class Services:
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
+    traces: Once = field(default_factory=Once)
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)

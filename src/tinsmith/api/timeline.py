@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 
 from tinsmith.store.usage_rows import SharedStep, TracedOp
 from tinsmith.wire import perfetto
 
 Step = tuple[str, float, str]
+MAX_NAMED = 16  # runs that a slice names as those beside it
 
 
 def write_trace(title: str, ops: Sequence[TracedOp], shared: Mapping[Step, SharedStep]) -> bytes:
@@ -26,6 +28,8 @@ def write_trace(title: str, ops: Sequence[TracedOp], shared: Mapping[Step, Share
     for op in ops:
         if op.step is not None:
             together[op.step].append(op)
+    places = {step: tuple(sorted({op.place for op in of_step})) for step, of_step in together.items()}
+    flows = {step: _flow(step) for step, of_step in together.items() if len(of_step) > 1}
     by_worker: defaultdict[str, list[Step]] = defaultdict(list)
     for step in sorted(together, key=lambda step: step[1]):
         if step[2] == "pass":
@@ -42,8 +46,11 @@ def write_trace(title: str, ops: Sequence[TracedOp], shared: Mapping[Step, Share
         for lane in lanes(of_place):
             packets.append(perfetto.track(number, place, session))
             for op in lane:
-                mates = [] if op.step is None else together[op.step]
-                packets += _request_slices(number, op, mates, None if op.step is None else shared.get(op.step))
+                step = op.step
+                if step is None:
+                    packets += _request_slices(number, op, (), None, None)
+                else:
+                    packets += _request_slices(number, op, places[step], flows.get(step), shared.get(step))
             number += 1
     return b"".join(packets)
 
@@ -51,17 +58,17 @@ def write_trace(title: str, ops: Sequence[TracedOp], shared: Mapping[Step, Share
 def lanes(ops: Sequence[TracedOp]) -> list[list[TracedOp]]:
     """The fewest lanes in which no two requests overlap; each in order of arrival."""
     made: list[list[TracedOp]] = []
-    free_at: list[float] = []
+    free: list[int] = []
+    taken: list[tuple[float, int]] = []  # (until when, lane)
     for op in sorted(ops, key=lambda op: op.created_at):
-        until = float("inf") if op.finished_at is None else op.finished_at
-        for i, free in enumerate(free_at):
-            if free <= op.created_at:
-                made[i].append(op)
-                free_at[i] = until
-                break
-        else:
-            made.append([op])
-            free_at.append(until)
+        while taken and taken[0][0] <= op.created_at:
+            heappush(free, heappop(taken)[1])
+        if not free:
+            heappush(free, len(made))
+            made.append([])
+        lane = heappop(free)
+        made[lane].append(op)
+        heappush(taken, (float("inf") if op.finished_at is None else op.finished_at, lane))
     return made
 
 
@@ -69,7 +76,7 @@ def _pass_slice(track: int, ops: Sequence[TracedOp], shared: SharedStep | None) 
     started = _ns(ops[0].started_at)
     ends = [op.finished_at for op in ops]
     mine = {op.place for op in ops}
-    args: dict[str, str | int] = {"runs_of_this_session": ", ".join(sorted(mine))}
+    args: dict[str, str | int] = {"runs_of_this_session": _named(sorted(mine))}
     name = "pass"
     if shared is not None:
         name = f"pass of {shared.num_requests} requests"
@@ -80,7 +87,10 @@ def _pass_slice(track: int, ops: Sequence[TracedOp], shared: SharedStep | None) 
     return packets
 
 
-def _request_slices(track: int, op: TracedOp, mates: Sequence[TracedOp], shared: SharedStep | None) -> list[bytes]:
+def _request_slices(
+    track: int, op: TracedOp, mates: Sequence[str], flow: int | None, shared: SharedStep | None
+) -> list[bytes]:
+    """mates: the places of all that were computed in its step, its own among them."""
     args: dict[str, str | int] = {
         "request_id": op.id,
         "seq_id": op.seq_id,
@@ -97,25 +107,28 @@ def _request_slices(track: int, op: TracedOp, mates: Sequence[TracedOp], shared:
     if op.started_at is not None:
         began = max(created, _ns(op.started_at))
         packets.append(perfetto.end(track, began))
-        packets.append(perfetto.begin(track, began, "running", *_running(op, mates, shared)))
+        packets.append(perfetto.begin(track, began, "running", _running(op, mates, shared), flow))
     if op.finished_at is not None:
         ended = max(began, _ns(op.finished_at))
         packets += [perfetto.end(track, ended), perfetto.end(track, ended)]
     return packets
 
 
-def _running(
-    op: TracedOp, mates: Sequence[TracedOp], shared: SharedStep | None
-) -> tuple[dict[str, str | int], int | None]:
+def _running(op: TracedOp, mates: Sequence[str], shared: SharedStep | None) -> dict[str, str | int]:
     args: dict[str, str | int] = {"worker": op.owner or ""}
     if op.attempts > 1:
         args["attempts"] = op.attempts
     if shared is not None:
         args |= _share_args(shared)
-    others = sorted({mate.place for mate in mates} - {op.place})
-    if others:
-        args["with_runs_of_this_session"] = ", ".join(others)
-    return args, _flow(op) if len(mates) > 1 else None
+    if len(mates) > 1:
+        args["with_runs_of_this_session"] = _named(mates, without=op.place)
+    return args
+
+
+def _named(places: Sequence[str], without: str = "") -> str:
+    names = [place for place in places[: MAX_NAMED + 1] if place != without][:MAX_NAMED]
+    num_more = len(places) - bool(without) - len(names)
+    return ", ".join(names) + (f" and {num_more} more" if num_more else "")
 
 
 def _share_args(shared: SharedStep) -> dict[str, str | int]:
@@ -126,8 +139,8 @@ def _share_args(shared: SharedStep) -> dict[str, str | int]:
     }
 
 
-def _flow(op: TracedOp) -> int:
-    return int.from_bytes(hashlib.sha256(repr(op.step).encode()).digest()[:8])
+def _flow(step: Step) -> int:
+    return int.from_bytes(hashlib.sha256(repr(step).encode()).digest()[:8])
 
 
 def _ns(unix_s: float | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from urllib.parse import quote, urlencode
 
 from litestar import Response, get
@@ -16,7 +17,7 @@ from tinsmith.errors import ForbiddenError, GoneError
 from tinsmith.types import SessionId, TenantId
 
 LINK_TTL_S = 3600
-MAX_REQUESTS = 100_000  # of one trace, the newest
+MAX_REQUESTS = 10_000  # of one trace, the newest
 MEDIA = "application/octet-stream"
 PATH = "/api/v1/traces"
 
@@ -29,7 +30,7 @@ class TraceExport(Struct, omit_defaults=True):
 
 @get("/sessions/{session_id:str}/trace_export")
 async def export_trace(request: Call, services: ServicesDep, session_id: FromPath[str]) -> TraceExport:
-    """A link to the trace, which is made when it is fetched and so is always up to date."""
+    """A link to the trace, which is made when it is fetched and so is up to date."""
     tenant_id = request.user.tenant_id
     await services.work(services.store.sessions.get, tenant_id, SessionId(session_id))
     expires = int(time.time()) + LINK_TTL_S
@@ -53,12 +54,16 @@ async def fetch_trace(
         raise ForbiddenError("this link was not made here, or was changed: ask for another one")
     if expires <= time.time():
         raise GoneError("this link has expired: ask for another one")
-    body = await services.work(_trace, services, TenantId(tenant), SessionId(session_id))
+    make = partial(services.work, _trace, services, TenantId(tenant), SessionId(session_id))
+    body = await services.traces.answer((tenant, session_id), make)
     return Response(body, media_type=MEDIA)
 
 
 def _trace(services: Services, tenant_id: TenantId, session_id: SessionId) -> bytes:
     session = services.store.sessions.get(tenant_id, session_id)
-    ops = services.store.traces.ops(tenant_id, session_id, MAX_REQUESTS)
+    ops = services.store.traces.ops(tenant_id, session_id, MAX_REQUESTS + 1)
     title = f"session {session.display_name or session_id}"
+    if len(ops) > MAX_REQUESTS:
+        ops = ops[-MAX_REQUESTS:]
+        title += f" (its newest {MAX_REQUESTS} requests; older ones are left out)"
     return write_trace(title, ops, services.store.traces.shared(ops))

@@ -96,7 +96,7 @@ def read_chat(body: PromptBody) -> Chat:
             raise FieldError(f"messages[{len(body.messages) - 1}]", "a tool_use must be followed by its tool_result")
         prefill = messages.pop()["content"]
     tools = _read_tools(body.tools) if body.tools and _uses_tools(body.tool_choice) else None
-    return Chat(messages, tools, prefill, _options(body.thinking))
+    return Chat(messages, tools, prefill, hints=_hints(body.thinking))
 
 
 def _read_message(message: Any, where: str) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def _uses_tools(choice: Any) -> bool:
     return kind == "auto"
 
 
-def _options(thinking: Any) -> dict[str, Any]:
+def _hints(thinking: Any) -> dict[str, Any]:
     if thinking is None:
         return {}
     if thinking == {"type": "disabled"}:

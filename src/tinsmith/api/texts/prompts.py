@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from tinsmith.types import BaseInfo
 
 log = structlog.get_logger("tinsmith.api")
 
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 SCALARS = (str, bool, int, float)
 
 
@@ -32,13 +31,15 @@ class ContextError(UserError):
 class Chat:
     """messages and tools as templates read them (OpenAI's shapes, arguments of tool calls as objects).
 
-    prefill: the beginning of the answer. options: further variables of the template, such as enable_thinking.
+    prefill: the beginning of the answer. options: further variables of the template, such as enable_thinking. hints:
+    such that say what happens anyway where the template has none of the name.
     """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     prefill: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tokenizers:
@@ -70,12 +71,14 @@ def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]
     """
     if len(chat.messages) > model.info.max_context:
         raise _too_long(model, f"{len(chat.messages)} messages")
-    check_options(chat.options)
-    options = dict(chat.options)
+    switches = tokenizer.switches(with_tools=chat.tools is not None)
+    check_options(chat.options, switches, model.name)
+    options = {**chat.options, **{name: value for name, value in chat.hints.items() if name in switches}}
     try:
         text = tokenizer.render(chat.messages, tools=chat.tools, **options)
         if chat.tools is not None and tokenizer.render(chat.messages, **options) == text:
             raise UnofferedError("tools", f"is not offered for {model.name}: its chat template has no place for them")
+        _check_names(tokenizer, model, chat, options, text)
     except RecursionError:
         raise UserError("the chat template can't follow messages nested so deeply: flatten them") from None
     return text_tokens(tokenizer, model, text + chat.prefill)
@@ -101,13 +104,37 @@ def check_length(model: Model, tokens: list[int], max_tokens: int | None = None)
     return tokens
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises: FieldError: a variable of the template that is set otherwise, or that isn't a plain value."""
+def check_options(options: Mapping[str, Any], switches: Collection[str], model: str) -> None:
+    """Raises: FieldError: no variable of the template, one that is set otherwise, or one that isn't a plain value."""
     for name, value in options.items():
-        if name in RESERVED or not name.isidentifier():
-            raise FieldError("chat_template_kwargs", f"{name[:100]!r} can't be set here: leave it out")
+        if name not in switches:
+            known = ", ".join(sorted(switches)) or "none"
+            raise FieldError(
+                "chat_template_kwargs",
+                f"{name[:100]!r} can't be set here: leave it out; the chat template of {model} has: {known}",
+            )
         if not isinstance(value, SCALARS):
             raise FieldError("chat_template_kwargs", f"{name[:100]!r} must be a string, a number, true or false")
+
+
+def _check_names(tokenizer: ChatTokenizer, model: Model, chat: Chat, options: Mapping[str, Any], text: str) -> None:
+    """Raises: UnofferedError: a name of a speaker that makes no difference to `text`."""
+    for role in sorted({str(message["role"]) for message in chat.messages if "name" in message}):
+        nameless = [
+            {key: value for key, value in message.items() if key != "name" or message["role"] != role}
+            for message in chat.messages
+        ]
+        try:
+            is_read = tokenizer.render(nameless, tools=chat.tools, **options) != text
+        except UserError:  # the template insists on names
+            continue
+        if not is_read:
+            at = next(i for i, message in enumerate(chat.messages) if message["role"] == role and "name" in message)
+            raise UnofferedError(
+                f"messages[{at}].name",
+                f"is not offered for {model.name}: its chat template has no place for names of role {role}; leave it "
+                "out, or write the name into the content",
+            )
 
 
 def _too_long(model: Model, what: str) -> ContextError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tinsmith.errors import TinsmithError
 from tinsmith.tokenizer import REPLACEMENT, ChatTokenizer
@@ -44,6 +45,7 @@ class Written:
         self._keeps_special = keeps_special
         self._end_tokens = frozenset(end_tokens)
         self._stops = tuple(stops)
+        self._searches = [Search(stop) for stop in self._stops]
         self._tokens: list[int] = []
         self._num_read = 0  # tokens whose text is in `_text`
         self._text = ""  # decoded for good
@@ -55,7 +57,7 @@ class Written:
         self._read()
         sure = self._cut()
         if sure is None:
-            sure = len(self._text) - max((_held(self._text, stop) for stop in self._stops), default=0)
+            sure = len(self._text) - max((search.num_begun for search in self._searches), default=0)
         return self._send(sure)
 
     def end(self, sequence: SampledSequence) -> Ending:
@@ -84,7 +86,10 @@ class Written:
         before = self._decode(self._tokens[start : self._num_read])
         after = self._decode(self._tokens[start:])
         if is_last or not after.endswith(REPLACEMENT):
-            self._text += after[len(before) :]
+            new = after[len(before) :]
+            self._text += new
+            for search in self._searches:
+                search.read(new)
             self._num_read = len(self._tokens)
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -93,8 +98,7 @@ class Written:
 
     def _cut(self) -> int | None:
         """Where the first stop string begins."""
-        found = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
-        return min(found, default=None)
+        return min((search.found_at for search in self._searches if search.found_at is not None), default=None)
 
     def _send(self, end: int) -> str:
         text = self._text[self._num_sent : end]
@@ -102,6 +106,45 @@ class Written:
         return text
 
 
-def _held(text: str, stop: str) -> int:
-    """Characters at the end of the text that a stop string may begin with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+class Search:
+    """Looks for the first place of a string in a text that comes in pieces, in time linear in the new piece (Knuth,
+    Morris, Pratt: Fast pattern matching in strings, 1977).
+
+    found_at: where it begins. num_begun: characters at the end of the text that the string may begin with.
+    """
+
+    def __init__(self, string: str) -> None:
+        self._string = string
+        self._num_before = 0
+        self.found_at: int | None = None
+        self.num_begun = 0
+
+    def read(self, piece: str) -> None:
+        if self.found_at is not None:
+            return
+        string, begun = self._string, self.num_begun
+        start = 0 if begun else piece.find(string[0])
+        if start >= 0:
+            borders = _borders(string)
+            for at in range(start, len(piece)):
+                while begun and piece[at] != string[begun]:
+                    begun = borders[begun - 1]
+                begun += piece[at] == string[begun]
+                if begun == len(string):
+                    self.found_at = self._num_before + at + 1 - begun
+                    break
+        self.num_begun = 0 if self.found_at is not None else begun
+        self._num_before += len(piece)
+
+
+@lru_cache(maxsize=4096)
+def _borders(string: str) -> tuple[int, ...]:
+    """Of each beginning of the string: the length of its longest end, but itself, that the string begins with."""
+    borders = [0] * len(string)
+    length = 0
+    for i in range(1, len(string)):
+        while length and string[i] != string[length]:
+            length = borders[length - 1]
+        length += string[i] == string[length]
+        borders[i] = length
+    return tuple(borders)
