@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
+import structlog
 import torch
 
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import plan_prefill
+from tinsmith.sampling.admission import Chunk, plan_prefill
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Decoder, Drawn
 from tinsmith.sampling.grammar import Grammars, Matcher
@@ -33,6 +35,8 @@ from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
 
+log = structlog.get_logger("tinsmith.worker")
+
 Ended = list[tuple[OpId, SampleResult | Failure]]
 
 NON_FINITE = Failure(
@@ -46,6 +50,7 @@ NO_FORM = Failure(
     "user",
     "the answer could not be held to json_schema: it is too complex, or the model has no tokens for it; simplify it",
 )
+INTERNAL = Failure("internal", "server", "the server failed on this request; its log has the details. Send it again")
 
 
 class Sampler:
@@ -130,9 +135,8 @@ class Sampler:
         with torch.inference_mode():
             self._grow()
             if self._running:
-                for drawn in self._decoder.step(self._paused):
-                    self._accept(drawn, ended)
-            self._prefill()
+                self._take(self._decoder.step(self._paused), ended)
+            self._prefill(ended)
             self._start(ended)
         return ended
 
@@ -151,7 +155,7 @@ class Sampler:
         self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
         self._is_short = self._is_short or bool(self._paused)
 
-    def _prefill(self) -> None:
+    def _prefill(self, ended: Ended) -> None:
         chunks = plan_prefill(self._begun, self._waiting, self._settings.prefill_chunk_tokens, self._may_begin)
         self._is_short = False
         if not chunks:
@@ -159,12 +163,22 @@ class Sampler:
         for chunk in chunks:
             if self._waiting and chunk.request is self._waiting[0]:
                 self._begun.append(self._waiting.popleft())
-        run_prefill(self._base, chunks)
-        for chunk in chunks:
+        for chunk in self._compute(chunks, ended):
             if chunk.request.prompt_kv is not None:
                 self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
         self._ready += [request for request in self._begun if request.is_prefilled]
         self._begun = [request for request in self._begun if not request.is_prefilled]
+
+    def _compute(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Chunk]:
+        """The chunks that could be computed; where not all can be at once, one by one, and requests to blame fail."""
+        try:
+            run_prefill(self._base, chunks)
+        except Exception as error:
+            if len(chunks) > 1:
+                return [done for chunk in chunks for done in self._compute([chunk], ended)]
+            self._fail(chunks[0].request, error, ended)
+            return []
+        return chunks
 
     def _may_begin(self, request: Request) -> bool:
         """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
@@ -191,8 +205,7 @@ class Sampler:
                     break
                 sequence.matcher = self._matcher(request.item)
                 started.append(sequence)
-        for drawn in self._decoder.draw_first(started):
-            self._accept(drawn, ended)
+        self._take(self._decoder.draw_first(started), ended)
         for request in self._ready:
             if not request.num_unstarted:
                 request.first_logits_V = None
@@ -208,13 +221,29 @@ class Sampler:
         self._running[sequence] = None
         return True
 
+    def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
+        """What goes wrong with one sequence fails its request alone."""
+        for each in drawn:
+            request = each.sequence.request
+            if request.item.op_id not in self._requests:
+                continue
+            try:
+                if each.error is not None:
+                    raise each.error
+                self._accept(each, ended)
+            except Exception as error:
+                self._fail(request, error, ended)
+
+    def _fail(self, request: Request, error: Exception, ended: Ended) -> None:
+        log.error("sample failed", op_id=request.item.op_id, exc_info=error)
+        self._drop(request)
+        ended.append((request.item.op_id, INTERNAL))
+
     def _accept(self, drawn: Drawn, ended: Ended) -> None:
         """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
         sequence, logprob = drawn.sequence, drawn.logprob
         request = sequence.request
         op_id = request.item.op_id
-        if op_id not in self._requests:
-            return
         if not math.isfinite(logprob):
             self._drop(request)
             ended.append((op_id, NON_FINITE))
@@ -233,8 +262,9 @@ class Sampler:
         self._leave(sequence)
         request.finished[sequence.index] = sequence.result(is_stopped)
         if request.is_finished:
+            result = request.result()
             self._drop(request)
-            ended.append((op_id, request.result()))
+            ended.append((op_id, result))
 
     def _matcher(self, item: SampleItem) -> Matcher | None:
         schema = item.params.json_schema
