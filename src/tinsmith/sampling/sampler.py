@@ -17,13 +17,13 @@ import structlog
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import ConfigError
+from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
 from tinsmith.sampling.admission import Chunk, plan_prefill
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Decoder, Drawn
-from tinsmith.sampling.grammar import Grammars, Matcher
+from tinsmith.sampling.grammar import Grammars
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
@@ -36,6 +36,8 @@ from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
 
 log = structlog.get_logger("tinsmith.worker")
+
+GRAMMAR_WAIT_S = 0.02  # a step lasts so long where there is nothing but schemas to be compiled
 
 Ended = list[tuple[OpId, SampleResult | Failure]]
 
@@ -76,6 +78,7 @@ class Sampler:
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
+        self._schemed: list[Request] = []  # their schema isn't compiled yet
         self._waiting: deque[Request] = deque()  # nothing computed yet
         self._begun: list[Request] = []  # in prefill
         self._ready: list[Request] = []  # prompt computed, some sequences not started
@@ -106,7 +109,6 @@ class Sampler:
             UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
         """
         max_tokens = self._limits.max_tokens(item)
-        self._matcher(item)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
         request = Request(
             item=item,
@@ -117,7 +119,7 @@ class Sampler:
             scores=PromptScores(item),
         )
         self._requests[item.op_id] = request
-        self._waiting.append(request)
+        (self._waiting if item.params.json_schema is None else self._schemed).append(request)
 
     def cancel(self, op_id: OpId) -> int:
         """Forget a request and free what it holds; the tokens sampled for it until now. Unknown ids are ignored."""
@@ -132,6 +134,7 @@ class Sampler:
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
         ended: Ended = []
+        self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
             if self._running:
@@ -149,6 +152,20 @@ class Sampler:
             if start < len(sequence.tokens):
                 pieces.append(SamplePiece(op_id, sequence.index, start, sequence.result(False, start)))
         return pieces
+
+    def _await_grammars(self, ended: Ended) -> None:
+        """Requests whose schema has been compiled begin to wait with the others."""
+        if self._schemed and len(self._schemed) == len(self._requests):
+            self._grammars.wait(GRAMMAR_WAIT_S)
+        for request in list(self._schemed):
+            found = self._grammars.find(request.item.params.json_schema or "", request.item.scope)
+            if isinstance(found, TinsmithError):
+                self._drop(request)
+                ended.append((request.item.op_id, found.as_failure()))
+            elif found is not None:
+                request.grammar = found
+                self._schemed.remove(request)
+                self._waiting.append(request)
 
     def _grow(self) -> None:
         """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
@@ -203,7 +220,7 @@ class Sampler:
                 if not request.is_one_step and not self._seat(sequence):
                     request.num_started -= 1
                     break
-                sequence.matcher = self._matcher(request.item)
+                sequence.matcher = None if request.grammar is None else request.grammar.matcher()
                 started.append(sequence)
         self._take(self._decoder.draw_first(started), ended)
         for request in self._ready:
@@ -266,10 +283,6 @@ class Sampler:
             self._drop(request)
             ended.append((op_id, result))
 
-    def _matcher(self, item: SampleItem) -> Matcher | None:
-        schema = item.params.json_schema
-        return None if schema is None else self._grammars.matcher(schema)
-
     def _leave(self, sequence: Sequence) -> None:
         self._running.pop(sequence, None)
         self._paused.discard(sequence)
@@ -280,7 +293,9 @@ class Sampler:
         for sequence in [s for s in self._running if s.request is request]:
             self._leave(sequence)
         self.memory.close_prompt(request)
-        for queue in (self._waiting, self._begun, self._ready):
+        if request in self._schemed:
+            self._grammars.forget(request.item.params.json_schema or "", request.item.scope)
+        for queue in (self._schemed, self._waiting, self._begun, self._ready):
             if request in queue:
                 queue.remove(request)
         if request.item.adapter is not None:
