@@ -7,6 +7,7 @@ can go on with white space forever.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -18,12 +19,26 @@ LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 OPTIONS = "x-guidance"  # where a schema could ask the library to overlook what it doesn't know
 
 
+@lru_cache(maxsize=64)
 def json_grammar(schema: str) -> str:
-    """The grammar of a JSON schema, for `LLMatcher`.
+    """The grammar of a JSON schema, for `LLMatcher`; checked, which may take a second of a large one's first time.
 
     Raises:
         UserError: it is no JSON object, or too large.
         UnsupportedError: it is no JSON schema, or has keywords that can't be held to; the message names them.
+    """
+    grammar = grammar_of(schema)
+    problem = LLMatcher.validate_grammar(grammar)
+    if problem:
+        raise refusal(problem)
+    return grammar
+
+
+def grammar_of(schema: str) -> str:
+    """The grammar, with its keywords not checked yet: whoever compiles it is told.
+
+    Raises:
+        UserError: it is no JSON object, or too large.
     """
     if len(schema) > MAX_SCHEMA_BYTES:
         raise UserError(
@@ -35,10 +50,7 @@ def json_grammar(schema: str) -> str:
         is_object = False
     if not is_object:
         raise UserError("json_schema must be a JSON schema, an object")
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
-    problem = LLMatcher.validate_grammar(grammar)
-    if problem:
-        raise UnsupportedError(f"json_schema can't be held to ({problem[:300]}): leave that out")
+    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
     return grammar
 
 
@@ -51,3 +63,7 @@ def _without_options(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if any(key == OPTIONS for key, _ in pairs):
         raise UnsupportedError(f"json_schema: {OPTIONS} is not offered here, every keyword is held to: leave it out")
     return dict(pairs)
+
+
+def refusal(problem: str) -> UnsupportedError:
+    return UnsupportedError(f"json_schema can't be held to ({problem[:300]}): leave that out")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
 
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
 from tinsmith.config import Settings
-from tinsmith.errors import UserError
+from tinsmith.sampling.grammar import Grammars
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import Failure, OpId, SampleItem, SampleResult, SamplingParams
@@ -36,11 +37,11 @@ def item(name: str, prompt: list[int] = PROMPT, num_samples: int = 1, **params: 
     return SampleItem(OpId(name), None, np.array(prompt, np.int32), given, num_samples, seed=5, prompt_logprobs=True)
 
 
-def run(engine: TorchEngine, *items: SampleItem) -> dict[str, SampleResult | Failure]:
+def run(engine: TorchEngine, *items: SampleItem, left: int = 0) -> dict[str, SampleResult | Failure]:
     for each in items:
         engine.submit_sample(each)
     found: dict[str, SampleResult | Failure] = {}
-    while engine.num_samples:
+    while engine.num_samples > left:
         found |= dict(engine.step_samples())
     return found
 
@@ -69,10 +70,38 @@ def test_logprobs_are_those_of_the_model(engine: TorchEngine) -> None:
     assert sequence.logprobs.min() < -3
 
 
-def test_a_bad_schema_is_refused_before_any_work(engine: TorchEngine) -> None:
-    with pytest.raises(UserError, match="uniqueItems"):
-        engine.submit_sample(item("bad", json_schema='{"uniqueItems": true}'))
-    assert engine.num_samples == 0
+def test_a_bad_schema_fails_alone(engine: TorchEngine) -> None:
+    found = run(engine, item("bad", json_schema='{"uniqueItems": true}'), item("free"))
+    assert isinstance(found["bad"], Failure)
+    assert "uniqueItems" in found["bad"].message
+    assert isinstance(found["free"], SampleResult)
+
+
+def test_a_schema_is_compiled_once_beside_the_steps(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it takes its time, others are sampled; its own samples are what they would have been."""
+    num_compiled = 0
+    may_go_on = threading.Event()
+    compiling = Grammars._compile
+
+    def slow(self: Grammars, schema: str) -> object:
+        nonlocal num_compiled
+        num_compiled += 1
+        assert may_go_on.wait(60)
+        return compiling(self, schema)
+
+    expected = run(engine, item("held", num_samples=3, json_schema=SCHEMA))["held"]
+    monkeypatch.setattr(Grammars, "_compile", slow)
+    engine._sampler._grammars._kept.clear()
+    engine.submit_sample(item("held", num_samples=3, json_schema=SCHEMA))
+    engine.submit_sample(item("twin", num_samples=40, max_tokens=2, json_schema=SCHEMA))
+    engine.submit_sample(item("gone", json_schema='{"type": "array"}'))
+    assert list(run(engine, item("free"), left=3)) == ["free"]
+    engine.cancel_sample(OpId("gone"))
+    may_go_on.set()
+    together = run(engine)
+    assert num_compiled == 1
+    for one, other in zip(expected.sequences, together["held"].sequences, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
 def test_an_answer_that_can_not_be_held_fails_alone(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:

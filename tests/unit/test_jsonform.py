@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.jsonform import MAX_SCHEMA_BYTES, json_grammar
-from tinsmith.sampling.grammar import Grammars
+from tinsmith.sampling.grammar import Grammar, Grammars, Matcher
 from tinsmith.tokenizer import ChatTokenizer
 
 INFO = describe(BaseRef(SHIPPED_NAME, SHIPPED_PATH))
@@ -83,8 +84,16 @@ def test_wild_schemas_take_no_time() -> None:
             assert time.monotonic() - started < 1
 
 
+def matcher_of(schema: Any) -> Matcher:
+    grammars = Grammars(INFO)
+    while (found := grammars.find(json.dumps(schema), "somebody")) is None:
+        grammars.wait(1)
+    assert isinstance(found, Grammar)
+    return found.matcher()
+
+
 def test_a_matcher_allows_what_the_schema_allows() -> None:
-    matcher = Grammars(INFO).matcher(json.dumps(ANIMAL))
+    matcher = matcher_of(ANIMAL)
     for token in TOKENIZER.encode('{"name": "fox", "legs": 4}'):
         allowed = matcher.allowed()
         assert allowed.shape == (INFO.vocab_size,)
@@ -95,6 +104,32 @@ def test_a_matcher_allows_what_the_schema_allows() -> None:
 
 
 def test_a_matcher_that_was_led_astray_allows_nothing() -> None:
-    matcher = Grammars(INFO).matcher(json.dumps(ANIMAL))
+    matcher = matcher_of(ANIMAL)
     assert not matcher.accept(TOKENIZER.encode("x")[0])
     assert not matcher.allowed().any()
+
+
+def test_tenants_take_turns_at_having_schemas_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd of one tenant's costs another the one that is under way; what nobody waits for isn't compiled."""
+    compiled: list[str] = []
+    may_go_on = threading.Event()
+
+    def compile_one(_: Grammars, schema: str) -> UserError:
+        assert may_go_on.wait(10)
+        compiled.append(schema)
+        return UserError(schema)
+
+    monkeypatch.setattr(Grammars, "_compile", compile_one)
+    grammars = Grammars(INFO)
+    crowd = [f"a{i}" for i in range(5)]
+    for schema in crowd:
+        grammars.find(schema, "alice")
+    assert grammars.find("b", "bob") is None
+    grammars.forget("a4", "alice")
+    may_go_on.set()
+    wanted = [*((schema, "alice") for schema in crowd[:4]), ("b", "bob")]
+    while any(grammars.find(*one) is None for one in wanted):
+        grammars.wait(1)
+    assert sorted(compiled) == ["a0", "a1", "a2", "a3", "b"]
+    assert compiled.index("b") <= 2
+    assert grammars.find("b", "alice") is grammars.find("b", "bob")

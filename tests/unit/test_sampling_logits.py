@@ -156,3 +156,10 @@ def test_the_likeliest_of_a_row_do_not_depend_on_what_others_ask_for():
     assert first[0].dtype == np.int32
     np.testing.assert_array_equal(first[1], logprobs[0, [2, 1]].numpy())
     assert last[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("top_k", [4, 2**31, 2**63, 10**400])
+def test_a_top_k_beyond_the_vocabulary_keeps_it_all(top_k):
+    logits = np.log([0.1, 0.2, 0.3, 0.4]).tolist()
+    for uniform in (0.05, 0.2, 0.5, 0.95):
+        assert one(logits, uniform, top_k=top_k) == one(logits, uniform)

@@ -16,7 +16,7 @@ from msgspec import Struct
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import TOKENS_BYTES, read_body
-from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.errors import UnsupportedError, UserError
@@ -83,9 +83,15 @@ async def asample(request: Call, services: ServicesDep) -> Promise:
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
 
 
+def weight_of(body: bytes) -> int:
+    """For `Services.digest`: bytes, and more where there may be a schema, which takes longer to check than to read."""
+    has_schema = b"json_schema" in body or b"\\u" in body
+    return max(len(body), LIGHT_BYTES + 1) if has_schema else len(body)
+
+
 async def _admit_sample(services: Services, principal: Principal, body: bytes) -> OpRow:
     async with room_for_sample(services, principal.tenant_id):
-        draft = await services.digest(principal, len(body), _draft_sample, services, principal, body)
+        draft = await services.digest(principal, weight_of(body), _draft_sample, services, principal, body)
         return await admit(services, principal, draft)
 
 

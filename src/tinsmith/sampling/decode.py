@@ -6,6 +6,7 @@ Shape letters: B sequences, T rows (B and padding), V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
@@ -27,12 +28,16 @@ DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one
 
 
 class Drawn(NamedTuple):
-    """A sequence, its next token and that token's logprob; the likeliest tokens, if they were asked for."""
+    """A sequence, its next token and that token's logprob; the likeliest tokens, if they were asked for.
+
+    error: why none could be drawn for this sequence, which is its own affair.
+    """
 
     sequence: Sequence
     token: int
     logprob: float
     top: Top | None = None
+    error: Exception | None = None
 
 
 class Decoder:
@@ -43,7 +48,7 @@ class Decoder:
         self._sequences: list[Sequence] = []
         self._lora = DecodeLora(base.device)
         self._context = DecodeContext((), self._lora)
-        self._warp = Warp.of((), base.info.vocab_size, base.device)
+        self._warp: Warp | None = None  # of `_sequences`, made when it is needed
 
     def step(self, paused: Container[Sequence]) -> list[Drawn]:
         """Compute one token for every sequence in the cache. Paused ones are carried along and nothing comes of it."""
@@ -58,7 +63,7 @@ class Decoder:
         hidden_TD = self._base.hidden(tokens_T, positions_T, self._context)
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
-        drawn = _draw(logits_TV[: len(sequences)].float(), sequences, self._warp)
+        drawn = self._draw(logits_TV[: len(sequences)].float(), sequences)
         return [d for d in drawn if d.sequence not in paused]
 
     def draw_first(self, sequences: Seq[Sequence]) -> list[Drawn]:
@@ -67,8 +72,7 @@ class Decoder:
         for at in range(0, len(sequences), DRAW_ROWS):
             part = sequences[at : at + DRAW_ROWS]
             logits = [s.request.first_logits_V for s in part if s.request.first_logits_V is not None]
-            warp = Warp.of([s.request.item.params for s in part], self._base.info.vocab_size, self._base.device)
-            drawn += _draw(torch.stack(logits), part, warp)
+            drawn += self._draw(torch.stack(logits), part)
         return drawn
 
     def _arrange(self) -> None:
@@ -79,9 +83,25 @@ class Decoder:
             self._sequences += arena.owners
         self._context = DecodeContext(groups, self._lora)
         self._lora.arrange([s.request.adapter for s in self._sequences])
-        params = [s.request.item.params for s in self._sequences]
-        self._warp = Warp.of(params, self._base.info.vocab_size, self._base.device)
+        self._warp = None
         self._version = self._kv.version
+
+    def _draw(self, logits_BV: Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+        """A token for each. Where that can't be done, each is drawn by itself, which changes no bit of the others."""
+        try:
+            return _draw(logits_BV, sequences, self._warp_of(sequences))
+        except Exception as error:
+            if len(sequences) == 1:
+                return [Drawn(sequences[0], 0, math.nan, error=error)]
+        return [d for row, one in enumerate(sequences) for d in self._draw(logits_BV[row : row + 1], [one])]
+
+    def _warp_of(self, sequences: Seq[Sequence]) -> Warp:
+        if sequences is self._sequences and self._warp is not None:
+            return self._warp
+        warp = Warp.of([s.request.item.params for s in sequences], self._base.info.vocab_size, self._base.device)
+        if sequences is self._sequences:
+            self._warp = warp
+        return warp
 
 
 def _draw(logits_BV: Tensor, sequences: Seq[Sequence], warp: Warp) -> list[Drawn]:

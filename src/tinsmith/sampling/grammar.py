@@ -1,15 +1,24 @@
-"""Which tokens a sequence may go on with so that its text stays within a JSON schema."""
+"""Which tokens a sequence may go on with so that its text stays within a JSON schema.
+
+A schema can take a second of computing before its first token. It is compiled once, beside the sampler's steps, on a
+thread that lets others compute; tenants take turns, and what was compiled last is kept.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
-from tinsmith.jsonform import json_grammar
+from tinsmith.errors import TinsmithError
+from tinsmith.jsonform import grammar_of, refusal
 from tinsmith.types import BaseInfo
+
+MAX_KEPT = 32
 
 
 class Matcher:
@@ -31,24 +40,81 @@ class Matcher:
         return bool(self._matcher.consume_token(token))
 
 
+class Grammar:
+    """A compiled schema."""
+
+    def __init__(self, first: LLMatcher, vocab_size: int) -> None:
+        self._first = first
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> Matcher:
+        """A sequence at its beginning; costs microseconds."""
+        return Matcher(self._first.deep_copy(), self._vocab_size)
+
+
 class Grammars:
-    """The schemas of one base model's requests."""
+    """The schemas of one base model's requests. Called from one thread."""
 
     def __init__(self, info: BaseInfo) -> None:
         self._info = info
         self._tokenizer: LLTokenizer | None = None
+        self._kept: OrderedDict[str, Grammar | TinsmithError] = OrderedDict()
+        self._lines: OrderedDict[str, deque[str]] = OrderedDict()  # what tenants wait for; the next one's is first
+        self._under_way: tuple[str, Future[Grammar | TinsmithError]] | None = None
+        self._thread = ThreadPoolExecutor(1, "grammar")
 
-    def matcher(self, schema: str) -> Matcher:
-        """A sequence at its beginning. The first one costs the reading of the tokenizer.
+    def find(self, schema: str, tenant: str) -> Grammar | TinsmithError | None:
+        """A schema compiled, or why it can't be held to; None while that isn't known. To be asked again until it is."""
+        self._move_on()
+        found = self._kept.get(schema)
+        if found is not None:
+            self._kept.move_to_end(schema)
+        elif self._under_way is None or self._under_way[0] != schema:
+            line = self._lines.setdefault(tenant, deque())
+            if schema not in line:
+                line.append(schema)
+            self._move_on()
+        return found
 
-        Raises:
-            UserError: the schema can't be held to.
-        """
-        grammar = json_grammar(schema)
+    def forget(self, schema: str, tenant: str) -> None:
+        """The tenant waits for it no longer."""
+        line = self._lines.get(tenant, deque())
+        if schema in line:
+            line.remove(schema)
+
+    def wait(self, seconds: float) -> None:
+        """Until the schema under way is compiled, and no longer than that."""
+        if self._under_way is not None:
+            wait([self._under_way[1]], seconds)
+
+    def _move_on(self) -> None:
+        """Take in what has been compiled, and begin with what the next tenant waits for."""
+        if self._under_way is not None:
+            schema, coming = self._under_way
+            if not coming.done():
+                return
+            self._under_way = None
+            self._kept[schema] = coming.result()
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        while self._lines:
+            tenant, line = self._lines.popitem(last=False)
+            if line:
+                schema = line.popleft()
+                self._lines[tenant] = line
+                self._under_way = schema, self._thread.submit(self._compile, schema)
+                return
+
+    def _compile(self, schema: str) -> Grammar | TinsmithError:
+        """Runs on the thread. The first one costs the reading of the tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 str(Path(self._info.path) / "tokenizer.json"),
                 n_vocab=self._info.vocab_size,
                 eos_token=list(self._info.eos_tokens),
             )
-        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self._info.vocab_size)
+        try:
+            matcher = LLMatcher(self._tokenizer, grammar_of(schema), log_level=0)
+        except TinsmithError as error:
+            return error
+        return refusal(matcher.get_error()) if matcher.is_error() else Grammar(matcher, self._info.vocab_size)

@@ -41,7 +41,7 @@ class Warp:
         truncated = [
             row for row, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         ]
-        top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in truncated]
+        top_k = [min(params[row].top_k, vocab_size) if params[row].top_k > 0 else vocab_size for row in truncated]
         return cls(
             temperatures_B1=torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None],
             has_temperature=any(t != 1.0 for t in temperatures),

@@ -11,17 +11,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
+import structlog
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import ConfigError
+from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import plan_prefill
+from tinsmith.sampling.admission import Chunk, plan_prefill
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Decoder, Drawn
-from tinsmith.sampling.grammar import Grammars, Matcher
+from tinsmith.sampling.grammar import Grammars
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
@@ -32,6 +34,10 @@ from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
+
+log = structlog.get_logger("tinsmith.worker")
+
+GRAMMAR_WAIT_S = 0.02  # a step lasts so long where there is nothing but schemas to be compiled
 
 Ended = list[tuple[OpId, SampleResult | Failure]]
 
@@ -46,6 +52,7 @@ NO_FORM = Failure(
     "user",
     "the answer could not be held to json_schema: it is too complex, or the model has no tokens for it; simplify it",
 )
+INTERNAL = Failure("internal", "server", "the server failed on this request; its log has the details. Send it again")
 
 
 class Sampler:
@@ -71,6 +78,7 @@ class Sampler:
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
+        self._schemed: list[Request] = []  # their schema isn't compiled yet
         self._waiting: deque[Request] = deque()  # nothing computed yet
         self._begun: list[Request] = []  # in prefill
         self._ready: list[Request] = []  # prompt computed, some sequences not started
@@ -101,7 +109,6 @@ class Sampler:
             UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
         """
         max_tokens = self._limits.max_tokens(item)
-        self._matcher(item)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
         request = Request(
             item=item,
@@ -112,7 +119,7 @@ class Sampler:
             scores=PromptScores(item),
         )
         self._requests[item.op_id] = request
-        self._waiting.append(request)
+        (self._waiting if item.params.json_schema is None else self._schemed).append(request)
 
     def cancel(self, op_id: OpId) -> int:
         """Forget a request and free what it holds; the tokens sampled for it until now. Unknown ids are ignored."""
@@ -127,12 +134,12 @@ class Sampler:
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
         ended: Ended = []
+        self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
             if self._running:
-                for drawn in self._decoder.step(self._paused):
-                    self._accept(drawn, ended)
-            self._prefill()
+                self._take(self._decoder.step(self._paused), ended)
+            self._prefill(ended)
             self._start(ended)
         return ended
 
@@ -146,12 +153,26 @@ class Sampler:
                 pieces.append(SamplePiece(op_id, sequence.index, start, sequence.result(False, start)))
         return pieces
 
+    def _await_grammars(self, ended: Ended) -> None:
+        """Requests whose schema has been compiled begin to wait with the others."""
+        if self._schemed and len(self._schemed) == len(self._requests):
+            self._grammars.wait(GRAMMAR_WAIT_S)
+        for request in list(self._schemed):
+            found = self._grammars.find(request.item.params.json_schema or "", request.item.scope)
+            if isinstance(found, TinsmithError):
+                self._drop(request)
+                ended.append((request.item.op_id, found.as_failure()))
+            elif found is not None:
+                request.grammar = found
+                self._schemed.remove(request)
+                self._waiting.append(request)
+
     def _grow(self) -> None:
         """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
         self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
         self._is_short = self._is_short or bool(self._paused)
 
-    def _prefill(self) -> None:
+    def _prefill(self, ended: Ended) -> None:
         chunks = plan_prefill(self._begun, self._waiting, self._settings.prefill_chunk_tokens, self._may_begin)
         self._is_short = False
         if not chunks:
@@ -159,12 +180,22 @@ class Sampler:
         for chunk in chunks:
             if self._waiting and chunk.request is self._waiting[0]:
                 self._begun.append(self._waiting.popleft())
-        run_prefill(self._base, chunks)
-        for chunk in chunks:
+        for chunk in self._compute(chunks, ended):
             if chunk.request.prompt_kv is not None:
                 self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
         self._ready += [request for request in self._begun if request.is_prefilled]
         self._begun = [request for request in self._begun if not request.is_prefilled]
+
+    def _compute(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Chunk]:
+        """The chunks that could be computed; where not all can be at once, one by one, and requests to blame fail."""
+        try:
+            run_prefill(self._base, chunks)
+        except Exception as error:
+            if len(chunks) > 1:
+                return [done for chunk in chunks for done in self._compute([chunk], ended)]
+            self._fail(chunks[0].request, error, ended)
+            return []
+        return chunks
 
     def _may_begin(self, request: Request) -> bool:
         """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
@@ -189,10 +220,9 @@ class Sampler:
                 if not request.is_one_step and not self._seat(sequence):
                     request.num_started -= 1
                     break
-                sequence.matcher = self._matcher(request.item)
+                sequence.matcher = None if request.grammar is None else request.grammar.matcher()
                 started.append(sequence)
-        for drawn in self._decoder.draw_first(started):
-            self._accept(drawn, ended)
+        self._take(self._decoder.draw_first(started), ended)
         for request in self._ready:
             if not request.num_unstarted:
                 request.first_logits_V = None
@@ -208,13 +238,29 @@ class Sampler:
         self._running[sequence] = None
         return True
 
+    def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
+        """What goes wrong with one sequence fails its request alone."""
+        for each in drawn:
+            request = each.sequence.request
+            if request.item.op_id not in self._requests:
+                continue
+            try:
+                if each.error is not None:
+                    raise each.error
+                self._accept(each, ended)
+            except Exception as error:
+                self._fail(request, error, ended)
+
+    def _fail(self, request: Request, error: Exception, ended: Ended) -> None:
+        log.error("sample failed", op_id=request.item.op_id, exc_info=error)
+        self._drop(request)
+        ended.append((request.item.op_id, INTERNAL))
+
     def _accept(self, drawn: Drawn, ended: Ended) -> None:
         """Append a drawn token to its sequence, and end the sequence and its request where that is due."""
         sequence, logprob = drawn.sequence, drawn.logprob
         request = sequence.request
         op_id = request.item.op_id
-        if op_id not in self._requests:
-            return
         if not math.isfinite(logprob):
             self._drop(request)
             ended.append((op_id, NON_FINITE))
@@ -233,12 +279,9 @@ class Sampler:
         self._leave(sequence)
         request.finished[sequence.index] = sequence.result(is_stopped)
         if request.is_finished:
+            result = request.result()
             self._drop(request)
-            ended.append((op_id, request.result()))
-
-    def _matcher(self, item: SampleItem) -> Matcher | None:
-        schema = item.params.json_schema
-        return None if schema is None else self._grammars.matcher(schema)
+            ended.append((op_id, result))
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.pop(sequence, None)
@@ -250,7 +293,9 @@ class Sampler:
         for sequence in [s for s in self._running if s.request is request]:
             self._leave(sequence)
         self.memory.close_prompt(request)
-        for queue in (self._waiting, self._begun, self._ready):
+        if request in self._schemed:
+            self._grammars.forget(request.item.params.json_schema or "", request.item.scope)
+        for queue in (self._schemed, self._waiting, self._begun, self._ready):
             if request in queue:
                 queue.remove(request)
         if request.item.adapter is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tinsmith.sampling.blocks import Claim, num_blocks
-from tinsmith.sampling.grammar import Matcher
+from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
@@ -23,7 +23,7 @@ class Request:
 
     num_cached: tokens at the prompt's beginning that needed no computing.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
-    first_logits_V: float32, the logits after the whole prompt.
+    first_logits_V: float32, the logits after the whole prompt. grammar: of its schema, there before the prefill.
     """
 
     item: SampleItem
@@ -37,6 +37,7 @@ class Request:
     num_started: int = 0
     prompt_kv: PromptKV | None = None
     first_logits_V: Tensor | None = None
+    grammar: Grammar | None = None
     finished: dict[int, SampledSequence] = field(default_factory=dict)
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from tinsmith.api.admission import Draft, admit, new_op_id
 from tinsmith.api.endings import cancel
 from tinsmith.api.futures import failure_of, result_of, why_waiting
-from tinsmith.api.sampling import fill_sample, room_for_sample
+from tinsmith.api.sampling import fill_sample, room_for_sample, weight_of
 from tinsmith.api.services import Services
 from tinsmith.api.texts.fields import FieldError
 from tinsmith.api.texts.models import Model, Seats
@@ -135,7 +135,7 @@ class Desk:
         body = await self._services.work(asked.body)
         fill = partial(fill_sample, self._services, seat.sampler_id, body, draft, stream=stream)
         try:
-            return await self._services.work(fill)
+            return await self._services.digest(principal, weight_of(body), fill)
         except UserError as error:
             name, _, rest = error.message.partition(" ")
             raise FieldError(name, rest) if name in FIELDS else error from None
