@@ -42,8 +42,8 @@ def python() -> Path:
             return interpreter
         print(
             f"making {DIRECTORY.name}: {COOKBOOK}, torch for the CPU and what they need; about {DOWNLOAD_MB} MB to "
-            f"download, unless pip has it cached, and {DISK_MB} MB on disk; pip will say that tml-renderers is too old, "
-            "which is known",
+            f"download, unless pip has it cached, and {DISK_MB} MB on disk; pip will call tml-renderers too old, "
+            "which is known and does no harm",
             flush=True,
         )
         venv.create(DIRECTORY, with_pip=True, clear=True)
