@@ -6,6 +6,7 @@ A judge is a function from an Outcome to a Verdict. Every judge but `refused` as
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Outcome:
 
     def metrics(self, file: str = "metrics.jsonl", folder: str = ".") -> list[dict[str, Any]]:
         """The rows of a metrics file; none if there is no file."""
-        path = self.log_path / folder / file
+        path = Path(os.path.normpath(self.log_path / folder / file))  # a recipe may not have made its log_path
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def series(self, name: str, folder: str = ".") -> list[float]:

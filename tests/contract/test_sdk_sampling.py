@@ -158,6 +158,17 @@ def test_beyond_the_context_is_refused_before_any_work(sampler: tinker.SamplingC
         sampler.sample(long, 1, types.SamplingParams(max_tokens=49)).result()
 
 
+def test_a_record_for_a_loss_that_is_not_offered_is_refused(service: Service) -> None:
+    """What recipes send that train with stable_reinforce; the message says which loss needs no record."""
+    run = connect(service).create_lora_training_client("tinsmith/tiny", rank=2).result()
+    recording = run.save_weights_and_get_sampling_client(record_stability_info=True).result()
+    with pytest.raises(tinker.RequestFailedError, match="loss_fn=importance_sampling") as refusal:
+        recording.sample(types.ModelInput.from_ints([1, 2, 3]), 1, types.SamplingParams(max_tokens=1)).result()
+    assert refusal.value.category == types.RequestErrorCategory.User
+    plain = run.save_weights_and_get_sampling_client().result()
+    assert plain.sample(types.ModelInput.from_ints([1, 2, 3]), 1, types.SamplingParams(max_tokens=1)).result().sequences
+
+
 def test_inflight_clients_follow_the_run_and_snapshots_do_not(service: Service) -> None:
     run = connect(service).create_lora_training_client("tinsmith/tiny", rank=8, seed=3).result()
     snapshot = run.save_weights_and_get_sampling_client().result()

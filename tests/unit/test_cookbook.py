@@ -98,6 +98,11 @@ class TestVerdicts:
         assert not trained(3, "nll")(outcome(log_path)).ok
         assert not trained(2, "reward")(outcome(log_path)).ok
 
+    def test_a_recipe_may_log_beside_its_own_directory(self, log_path: Path) -> None:
+        (log_path / "stage").mkdir()
+        write(log_path / "stage", [1.0])
+        assert trained(1, "nll", ("../stage",))(outcome(log_path / "never-made")).ok
+
     def test_a_metric_has_to_move_far_enough(self, log_path: Path) -> None:
         write(log_path, [0.1, 0.1, 0.5, 0.5])
         assert rises(4, "nll", 2, 0.3)(outcome(log_path)).ok
