@@ -74,9 +74,9 @@ async def create_access_token(
     data: JSONBody[CreateAccessToken],
 ) -> AccessToken:
     """A token with which another tenant may load or copy this checkpoint (`weights_access_token` in the SDK)."""
-    place = (request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
-    row = await services.work(services.store.checkpoints.get, *place)
-    claims = Claims(row.tenant_id, row.path, int(time.time()) + data.ttl_seconds)
+    expires_at = int(time.time()) + data.ttl_seconds
+    row = await hand_out(services, request.user, (run_id, kind, name), "checkpoint_access_token_create", expires_at)
+    claims = Claims(row.tenant_id, row.path, expires_at)
     return AccessToken(token=_issue(services, claims), expires=iso_time(claims.expires_at))
 
 
@@ -95,6 +95,20 @@ def find_checkpoint(services: Services, principal: Principal, path: str, token: 
         if owner is None:
             raise
         return services.store.checkpoints.get(owner, place.run_id, place.kind, place.name)
+
+
+async def hand_out(
+    services: Services, principal: Principal, place: tuple[str, str, str], event: str, expires_at: int
+) -> CheckpointRow:
+    """The caller's checkpoint at `place` (run, kind, name), once the audit log says what is handed out and until when.
+
+    Raises:
+        NotFoundError: the caller has no such checkpoint.
+    """
+    run_id, kind, name = place
+    where = (principal.tenant_id, RunId(run_id), parse_kind(kind), name)
+    details = {"expires_at": str(expires_at)}
+    return await services.write(services.store.checkpoints.hand_out, *where, event, details, by=principal)
 
 
 async def _set_public(

@@ -140,15 +140,17 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
 
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_save_external, body))
+    return attempt(draft, partial(_fill_save_external, principal, body))
 
 
-def _fill_save_external(body: bytes, draft: Draft) -> Draft:
+def _fill_save_external(principal: Principal, body: bytes, draft: Draft) -> Draft:
     asked = decode_json(body, SaveWeightsExternal)
     meta = SaveExternalMeta(
         name=check_name(asked.path),
         expires_at=_expiry(asked.ttl_seconds),
         recipients=check_recipients(asked.age_encryption_recipients),
+        actor=principal.tenant_name,
+        actor_key_id=principal.key_id,
     )
     return replace(draft, meta=to_meta(meta))
 
