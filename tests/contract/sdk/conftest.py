@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ if extra := os.environ.get("TORCH_FROM"):
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # lossy.py, which knows the standard library alone
 
 import calls
+import forks
 import tinker
+from tinker_cli import Commands
 
+WORKERS = 3  # commands at the same time
 LEDGER = calls.Ledger()
 calls.count_calls(LEDGER)
 
@@ -48,3 +52,22 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := os.environ.get("CALLS_TO"):
         LEDGER.write(Path(path), tinker.__version__)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    forks.serve_forks()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield pool
+
+
+@pytest.fixture
+def cli(tmp_path: Path, ledger: calls.Ledger, pool: ThreadPoolExecutor) -> Commands:
+    """Towards the server that computes with the model."""
+    return Commands("TINKER", tmp_path, ledger, pool)
+
+
+@pytest.fixture
+def token_cli(tmp_path: Path, ledger: calls.Ledger, pool: ThreadPoolExecutor) -> Commands:
+    """Towards the server that has clients exchange their keys for tokens."""
+    return Commands("TOKENS", tmp_path, ledger, pool)

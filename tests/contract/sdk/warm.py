@@ -1,4 +1,4 @@
-"""What the fork server of command.py imports before its first fork: the SDK, without the torch that tests are lent."""
+"""What the fork server of forks.py imports before its first fork: the SDK, without the torch that tests are lent."""
 
 from __future__ import annotations
 
