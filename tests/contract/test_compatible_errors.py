@@ -125,6 +125,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "tool_calls[0].function.arguments: must be a JSON object",
     ),
+    *(
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": wrong}}]},
+                    USER,
+                ]
+            },
+            "tool_calls[0].function.arguments: must be a JSON object",
+        )
+        for wrong in (r'{"a": "\ud800"}', r'{"\ud800": 1}', '{"a": NaN}', '{"a": ' * 5000)
+    ),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format is text, json_object or json_schema"),
     (CHAT, {"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format beside tools"),
     (CHAT, {"response_format": schema({"not": {}})}, '["not"]'),
