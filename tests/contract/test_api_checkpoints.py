@@ -463,3 +463,16 @@ def test_old_clients_are_spared_kinds_they_do_not_know(save: Any, api: Any, run_
             rows = api.get(path, headers={"x-stainless-package-version": version})["checkpoints"]
             found = sorted(row["checkpoint_id"].split("/")[0] for row in rows)
             assert found == (kinds or ["external_weights", "weights"])
+
+
+def test_pages_of_old_clients_count_what_they_are_shown(save: Any, api: Any) -> None:
+    for name in ("a", "b", "c"):
+        save(name)
+        save(name, "external_weights")
+        save(name, "external_weights")
+    headers = {"x-stainless-package-version": "0.25.0"}
+    pages = [api.get("/checkpoints", headers=headers, params={"limit": 2, "offset": at}) for at in (0, 2, 4)]
+    names = [[row["checkpoint_id"] for row in page["checkpoints"]] for page in pages]
+    assert names == [["weights/c", "weights/b"], ["weights/a"], []]
+    assert {page["cursor"]["total_count"] for page in pages} == {3}
+    assert api.get("/checkpoints", params={"limit": 2})["cursor"]["total_count"] == 6
