@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from tinsmith.types import BaseInfo
 SHIPPED_NAME = "tinsmith/tiny"
 SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 MAX_HEADER_BYTES = 100 * 2**20
 
 TOKENIZER_FILES = (
@@ -95,7 +96,25 @@ def parse_all(texts: Sequence[str]) -> tuple[BaseRef, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"--base-model: two models are called {name}; give one another name with NAME=PATH")
+    _check_tokenizers(refs)
     return refs
+
+
+def hub_name(name: str) -> str:
+    """Where clients look for the tokenizer of a base: up to a colon, and without the variant of org/model/variant."""
+    return "/".join(name.partition(":")[0].split("/")[:2])
+
+
+def hub_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name that clients may ask for tokenizers by, and the base that it means: the bases' own, those that they are
+    shortened to, and the one that SDK clients load for the Llama 3 models, which are gated."""
+    names = tuple(names)
+    known = {name: name for name in names}
+    for name in names:
+        known.setdefault(hub_name(name), name)
+        if name.startswith(LLAMA):
+            known.setdefault(LLAMA_TOKENIZER, name)
+    return known
 
 
 def describe(ref: BaseRef) -> BaseInfo:
@@ -150,6 +169,11 @@ def weight_files(path: Path) -> list[Path]:
 def _local(text: str, name: str, given: str) -> BaseRef:
     if not name or not given:
         raise ConfigError(f"--base-model {text}: write it as NAME=PATH")
+    if not all(hub_name(name).split("/")) or name.count("/") > 2:
+        raise ConfigError(
+            f"--base-model {text}: clients could not look for the tokenizer of {name!r}; name it model, org/model or "
+            "org/model/variant with NAME=PATH"
+        )
     path = Path(given).expanduser().absolute().resolve()
     if "," in f"{name}{path}":
         raise ConfigError(f"--base-model {text}: names and paths of models can't contain a comma")
@@ -161,6 +185,21 @@ def _local(text: str, name: str, given: str) -> BaseRef:
     if not weight_files(path):
         raise ConfigError(f"--base-model {text}: {path} has no weights (*.safetensors)")
     return BaseRef(name, path)
+
+
+def _check_tokenizers(refs: Sequence[BaseRef]) -> None:
+    """Raises: ConfigError: clients would load the tokenizer of one base for another that has a different one."""
+    by_name = {ref.name: ref for ref in refs}
+    known = hub_names(by_name)
+    for ref in refs:
+        meant = by_name[known[hub_name(ref.name)]]
+        if None in (ref.path, meant.path) or meant.path == ref.path:
+            continue
+        if (meant.directory / "tokenizer.json").read_bytes() != (ref.directory / "tokenizer.json").read_bytes():
+            raise ConfigError(
+                f"--base-model: clients look for the tokenizers of {meant.name} and {ref.name} under one name, "
+                f"{hub_name(ref.name)}, and they differ; give one another name with NAME=PATH"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

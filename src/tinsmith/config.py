@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
+from urllib.parse import urlsplit
 
 from tinsmith.errors import ConfigError
 
@@ -160,7 +161,8 @@ class Settings:
     )
     tokenizer_id: str = setting(
         "auto",
-        "What clients are told to load the tokenizer from: path, name, or auto (path on loopback).",
+        "What clients are told to load the tokenizer from: path, name, or auto (path if host and public URL are "
+        "loopback).",
         group="access",
     )
 
@@ -201,7 +203,8 @@ class Settings:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in LOOPBACK
+        """Whether all clients are on this machine."""
+        return self.host in LOOPBACK and (not self.public_url or urlsplit(self.public_url).hostname in LOOPBACK)
 
     def _check(self) -> None:
         positive = (

@@ -50,7 +50,10 @@ def grammar_of(schema: str) -> str:
         is_object = False
     if not is_object:
         raise UserError("json_schema must be a JSON schema, an object")
-    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+    except ValueError as error:  # what Python reads as JSON and the library doesn't: NaN, half a surrogate pair
+        raise UserError(f"json_schema is no JSON ({str(error)[:300]}): write it anew") from None
     return grammar
 
 

@@ -77,9 +77,9 @@ def small_state(spec: RunSpec, parts: tuple[str, ...] = ("param",), width: int =
 class HandWorker:
     """Claims what is runnable and finishes it with made-up numbers; `seen` is the order of its work."""
 
-    def __init__(self, store: Store, blobs: Blobs, bell: Bell, api: Ringer) -> None:
-        self._store, self._blobs, self._bell, self._api = store, blobs, bell, api
-        self._me = store.workers.register("hand", BASE, 3600.0, time.time())
+    def __init__(self, store: Store, blobs: Blobs, bell: Bell, api: Ringer, base: str = BASE) -> None:
+        self._store, self._blobs, self._bell, self._api, self._base = store, blobs, bell, api, base
+        self._me = store.workers.register("hand" if base == BASE else f"hand of {base}", base, 3600.0, time.time())
         store.workers.set_ready(self._me)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hand-worker")
@@ -87,8 +87,8 @@ class HandWorker:
 
     def step(self) -> int:
         """Finish all that is runnable now; how many ops."""
-        self._store.runs.lease(self._me, BASE, 100)
-        runnable = self._store.ops.runnable(self._me, BASE, 1000)
+        self._store.runs.lease(self._me, self._base, 100)
+        runnable = self._store.ops.runnable(self._me, self._base, 1000)
         ops = self._store.ops.claim(self._me, [op.id for op in runnable], time.time())
         ops.sort(key=lambda op: (op.run_id or "", op.seq_id))
         if ops:
@@ -180,13 +180,14 @@ class HandWorker:
 
 @dataclass
 class House:
-    """`key` speaks for tenant alice (an admin), `other_key` for bob. `make_worker` may be called once."""
+    """`key` speaks for tenant alice (an admin), `other_key` for bob."""
 
     root: Path
     settings: Settings
     store: Store = field(init=False)
     ready: set[str] = field(default_factory=lambda: {BASE})
     workers: list[HandWorker] = field(default_factory=list)
+    bells: list[Bell] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = open_store(self.settings.data_dir, synchronous="NORMAL")
@@ -212,8 +213,13 @@ class House:
             pieces=Pieces(self.line),
         )
 
-    def make_worker(self) -> HandWorker:
-        self.workers.append(HandWorker(self.store, self.blobs, self.worker_bell, Ringer(self.root / "api.sock")))
+    def make_worker(self, base: str = BASE) -> HandWorker:
+        """Once for each base."""
+        bell = self.worker_bell
+        if self.workers:
+            bell = Bell(self.root / f"worker{len(self.workers)}.sock")
+            self.bells.append(bell)
+        self.workers.append(HandWorker(self.store, self.blobs, bell, Ringer(self.root / "api.sock"), base))
         return self.workers[-1]
 
     def close(self) -> None:
@@ -221,7 +227,8 @@ class House:
             worker.stop()
         self.services.close()
         self.api_bell.close()
-        self.worker_bell.close()
+        for bell in (self.worker_bell, *self.bells):
+            bell.close()
         self.line.close()
         self.store.close()
 

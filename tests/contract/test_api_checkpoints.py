@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import itertools
@@ -135,7 +136,7 @@ class TestLinks:
         assert other.get(f"{place}/archive", 404)["code"] == "not_found"
         assert anonymous.raw("GET", link(place)).status_code == 200
 
-    @pytest.mark.parametrize("field", ["expires", "version", "signature"])
+    @pytest.mark.parametrize("field", ["expires", "key", "version", "signature"])
     def test_changed_are_refused(self, save: Any, link: Any, anonymous: Any, field: str) -> None:
         good = link(save())
         value = parse_qs(urlsplit(good).query)[field][0]
@@ -176,6 +177,15 @@ class TestLinks:
         assert (again.status_code, again.json()["code"]) == (410, "gone")
         assert anonymous.raw("GET", link(place)).status_code == 200
         assert anonymous.raw("GET", third).status_code == 200
+
+    def test_end_with_the_key(self, save: Any, api: Any, anonymous: Any, house: House) -> None:
+        key, secret = house.store.tenants.create_key(house.tenant_id, "short-lived")
+        url = api.get(f"{save()}/archive", headers={**JSON, "X-API-Key": secret})["url"]
+        assert house.tenant_id not in url
+        assert anonymous.raw("GET", url).status_code == 200
+        house.store.tenants.revoke_key(key.key_id)
+        answer = anonymous.raw("GET", url)
+        assert (answer.status_code, answer.json()["code"]) == (410, "gone")
 
     def test_outlive_the_process(self, save: Any, link: Any, house: House) -> None:
         url = link(save())
@@ -333,6 +343,34 @@ class TestPublishing:
         assert other.post("/copy_weights", body, 404)["code"] == "not_found"
         api.post(f"{place}/access_token", {"ttl_seconds": 10**9}, 400)
 
+    def test_a_token_is_for_what_was_stored_and_ends_with_its_key(
+        self, save: Any, api: Any, other: Any, house: House
+    ) -> None:
+        key, secret = house.store.tenants.create_key(house.tenant_id, "short-lived")
+        place = save()
+        tokens = [
+            api.post(f"{place}/access_token", {}, headers=headers)["token"] for headers in ({}, {"X-API-Key": secret})
+        ]
+        for token in tokens:
+            said = base64.urlsafe_b64decode(token.removeprefix("tmlw-").partition(".")[0] + "==").decode()
+            assert house.tenant_id not in token + said
+
+        def ask(token: str, status: int) -> None:
+            body = {"source_path": path_of(place), "destination_project_id": "p", "weights_access_token": token}
+            other.post("/copy_weights", body, status)
+
+        ask(tokens[0], 200)
+        ask(tokens[1], 200)
+        ask(save("b") and tokens[0] + "0", 404)
+        house.store.tenants.revoke_key(key.key_id)
+        ask(tokens[0], 200)
+        ask(tokens[1], 404)
+        api.call("DELETE", place, 204)
+        ask(tokens[0], 404)
+        save()
+        ask(tokens[0], 404)
+        ask(house.key, 200)
+
 
 class TestCopies:
     def test_the_same_request_makes_one_copy(self, save: Any, api: Any, other: Any) -> None:
@@ -425,3 +463,16 @@ def test_old_clients_are_spared_kinds_they_do_not_know(save: Any, api: Any, run_
             rows = api.get(path, headers={"x-stainless-package-version": version})["checkpoints"]
             found = sorted(row["checkpoint_id"].split("/")[0] for row in rows)
             assert found == (kinds or ["external_weights", "weights"])
+
+
+def test_pages_of_old_clients_count_what_they_are_shown(save: Any, api: Any) -> None:
+    for name in ("a", "b", "c"):
+        save(name)
+        save(name, "external_weights")
+        save(name, "external_weights")
+    headers = {"x-stainless-package-version": "0.25.0"}
+    pages = [api.get("/checkpoints", headers=headers, params={"limit": 2, "offset": at}) for at in (0, 2, 4)]
+    names = [[row["checkpoint_id"] for row in page["checkpoints"]] for page in pages]
+    assert names == [["weights/c", "weights/b"], ["weights/a"], []]
+    assert {page["cursor"]["total_count"] for page in pages} == {3}
+    assert api.get("/checkpoints", params={"limit": 2})["cursor"]["total_count"] == 6

@@ -48,7 +48,8 @@ def test_search_by_what_a_session_is_called_and_holds(house: Any, api: Any, othe
     assert found(api, owner={"type": "accessible"}) == [day, night]
     assert found(api, owner={"type": "user", "owner_urns": [user_urn(house.tenant_id)]}) == [day, night]
     assert found(api, owner={"type": "user", "owner_urns": ["somebody"]}) == []
-    assert "quotes" in api.post("/sessions/search", {"user_metadata": {'a"b': "1"}}, 400)["detail"]
+    for key in ('a"b', "a\\b", "a\0b", "\0"):
+        assert "quotes" in api.post("/sessions/search", {"user_metadata": {key: "1"}}, 400)["detail"]
     (summary,) = api.post("/sessions/search", {"session_id": night})["sessions"]
     assert summary | {"created_at": ""} == {
         "session_id": night,
@@ -209,15 +210,22 @@ def test_a_trace_link_is_for_one_session_and_an_hour(
     parts = urlsplit(url)
     query = {key: values[0] for key, values in parse_qs(parts.query).items()}
     assert anonymous.raw("GET", url).status_code == 200
+    assert house.tenant_id not in url
     other.get(f"/sessions/{mine}/trace_export", 404)
     changed: list[tuple[str, dict[str, str]]] = [
         (parts.path.replace(mine, theirs), query),
         (parts.path, {**query, "expires": str(int(query["expires"]) + 1)}),
-        (parts.path, {**query, "tenant": "t1"}),
+        (parts.path, {**query, "key": house.store.tenants.list_keys()[-1].key_id}),
         (parts.path, {**query, "signature": "0" * 64}),
     ]
     for path, params in changed:
         assert anonymous.raw("GET", path, params=params).status_code == 403
+    key, secret = house.store.tenants.create_key(house.tenant_id, "short-lived")
+    export = api.get(f"/sessions/{mine}/trace_export", headers={"X-API-Key": secret})
+    lent = export["url"].partition("testserver.local")[2]
+    assert anonymous.raw("GET", lent).status_code == 200
+    house.store.tenants.revoke_key(key.key_id)
+    assert "was revoked" in anonymous.raw("GET", lent).json()["detail"]
     now = time.time()
     monkeypatch.setattr("tinsmith.api.traces.time.time", lambda: now + 3601)
     assert anonymous.raw("GET", url).status_code == 410

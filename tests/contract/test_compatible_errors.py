@@ -25,6 +25,7 @@ MESSAGES = "/anthropic/api/v1/messages"
 COUNT = "/anthropic/api/v1/messages/count_tokens"
 USER = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ADD = {"name": "f", "input_schema": {}}
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"model": BASE, "messages": [USER]},
     TEXT: {"model": BASE, "prompt": "Hi"},
@@ -125,6 +126,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "tool_calls[0].function.arguments: must be a JSON object",
     ),
+    *(
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": wrong}}]},
+                    USER,
+                ]
+            },
+            "tool_calls[0].function.arguments: must be a JSON object",
+        )
+        for wrong in (r'{"a": "\ud800"}', r'{"\ud800": 1}', '{"a": NaN}', '{"a": ' * 5000)
+    ),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format is text, json_object or json_schema"),
     (CHAT, {"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format beside tools"),
     (CHAT, {"response_format": schema({"not": {}})}, '["not"]'),
@@ -139,6 +153,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "function.strict is not"),
     (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice other than auto and none"),
     (CHAT, {"tools": [TOOL], "tool_choice": TOOL}, "tool_choice other than auto and none"),
+    *(
+        (CHAT, {"tool_choice": choice}, "tool_choice other than auto and none")
+        for choice in ("required", "x", 5, {}, TOOL)
+    ),
+    (CHAT, {"tool_choice": "auto"}, "tool_choice: needs tools"),
+    (CHAT, {"tools": [], "tool_choice": "auto"}, "tool_choice: needs tools"),
+    (CHAT, {"tools": [{"type": "function"}], "tool_choice": "none"}, r"tools[0].function: must be an object"),
+    (CHAT, {"tools": [TOOL], "tool_choice": ["none"]}, "tool_choice other than auto and none"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs: needs logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs: must lie in 0..20"),
     (CHAT, {"logprobs": 3}, "logprobs: Expected `bool`"),
@@ -178,7 +200,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not offered"),
     (MESSAGES, {"system": [{"type": "text", "text": "x", "cache_control": {}}]}, "system[0].cache_control is not"),
     (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking other than disabled"),
-    (MESSAGES, {"tool_choice": {"type": "any"}, "tools": [{}]}, "tool_choice other than auto"),
+    (MESSAGES, {"tool_choice": {"type": "any"}, "tools": [ADD]}, "tool_choice other than auto"),
+    *(
+        (MESSAGES, {"tool_choice": choice}, "tool_choice other than auto")
+        for choice in ({"type": "any"}, "auto", {}, [])
+    ),
+    (COUNT, {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice other than auto"),
+    (MESSAGES, {"tool_choice": {"type": "auto"}}, "tool_choice: needs tools"),
+    (COUNT, {"tool_choice": {"type": "none"}, "tools": [{"name": "f"}]}, r"tools[0].input_schema: must be an object"),
+    (COUNT, {"output_config": {"effort": "high"}}, "output_config is not offered here but for"),
+    (COUNT, {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, '["not"]'),
     (MESSAGES, {"tools": [{"type": "bash_20250124", "name": "bash"}]}, r"tools[0] runs on Anthropic's side"),
     (MESSAGES, {"tools": [{"name": "f"}]}, r"tools[0].input_schema: must be an object"),
     (MESSAGES, {"stop_sequences": "x"}, "stop_sequences: Expected `array`"),
@@ -205,8 +236,33 @@ def test_deep_and_wide(api: Any, path: str) -> None:
         deep = {"a": deep}
     for name in ("tools", "messages", "tool_choice"):
         refuse(api, path, json=changed(path, **{name: [deep]}))
-    if path != TEXT:
+    if path not in (TEXT, COUNT):
         refuse(api, path, json=changed(path, messages=[USER] * 50_000))
+
+
+@pytest.mark.parametrize("path", [MESSAGES, COUNT])
+def test_betas(api: Any, worker: Any, path: str) -> None:
+    worker.start()
+    for betas in ("mcp-client-2025-11-20", "token-counting-2024-11-01, context-1m-2025-08-07", "x"):
+        error = refuse(api, path, json=GOOD[path], headers={"anthropic-beta": betas})
+        assert error["message"] == f"anthropic-beta {betas.split(', ')[-1]!r} is not offered here: leave it out"
+    for betas in (",".join(anthropic_body.BETAS_WITHOUT_EFFECT), "", "token-counting-2024-11-01"):
+        assert api.raw("POST", path, json=GOOD[path], headers={"anthropic-beta": betas}).status_code == 200
+
+
+def test_prompts_beyond_the_context_are_counted(api: Any) -> None:
+    def count(messages: Any) -> int:
+        return int(api.raw("POST", COUNT, json=changed(COUNT, messages=messages)).json()["input_tokens"])
+
+    one, two = count([USER]), count([USER, USER])
+    assert count([USER] * 3000) == one + 2999 * (two - one) > 2048
+    assert count([{"role": "user", "content": "Hi " * 10_000}]) > 10_000
+
+
+def test_without_tools_none_may_be_chosen(api: Any, worker: Any) -> None:
+    worker.start()
+    assert api.raw("POST", CHAT, json=changed(CHAT, tool_choice="none")).status_code == 200
+    assert api.raw("POST", MESSAGES, json=changed(MESSAGES, tool_choice={"type": "none"})).status_code == 200
 
 
 @pytest.mark.parametrize("path", GOOD)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import base64
+from itertools import product
+
 import pyrage
 import pytest
 
@@ -17,6 +20,41 @@ def test_every_recipient_can_read_it() -> None:
     assert [pyrage.decrypt(sealed, [identity]) for identity in identities] == [b"weights"] * 2
     with pytest.raises(pyrage.DecryptError):
         pyrage.decrypt(sealed, [pyrage.x25519.Identity.generate()])
+
+
+def ssh(*fields: bytes, tail: bytes = b"") -> str:
+    data = b"".join(len(field).to_bytes(4) + field for field in fields) + tail
+    return f"{fields[0].decode()} {base64.b64encode(data).decode()}"
+
+
+EXPONENT, MODULUS = b"\1\0\1", b"\0" + b"\xc1" * 256
+
+
+def test_malformed_ssh_keys_are_refused() -> None:
+    """Some make the library panic, which is no Exception."""
+    assert check_recipients([ssh(b"ssh-rsa", EXPONENT, MODULUS)])
+    bad = [ssh(b"ssh-rsa", e, n) for e, n in product((b"", b"\0", b"\2", EXPONENT), (b"", b"\0", b"\xff" * 256, b"\3"))]
+    bad += [ssh(b"ssh-rsa", EXPONENT), ssh(b"ssh-rsa"), ssh(b"ssh-ed25519"), ssh(b"ssh-ed25519", b"")]
+    bad += [ssh(b"ssh-rsa", EXPONENT, MODULUS[:-1], tail=b"\0"), ssh(b"ssh-rsa", tail=b"\xff\xff\xff\xff")]
+    for key in bad:
+        with pytest.raises(UserError, match="is no public key"):
+            check_recipients([key])
+
+
+def test_a_panic_of_the_library_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Recipient:
+        @staticmethod
+        def from_str(text: str) -> None:
+            raise KeyboardInterrupt if text.endswith("stop") else PanicException("index out of bounds")
+
+    monkeypatch.setattr("tinsmith.age.pyrage.x25519.Recipient", Recipient)
+    with pytest.raises(UserError, match="is no public key"):
+        check_recipients(["age1x"])
+    with pytest.raises(KeyboardInterrupt):
+        check_recipients(["age1stop"])
 
 
 @pytest.mark.parametrize("texts", [None, []])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinsmith import bases, hub
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, parse, parse_all
+from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
 from tinsmith.errors import ConfigError
 
 
@@ -43,6 +43,9 @@ def test_a_hub_id_is_left_to_be_fetched() -> None:
         ("=/x", "NAME=PATH"),
         ("a=/no/such/place", "there is no directory"),
         ("/no/such/place", "there is no directory"),
+        (":x=/no/such/place", "could not look for the tokenizer"),
+        ("org/:x=/no/such/place", "could not look for the tokenizer"),
+        ("a/b/c/d=/no/such/place", "name it model, org/model or org/model/variant"),
     ],
 )
 def test_what_is_no_model_is_refused(text: str, cure: str) -> None:
@@ -60,6 +63,24 @@ def test_an_incomplete_directory_says_what_it_lacks(model: Path, missing: str) -
 def test_names_are_distinct(model: Path) -> None:
     with pytest.raises(ConfigError, match="two models are called mine"):
         parse_all([str(model), f"mine={model}"])
+
+
+def test_names_that_clients_look_for_tokenizers_by() -> None:
+    names = ("org", "org/model/variant", "org/other:lora", "meta-llama/Llama-3.2-1B", "org/other")
+    assert hub_names(names) == {
+        **{name: name for name in names},
+        "org/model": "org/model/variant",
+        "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer": "meta-llama/Llama-3.2-1B",
+    }
+    assert hub_name("org/other:lora") == "org/other"
+
+
+def test_one_name_does_not_stand_for_two_tokenizers(model: Path) -> None:
+    assert len(parse_all([f"org/model/a={model}", f"org/model/b={SHIPPED_PATH}"])) == 2
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"other": 1}))
+    with pytest.raises(ConfigError, match="under one name, org/model, and they differ"):
+        parse_all([f"org/model/a={model}", f"org/model/b={SHIPPED_PATH}"])
 
 
 def test_describe_reads_the_configs() -> None:

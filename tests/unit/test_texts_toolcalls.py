@@ -42,6 +42,8 @@ def read(*pieces: str) -> list[str | tuple[str, str]]:
         ('<tool_call>{"name": "go", "arguments": [1]}</tool_call>', None),
         ('<tool_call>{"name": "go", "arguments": {"a": NaN}}</tool_call>', None),
         ('<tool_call>{"name": 3}</tool_call>', None),
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', None),
+        ('<tool_call>{"name": "go", "arguments": {"a": "\\ud800"}}</tool_call>', None),
         (f"<tool_call>{'[' * 5000}</tool_call>", None),
         ('a <tool_call>{"name": "go", ', None),
         ("a <tool", None),

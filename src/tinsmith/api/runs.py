@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
 
 from litestar import delete, get, put
 from litestar.params import FromPath, FromQuery, JSONBody
@@ -90,9 +89,10 @@ async def list_run_checkpoints(request: Call, services: ServicesDep, run_id: Fro
 async def list_checkpoints(
     request: Call, services: ServicesDep, limit: Limit = 100, offset: Offset = 0
 ) -> CheckpointList:
-    rows, total = await services.work(services.store.checkpoints.list, request.user.tenant_id, limit, offset)
+    checkpoints = services.store.checkpoints
+    rows, total = await services.work(checkpoints.list, request.user.tenant_id, limit, offset, _known_kinds(request))
     cursor = Cursor(offset=offset, limit=limit, total_count=total)
-    return CheckpointList(checkpoints=_visible(request, rows), cursor=cursor)
+    return CheckpointList(checkpoints=[_checkpoint(row) for row in rows], cursor=cursor)
 
 
 @delete("/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}", status_code=204)
@@ -135,14 +135,15 @@ def _run(services: Services, principal: Principal, run_id: RunId) -> TrainingRun
 def _run_checkpoints(services: Services, request: Call, run_id: RunId) -> CheckpointList:
     services.store.runs.get(request.user.tenant_id, run_id)
     rows = services.store.checkpoints.list_run(request.user.tenant_id, run_id)
-    return CheckpointList(checkpoints=_visible(request, rows))
+    known = _known_kinds(request)
+    return CheckpointList(checkpoints=[_checkpoint(row) for row in rows if row.kind in known])
 
 
-def _visible(request: Call, rows: Sequence[CheckpointRow]) -> list[Checkpoint]:
-    """The rows of a page, but for those of a kind that the client doesn't know."""
+def _known_kinds(request: Call) -> set[CheckpointKind]:
+    """The kinds of checkpoints that the client knows."""
     version = VERSION.match(request.headers.get("x-stainless-package-version", ""))
     is_old = version is not None and (int(version[1]), int(version[2])) < KNOWS_EXTERNAL
-    return [_checkpoint(row) for row in rows if not (is_old and row.kind is CheckpointKind.EXTERNAL)]
+    return set(CheckpointKind) - ({CheckpointKind.EXTERNAL} if is_old else set())
 
 
 def _describe(services: Services, principal: Principal, row: RunRow) -> TrainingRun:

@@ -4,8 +4,10 @@ A path that may be used can be loaded, sampled from, copied and asked for its sh
 checkpoint is open: it is in no list, and its files, its metadata and its lifetime are its owner's. A path that may not
 be used answers like one that leads nowhere.
 
-A token speaks for one checkpoint, until it expires. It holds no secret of the server, and is kept nowhere: what it says
-is signed. The key of another tenant is as good as a token for all of that tenant's checkpoints.
+A token speaks for one checkpoint as it is stored, until it expires: it ends when the checkpoint is deleted or saved
+again, and when the key that it was made with is revoked. It holds no secret and no tenant, and is
+kept nowhere: what it says is signed. The key of another tenant is as good as a token for all of that tenant's
+checkpoints.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from litestar.params import FromPath, JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
+from tinsmith.api.links import version_of
 from tinsmith.api.paging import iso_time
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import NotFoundError
 from tinsmith.store.rows import CheckpointRow, Principal
-from tinsmith.types import RunId, TenantId
+from tinsmith.types import RunId
 from tinsmith.wire.paths import TinkerPath, parse_kind, parse_path
 from tinsmith.wire.requests import CreateAccessToken
 
@@ -41,10 +44,11 @@ class AccessToken(Struct):
 
 
 class Claims(Struct, array_like=True):
-    """What a token says. expires_at: unix seconds."""
+    """What a token says. key_id: of the key that it was made with. expires_at: unix seconds."""
 
-    tenant_id: TenantId
+    key_id: str
     path: str
+    version: str
     expires_at: int
 
 
@@ -76,7 +80,7 @@ async def create_access_token(
     """A token with which another tenant may load or copy this checkpoint (`weights_access_token` in the SDK)."""
     expires_at = int(time.time()) + data.ttl_seconds
     row = await hand_out(services, request.user, (run_id, kind, name), "checkpoint_access_token_create", expires_at)
-    claims = Claims(row.tenant_id, row.path, expires_at)
+    claims = Claims(request.user.key_id, row.path, version_of(row), expires_at)
     return AccessToken(token=_issue(services, claims), expires=iso_time(claims.expires_at))
 
 
@@ -91,10 +95,10 @@ def find_checkpoint(services: Services, principal: Principal, path: str, token: 
     try:
         return services.store.checkpoints.get_readable(principal.tenant_id, place.run_id, place.kind, place.name)
     except NotFoundError:
-        owner = None if token is None else _vouches_for(services, token, place)
-        if owner is None:
+        row = None if token is None else _opened(services, token, place)
+        if row is None:
             raise
-        return services.store.checkpoints.get(owner, place.run_id, place.kind, place.name)
+        return row
 
 
 async def hand_out(
@@ -123,16 +127,34 @@ def _issue(services: Services, claims: Claims) -> str:
     return f"{TOKEN_PREFIX}{body}.{services.signer.sign(PURPOSE, body)}"
 
 
-def _vouches_for(services: Services, token: str, place: TinkerPath) -> TenantId | None:
-    """The tenant whose checkpoints the token opens at this place, if it is a good one."""
+def _opened(services: Services, token: str, place: TinkerPath) -> CheckpointRow | None:
+    """The checkpoint at this place, if the token opens it.
+
+    Raises:
+        NotFoundError: there is none of the token's tenant.
+    """
     if len(token) > MAX_TOKEN_CHARS:
         return None
-    if not token.startswith(TOKEN_PREFIX):
+    claims = None
+    if token.startswith(TOKEN_PREFIX):
+        claims = _read(services, token.removeprefix(TOKEN_PREFIX))
+        owner = None if claims is None else services.store.tenants.principal(claims.key_id)
+    else:
         owner = services.store.tenants.authenticate(token)
-        return None if owner is None else owner.tenant_id
-    body, _, signature = token.removeprefix(TOKEN_PREFIX).partition(".")
+    if owner is None:
+        return None
+    row = services.store.checkpoints.get(owner.tenant_id, place.run_id, place.kind, place.name)
+    is_meant = claims is None or (claims.path, claims.version) == (row.path, version_of(row))
+    return row if is_meant else None
+
+
+def _read(services: Services, token: str) -> Claims | None:
+    """What a token says, if it was made here and hasn't expired."""
+    body, _, signature = token.partition(".")
     if not services.signer.is_good(signature, PURPOSE, body):
         return None
-    claims = msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=Claims)
-    is_good = claims.path == str(place) and claims.expires_at > time.time()
-    return claims.tenant_id if is_good else None
+    try:
+        claims = msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=Claims)
+    except msgspec.ValidationError:  # of a release that said other things
+        return None
+    return claims if claims.expires_at > time.time() else None

@@ -46,11 +46,11 @@ def write_trace(title: str, ops: Sequence[TracedOp], shared: Mapping[Step, Share
         for lane in lanes(of_place):
             packets.append(perfetto.track(number, place, session))
             for op in lane:
-                step = op.step
-                if step is None:
+                if op.step is None:
                     packets += _request_slices(number, op, (), None, None)
                 else:
-                    packets += _request_slices(number, op, places[step], flows.get(step), shared.get(step))
+                    mates, flow = places[op.step], flows.get(op.step)
+                    packets += _request_slices(number, op, mates, flow, shared.get(op.step))
             number += 1
     return b"".join(packets)
 

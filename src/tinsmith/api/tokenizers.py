@@ -1,7 +1,7 @@
 """Tokenizer files of the served bases, at the paths where hub clients look (HF_ENDPOINT = <url>/hf). Never weights.
 
 Open without a key, as those clients send none. A file is served only if it stands under its plain name in the base's
-table of files, so no path of the request ever reaches the file system.
+table of files, so no path of the request ever reaches the file system. Of names that begin alike the longest counts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from tinsmith.api.services import ServedBase, Services, ServicesDep
+from tinsmith.bases import hub_names
 from tinsmith.errors import NotFoundError, TinsmithError
 from tinsmith.wire.media import JSON, encode_json
 
@@ -59,8 +60,10 @@ def _answer(services: Services, path: str) -> Response[bytes]:
         )
     is_api = path.startswith("api/models/")
     path = path.removeprefix("api/models/")
-    for name, base in services.bases.items():
+    known = hub_names(services.bases)
+    for name in sorted(known, key=len, reverse=True):
         if path == name or path.startswith(f"{name}/"):
+            base = services.bases[known[name]]
             rest = path[len(name) :].strip("/").split("/")
             return _describe(name, base, rest) if is_api else _file(name, base, rest)
     raise MissingError(f"no such model here; served: {', '.join(services.bases)}", "RepoNotFound")

@@ -11,6 +11,7 @@ from litestar.params import FromPath, FromQuery
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
+from tinsmith.api.links import holder_of
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.timeline import write_trace
 from tinsmith.errors import ForbiddenError, GoneError
@@ -31,12 +32,12 @@ class TraceExport(Struct, omit_defaults=True):
 @get("/sessions/{session_id:str}/trace_export")
 async def export_trace(request: Call, services: ServicesDep, session_id: FromPath[str]) -> TraceExport:
     """A link to the trace, which is made when it is fetched and so is up to date."""
-    tenant_id = request.user.tenant_id
-    await services.work(services.store.sessions.get, tenant_id, SessionId(session_id))
+    await services.work(services.store.sessions.get, request.user.tenant_id, SessionId(session_id))
     expires = int(time.time()) + LINK_TTL_S
-    signature = services.signer.sign("trace", tenant_id, session_id, expires)
+    key = request.user.key_id
+    signature = services.signer.sign("trace", session_id, expires, key)
     base = services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
-    query = urlencode({"tenant": tenant_id, "expires": expires, "signature": signature})
+    query = urlencode({"expires": expires, "key": key, "signature": signature})
     return TraceExport(status="ready", url=f"{base}{PATH}/{quote(session_id)}.pftrace?{query}")
 
 
@@ -44,18 +45,19 @@ async def export_trace(request: Call, services: ServicesDep, session_id: FromPat
 async def fetch_trace(
     services: ServicesDep,
     file: FromPath[str],
-    tenant: FromQuery[str],
     expires: FromQuery[int],
+    key: FromQuery[str],
     signature: FromQuery[str],
 ) -> Response[bytes]:
     """The trace that a signed link leads to; needs no key."""
     session_id = file.removesuffix(".pftrace")
-    if not services.signer.is_good(signature, "trace", tenant, session_id, expires):
+    if not services.signer.is_good(signature, "trace", session_id, expires, key):
         raise ForbiddenError("this link was not made here, or was changed: ask for another one")
     if expires <= time.time():
         raise GoneError("this link has expired: ask for another one")
-    make = partial(services.work, _trace, services, TenantId(tenant), SessionId(session_id))
-    body = await services.traces.answer((tenant, session_id), make)
+    holder = await services.work(holder_of, services, key)
+    make = partial(services.work, _trace, services, holder.tenant_id, SessionId(session_id))
+    body = await services.traces.answer((holder.tenant_id, session_id), make)
     return Response(body, media_type=MEDIA)
 
 

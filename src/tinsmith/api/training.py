@@ -17,6 +17,7 @@ from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
+from tinsmith.bases import hub_name
 from tinsmith.config import Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
@@ -78,7 +79,7 @@ async def get_info(request: Call, services: ServicesDep, data: JSONBody[GetInfo]
     """What a client has to know of a run: its base, its rank, where to load the tokenizer from."""
     run = await services.work(services.store.runs.get, request.user.tenant_id, RunId(data.model_id))
     info = services.base(run.spec.base_model).info
-    tokenizer = info.path if gives_path(services.settings) else info.name
+    tokenizer = info.path if gives_path(services.settings) else hub_name(info.name)
     return RunInfo(
         model_id=run.run_id,
         model_data=ModelData(arch=info.arch, model_name=info.name, tokenizer_id=tokenizer),

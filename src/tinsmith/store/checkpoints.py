@@ -8,7 +8,7 @@ LOAD that a snapshot doesn't cover yet refers to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
@@ -56,13 +56,14 @@ _LAST = (
     .order_by(checkpoints.c.created_at.desc(), checkpoints.c.name)
     .limit(1)
 )
+_IS_OF_KINDS = checkpoints.c.kind.in_(bindparam("kinds", expanding=True))
 _LIST = (
-    _ALL.where(_IS_TENANTS, _IS_LIVE)
+    _ALL.where(_IS_TENANTS, _IS_LIVE, _IS_OF_KINDS)
     .order_by(checkpoints.c.created_at.desc(), checkpoints.c.run_id, checkpoints.c.kind, checkpoints.c.name)
     .limit(bindparam("limit"))
     .offset(bindparam("offset"))
 )
-_COUNT = select(func.count()).select_from(checkpoints).where(_IS_TENANTS, _IS_LIVE)
+_COUNT = select(func.count()).select_from(checkpoints).where(_IS_TENANTS, _IS_LIVE, _IS_OF_KINDS)
 _RUN = select(runs.c.run_id).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
 _EARLIER = select(checkpoints.c.blob, checkpoints.c.user_metadata).where(_IS_NAMED).with_for_update()
 _INSERT = insert(checkpoints).inline()
@@ -125,10 +126,15 @@ class Checkpoints:
             return [_to_checkpoint(row) for row in rows]
 
     def list(
-        self, tenant_id: TenantId, limit: int, offset: int, now: float | None = None
+        self,
+        tenant_id: TenantId,
+        limit: int,
+        offset: int,
+        kinds: Iterable[CheckpointKind] = CheckpointKind,
+        now: float | None = None,
     ) -> tuple[CheckpointRows, int]:
-        """One page, newest first, and how many there are in all."""
-        values = {"tenant_id": tenant_id, "now": _clock(now)}
+        """One page of those of the kinds, newest first, and how many of them there are in all."""
+        values = {"tenant_id": tenant_id, "kinds": [kind.value for kind in kinds], "now": _clock(now)}
         with self._database.read() as conn:
             total = conn.execute(_COUNT, values).scalar_one()
             rows = conn.execute(_LIST, {**values, "limit": limit, "offset": offset})

@@ -19,7 +19,7 @@ from tinsmith.store.sessions import COLUMNS, to_session
 from tinsmith.types import SessionId, TenantId
 
 NO_PROJECT = ""  # the project of a session that is in none
-UNQUOTABLE = set('"\\')
+UNQUOTABLE = set('"\\\0')  # what no path into JSON can hold
 
 _CURSOR = select(sessions.c.created_at).where(
     sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id")
@@ -95,7 +95,7 @@ def _conditions(wanted: SessionFilter) -> list[ColumnElement[bool]]:
         conditions.append(func.coalesce(sessions.c.project_id, NO_PROJECT).in_(wanted.project_ids))
     for key, value in wanted.user_metadata.items():
         if UNQUOTABLE & set(key):
-            raise UserError(f"user_metadata keys with quotes or backslashes can't be looked for: {key[:100]!r}")
+            raise UserError(f"user_metadata keys with quotes, backslashes or NUL can't be looked for: {key[:100]!r}")
         conditions.append(sessions.c.user_metadata[key].as_string() == value)
     return conditions
 

@@ -35,6 +35,10 @@ HARMLESS: Mapping[str, Any] = {
     "betas": [],
     "mcp_servers": [],
 }
+BETAS_WITHOUT_EFFECT = (
+    "messages-2023-12-15", "output-128k-2025-02-19", "prompt-caching-2024-07-31", "structured-outputs-2025-11-13",
+    "token-counting-2024-11-01",
+)  # fmt: skip
 NO_BLOCK_FIELDS = ("cache_control", "citations", "caller", "toolset")
 NO_TOOL_FIELDS = (
     "allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples", "strict",
@@ -81,6 +85,17 @@ class MessagesBody(PromptBody, kw_only=True):
     stream: bool = False
 
 
+def check_betas(headers: Sequence[str]) -> None:
+    """headers: each `anthropic-beta` of a request.
+
+    Raises:
+        UnofferedError: one that would change something.
+    """
+    for beta in (part.strip() for header in headers for part in header.split(",")):
+        if beta and beta not in BETAS_WITHOUT_EFFECT:
+            raise UnofferedError("anthropic-beta", f"{beta[:100]!r} is not offered here: leave it out")
+
+
 def read_chat(body: PromptBody) -> Chat:
     """Raises: FieldError, UnofferedError: naming the field."""
     if not body.messages:
@@ -95,7 +110,8 @@ def read_chat(body: PromptBody) -> Chat:
         if "tool_calls" in messages[-1]:
             raise FieldError(f"messages[{len(body.messages) - 1}]", "a tool_use must be followed by its tool_result")
         prefill = messages.pop()["content"]
-    tools = _read_tools(body.tools) if body.tools and _uses_tools(body.tool_choice) else None
+    offered = _read_tools(body.tools or ())
+    tools = offered if _uses_tools(body.tool_choice, is_any=bool(offered)) else None
     return Chat(messages, tools, prefill, hints=_hints(body.thinking))
 
 
@@ -183,18 +199,22 @@ def _read_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     return read
 
 
-def _uses_tools(choice: Any) -> bool:
-    kind = choice.get("type") if isinstance(choice, dict) else "auto" if choice is None else None
+def _uses_tools(choice: Any, *, is_any: bool) -> bool:
+    if choice is None:
+        return is_any
+    kind = choice.get("type") if isinstance(choice, dict) else None
     if kind not in ("auto", "none"):
         raise UnofferedError(
             "tool_choice", "other than auto and none is not offered here: a model can't be made to call"
         )
-    if isinstance(choice, dict) and choice.get("disable_parallel_tool_use"):
+    if choice.get("disable_parallel_tool_use"):
         raise UnofferedError(
             "tool_choice.disable_parallel_tool_use", "is not offered here: the model decides how many tools it calls"
         )
-    only(choice or {}, ("type", "disable_parallel_tool_use"), "tool_choice")
-    return kind == "auto"
+    only(choice, ("type", "disable_parallel_tool_use"), "tool_choice")
+    if kind == "auto" and not is_any:
+        raise FieldError("tool_choice", "needs tools: give some, or leave it out")
+    return bool(kind == "auto")
 
 
 def _hints(thinking: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import msgspec
 from litestar import Response, post
 
 from tinsmith.api.admission import Draft
-from tinsmith.api.anthropic.body import HARMLESS, UNOFFERED, MessagesBody, PromptBody, read_chat
+from tinsmith.api.anthropic.body import HARMLESS, UNOFFERED, MessagesBody, PromptBody, check_betas, read_chat
 from tinsmith.api.auth import Call
 from tinsmith.api.dialects import anthropic_error, problem_of
 from tinsmith.api.services import ServicesDep
@@ -21,10 +21,11 @@ from tinsmith.api.texts.events import frame, open_stream
 from tinsmith.api.texts.fields import read_fields, read_text_body
 from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.models import find_model
-from tinsmith.api.texts.prompts import chat_tokens, check_length
+from tinsmith.api.texts.prompts import chat_text, chat_tokens, check_length
 from tinsmith.api.texts.room import Room, RoomDep
 from tinsmith.api.texts.toolcalls import ToolCall
 from tinsmith.errors import TinsmithError
+from tinsmith.jsonform import json_grammar
 from tinsmith.store.rows import Principal
 from tinsmith.types import SamplePiece, SampleResult
 from tinsmith.wire.media import JSON, encode_json
@@ -44,6 +45,7 @@ class MessageJob:
 @post("/messages", status_code=200, request_max_body_size=None)
 async def create_message(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
     """Answer a chat."""
+    check_betas(request.headers.getall("anthropic-beta", []))
     job = await services.work(_read, room, request.user, await read_text_body(request, services))
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
@@ -54,9 +56,10 @@ async def create_message(request: Call, services: ServicesDep, room: RoomDep) ->
 
 @post("/messages/count_tokens", status_code=200, request_max_body_size=None)
 async def count_message_tokens(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
-    """How many tokens the prompt of a chat has; nothing is sampled."""
+    """How many tokens the prompt of a chat has, also of one that no context would hold; nothing is sampled."""
+    check_betas(request.headers.getall("anthropic-beta", []))
     body = await read_text_body(request, services)
-    count = await services.work(_count, room, request.user, body)
+    count = await services.digest(request.user, len(body), _count, room, request.user, body)
     return Response(encode_json({"input_tokens": count}), media_type=JSON)
 
 
@@ -80,7 +83,11 @@ def _read(room: Room, principal: Principal, data: bytes) -> MessageJob:
 def _count(room: Room, principal: Principal, data: bytes) -> int:
     body = read_fields(data, PromptBody, UNOFFERED, HARMLESS)
     model = find_model(room.services, principal, body.model)
-    return len(chat_tokens(room.tokenizer(model), model, read_chat(body)))
+    chat, tokenizer = read_chat(body), room.tokenizer(model)
+    schema = body.json_schema
+    if schema is not None:
+        json_grammar(schema)
+    return len(tokenizer.encode(chat_text(tokenizer, model, chat)))
 
 
 def _choice(room: Room, job: MessageJob) -> Choice:

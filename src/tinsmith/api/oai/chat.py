@@ -77,7 +77,8 @@ def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
         raise FieldError("max_tokens", "is another name of max_completion_tokens: send one of them")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     messages = plain_messages(body.messages)
-    tools = plain_tools(body.tools) if body.tools and _uses_tools(body.tool_choice) else None
+    offered = plain_tools(body.tools or ())
+    tools = offered if _uses_tools(body.tool_choice, is_any=bool(offered)) else None
     chat = Chat(messages, tools, options=body.chat_template_kwargs or {})
     asked = Asked(
         model=model,
@@ -92,11 +93,13 @@ def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
     return ChatJob(body, asked, reads_calls=tools is not None)
 
 
-def _uses_tools(choice: Any) -> bool:
-    if choice in (None, "auto"):
+def _uses_tools(choice: Any, *, is_any: bool) -> bool:
+    if choice is None or choice == "none":
+        return choice is None and is_any
+    if choice == "auto":
+        if not is_any:
+            raise FieldError("tool_choice", "needs tools: give some, or leave it out")
         return True
-    if choice == "none":
-        return False
     raise UnofferedError("tool_choice", "other than auto and none is not offered here: a model can't be made to call")
 
 

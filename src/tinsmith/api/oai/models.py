@@ -52,11 +52,11 @@ def _cards(services: Services, principal: Principal) -> list[ModelCard]:
     cards = [ModelCard(id=name, created=0, owned_by=OURS) for name in services.bases]
     offset, total = 0, 1
     while offset < total:
-        rows, total = services.store.checkpoints.list(principal.tenant_id, PAGE, offset)
+        rows, total = services.store.checkpoints.list(principal.tenant_id, PAGE, offset, (CheckpointKind.SAMPLER,))
         cards += [
             ModelCard(id=row.path, created=int(row.created_at), owned_by=principal.tenant_name)
             for row in rows
-            if row.kind is CheckpointKind.SAMPLER and row.spec.base_model in services.bases
+            if row.spec.base_model in services.bases
         ]
         offset += PAGE
     return cards

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 
@@ -109,8 +110,8 @@ def _plain_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _arguments(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        value = msgspec.json.decode(text or "{}")
+    except (ValueError, RecursionError):  # half a surrogate pair among them
         value = None
     if not isinstance(value, dict):
         raise FieldError(where, "must be a JSON object, written as a string")

@@ -62,15 +62,24 @@ class Tokenizers:
 
 
 def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]:
-    """The prompt of a chat, up to where the model's answer begins (or goes on from `prefill`).
+    """The prompt of a chat.
 
     Raises:
-        UnsupportedError: the model has no chat template, or its template has no place for tools.
-        UserError: the template refuses the messages.
+        UserError: as `chat_text`.
         ContextError: it doesn't fit the context.
     """
     if len(chat.messages) > model.info.max_context:
         raise _too_long(model, f"{len(chat.messages)} messages")
+    return text_tokens(tokenizer, model, chat_text(tokenizer, model, chat))
+
+
+def chat_text(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> str:
+    """A chat as the model reads it, up to where its answer begins (or goes on from `prefill`).
+
+    Raises:
+        UnsupportedError: the model has no chat template, or its template has no place for tools or names.
+        UserError: the template refuses the messages, or knows no such option.
+    """
     switches = tokenizer.switches(with_tools=chat.tools is not None)
     check_options(chat.options, switches, model.name)
     options = {**chat.options, **{name: value for name, value in chat.hints.items() if name in switches}}
@@ -81,7 +90,7 @@ def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]
         _check_names(tokenizer, model, chat, options, text)
     except RecursionError:
         raise UserError("the chat template can't follow messages nested so deeply: flatten them") from None
-    return text_tokens(tokenizer, model, text + chat.prefill)
+    return text + chat.prefill
 
 
 def text_tokens(tokenizer: ChatTokenizer, model: Model, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -14,6 +14,8 @@ import json
 import secrets
 from dataclasses import dataclass
 
+import msgspec
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -72,7 +74,7 @@ class ToolReader:
 
     def _parse(self, body: str) -> ToolCall | None:
         try:
-            call = json.loads(body, parse_constant=_refuse)
+            call = msgspec.json.decode(body)
         except (ValueError, RecursionError):
             return None
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
@@ -80,13 +82,9 @@ class ToolReader:
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments, parse_constant=_refuse)
+                arguments = msgspec.json.decode(arguments)
             except (ValueError, RecursionError):
                 return None
         if not isinstance(arguments, dict):
             return None
         return ToolCall(f"{self._prefix}{secrets.token_hex(12)}", call["name"], json.dumps(arguments))
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
