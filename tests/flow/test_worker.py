@@ -314,3 +314,22 @@ def test_an_engine_error_fails_one_request_and_spares_the_others(house: House, m
     after = house.optim_step(bad, 2)
     settle(worker)
     assert house.get(after).state is OpState.DONE
+
+
+def test_a_tenants_waiting_samples_keep_no_other_out_of_the_engine(tmp_path: Path) -> None:
+    house = House(tmp_path, max_resident_samples=4)
+    try:
+        worker = house.worker()
+        sampler = house.sampler()
+        for seq in range(20):
+            house.sample(sampler, seq, max_tokens=250)
+        worker.step()
+        assert house.engine.num_samples == 4
+        house.be("bob")
+        op = house.sample(house.sampler(), 0, max_tokens=8)
+        time.sleep(0.06)
+        worker.step()
+        worker.step()
+        assert house.get(op).state == "done"
+    finally:
+        house.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -39,6 +40,7 @@ log = structlog.get_logger("tinsmith.worker")
 
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 LOOK_AT_MOST = 4096
+MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 MIN_PACK_TOKENS = 64
 IDLE_PACK_S = 1.0  # a sample that arrives during a long pass waits no longer than this
 MAX_NEW_RUNS = 8  # brought into memory by one batch
@@ -152,8 +154,10 @@ class Worker:
         num_samples = self._engine.num_samples
         return Limits(
             self._settings.pass_max_tokens,
-            self._settings.max_resident_samples - num_samples,
+            MAX_SAMPLES - num_samples,
             num_samples,
+            max_tenant_samples=self._settings.max_resident_samples,
+            tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
             max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
             passes_first=self._barriers_s > BARRIERS_S,
         )
