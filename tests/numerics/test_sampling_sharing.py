@@ -60,7 +60,7 @@ def test_a_crowd_of_long_prompts_keeps_nobody_waiting(base):
 
 def test_one_who_fills_the_memory_keeps_nobody_waiting(base):
     """Eighteen blocks: Alice's sequences grow into hers, pausing for each other, and Bob finds a free one."""
-    sampler = with_blocks(base, 18)
+    sampler = with_blocks(base, 18, max_need=4)
     for i in range(12):
         sampler.submit(by("alice", f"r{i}", prompt(i, 60), seed=i, max_tokens=100))
     for _ in range(20):

@@ -30,8 +30,8 @@ class Claim:
 class BlockManager:
     """The ledger of `total` blocks.
 
-    owner_total: what the claims of one owner may come to, unless a single one needs more; within that, too, its state
-    stays safe. So the blocks above it are there for others at any time.
+    owner_total: what the claims of one owner may come to, at least what any one of them can need; within that, too, its
+    state stays safe. So the blocks above it are there for others at any time.
     """
 
     def __init__(self, total: int, owner_total: int | None = None) -> None:
@@ -55,8 +55,7 @@ class BlockManager:
         each within its own total and for all within theirs is safe in both at once.
         """
         own = _changed(self._by_owner.get(owner, {}), changes)
-        most = max([self._owner_total, *(claim.need for claim in own.values())])
-        if not is_safe(most - _held(own.values()), own.values()):
+        if not is_safe(self._owner_total - _held(own.values()), own.values()):
             return False
         claims = _changed(self._claims, changes)
         held = _held(claims.values())

@@ -1,7 +1,7 @@
 """KV memory as the sampler sees it: prompts open, sequences are seated, grow and leave.
 
 Joins the ledger of blocks and the tensors. Each call that takes memory says whether it was granted; a refusal changes
-nothing. No tenant holds all of it.
+nothing. A tenant leaves some for others, unless one of its requests needs all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from tinsmith.sampling.sequence import Request, Sequence
 
 
 class Memory:
-    def __init__(self, kv: KVCache[Sequence]) -> None:
+    def __init__(self, kv: KVCache[Sequence], max_need: int) -> None:
+        """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
-        self._blocks = BlockManager(kv.total, fair_share(kv.total))
+        self._blocks = BlockManager(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
 
     @property
     def num_held_blocks(self) -> int:

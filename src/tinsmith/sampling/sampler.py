@@ -73,7 +73,7 @@ class Sampler:
         self._limits = SampleLimits(base.info, total, shape.block_bytes)
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
-        self.memory = Memory(KVCache(shape, total))
+        self.memory = Memory(KVCache(shape, total), self._limits.max_need)
         self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
@@ -237,7 +237,7 @@ class Sampler:
             else:
                 chosen.num_started -= 1
                 self._short.add(chosen.tenant)
-                ready = [request for request in ready if request.tenant != chosen.tenant]
+                ready.remove(chosen)
         self._take(self._decoder.draw_first(started), ended)
         for request in self._ready:
             if not request.num_unstarted:
