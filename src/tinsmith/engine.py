@@ -29,10 +29,11 @@ from tinsmith.types import (
 
 @dataclass(frozen=True, slots=True)
 class PassStats:
-    """What one forward over the base carried."""
+    """What one forward over the base carried. work: its tokens, and what losses cost beside them."""
 
     num_runs: int
     num_tokens: int
+    work: int
 
 
 class TrainingPass(Protocol):
@@ -41,8 +42,9 @@ class TrainingPass(Protocol):
     Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it.
     """
 
-    def advance(self, max_tokens: int) -> PassStats | None:
-        """Compute the next pack of at most `max_tokens` tokens (at least one datum). None once all are computed."""
+    def advance(self, max_work: int) -> PassStats | None:
+        """Compute the next pack, of at most `max_work` (see `TrainItem.work`; at least one datum). None once all are
+        computed."""
         ...
 
     def commit(self) -> list[TrainResult | Failure]:

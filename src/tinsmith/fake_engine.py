@@ -55,18 +55,18 @@ class FakePass:
         self._left = [(item, datum.num_tokens) for item in items for datum in item.data]
         self._num_tokens = 0
 
-    def advance(self, max_tokens: int) -> PassStats | None:
+    def advance(self, max_work: int) -> PassStats | None:
         if not self._left:
             return None
         runs: set[RunId] = set()
         tokens = 0
-        while self._left and (tokens == 0 or tokens + self._left[0][1] <= max_tokens):
+        while self._left and (tokens == 0 or tokens + self._left[0][1] <= max_work):
             item, count = self._left.pop(0)
             runs.add(item.run_id)
             tokens += count
         self._engine.num_forwards += 1
         self._num_tokens = max(self._num_tokens, tokens)
-        return PassStats(num_runs=len(runs), num_tokens=tokens)
+        return PassStats(num_runs=len(runs), num_tokens=tokens, work=tokens)
 
     def commit(self) -> list[TrainResult | Failure]:
         runs = len({item.run_id for item in self._items})

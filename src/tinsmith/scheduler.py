@@ -16,9 +16,9 @@ It decides order, sharing and fairness, and knows no rows, files, tensors or clo
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tinsmith.types import OpId, OpKind, RunId, TenantId
 
@@ -76,12 +76,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """num_samples: requests that are being sampled now. max_new_runs: how many runs may be brought into memory.
-    passes_first: barriers have had more than their time."""
+    """num_samples: requests that are being sampled now. tenant_samples: how many of them each tenant has; with what it
+    gets, at most max_tenant_samples. max_new_runs: how many runs may be brought into memory. passes_first: barriers
+    have had more than their time."""
 
     pass_max_tokens: int
     max_new_samples: int
     num_samples: int = 0
+    max_tenant_samples: int | None = None
+    tenant_samples: Mapping[TenantId, int] = field(default_factory=dict)
     max_new_runs: int = 8
     passes_first: bool = False
 
@@ -132,7 +135,7 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     if suspects and not limits.num_samples and limits.max_new_samples > 0:
         return Batch(samples=(min(suspects, key=lambda c: (c.attempts, c.op_id)),))
     max_new_samples = 0 if suspects else limits.max_new_samples  # let those that are there end first
-    chosen_samples = _fair(([s] for s in samples), max_new_samples, served, price=lambda _: 1)
+    chosen_samples = _fair(([s] for s in _within_share(samples, limits)), max_new_samples, served, price=lambda _: 1)
     barriers = tuple(ops[0] for ops in by_run.values() if not ops[0].kind.is_pass)
     passes: tuple[Candidate, ...] = ()
     if limits.passes_first or not barriers:
@@ -141,6 +144,15 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
         barriers = ()
     batch = Batch(barriers=barriers, passes=passes, samples=tuple(chosen_samples))
     return batch if batch.ops else None
+
+
+def _within_share(samples: Iterable[Candidate], limits: Limits) -> Iterator[Candidate]:
+    """Of each tenant's samples the first ones, up to its limit."""
+    counts = Counter(limits.tenant_samples)
+    for sample in samples:
+        counts[sample.tenant_id] += 1
+        if limits.max_tenant_samples is None or counts[sample.tenant_id] <= limits.max_tenant_samples:
+            yield sample
 
 
 def _choose_pass(

@@ -139,6 +139,10 @@ class LossSpec:
     config: Mapping[str, float | str] = field(default_factory=dict)
     graph: LossGraph | None = None
 
+    def work(self, num_tokens: int) -> int:
+        """What a datum of so many tokens costs to compute, in tokens: each call of its loss counts as one more."""
+        return num_tokens + (0 if self.graph is None else len(self.graph.calls))
+
 
 @dataclass(frozen=True, slots=True)
 class AdamParams:
@@ -166,6 +170,11 @@ class TrainItem:
     @property
     def num_tokens(self) -> int:
         return sum(d.num_tokens for d in self.data)
+
+    @property
+    def work(self) -> int:
+        """Tokens, and what its loss costs beside them."""
+        return sum(self.loss.work(d.num_tokens) for d in self.data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -314,3 +314,83 @@ def test_an_engine_error_fails_one_request_and_spares_the_others(house: House, m
     after = house.optim_step(bad, 2)
     settle(worker)
     assert house.get(after).state is OpState.DONE
+
+
+def test_a_tenants_waiting_samples_keep_no_other_out_of_the_engine(tmp_path: Path) -> None:
+    house = House(tmp_path, max_resident_samples=4)
+    try:
+        worker = house.worker()
+        sampler = house.sampler()
+        for seq in range(20):
+            house.sample(sampler, seq, max_tokens=250)
+        worker.step()
+        assert house.engine.num_samples == 4
+        house.be("bob")
+        op = house.sample(house.sampler(), 0, max_tokens=8)
+        time.sleep(0.06)
+        worker.step()
+        worker.step()
+        assert house.get(op).state == "done"
+    finally:
+        house.close()
+
+
+def test_a_long_pass_keeps_no_other_tenant_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request of a hundred packs; another tenant's run is made, trained and stepped beside it."""
+    house = House(tmp_path, pass_max_tokens=10)
+    try:
+        worker = house.worker()
+        long_run = house.create_run()
+        settle(worker)
+        state = house.state(long_run)
+        long_op = house.forward_backward(long_run, 1, [1] * 10, copies=100)
+        own_next = house.optim_step(long_run, 2)
+        worker.step()
+        alice = house.tenant
+        house.be("bob")
+        run = house.create_run()
+        short = [house.forward_backward(run, 1, [1, 2, 3]), house.optim_step(run, 2)]
+        time.sleep(0.06)
+        for _ in range(12):
+            worker.step()
+        assert [house.get(op).state for op in short] == ["done", "done"]
+        assert house.store.ops.get(alice, long_op.id).state == "running"
+        assert house.store.ops.get(alice, own_next.id).state == "queued"
+        for part, array in house.state(long_run).tensors.items():
+            np.testing.assert_array_equal(array, state.tensors[part])
+        settle(worker, steps=2000)
+        assert house.store.ops.get(alice, long_op.id).state == "done"
+        assert house.store.ops.get(alice, own_next.id).state == "done"
+    finally:
+        house.close()
+
+
+def test_a_pass_that_fails_half_way_leaves_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = FakePass.advance
+
+    def failing(self: FakePass, max_work: int) -> Any:
+        if len(self._items[0].data) > 9 and len(self._left) < 50:
+            raise RuntimeError("half way")
+        return advance(self, max_work)
+
+    monkeypatch.setattr(FakePass, "advance", failing)
+    house = House(tmp_path, pass_max_tokens=10)
+    try:
+        worker = house.worker()
+        run = house.create_run()
+        settle(worker)
+        bad = house.forward_backward(run, 1, [1] * 10, copies=100)
+        worker.step()
+        alice = house.tenant
+        house.be("bob")
+        other = house.create_run()
+        good = house.forward_backward(other, 1, [1] * 10, copies=5)
+        settle(worker, steps=2000)
+        assert house.get(good).state == "done"
+        failure = house.store.ops.get(alice, bad.id).failure
+        assert failure is not None
+        assert failure.code == "internal"
+        again = house.store.ops.get(alice, bad.id).attempts
+        assert again == 1, "alone in its pass, it isn't tried again"
+    finally:
+        house.close()

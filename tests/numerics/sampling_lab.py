@@ -53,10 +53,10 @@ def make_sampler(base: BaseModel, states: dict[str, RunState] | None = None, **s
     return sampler
 
 
-def with_blocks(base: BaseModel, total: int) -> Sampler:
+def with_blocks(base: BaseModel, total: int, max_need: int | None = None) -> Sampler:
     """A sampler whose KV memory is a few blocks, less than the smallest setting gives a model of this size."""
     sampler = make_sampler(base)
-    sampler.memory = Memory(KVCache(sampler.memory.kv.shape, total))
+    sampler.memory = Memory(KVCache(sampler.memory.kv.shape, total), total if max_need is None else max_need)
     sampler._decoder = Decoder(base, sampler.memory.kv)
     sampler._limits = replace(sampler._limits, kv_blocks=total)
     return sampler

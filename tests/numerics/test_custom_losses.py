@@ -24,7 +24,7 @@ from tests.numerics.lab import (
 from tinsmith.training import head
 from tinsmith.training.graph import GraphProgram
 from tinsmith.training.losses import CustomLoss
-from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem
+from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem, TrainResult
 from tinsmith.wire.custom_loss import decode_custom_loss
 
 FUNCTIONS = list(RANKS)
@@ -134,3 +134,32 @@ def test_custom_and_native_losses_of_many_runs_share_a_pass(base):
         (expected,) = run_pass(alone, [one])
         assert_same_result(result, expected)
         assert_same_bits(grads(together, one.run_id), grads(alone, one.run_id))
+
+
+def test_a_pack_is_cut_by_what_the_loss_costs_too(base):
+    """Calls and elements count beside tokens, and where a pass is cut changes no bit."""
+
+    def long(logprobs):
+        total = logprobs.sum()
+        for _ in range(60):
+            total = total + (logprobs * logprobs).sum()
+        return total, {}
+
+    def wide(logprobs):
+        return torch.outer(logprobs, logprobs.new_ones(2**20)).mean(), {}
+
+    rng = np.random.default_rng(1)
+    data = tuple(datum(rng, 2) for _ in range(12))
+    for fn, budget, num_packs in ((long, 400, 6), (wide, 20, 8)):
+        graph = decode_custom_loss(upload(trace(fn, {"logprobs": 1})))
+        one = TrainItem(OpId("o"), RunId("a"), 1, data, LossSpec("custom", {"loss_id": "x"}, graph), True)
+        whole, cut = make_trainer(base, spec("a")), make_trainer(base, spec("a"))
+        run_pass(whole, [one])
+        training_pass, works = cut.start_pass([one]), []
+        while (stats := training_pass.advance(budget)) is not None:
+            works.append(stats.work)
+        assert isinstance(training_pass.commit()[0], TrainResult)
+        assert len(works) >= num_packs
+        assert max(works) <= budget or fn is wide
+        assert_same_bits(grads(cut, "a"), grads(whole, "a"))
+        assert one.work == 12 * (2 + len(graph.calls))

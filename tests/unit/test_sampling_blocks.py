@@ -29,7 +29,7 @@ def test_safe_means_that_some_order_lets_all_finish(free, pairs):
             left += claims[i].held
         return True
 
-    assert is_safe(free, claims) == any(finishes(order) for order in permutations(claims))
+    assert is_safe(free, claims.values()) == any(finishes(order) for order in permutations(claims))
 
 
 def test_refusal_changes_nothing():

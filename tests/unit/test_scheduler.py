@@ -151,6 +151,14 @@ def test_a_suspect_sample_waits_until_it_can_run_alone() -> None:
     assert len(once.samples) == 2, "one death is no reason to sample one by one"
 
 
+def test_a_tenants_samples_leave_room_for_anothers() -> None:
+    crowd = [op(None, i, OpKind.SAMPLE, tenant="a") for i in range(20)]
+    limits = Limits(1000, 100, max_tenant_samples=8, tenant_samples={TenantId("a"): 5})
+    batch = plan([*crowd, op(None, 0, OpKind.SAMPLE, tenant="b")], limits, {})
+    assert batch is not None
+    assert sorted((c.tenant_id, c.seq_id) for c in batch.samples) == [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+
+
 def test_a_pass_goes_before_barriers_that_had_their_time() -> None:
     work = [op("a", 1, OpKind.FORWARD_BACKWARD), *(op(f"r{i}", 0, OpKind.CREATE) for i in range(5))]
     batch = plan(work, Limits(1000, 8, passes_first=True), {})

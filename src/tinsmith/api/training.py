@@ -22,7 +22,7 @@ from tinsmith.config import Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal
-from tinsmith.types import Failure, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
+from tinsmith.types import Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
 from tinsmith.validate import (
     CUSTOM,
     MAX_SEED,
@@ -217,7 +217,8 @@ def _fill_training(services: Services, principal: Principal, body: bytes, draft:
     loss = _find_loss(services, principal, RunId(str(draft.run_id)), loss_id_of(asked.loss))
     graph = decode_custom_loss(services.blobs.get(loss.blob))
     check_custom_training(asked.with_graph(graph), graph, info, services.settings)
-    return replace(filled, meta=to_meta(LossMeta(loss_id=loss.loss_id, blob=loss.blob)))
+    work = sum(LossSpec(CUSTOM, graph=graph).work(datum.num_tokens) for datum in asked.data)
+    return replace(filled, cost_tokens=work, meta=to_meta(LossMeta(loss_id=loss.loss_id, blob=loss.blob)))
 
 
 def _find_loss(services: Services, principal: Principal, run_id: RunId, loss_id: str) -> LossRow:

@@ -17,6 +17,11 @@ class SampleLimits:
     kv_blocks: int
     block_bytes: int
 
+    @property
+    def max_need(self) -> int:
+        """Blocks of the largest request: a sequence of the whole context, and its prompt beside it."""
+        return 2 * num_blocks(self.info.max_context)
+
     def mib(self, blocks: int) -> int:
         """The value of --kv-cache-mib that holds so many blocks."""
         return -(-blocks * self.block_bytes // 2**20)

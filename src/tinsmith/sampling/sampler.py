@@ -9,9 +9,9 @@ when it ends.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import structlog
 import torch
@@ -20,7 +20,7 @@ from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import Chunk, plan_prefill
+from tinsmith.sampling.admission import Chunk, Turns, plan_prefill
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Decoder, Drawn
 from tinsmith.sampling.grammar import Grammars
@@ -31,6 +31,7 @@ from tinsmith.sampling.prefill import run_prefill
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
+from tinsmith.sampling.seats import Seats
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
@@ -72,19 +73,20 @@ class Sampler:
         self._limits = SampleLimits(base.info, total, shape.block_bytes)
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
-        self.memory = Memory(KVCache(shape, total))
+        self.memory = Memory(KVCache(shape, total), self._limits.max_need)
         self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
         self._schemed: list[Request] = []  # their schema isn't compiled yet
-        self._waiting: deque[Request] = deque()  # nothing computed yet
+        self._waiting: list[Request] = []  # nothing computed yet
         self._begun: list[Request] = []  # in prefill
         self._ready: list[Request] = []  # prompt computed, some sequences not started
         self._running: dict[Sequence, None] = {}  # decoding, oldest first
         self._paused: set[Sequence] = set()  # running ones that wait for memory
-        self._is_short = False  # memory was refused in this step
+        self._short: set[str] = set()  # tenants to whom memory was refused in this step
+        self._turns = Turns()
 
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
@@ -170,16 +172,16 @@ class Sampler:
     def _grow(self) -> None:
         """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
         self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
-        self._is_short = self._is_short or bool(self._paused)
+        self._short |= {s.request.tenant for s in self._paused}
 
     def _prefill(self, ended: Ended) -> None:
-        chunks = plan_prefill(self._begun, self._waiting, self._settings.prefill_chunk_tokens, self._may_begin)
-        self._is_short = False
+        may_begin = partial(self._may_begin, self._seats())
+        asking = self._turns.sorted([*self._begun, *self._waiting])
+        chunks = plan_prefill(asking, set(self._begun), self._settings.prefill_chunk_tokens, may_begin)
+        self._short.clear()
         if not chunks:
             return
-        for chunk in chunks:
-            if self._waiting and chunk.request is self._waiting[0]:
-                self._begun.append(self._waiting.popleft())
+        self._turns.serve(chunk.request for chunk in chunks)
         for chunk in self._compute(chunks, ended):
             if chunk.request.prompt_kv is not None:
                 self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
@@ -197,46 +199,60 @@ class Sampler:
             return []
         return chunks
 
-    def _may_begin(self, request: Request) -> bool:
+    def _may_begin(self, seats: Seats, request: Request) -> bool:
         """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
 
-        While those that came before lack memory, nobody new begins.
+        While those that came before lack memory, nobody new begins; of another tenant, those who hold less may.
         """
-        coming = sum(r.num_unstarted for r in (*self._begun, *self._ready))
-        is_full = len(self._running) + coming >= self._settings.max_resident_samples
-        if is_full or self._is_short or not self.memory.open_prompt(request) or request.prompt_kv is None:
+        coming = [r for r in (*self._begun, *self._ready) if r.tenant == request.tenant]
+        room = seats.room(request.tenant)
+        is_next_of_line = room > 0 and all(r.line != request.line for r in coming)
+        if room <= sum(r.num_unstarted for r in coming) and not is_next_of_line:
+            return False
+        held = self.memory.held_by(request.tenant)
+        if any(self.memory.held_by(tenant) <= held for tenant in self._short):
+            return False
+        if not self.memory.open_prompt(request) or request.prompt_kv is None:
             return False
         request.num_cached = self._prefixes.fill(request.item, request.prompt_kv, request.num_skippable)
         request.num_prefilled = request.num_cached
+        self._waiting.remove(request)
+        self._begun.append(request)
         return True
 
     def _start(self, ended: Ended) -> None:
-        """Begin sequences of computed prompts, oldest request first: each gets its first token."""
+        """Begin sequences of computed prompts, where seats and memory allow: each gets its first token."""
         started: list[Sequence] = []
+        seats = self._seats()
+        ready = [request for request in self._ready if not request.is_one_step]
         for request in self._ready:
-            while request.num_unstarted:
-                sequence = Sequence(request, request.num_started)
-                request.num_started += 1
-                if not request.is_one_step and not self._seat(sequence):
-                    request.num_started -= 1
-                    break
-                sequence.matcher = None if request.grammar is None else request.grammar.matcher()
+            while request.is_one_step and request.num_unstarted:
+                started.append(self._begin(request))
+        while (chosen := seats.next_of(ready)) is not None:
+            sequence = self._begin(chosen)
+            if self.memory.seat(sequence):
+                seats.take(chosen)
+                self._running[sequence] = None
                 started.append(sequence)
+            else:
+                chosen.num_started -= 1
+                self._short.add(chosen.tenant)
+                ready.remove(chosen)
         self._take(self._decoder.draw_first(started), ended)
         for request in self._ready:
             if not request.num_unstarted:
                 request.first_logits_V = None
         self._ready = [request for request in self._ready if request.num_unstarted]
 
-    def _seat(self, sequence: Sequence) -> bool:
-        """Paused sequences take no seat: the one that is seated now may be the one that frees memory for them."""
-        if len(self._running) - len(self._paused) >= self._settings.max_resident_samples:
-            return False
-        if not self.memory.seat(sequence):
-            self._is_short = True
-            return False
-        self._running[sequence] = None
-        return True
+    def _begin(self, request: Request) -> Sequence:
+        sequence = Sequence(request, request.num_started)
+        sequence.matcher = None if request.grammar is None else request.grammar.matcher()
+        request.num_started += 1
+        return sequence
+
+    def _seats(self) -> Seats:
+        """Paused sequences take none: the one that is seated now may be the one that frees memory for them."""
+        return Seats(self._settings.max_resident_samples, (s for s in self._running if s not in self._paused))
 
     def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
         """What goes wrong with one sequence fails its request alone."""

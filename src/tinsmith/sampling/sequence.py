@@ -41,6 +41,15 @@ class Request:
     finished: dict[int, SampledSequence] = field(default_factory=dict)
 
     @property
+    def tenant(self) -> str:
+        return self.item.scope
+
+    @property
+    def line(self) -> tuple[str, str | None]:
+        """The tenant, and the snapshot that it samples from: the requests of a line are taken in their order."""
+        return self.item.scope, self.item.adapter
+
+    @property
     def num_prompt(self) -> int:
         return int(self.item.prompt.shape[0])
 

@@ -36,6 +36,16 @@ class GraphProgram:
         self._graph = graph
         self._calls = [_Call(call) for call in graph.calls]
         self._request_elements = 0
+        self._num_tokens = self._num_elements = 0
+
+    @property
+    def num_calls(self) -> int:
+        return len(self._calls)
+
+    @property
+    def elements_per_token(self) -> float:
+        """Of all values of the data so far."""
+        return self._num_elements / max(1, self._num_tokens)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -61,6 +71,8 @@ class GraphProgram:
                     "values: sum earlier, or pass the function itself to forward_backward_custom"
                 )
             values.append(call.run(values))
+        self._num_tokens += len(lp)
+        self._num_elements += spent
         self._request_elements += max(0, spent - len(self._calls) * lp.numel())
         if self._request_elements > REQUEST_ELEMENTS:
             raise UserError(

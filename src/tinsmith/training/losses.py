@@ -22,6 +22,7 @@ Config = Mapping[str, float | str]
 LossFn = Callable[[Tensor, Mapping[str, Tensor], Config], Tensor]
 
 TARGETS = "target_tokens"
+TOKEN_ELEMENTS = 2**14  # of a custom loss's values; to make them and go back costs about as much as a token
 LOW, HIGH = "clip_low_threshold", "clip_high_threshold"
 
 
@@ -53,6 +54,10 @@ class OpLoss(Protocol):
 
     def evaluate(self, lp: Tensor, inputs: Mapping[str, Tensor]) -> Evaluation:
         """Raises: UserError: a custom loss that can't be carried out on this datum."""
+        ...
+
+    def work(self, num_tokens: int) -> int:
+        """What a datum of so many tokens costs to compute, in tokens, as far as is known by now."""
         ...
 
 
@@ -143,6 +148,9 @@ class NativeLoss:
             (coef,) = torch.autograd.grad(value, leaf)
         return Evaluation(float(value.detach()), coef)
 
+    def work(self, num_tokens: int) -> int:
+        return num_tokens
+
 
 class CustomLoss:
     """A request's uploaded loss, of whole data."""
@@ -163,6 +171,11 @@ class CustomLoss:
             except ERRORS as error:
                 raise UserError(f"custom loss: it has no gradient: {str(error)[:300]}") from None
         return Evaluation(float(value.detach()), coef, {key: _metric(key, metrics[key]) for key in metrics})
+
+    def work(self, num_tokens: int) -> int:
+        """Counts the elements of its values too, going by the data so far."""
+        num_elements = int(self._program.elements_per_token * num_tokens)
+        return num_tokens + self._program.num_calls + num_elements // TOKEN_ELEMENTS
 
 
 def loss_of(spec: LossSpec) -> OpLoss:

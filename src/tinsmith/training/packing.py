@@ -37,14 +37,14 @@ def list_data(items: Sequence[TrainItem]) -> list[DatumRef]:
     return [DatumRef(i, d, datum.num_tokens) for i, item in enumerate(items) for d, datum in enumerate(item.data)]
 
 
-def num_fitting(lengths: Sequence[int], max_tokens: int) -> int:
-    """How many sequences from the front fit into `max_tokens`; at least one, if there is one."""
+def num_fitting(works: Sequence[int], max_work: int) -> int:
+    """How many sequences from the front fit into `max_work`; at least one, if there is one."""
     total = 0
-    for count, length in enumerate(lengths):
-        total += length
-        if total > max_tokens and count:
+    for count, work in enumerate(works):
+        total += work
+        if total > max_work and count:
             return count
-    return len(lengths)
+    return len(works)
 
 
 def length_class(num_tokens: int) -> int:

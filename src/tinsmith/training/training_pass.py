@@ -18,7 +18,7 @@ from tinsmith.training.context import TrainingContext
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.losses import loss_of
-from tinsmith.training.packing import list_data, num_fitting
+from tinsmith.training.packing import DatumRef, list_data, num_fitting
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.types import Failure, RunId, TrainItem, TrainResult
 
@@ -43,12 +43,16 @@ class TorchPass:
         self._data = list_data(items)
         self._next = 0
 
-    def advance(self, max_tokens: int) -> PassStats | None:
-        lanes = self._take(max_tokens)
+    def advance(self, max_work: int) -> PassStats | None:
+        lanes = self._take(max_work)
         if not lanes:
             return None
         num_tokens = lanes[-1].end
-        stats = PassStats(num_runs=len({lane.op.item.run_id for lane in lanes}), num_tokens=num_tokens)
+        stats = PassStats(
+            num_runs=len({lane.op.item.run_id for lane in lanes}),
+            num_tokens=num_tokens,
+            work=sum(self._work(lane.ref) for lane in lanes),
+        )
         for lane in lanes:
             lane.op.max_runs = max(lane.op.max_runs, stats.num_runs)
             lane.op.max_tokens = max(lane.op.max_tokens, num_tokens)
@@ -61,10 +65,10 @@ class TorchPass:
             staging.commit()
         return [op.outcome() for op in self._ops]
 
-    def _take(self, max_tokens: int) -> list[Lane]:
+    def _take(self, max_work: int) -> list[Lane]:
         """The lanes of the next pack, in order. Data of an op that failed already are passed over."""
         left = [ref for ref in self._data[self._next :] if self._ops[ref.item].failure is None]
-        taken = left[: num_fitting([ref.num_tokens for ref in left], max_tokens)]
+        taken = left[: num_fitting([self._work(ref) for ref in left], max_work)]
         self._next = self._data.index(taken[-1], self._next) + 1 if len(taken) < len(left) else len(self._data)
         lanes: list[Lane] = []
         for ref in taken:
@@ -75,6 +79,10 @@ class TorchPass:
             lane.load_inputs(self._base.device)
             lanes.append(lane)
         return lanes
+
+    def _work(self, ref: DatumRef) -> int:
+        op = self._ops[ref.item]
+        return op.loss_fn.work(ref.num_tokens)
 
     def _compute(self, lanes: Sequence[Lane]) -> None:
         num_tokens = lanes[-1].end

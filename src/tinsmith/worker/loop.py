@@ -2,14 +2,15 @@
 
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
 changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
-in one transaction, and advances the resident samples. Training and sampling take turns of equal time: after each pack
-of a pass the sampler has as long as the pack took.
+in one transaction, and advances the resident samples. Training passes take turns pack by pack, and so do training and
+sampling, of equal time: after each pack the sampler has as long as the pack took.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -17,19 +18,17 @@ import structlog
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
-from tinsmith.engine import Engine, TrainingPass
+from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
 from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.store.usage_rows import Usage
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, RunId, TrainItem, TrainResult
-from tinsmith.wire.media import PROTOBUF
-from tinsmith.wire.training import encode_train_result
+from tinsmith.types import Failure, OpId, OpKind, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, Recorder, failed, succeeded
+from tinsmith.worker.outcomes import Outcome, Recorder, failed
+from tinsmith.worker.passes import IDLE_PACK_S, Passes
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
 from tinsmith.worker.telling import Telling
@@ -39,8 +38,7 @@ log = structlog.get_logger("tinsmith.worker")
 
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 LOOK_AT_MOST = 4096
-MIN_PACK_TOKENS = 64
-IDLE_PACK_S = 1.0  # a sample that arrives during a long pass waits no longer than this
+MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 MAX_NEW_RUNS = 8  # brought into memory by one batch
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
@@ -78,11 +76,11 @@ class Worker:
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
         self._shares = Shares()
         self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
+        self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0
-        self._tokens_per_s = 0.0
         self._looked_at = float("-inf")
         self._heard_at = float("-inf")
         self._has_news = False
@@ -108,14 +106,17 @@ class Worker:
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
-        self._sample_for(time.monotonic() - started if batch is not None and batch.barriers else 0.0)
+        barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
+        self._sample_for(barriers_s + self._advance())
         self.runs.snapshot_due()
-        self.runs.evict(self._busy)
-        return worked or batch is not None or self._engine.num_samples > 0
+        self.runs.evict(self._busy | self._passes.runs)
+        return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
         self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
+        while self._passes:
+            self._advance()
         self._writer.flush()
         self.runs.snapshot_all()
         self._writer.flush()
@@ -144,16 +145,30 @@ class Worker:
             )
             for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
         ]  # fmt: skip
-        candidates = open_ops + self.runs.replay_candidates(self._suspects)
-        self._busy = frozenset(c.run_id for c in candidates if c.run_id is not None)
-        return plan(candidates, self._limits(), self._shares.enter(c.tenant_id for c in candidates))
+        waiting = open_ops + self.runs.replay_candidates(self._suspects)
+        self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
+        candidates = self._beside_passes(waiting)
+        tenants = {c.tenant_id for c in candidates} | self._passes.tenants
+        return plan(candidates, self._limits(), self._shares.enter(tenants))
+
+    def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
+        if not self._passes:
+            return candidates
+        if any(c.is_suspect and c.run_id is None for c in candidates):
+            return []
+        is_closed = self._passes.is_closed or any(c.is_suspect for c in candidates)
+        busy = self._passes.tenants
+        return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
 
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
             self._settings.pass_max_tokens,
-            self._settings.max_resident_samples - num_samples,
+            MAX_SAMPLES - num_samples,
             num_samples,
+            max_tenant_samples=self._settings.max_resident_samples,
+            tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
             max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
             passes_first=self._barriers_s > BARRIERS_S,
         )
@@ -179,7 +194,8 @@ class Worker:
             if batch.barriers:
                 self._run_barriers(ops, replays)
             elif batch.passes:
-                self._run_pass(ops, replays)
+                self._barriers_s = 0.0
+                self._passes.begin(ops, replays, is_suspect=any(c.is_suspect for c in batch.passes))
         except (FencedError, CapacityError, CorruptError):
             raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception:
@@ -207,48 +223,27 @@ class Worker:
         self._barriers_s += seconds
         self._settle(outcomes, replays, seconds / max(1, len(ops)))
 
-    def _run_pass(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        self._barriers_s = 0.0
-        finished: list[Outcome] = []
-        ready: list[tuple[OpRow, TrainItem]] = []
-        for op in ops:
-            try:
-                self.runs.need(op.run_id)
-                ready.append((op, self._payloads.train_item(op)))
-            except TinsmithError as error:
-                finished.append(failed(op, error.as_failure()))
-                if op.id in replays:
-                    self.runs.give_up_after(op, error.as_failure())
-        ready = [(op, item) for op, item in ready if self.runs.given_up(op.run_id) is None]
-        started = time.perf_counter()
-        results: list[TrainResult | Failure] = []
-        if ready:
-            training = self._engine.start_pass([item for _, item in ready])
-            self._advance(training)
-            results = training.commit()
-        seconds = (time.perf_counter() - started) / max(1, len(ready))
-        for (op, item), result in zip(ready, results, strict=True):
-            if isinstance(result, Failure):
-                finished.append(failed(op, result))
-            else:
-                usage = Usage(trained_tokens=item.num_tokens)
-                finished.append(succeeded(op, encode_train_result(result), PROTOBUF, usage=usage))
-            self._shares.charge(op.tenant_id, item.num_tokens)
-        self._settle(finished, replays, seconds)
-
-    def _advance(self, training: TrainingPass) -> None:
-        """Compute the pass pack by pass; between packs the sampler gets its turn."""
-        while True:
-            started = time.perf_counter()
-            stats = training.advance(self._pack_tokens())
-            if stats is None:
-                return
-            seconds = time.perf_counter() - started
-            speed = stats.num_tokens / max(seconds, 1e-6)
-            self._tokens_per_s = speed if not self._tokens_per_s else 0.7 * self._tokens_per_s + 0.3 * speed
-            if self._is_rung():
-                self._admit_samples()
-            self._sample_for(seconds)
+    def _advance(self) -> float:
+        """Compute a pack of the pass whose turn it is; at its end, record it. The seconds that it took."""
+        current = self._passes.next()
+        if current is None:
+            return 0.0
+        before = current.seconds
+        try:
+            cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
+            if not current.advance(self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)):
+                outcomes = current.commit()
+                self._passes.end(current)
+                self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
+                self._must_look = True
+        except (FencedError, CapacityError, CorruptError):
+            raise
+        except Exception:
+            log.exception("pass failed", ops=[op.id for op in current.ops])
+            self._passes.end(current)
+            self._contain(current.ops, current.replays)
+            self._must_look = True
+        return current.seconds - before
 
     def _sample_for(self, seconds: float) -> None:
         """Advance the resident samples by a token, and then by more until the time is up or none is left."""
@@ -259,14 +254,6 @@ class Worker:
                 return
             if self._is_rung():
                 self._admit_samples()
-
-    def _pack_tokens(self) -> int:
-        """A pack's bound: the settings' tokens, and what can be computed until the sampler should get its turn."""
-        budget = self._settings.pass_max_tokens
-        if not self._tokens_per_s:
-            return budget
-        cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
-        return min(budget, max(MIN_PACK_TOKENS, int(self._tokens_per_s * cap_s)))
 
     def _step_samples(self) -> None:
         try:

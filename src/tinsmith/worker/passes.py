@@ -1,0 +1,139 @@
+"""Training passes under way. Each is computed pack by pack, and they take turns: a long one keeps nobody waiting.
+
+A tenant has one pass at a time, so what it sends meanwhile goes together into its next one. Nothing of a pass takes
+effect before all of it is computed, so it doesn't matter to a run what was computed in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tinsmith.engine import Engine, TrainingPass
+from tinsmith.errors import TinsmithError
+from tinsmith.store.rows import OpRow
+from tinsmith.store.usage_rows import Usage
+from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
+from tinsmith.wire.media import PROTOBUF
+from tinsmith.wire.training import encode_train_result
+from tinsmith.worker.decode import Payloads
+from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.runs import HeldRuns
+
+MAX_OPEN = 16  # each holds a copy of its runs' gradients
+MIN_PACK_WORK = 64
+IDLE_PACK_S = 1.0  # whatever arrives during a long pass waits no longer than this
+
+
+@dataclass(slots=True, eq=False)
+class OpenPass:
+    """ops: all that it was begun for; ready: those of them that are computed; refused: the outcomes of the others.
+
+    is_suspect: nothing may be computed beside it. seconds: of computing, so far. speed: work a second, 0: not known.
+    """
+
+    ops: Sequence[OpRow]
+    replays: set[OpId]
+    ready: list[tuple[OpRow, TrainItem]]
+    refused: list[Outcome]
+    training: TrainingPass
+    is_suspect: bool = False
+    seconds: float = 0.0
+    speed: float = 0.0
+
+    def advance(self, max_work: int) -> bool:
+        """Compute a pack. False if there was none left."""
+        started = time.perf_counter()
+        stats = self.training.advance(max_work)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if stats is not None and stats.work >= MIN_PACK_WORK:
+            speed = stats.work / max(seconds, 1e-6)
+            self.speed = speed if not self.speed else 0.7 * self.speed + 0.3 * speed
+        return stats is not None
+
+    def commit(self) -> list[Outcome]:
+        """The outcomes of all its ops, once all is computed."""
+        started = time.perf_counter()
+        results = self.training.commit()
+        self.seconds += time.perf_counter() - started
+        outcomes = list(self.refused)
+        for (op, item), result in zip(self.ready, results, strict=True):
+            if isinstance(result, Failure):
+                outcomes.append(failed(op, result))
+            else:
+                usage = Usage(trained_tokens=item.num_tokens)
+                outcomes.append(succeeded(op, encode_train_result(result), PROTOBUF, usage=usage))
+        return outcomes
+
+
+class Passes:
+    def __init__(
+        self, engine: Engine, payloads: Payloads, runs: HeldRuns, charge: Callable[[TenantId, int], None]
+    ) -> None:
+        """`charge` counts work against a tenant."""
+        self._engine = engine
+        self._payloads = payloads
+        self._runs = runs
+        self._charge = charge
+        self._open: deque[OpenPass] = deque()  # the one whose turn is next comes first
+        self._speed = 0.0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no pass may begin beside these."""
+        return len(self._open) >= MAX_OPEN or any(one.is_suspect for one in self._open)
+
+    @property
+    def ops(self) -> list[OpRow]:
+        return [op for one in self._open for op in one.ops]
+
+    @property
+    def tenants(self) -> frozenset[TenantId]:
+        return frozenset(op.tenant_id for op in self.ops)
+
+    @property
+    def runs(self) -> frozenset[RunId]:
+        return frozenset(op.run_id for op in self.ops if op.run_id is not None)
+
+    def begin(self, ops: Sequence[OpRow], replays: set[OpId], *, is_suspect: bool) -> None:
+        """A pass over claimed ops, and over replays; those that can't be read fail with it."""
+        refused: list[Outcome] = []
+        ready: list[tuple[OpRow, TrainItem]] = []
+        for op in ops:
+            try:
+                self._runs.need(op.run_id)
+                ready.append((op, self._payloads.train_item(op)))
+            except TinsmithError as error:
+                refused.append(failed(op, error.as_failure()))
+                if op.id in replays:
+                    self._runs.give_up_after(op, error.as_failure())
+        ready = [(op, item) for op, item in ready if self._runs.given_up(op.run_id) is None]
+        for op, item in ready:
+            self._charge(op.tenant_id, item.work)
+        training = self._engine.start_pass([item for _, item in ready])
+        self._open.append(OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed))
+
+    def next(self) -> OpenPass | None:
+        """The one whose turn it is."""
+        if self._open:
+            self._open.rotate(-1)
+        return self._open[-1] if self._open else None
+
+    def end(self, one: OpenPass) -> None:
+        """It is computed, or it failed."""
+        if one in self._open:
+            self._open.remove(one)
+            self._speed = one.speed
+
+    def pack_work(self, one: OpenPass, budget: int, cap_s: float) -> int:
+        """A pack's bound: the budget, and what can be computed until others should get their turn."""
+        if not one.speed:
+            return budget
+        seconds = min(cap_s, IDLE_PACK_S / len(self._open))
+        return min(budget, max(MIN_PACK_WORK, int(one.speed * seconds)))
