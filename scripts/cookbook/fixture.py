@@ -211,18 +211,22 @@ def write_alike(path: Path) -> None:
 
 
 def write_papers(directory: Path) -> None:
-    """What client/arrow.py makes Arrow data sets of: the columns of the data that came with the SDFT paper."""
+    """What client/arrow.py makes Arrow data sets of: the columns of the data that came with the SDFT paper.
+
+    The questions are of a kind that the shipped model answers at some length: SDFT leaves the first three tokens out.
+    """
     sums = Sums(SEED + 1)
 
     def science(_: int, question: str, answer: str) -> Row:
-        prompt = [{"role": "system", "content": "Answer."}, {"role": "user", "content": question}]
+        asked = f"{question}\n\nA: {answer}\nB: 21\nC: 22\nD: 23\nPlease reason step by step, then give the letter."
+        prompt = [{"role": "system", "content": "Answer."}, {"role": "user", "content": asked}]
         output = f"<reasoning>\nIt is {answer}.\n</reasoning>\n<answer>\nA\n</answer>"
         return {"messages": prompt, "prompt": prompt, "output_text": output, "answer": "A"}
 
     def tooluse(_: int, question: str, answer: str) -> Row:
         call = {"Action": "add", "Action_Input": json.dumps({"sum": answer})}
         text = f"Action: add\nAction Input: {call['Action_Input']}"
-        return {"prompt": question, "golden_response": [text], "golden_answer": [call]}
+        return {"prompt": f"{question} Use the adder.", "golden_response": [text], "golden_answer": [call]}
 
     for name, make in (("science_data", science), ("tooluse_data", tooluse)):
         for part, count in (("train_data", 8), ("eval_data", 4)):

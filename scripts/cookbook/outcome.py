@@ -136,6 +136,23 @@ def _moves(steps: int, metric: str, window: int, by: float, word: str) -> Judge:
     return judge
 
 
+def learned(runs: int) -> Judge:
+    """So many runs logged gradients below the log directory, and none of them only zeros."""
+
+    def judge(outcome: Outcome) -> Verdict:
+        if bad := ended(outcome):
+            return bad
+        folders = [str(path.parent) for path in sorted(outcome.log_path.glob("**/metrics.jsonl"))]
+        norms = {Path(folder).name: outcome.series("grad_norm", folder) for folder in folders}
+        idle = [name for name, values in norms.items() if not any(values)]
+        steps = sum(len(values) for values in norms.values())
+        if len(norms) < runs or idle:
+            return Verdict(False, f"failed: {len(norms)} runs, without a gradient {idle}", steps)
+        return Verdict(True, "ok", steps)
+
+    return judge
+
+
 AGREEMENT, AGREEMENT_BOUND = "optim/kl_sample_train_v2", 1e-10
 
 

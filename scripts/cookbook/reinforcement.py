@@ -138,7 +138,7 @@ REINFORCEMENT = (
         ),
         agreeing(trained(1, REWARD)),
     ),
-    Recipe("rubric debug_env", recipe("rubric.debug_env"), (), said("Rubric")),
+    Recipe("rubric debug_env", recipe("rubric.debug_env"), (), said("Extracted Score:")),
     Recipe(
         "forecasting",
         recipe("forecasting.train"),

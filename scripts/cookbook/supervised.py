@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.cookbook.outcome import agreeing, both, falls, resumed, said, trained
+from scripts.cookbook.outcome import agreeing, both, falls, learned, resumed, said, trained
 from scripts.cookbook.recipe import (
     LOG,
     MODEL,
@@ -180,15 +180,15 @@ DISTILLATION = (
             *("groups_per_batch=4", "max_steps=1", "sft_batch_size=4", "sft_max_steps=1", "eval_every=0"),
             "behavior_if_log_dir_exists=delete",
         ),
-        said(never=("Traceback",)),
+        both(said("Saved summary to"), learned(2)),
     ),
     Recipe(
         "sdft run_continual_learning",
         recipe("sdft.run_continual_learning"),
         (
-            *(MODEL_IS, "data_dir={work}/arrow", "log_root={log}", "lora_rank=16", "batch_size=4", "max_tokens=64"),
+            *(MODEL_IS, "data_dir={work}/arrow", "log_root={log}", "lora_rank=16", "batch_size=4", "max_tokens=256"),
             *("methods=sft,sdft_topk", "learning_rates=1e-3"),
         ),
-        said("EXPERIMENT COMPLETE", never=("Traceback",)),
+        both(said("EXPERIMENT COMPLETE"), learned(4)),
     ),
 )

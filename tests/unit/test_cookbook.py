@@ -18,6 +18,7 @@ from scripts.cookbook.outcome import (
     agreeing,
     both,
     falls,
+    learned,
     refused,
     resumed,
     rises,
@@ -141,6 +142,18 @@ class TestVerdicts:
             assert judge(outcome(log_path)).ok is ok
         write(log_path, [1.0])
         assert not judge(outcome(log_path)).ok
+
+    def test_a_run_that_learns_nothing_is_bad(self, log_path: Path) -> None:
+        for name, norm in (("a", 0.5), ("b", 0.0)):
+            (log_path / name).mkdir()
+            row = json.dumps({"step": 0, "grad_norm": norm}) + "\n"
+            (log_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "grad_norm": 0.0}) + "\n" + row)
+        verdict = learned(2)(outcome(log_path))
+        assert not verdict.ok
+        assert "['b']" in verdict.text
+        (log_path / "b" / "metrics.jsonl").unlink()
+        assert learned(1)(outcome(log_path)).ok
+        assert not learned(2)(outcome(log_path)).ok
 
     def test_two_verdicts_are_one(self, log_path: Path) -> None:
         write(log_path, [1.0, 2.0])
