@@ -3,8 +3,8 @@
 `python -m scripts.contract_matrix [VERSION ...]` starts two servers (one that computes with the shipped model, one that
 exchanges keys for tokens and computes without), runs `tests/contract/sdk` with each release in its own environment, as
 a tenant of its own, and prints two tables by version: the calls that were made, and the endpoints that they reached.
-It fails if a test does, or if a release has a public method, a command or an option that no test uses. With all
-releases, the tables are written to docs/reference/sdk-versions.md as well.
+It fails if a test does, or if a release has a public method, a parameter, a command or an option that no test uses.
+With all releases, the tables are written to docs/reference/sdk-versions.md as well.
 """
 
 from __future__ import annotations
@@ -107,9 +107,10 @@ def run_suite(version: str, python: Path, servers: Servers) -> Report:
     env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     env |= {
         "TINKER_BASE_URL": servers.plain.url,
-        "TINKER_API_KEY": tenant_key(servers.plain, version),
+        "TINKER_API_KEY": tenant_key(servers.plain, tenant_of(version)),
+        "STRANGERS_API_KEY": tenant_key(servers.plain, f"strangers-of-{version}"),
         "TOKENS_BASE_URL": servers.tokens.url,
-        "TOKENS_API_KEY": tenant_key(servers.tokens, version),
+        "TOKENS_API_KEY": tenant_key(servers.tokens, tenant_of(version)),
         "TINKER_TELEMETRY": "0",
         "HF_ENDPOINT": f"{servers.plain.url}/hf",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -147,11 +148,11 @@ def run_suite(version: str, python: Path, servers: Servers) -> Report:
     return Report(version, done.returncode, done.stdout, seconds, report["calls"], report["skipped"], report["unable"])
 
 
-def tenant_key(service: Service, version: str) -> str:
-    """A key of the tenant that stands for a release."""
+def tenant_key(service: Service, tenant: str) -> str:
+    """A key of a tenant, which comes to be with it."""
     request = urllib.request.Request(
         f"{service.url}/api/v1/admin/keys",
-        data=json.dumps({"name": "suite", "tenant": tenant_of(version)}).encode(),
+        data=json.dumps({"name": "suite", "tenant": tenant}).encode(),
         headers={"X-API-Key": service.key, "Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as answer:
@@ -159,6 +160,7 @@ def tenant_key(service: Service, version: str) -> str:
 
 
 def tenant_of(version: str) -> str:
+    """The tenant that stands for a release."""
     return f"sdk-{version}"
 
 

@@ -16,7 +16,7 @@ import inspect
 import json
 import pkgutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Ledger:
     skipped: dict[str, str] = field(default_factory=dict)
     unable: dict[str, str] = field(default_factory=dict)
     test: str = ""
-    options: set[tuple[str, str]] = field(default_factory=set)
+    given: set[tuple[str, str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, name: str) -> Call:
@@ -65,7 +65,12 @@ class Ledger:
         words = list(args[2:] if args[0] in ("-f", "--format") else args)
         name = next(name for n in (2, 1) if (name := " ".join(["tinker", *words[:n]])) in commands())
         with self._lock:
-            self.options |= {(name, option) for option, spellings in options(name).items() if spellings & set(words)}
+            self.given |= {(name, option) for option, spellings in options(name).items() if spellings & set(words)}
+        return self.begin(name)
+
+    def begin_method(self, name: str, arguments: Iterable[str]) -> Call:
+        with self._lock:
+            self.given |= {(row_of(name), argument) for argument in arguments}
         return self.begin(name)
 
     def settle(self) -> None:
@@ -80,16 +85,14 @@ class Ledger:
     def row(self, names: list[str]) -> dict[str, Any]:
         """Of the names that share a row of the table.
 
-        missing: names that no call was answered of, and options that no call gave.
+        missing: names that no call was answered of, and options and parameters that no call gave.
         """
         mine = [call for call in self.calls if call.name in names]
         missing = set(names) - {call.name for call in mine if call.answered}
-        missing |= {
-            f"{name} {option}"
-            for name in names
-            for option in options(name)
-            if name not in missing and (name, option) not in self.options
-        }
+        if not missing:
+            row = row_of(names[0])
+            known = {each for name in names for each in (*options(name), *parameters(name))}
+            missing |= {f"{row} {each}" for each in known if (row, each) not in self.given}
         return {
             "calls": len(mine),
             "answered": sum(call.answered for call in mine),
@@ -100,7 +103,7 @@ class Ledger:
     def write(self, path: Path, version: str) -> None:
         rows: dict[str, list[str]] = {}
         for name in [*public_methods(), *commands()]:
-            rows.setdefault(name.removesuffix("_async"), []).append(name)
+            rows.setdefault(row_of(name), []).append(name)
         report = {
             "version": version,
             "calls": {name: self.row(names) for name, names in rows.items()},
@@ -149,6 +152,24 @@ def options(name: str) -> dict[str, set[str]]:
     return {param.opts[0]: {*param.opts, *param.secondary_opts} for param in found}
 
 
+@functools.cache
+def parameters(name: str) -> frozenset[str]:
+    """What a method can be given; none of a command."""
+    if name not in public_methods():
+        return frozenset()
+    kind, method = public_methods()[name]
+    return frozenset(
+        parameter.name
+        for parameter in inspect.signature(getattr(kind, method)).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and parameter.name != "self"
+    )
+
+
+def row_of(name: str) -> str:
+    """The row of the table in which a call is counted: both flavours of a method have one."""
+    return name.removesuffix("_async")
+
+
 def _leaves(command: click.Command, typed: str) -> Iterator[tuple[str, click.Command]]:
     if not isinstance(command, click.Group):
         yield typed, command
@@ -171,11 +192,13 @@ def count_calls(ledger: Ledger) -> None:
 
 
 def _counted(function: Callable[..., Any], name: str, ledger: Ledger) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         if _inside.get():
             return function(*args, **kwargs)
-        call = ledger.begin(name)
+        call = ledger.begin_method(name, signature.bind(*args, **kwargs).arguments)
         with _entered():
             value = function(*args, **kwargs)
         if inspect.iscoroutine(value):
