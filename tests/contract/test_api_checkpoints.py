@@ -11,6 +11,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tinsmith.blobs import checkpoint_key
 from tinsmith.checkpoint_file import dump_state
 from tinsmith.janitor import sweep
 from tinsmith.store.rows import NewCheckpoint
-from tinsmith.types import CheckpointKind, RunSpec
+from tinsmith.types import CheckpointKind, RunId, RunSpec
 
 KINDS = ("weights", "sampler_weights", "external_weights")
 DAY = 24 * 3600.0
@@ -54,7 +55,8 @@ def save(api: Any, worker: Any, run_id: str, seqs: Iterator[int]) -> Any:
     def make(name: str = "a", kind: str = "weights", **more: Any) -> str:
         route = {"weights": "/save_weights", "sampler_weights": "/save_weights_for_sampler"}
         path = route.get(kind, "/save_weights_external")
-        promise = api.post(path, {"model_id": run_id, "seq_id": next(seqs), "path": name, **more})
+        body = {"model_id": run_id, "seq_id": next(seqs), "path": name, "overwrite": True, **more}
+        promise = api.post(path, body)
         worker.step()
         assert api.result(promise)["path"] == f"tinker://{run_id}/{kind}/{name}"
         return f"/training_runs/{run_id}/checkpoints/{kind}/{name}"
@@ -447,6 +449,39 @@ class TestLifetime:
         sweep(house.store, house.blobs, house.settings, time.time())
         sweep(house.store, house.blobs, house.settings, time.time() + DAY)
         assert not house.blobs.exists(row.blob)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_begins_when_it_is_written(
+        self, api: Any, worker: Any, run_id: str, house: House, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long it waited in the queue."""
+        route = {"weights": "/save_weights", "sampler_weights": "/save_weights_for_sampler"}
+        body = {"model_id": run_id, "seq_id": 1, "path": "a", "ttl_seconds": 60}
+        promise = api.post(route.get(kind, "/save_weights_external"), body)
+        later = time.time() + 1000
+        with monkeypatch.context() as patched:
+            patched.setattr("time.time", lambda: later)
+            worker.step()
+        assert api.result(promise)["path"].endswith(f"{kind}/a")
+        row = house.store.checkpoints.get_any(RunId(run_id), CheckpointKind(kind), "a", now=later)
+        assert row.expires_at == later + 60
+        (listed,) = api.get(f"/training_runs/{run_id}/checkpoints")["checkpoints"]
+        assert datetime.fromisoformat(listed["expires_at"]).timestamp() == pytest.approx(later + 60, abs=1e-3)
+
+    def test_has_a_range(self, make_house: Any) -> None:
+        house = make_house(min_ttl_s=3600)
+        with TestClient(build_app(house.services)) as client:
+            api = Api(client, house.key)
+            run = api.create(api.session())["model_id"]
+            worker = house.make_worker()
+            worker.step()
+            copy = {"source_path": f"tinker://{run}/weights/a", "destination_project_id": "p", "ttl_seconds": 3599}
+            assert "3600.." in api.post("/copy_weights", copy, 400)["detail"]
+            place = f"/training_runs/{run}/checkpoints/weights/a"
+            assert "3600.." in api.call("PUT", f"{place}/ttl", 400, json={"ttl_seconds": 3599})["detail"]
+            for seq, route in enumerate(("/save_weights", "/save_weights_for_sampler", "/save_weights_external"), 1):
+                promise = api.post(route, {"model_id": run, "seq_id": seq, "path": "a", "ttl_seconds": 3599})
+                assert "3600.." in api.result(promise)["error"]
 
     def test_changes_at_any_time(self, save: Any, api: Any, house: House) -> None:
         place = save(ttl_seconds=2)

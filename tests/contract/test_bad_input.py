@@ -312,7 +312,7 @@ def test_bad_checkpoint_names(pair: Pair, name: str) -> None:
     refused(lambda: pair.run.save_weights_for_sampler(name), words)
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 10**10])
+@pytest.mark.parametrize("ttl", [0, -1, 3599, 10**10])
 def test_bad_times_to_live(pair: Pair, ttl: int) -> None:
     refused(lambda: pair.run.save_state("x", ttl_seconds=ttl), "ttl_seconds must lie in")
 
