@@ -374,6 +374,51 @@ class TestPublishing:
         ask(house.key, 200)
 
 
+class TestNames:
+    """`overwrite` of save_state, as the SDK documents it."""
+
+    @pytest.fixture
+    def ask(self, api: Any, worker: Any, run_id: str) -> Any:
+        def send(seq: int, **more: Any) -> Any:
+            promise = api.post("/save_weights", {"model_id": run_id, "seq_id": seq, "path": "a", **more})
+            worker.step()
+            return api.result(promise)
+
+        return send
+
+    def test_a_taken_one_is_replaced_only_if_asked_for(self, ask: Any, api: Any, run_id: str, house: House) -> None:
+        def stored() -> tuple[str, dict[str, str]]:
+            row = house.store.checkpoints.get_any(RunId(run_id), CheckpointKind.TRAINING, "a")
+            return row.blob, row.user_metadata
+
+        done = ask(1, user_metadata={"x": "1"})
+        first, metadata = stored()
+        assert metadata == {"x": "1"}
+        refusal = ask(2, user_metadata={"y": "2"})
+        assert (refusal["category"], refusal["code"]) == ("user", "invalid_request")
+        assert "a checkpoint weights/a already: save under another name, or with overwrite=True" in refusal["error"]
+        assert stored() == (first, {"x": "1"})
+        assert ask(1) == done, "the same request again is the same answer"
+        assert ask(2, overwrite=True) == refusal
+        assert ask(3, user_metadata={"y": "2"}, overwrite=True) == done
+        second, metadata = stored()
+        assert (second != first, metadata) == (True, {"y": "2"})
+        sweep(house.store, house.blobs, house.settings, time.time() + DAY)
+        files = [path for path in (house.settings.data_dir / "blobs").rglob("*") if path.is_file()]
+        assert (len(files), house.blobs.exists(second)) == (1, True), "those of the refused and the replaced one go"
+
+    def test_one_that_is_free_again_can_be_taken(self, ask: Any, api: Any, run_id: str) -> None:
+        ask(1)
+        api.call("DELETE", f"/training_runs/{run_id}/checkpoints/weights/a", 204)
+        assert "path" in ask(2, ttl_seconds=1)
+        time.sleep(1.05)
+        assert "path" in ask(3)
+
+    def test_those_of_samplers_and_exports_are_replaced(self, save: Any) -> None:
+        for kind in ("sampler_weights", "external_weights"):
+            assert save("a", kind, overwrite=False) == save("a", kind, overwrite=False)
+
+
 class TestCopies:
     def test_the_same_request_makes_one_copy(self, save: Any, api: Any, other: Any) -> None:
         body = {"source_path": path_of(save()), "destination_project_id": "p"}

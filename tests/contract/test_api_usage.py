@@ -131,7 +131,7 @@ def test_a_checkpoints_storage_ends_with_it(house: Any, api: Any, worker: Any, u
     assert open_span.until is None
     api.call("PUT", f"/training_runs/{used['run']}/checkpoints/weights/kept/ttl", 204, json={"ttl_seconds": 500})
     assert spans()[0].until == pytest.approx(time.time() + 500, abs=5)
-    api.post("/save_weights", {"model_id": used["run"], "seq_id": 5, "path": "kept"})
+    api.post("/save_weights", {"model_id": used["run"], "seq_id": 5, "path": "kept", "overwrite": True})
     worker.step()
     replaced, current = spans()
     assert replaced.until == current.since
