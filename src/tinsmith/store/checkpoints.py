@@ -1,8 +1,8 @@
 """Checkpoints: names that point at immutable files, and the deletion of files that nothing points at.
 
 A name points at what was put last; the file that it pointed at before goes to the graveyard, and so does that of a
-deleted or expired checkpoint. `collect` hands a buried file out for deletion once no sampler, no other checkpoint and no
-CREATE or LOAD that a snapshot doesn't cover yet refers to it.
+deleted or expired checkpoint. `collect` hands a buried file out for deletion once no sampler, no other checkpoint and
+no CREATE or LOAD that a snapshot doesn't cover yet refers to it.
 """
 
 from __future__ import annotations
