@@ -449,6 +449,20 @@ class TestCopies:
     def test_needs_one_destination(self, save: Any, api: Any, body: dict[str, Any]) -> None:
         assert "destination_project_id" in api.post("/copy_weights", {"source_path": "x", **body}, 400)["detail"]
 
+    def test_lies_in_the_project_that_was_named(self, save: Any, api: Any) -> None:
+        body = {"source_path": path_of(save()), "destination_project_id": "archive"}
+        run = api.post("/copy_weights", body)["tinker_path"].split("/")[2]
+        in_project = {
+            project: [
+                row["training_run_id"]
+                for row in api.get("/training_runs", params={"project_id": project})["training_runs"]
+            ]
+            for project in ("archive", "other")
+        }
+        assert in_project == {"archive": [run], "other": []}
+        (session,) = api.post("/sessions/search", {"project_ids": ["archive"]})["sessions"]
+        assert run.startswith(session["session_id"])
+
     def test_keeps_the_metadata_of_ones_own(self, save: Any, api: Any, other: Any) -> None:
         place = save(user_metadata={"note": "mine"})
         api.call("POST", f"{place}/publish", 204)

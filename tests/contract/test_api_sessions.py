@@ -115,6 +115,12 @@ def test_pages_follow_one_another_without_gap_or_overlap(house: Any, api: Any) -
     assert set(seen) == made
 
 
+def test_pages_of_the_list(api: Any) -> None:
+    made = [make(api, name) for name in "abcde"][::-1]
+    pages = [api.get("/sessions", params={"limit": 2, "offset": at})["sessions"] for at in (0, 2, 4, 6)]
+    assert pages == [made[:2], made[2:4], made[4:], []]
+
+
 @pytest.mark.parametrize(
     "asked",
     [
