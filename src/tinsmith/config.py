@@ -73,6 +73,10 @@ class Settings:
         group="limits",
     )
 
+    min_ttl_s: int = setting(
+        3600, "Shortest lifetime that a checkpoint may be given; the longest is ten years.", unit="s", group="limits"
+    )
+
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
     device: str = setting(
         "auto",
@@ -212,7 +216,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-            "max_queued_samples",
+            "max_queued_samples", "min_ttl_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -22,7 +22,7 @@ from tinsmith.wire.sampling import SampleRequest
 from tinsmith.wire.training import TrainingRequest
 
 TARGETS = "target_tokens"
-MAX_TTL_S = 10 * 366 * 24 * 3600
+MAX_TTL_S = 10 * 366 * 24 * 3600  # ten years, leap years or not
 MAX_METADATA_BYTES = 8192
 MAX_TOPK = 128
 MAX_STOPS = 64
@@ -154,11 +154,18 @@ def check_optimizer(name: str) -> None:
         raise UnsupportedError(f"optimizer {name[:100]!r} is not offered here: use adamw")
 
 
-def check_ttl(ttl_seconds: int | None) -> None:
-    if ttl_seconds is not None and not 1 <= ttl_seconds <= MAX_TTL_S:
+def check_ttl(ttl_seconds: int | None, settings: Settings) -> int | None:
+    """The lifetime of a checkpoint, as it was asked for.
+
+    Raises:
+        UserError: it is out of its range.
+    """
+    least = settings.min_ttl_s
+    if ttl_seconds is not None and not least <= ttl_seconds <= MAX_TTL_S:
         raise UserError(
-            f"ttl_seconds must lie in 1..{MAX_TTL_S}, not {ttl_seconds}; leave it out to keep the checkpoint"
+            f"ttl_seconds must lie in {least}..{MAX_TTL_S}, not {ttl_seconds}; leave it out to keep the checkpoint"
         )
+    return ttl_seconds
 
 
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:

@@ -166,8 +166,9 @@ class HandWorker:
             )  # fmt: skip
             return results.sampler_result(None, save.sampler_id), {"sampler": sampler}
         checkpoint = NewCheckpoint(
-            run.run_id, kind, save.name, info.key, info.size, info.sha256, save.expires_at,
-            getattr(save, "user_metadata", {}), has_optimizer=op.kind is OpKind.SAVE,
+            run.run_id, kind, save.name, info.key, info.size, info.sha256,
+            None if save.ttl_s is None else time.time() + save.ttl_s, getattr(save, "user_metadata", {}),
+            has_optimizer=op.kind is OpKind.SAVE, overwrite=getattr(save, "overwrite", True),
         )  # fmt: skip
         path = f"tinker://{run.run_id}/{kind.value}/{save.name}"
         bodies = {
@@ -274,7 +275,7 @@ def make_house(tmp_path: Path) -> Iterator[Any]:
     houses: list[House] = []
 
     def make(**changes: Any) -> House:
-        defaults = {"data_dir": tmp_path / "data", "poll_hold_s": 0.3, "scan_interval_s": 0.1}
+        defaults = {"data_dir": tmp_path / "data", "poll_hold_s": 0.3, "scan_interval_s": 0.1, "min_ttl_s": 1}
         houses.append(House(tmp_path, Settings(**{**defaults, **changes})))
         return houses[-1]
 

@@ -140,7 +140,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
             Probe("DELETE", f"{checkpoints}/external_weights/kept"),
         ],
         "PUT /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/ttl": [
-            Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 1}),
+            Probe("PUT", f"{checkpoints}/weights/kept/ttl", {"ttl_seconds": 3600}),
             Probe("PUT", f"{checkpoints}/sampler_weights/kept/ttl", {"ttl_seconds": None}),
         ],
         "POST /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}/publish": [

@@ -11,6 +11,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tinsmith.blobs import checkpoint_key
 from tinsmith.checkpoint_file import dump_state
 from tinsmith.janitor import sweep
 from tinsmith.store.rows import NewCheckpoint
-from tinsmith.types import CheckpointKind, RunSpec
+from tinsmith.types import CheckpointKind, RunId, RunSpec
 
 KINDS = ("weights", "sampler_weights", "external_weights")
 DAY = 24 * 3600.0
@@ -54,7 +55,8 @@ def save(api: Any, worker: Any, run_id: str, seqs: Iterator[int]) -> Any:
     def make(name: str = "a", kind: str = "weights", **more: Any) -> str:
         route = {"weights": "/save_weights", "sampler_weights": "/save_weights_for_sampler"}
         path = route.get(kind, "/save_weights_external")
-        promise = api.post(path, {"model_id": run_id, "seq_id": next(seqs), "path": name, **more})
+        body = {"model_id": run_id, "seq_id": next(seqs), "path": name, "overwrite": True, **more}
+        promise = api.post(path, body)
         worker.step()
         assert api.result(promise)["path"] == f"tinker://{run_id}/{kind}/{name}"
         return f"/training_runs/{run_id}/checkpoints/{kind}/{name}"
@@ -372,6 +374,51 @@ class TestPublishing:
         ask(house.key, 200)
 
 
+class TestNames:
+    """`overwrite` of save_state, as the SDK documents it."""
+
+    @pytest.fixture
+    def ask(self, api: Any, worker: Any, run_id: str) -> Any:
+        def send(seq: int, **more: Any) -> Any:
+            promise = api.post("/save_weights", {"model_id": run_id, "seq_id": seq, "path": "a", **more})
+            worker.step()
+            return api.result(promise)
+
+        return send
+
+    def test_a_taken_one_is_replaced_only_if_asked_for(self, ask: Any, api: Any, run_id: str, house: House) -> None:
+        def stored() -> tuple[str, dict[str, str]]:
+            row = house.store.checkpoints.get_any(RunId(run_id), CheckpointKind.TRAINING, "a")
+            return row.blob, row.user_metadata
+
+        done = ask(1, user_metadata={"x": "1"})
+        first, metadata = stored()
+        assert metadata == {"x": "1"}
+        refusal = ask(2, user_metadata={"y": "2"})
+        assert (refusal["category"], refusal["code"]) == ("user", "invalid_request")
+        assert "a checkpoint weights/a already: save under another name, or with overwrite=True" in refusal["error"]
+        assert stored() == (first, {"x": "1"})
+        assert ask(1) == done, "the same request again is the same answer"
+        assert ask(2, overwrite=True) == refusal
+        assert ask(3, user_metadata={"y": "2"}, overwrite=True) == done
+        second, metadata = stored()
+        assert (second != first, metadata) == (True, {"y": "2"})
+        sweep(house.store, house.blobs, house.settings, time.time() + DAY)
+        files = [path for path in (house.settings.data_dir / "blobs").rglob("*") if path.is_file()]
+        assert (len(files), house.blobs.exists(second)) == (1, True), "those of the refused and the replaced one go"
+
+    def test_one_that_is_free_again_can_be_taken(self, ask: Any, api: Any, run_id: str) -> None:
+        ask(1)
+        api.call("DELETE", f"/training_runs/{run_id}/checkpoints/weights/a", 204)
+        assert "path" in ask(2, ttl_seconds=1)
+        time.sleep(1.05)
+        assert "path" in ask(3)
+
+    def test_those_of_samplers_and_exports_are_replaced(self, save: Any) -> None:
+        for kind in ("sampler_weights", "external_weights"):
+            assert save("a", kind, overwrite=False) == save("a", kind, overwrite=False)
+
+
 class TestCopies:
     def test_the_same_request_makes_one_copy(self, save: Any, api: Any, other: Any) -> None:
         body = {"source_path": path_of(save()), "destination_project_id": "p"}
@@ -401,6 +448,20 @@ class TestCopies:
     )
     def test_needs_one_destination(self, save: Any, api: Any, body: dict[str, Any]) -> None:
         assert "destination_project_id" in api.post("/copy_weights", {"source_path": "x", **body}, 400)["detail"]
+
+    def test_lies_in_the_project_that_was_named(self, save: Any, api: Any) -> None:
+        body = {"source_path": path_of(save()), "destination_project_id": "archive"}
+        run = api.post("/copy_weights", body)["tinker_path"].split("/")[2]
+        in_project = {
+            project: [
+                row["training_run_id"]
+                for row in api.get("/training_runs", params={"project_id": project})["training_runs"]
+            ]
+            for project in ("archive", "other")
+        }
+        assert in_project == {"archive": [run], "other": []}
+        (session,) = api.post("/sessions/search", {"project_ids": ["archive"]})["sessions"]
+        assert run.startswith(session["session_id"])
 
     def test_keeps_the_metadata_of_ones_own(self, save: Any, api: Any, other: Any) -> None:
         place = save(user_metadata={"note": "mine"})
@@ -447,6 +508,39 @@ class TestLifetime:
         sweep(house.store, house.blobs, house.settings, time.time())
         sweep(house.store, house.blobs, house.settings, time.time() + DAY)
         assert not house.blobs.exists(row.blob)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_begins_when_it_is_written(
+        self, api: Any, worker: Any, run_id: str, house: House, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long it waited in the queue."""
+        route = {"weights": "/save_weights", "sampler_weights": "/save_weights_for_sampler"}
+        body = {"model_id": run_id, "seq_id": 1, "path": "a", "ttl_seconds": 60}
+        promise = api.post(route.get(kind, "/save_weights_external"), body)
+        later = time.time() + 1000
+        with monkeypatch.context() as patched:
+            patched.setattr("time.time", lambda: later)
+            worker.step()
+        assert api.result(promise)["path"].endswith(f"{kind}/a")
+        row = house.store.checkpoints.get_any(RunId(run_id), CheckpointKind(kind), "a", now=later)
+        assert row.expires_at == later + 60
+        (listed,) = api.get(f"/training_runs/{run_id}/checkpoints")["checkpoints"]
+        assert datetime.fromisoformat(listed["expires_at"]).timestamp() == pytest.approx(later + 60, abs=1e-3)
+
+    def test_has_a_range(self, make_house: Any) -> None:
+        house = make_house(min_ttl_s=3600)
+        with TestClient(build_app(house.services)) as client:
+            api = Api(client, house.key)
+            run = api.create(api.session())["model_id"]
+            worker = house.make_worker()
+            worker.step()
+            copy = {"source_path": f"tinker://{run}/weights/a", "destination_project_id": "p", "ttl_seconds": 3599}
+            assert "3600.." in api.post("/copy_weights", copy, 400)["detail"]
+            place = f"/training_runs/{run}/checkpoints/weights/a"
+            assert "3600.." in api.call("PUT", f"{place}/ttl", 400, json={"ttl_seconds": 3599})["detail"]
+            for seq, route in enumerate(("/save_weights", "/save_weights_for_sampler", "/save_weights_external"), 1):
+                promise = api.post(route, {"model_id": run, "seq_id": seq, "path": "a", "ttl_seconds": 3599})
+                assert "3600.." in api.result(promise)["error"]
 
     def test_changes_at_any_time(self, save: Any, api: Any, house: House) -> None:
         place = save(ttl_seconds=2)

@@ -12,6 +12,8 @@ import pytest
 import tinker
 from tinker import types
 
+from tinsmith.api import training
+
 # The SDK never closes its connections; the collector finds them during or after a test.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -138,3 +140,26 @@ def test_stopping_ends_polls_at_once(live: Any, house: Any) -> None:
     thread.join(10)
     assert time.monotonic() - started < 5
     assert answers[0].status_code == 408
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_clients_compress_training_requests_if_they_are_told_to(
+    live: Any, house: Any, worker: Any, monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    object.__setattr__(house.settings, "compress_requests", is_on)
+    encodings: list[str | None] = []
+    read = training.read_body
+
+    async def noting(call: Any, *args: Any) -> bytes:
+        if call.url.path.endswith("/forward_backward"):
+            encodings.append(call.headers.get("content-encoding"))
+        return await read(call, *args)
+
+    monkeypatch.setattr(training, "read_body", noting)
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    worker.start()
+    client = tinker.ServiceClient(base_url=live.url, api_key=house.key)
+    run = client.create_lora_training_client(BASE, rank=4).result()
+    run.forward_backward([datum(500)], "cross_entropy").result()
+    client.close("success")
+    assert encodings == ["zstd" if is_on else None]

@@ -64,6 +64,17 @@ def test_search_by_what_a_session_is_called_and_holds(house: Any, api: Any, othe
     }
 
 
+def test_names_are_found_in_any_case_of_any_script(api: Any) -> None:
+    first, second, _ = make(api, "Größe ÜBUNG eins"), make(api, "ΟΔΟΣ Ночь e\u0301t\u00e9"), make(api, "other")
+    for asked in ("übung", "ÜBUNG größe", "GRÖSSE", "u\u0308bung", "eins"):
+        assert found(api, display_name=asked) == [first], asked
+    for asked in ("οδος", "ночь", "\u00c9TE\u0301", "ΟΔΟΣ"):
+        assert found(api, display_name=asked) == [second], asked
+    assert found(api, display_name="x\0") == []
+    for asked in (" ", "\t\n", "\u3000"):
+        assert "is blank" in api.post("/sessions/search", {"display_name": asked}, 400)["detail"]
+
+
 def test_search_by_status(house: Any, api: Any) -> None:
     active, good, bad, silent = (make(api, name) for name in ("active", "good", "bad", "silent"))
     api.post(f"/sessions/{good}/finish", {"reason": {"type": "success"}})
@@ -102,6 +113,12 @@ def test_pages_follow_one_another_without_gap_or_overlap(house: Any, api: Any) -
         make(api, "later")
     assert len(seen) == 23
     assert set(seen) == made
+
+
+def test_pages_of_the_list(api: Any) -> None:
+    made = [make(api, name) for name in "abcde"][::-1]
+    pages = [api.get("/sessions", params={"limit": 2, "offset": at})["sessions"] for at in (0, 2, 4, 6)]
+    assert pages == [made[:2], made[2:4], made[4:], []]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.contract.raw import PROTOBUF
 from tinsmith.api.billing import storage_by_hour
 from tinsmith.errors import TooLargeError
-from tinsmith.store.usage_rows import StoredSpan
+from tinsmith.store.usage_rows import StoredSpan, Usage
 from tinsmith.types import TenantId
 from tinsmith.wire import wire_pb2 as pb
 
@@ -131,7 +132,7 @@ def test_a_checkpoints_storage_ends_with_it(house: Any, api: Any, worker: Any, u
     assert open_span.until is None
     api.call("PUT", f"/training_runs/{used['run']}/checkpoints/weights/kept/ttl", 204, json={"ttl_seconds": 500})
     assert spans()[0].until == pytest.approx(time.time() + 500, abs=5)
-    api.post("/save_weights", {"model_id": used["run"], "seq_id": 5, "path": "kept"})
+    api.post("/save_weights", {"model_id": used["run"], "seq_id": 5, "path": "kept", "overwrite": True})
     worker.step()
     replaced, current = spans()
     assert replaced.until == current.since
@@ -172,6 +173,24 @@ def test_bad_windows(api: Any, changes: dict[str, str], word: str) -> None:
     assert word in api.get("/billing/usage/events", 400, params={**window(), **changes})["detail"]
 
 
+def test_cached_prompt_tokens_are_told_apart(api: Any, worker: Any, used: dict[str, str]) -> None:
+    finish = worker._outcome
+
+    def cached(op: Any) -> Any:
+        return replace(finish(op), usage=Usage(prefill_tokens=4, cached_tokens=9, sampled_tokens=1))
+
+    before = totals(usage(api))
+    worker._outcome = cached
+    made = {"session_id": used["session"], "sampling_session_seq_id": 7, "base_model": "tinsmith/tiny"}
+    sampler = api.post("/create_sampling_session", made)["sampling_session_id"]
+    body = {"prompt": {"chunks": [{"tokens": list(range(1, 14))}]}, "sampling_params": {"max_tokens": 1}}
+    api.post("/asample", {"sampling_session_id": sampler, "seq_id": 0, **body})
+    worker.step()
+    after = totals(usage(api))
+    assert after["sampling_prefill_cached"] == 9
+    assert after["sampling_prefill"] - before["sampling_prefill"] == 4
+
+
 def audit(api: Any, **params: str) -> list[Any]:
     return list(api.get("/audit", params=params)["entries"])
 
@@ -201,6 +220,19 @@ def test_every_administrative_act_is_in_the_audit_log(api: Any, other: Any, used
     assert made["secret"] not in str(entries)
     kinds = {kind: len(audit(api, event_type=kind)) for kind in ("checkpoints", "projects", "teams", "organizations")}
     assert kinds == {"checkpoints": 2, "projects": 1, "teams": 0, "organizations": 8}
+
+
+def test_sharing_is_in_the_audit_log(api: Any, other: Any, used: dict[str, str]) -> None:
+    place, path = f"/training_runs/{used['run']}/checkpoints/weights/kept", f"tinker://{used['run']}/weights/kept"
+    api.call("POST", f"{place}/publish", 204)
+    copied = other.post("/copy_weights", {"source_path": path, "destination_project_id": "p"})["tinker_path"]
+    api.call("DELETE", f"{place}/publish", 204)
+    entries = [(entry["event"], entry["tinker_path"], entry["event_details"]) for entry in audit(api)[-3:]]
+    assert [event for event, _, _ in entries] == ["checkpoint_publish", "checkpoint_copy", "checkpoint_unpublish"]
+    assert [tinker_path for _, tinker_path, _ in entries] == [path, copied, path]
+    assert [details["actor"] for _, _, details in entries] == ["alice", "bob", "alice"]
+    assert entries[1][2]["source"] == path
+    assert {entry["event"] for entry in audit(other, event_type="checkpoints")} == {"checkpoint_copy"}
 
 
 def test_the_audit_log_of_a_day_and_a_tenant(api: Any, other: Any, used: dict[str, str]) -> None:

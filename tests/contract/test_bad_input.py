@@ -312,7 +312,7 @@ def test_bad_checkpoint_names(pair: Pair, name: str) -> None:
     refused(lambda: pair.run.save_weights_for_sampler(name), words)
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 10**10])
+@pytest.mark.parametrize("ttl", [0, -1, 3599, 10**10])
 def test_bad_times_to_live(pair: Pair, ttl: int) -> None:
     refused(lambda: pair.run.save_state("x", ttl_seconds=ttl), "ttl_seconds must lie in")
 
@@ -353,13 +353,14 @@ def test_checkpoints_that_do_not_fit(client: tinker.ServiceClient, pair: Pair) -
     refused(lambda: client.create_training_client_from_state_with_optimizer(sampler), "load one saved with save_state")
 
 
-def test_the_same_name_twice_keeps_the_last(client: tinker.ServiceClient, pair: Pair) -> None:
-    """Whether or not the caller says overwrite; what was loaded or sampled from before stays as it was."""
+def test_the_same_name_twice_needs_overwrite(client: tinker.ServiceClient, pair: Pair) -> None:
+    """Then the last counts; what was loaded or sampled from before stays as it was."""
     run = client.create_lora_training_client(BASE, rank=4, seed=1).result()
     prompt = types.ModelInput.from_ints(TEXT)
     paths, samplers, answers = [], [], []
     for _ in range(2):
-        paths.append(run.save_state("twice").result().path)
+        paths.append(run.save_state("twice", overwrite=True).result().path)
+        refused(lambda: run.save_state("twice"), "weights/twice already.*overwrite=True")
         sampler_path = run.save_weights_for_sampler("twice").result().path
         samplers.append(client.create_sampling_client(model_path=sampler_path).result())
         answers.append(samplers[-1].compute_logprobs(prompt).result())

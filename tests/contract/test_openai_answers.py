@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.contract.answers import TOKENIZER, Answers
+from tests.service import until
 from tinsmith.types import Failure
 
 BASE = "tinsmith/tiny"
@@ -191,3 +192,37 @@ def test_a_wait_has_an_end(asking: openai.OpenAI, house: Any, monkeypatch: pytes
     with pytest.raises(openai.APIError, match="in the queue"):
         list(ask(asking, stream=True))
     assert house.services.waiters.num_waiting == house.services.pieces.num_followed == 0
+
+
+def test_a_published_checkpoint_answers_other_tenants(house: Any, live: Any, api: Any, answers: Answers) -> None:
+    run = api.create(api.session())["model_id"]
+    api.post("/save_weights_for_sampler", {"model_id": run, "seq_id": 1, "path": "shared"})
+    path = f"tinker://{run}/sampler_weights/shared"
+    until(lambda: house.store.checkpoints.list(house.tenant_id, 1, 0)[1] == 1, 20)
+    with openai.OpenAI(base_url=f"{live.url}/oai/api/v1", api_key=house.other_key, max_retries=0) as theirs:
+        with pytest.raises(openai.NotFoundError):
+            ask(theirs, model=path)
+        api.call("POST", f"/training_runs/{run}/checkpoints/sampler_weights/shared/publish", 204)
+        assert ask(theirs, model=path).choices[0].message.content == "Hello."
+        assert answers.ops[-1].tenant_id != house.tenant_id
+        assert theirs.models.retrieve(path).owned_by == "another tenant"
+        assert path not in [model.id for model in theirs.models.list()]
+        with openai.OpenAI(base_url=f"{live.url}/oai/api/v1", api_key=house.key, max_retries=0) as ours:
+            assert ours.models.retrieve(path).owned_by == "alice"
+        api.call("DELETE", f"/training_runs/{run}/checkpoints/sampler_weights/shared/publish", 204)
+        with pytest.raises(openai.NotFoundError):
+            ask(theirs, model=path)
+
+
+def test_usage_at_the_end_of_a_stream_of_completions(asking: openai.OpenAI, answers: Answers) -> None:
+    options = {"model": BASE, "prompt": ["a b", "c"], "n": 2, "max_tokens": 50}
+    whole = asking.completions.create(**options)
+    plain = list(asking.completions.create(**options, stream=True))
+    assert all(chunk.usage is None for chunk in plain)
+    told = list(asking.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    *before, last = told
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert all(chunk.choices and chunk.usage is None for chunk in before)
+    sampled = len(TOKENIZER.encode(answers.text)) + 1
+    assert last.usage.completion_tokens == 4 * sampled
+    assert last.usage.prompt_tokens == sum(len(TOKENIZER.encode(text)) for text in options["prompt"])

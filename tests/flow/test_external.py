@@ -88,8 +88,14 @@ def test_an_export_is_made_though_the_worker_died(house: House) -> None:
 
 def test_an_export_expires_with_its_file(house: House) -> None:
     run = house.create_run()
-    work_off(house, house.worker(), save_external(house, run, 1, expires_at=time.time() + 100))
-    blob = house.store.checkpoints.get(house.tenant, run, CheckpointKind.EXTERNAL, "out").blob
+    asked = save_external(house, run, 1, ttl_s=100)
+    asked_at = time.time()
+    time.sleep(0.1)
+    work_off(house, house.worker(), asked)
+    row = house.store.checkpoints.get(house.tenant, run, CheckpointKind.EXTERNAL, "out")
+    assert row.expires_at is not None
+    assert asked_at + 100.1 <= row.expires_at <= time.time() + 100, "counted from when it is written"
+    blob = row.blob
     sweep(house.store, house.blobs, house.settings, time.time() + 50)
     assert house.blobs.exists(blob)
     sweep(house.store, house.blobs, house.settings, time.time() + 101)

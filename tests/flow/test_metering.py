@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_every_kind_of_request(house: House) -> None:
     }
     assert 0 < metered(house)[None, UsageKind.SAMPLE] <= 2 * 40
     assert house.get(sample).state == "done"
+
+
+def test_prompt_tokens_that_were_there_already_count_as_cached(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = house.worker()
+    sample = house.engine._sample
+    monkeypatch.setattr(house.engine, "_sample", lambda item: replace(sample(item), prompt_cache_hit_tokens=2))
+    house.sample(house.sampler(), 0, max_tokens=5)
+    settle(worker)
+    kinds = {kind: quantity for (_, kind), quantity in metered(house).items()}
+    assert kinds == {UsageKind.PREFILL: 1, UsageKind.PREFILL_CACHED: 2, UsageKind.SAMPLE: 2 * 5}
 
 
 def test_a_cancelled_sample_counts_for_nothing(house: House) -> None:

@@ -133,7 +133,7 @@ def test_checkpoint_names_are_last_write_wins(world: Any) -> None:
     checkpoints.put(world.tenant, checkpoint(run, "a", blob=blob("1"), user_metadata={"x": "1", "y": "1"}), 10.0)
     checkpoints.put(world.tenant, checkpoint(run, "a", blob=blob("2"), user_metadata={"x": "2"}), 20.0)
     row = checkpoints.get(world.tenant, run, TRAINING, "a")
-    assert (row.blob, row.created_at, row.user_metadata) == (blob("2"), 20.0, {"x": "2", "y": "1"})
+    assert (row.blob, row.created_at, row.user_metadata) == (blob("2"), 20.0, {"x": "2"})
     assert row.spec == RunSpec(run, "tiny", rank=8)
     assert row.path == f"tinker://{run}/weights/a"
     checkpoints.put(world.tenant, checkpoint(run, "a", blob=blob("3"), user_metadata={"z": "3"}, overwrite=True), 30.0)

@@ -193,8 +193,10 @@ def test_metadata_becomes_text_and_is_bounded() -> None:
         check_metadata({"a": "x" * 10_000})
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 10**10])
+@pytest.mark.parametrize("ttl", [0, -1, 3599, 10 * 366 * 86400 + 1, 10**10])
 def test_bad_ttl(ttl: int) -> None:
-    check_ttl(None)
-    with pytest.raises(UserError, match="ttl_seconds"):
-        check_ttl(ttl)
+    """As the SDK documents it: one hour to ten years."""
+    for good in (None, 3600, 10 * 365 * 86400):
+        assert check_ttl(good, Settings()) == good
+    with pytest.raises(UserError, match=r"ttl_seconds must lie in 3600\.\."):
+        check_ttl(ttl, Settings())

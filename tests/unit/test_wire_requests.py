@@ -53,7 +53,7 @@ def test_lone_surrogates_are_refused() -> None:
 
 def test_meta_survives_the_store() -> None:
     create = CreateMeta(spec=RunSpec("s:train:0", "base", rank=8, seed=2**63 - 1, targets=Targets(mlp=False)))
-    save = SaveSamplerMeta(name=None, sampler_id="s:sample:1", session_id="s", expires_at=1.5)
+    save = SaveSamplerMeta(name=None, sampler_id="s:sample:1", session_id="s", ttl_s=5)
     sample = SampleMeta(seed=5, sampler_id="s:sample:1", num_samples=2)
     for value in (create, save, sample):
         assert read_meta(json.loads(json.dumps(to_meta(value))), type(value)) == value

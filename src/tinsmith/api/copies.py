@@ -39,7 +39,7 @@ async def copy_weights(request: Call, services: ServicesDep, data: JSONBody[Copy
 def _draft(
     services: Services, principal: Principal, asked: CopyWeights, token: str | None, request_key: str | None
 ) -> NewCopy:
-    check_ttl(asked.ttl_seconds)
+    check_ttl(asked.ttl_seconds, services.settings)
     has_place = asked.session_id is not None and asked.model_seq_id is not None
     if has_place == (asked.destination_project_id is not None) or (asked.session_id is not None) != has_place:
         raise UserError("copy_weights needs a destination_project_id, or a session_id and a model_seq_id, and not both")

@@ -114,7 +114,7 @@ async def set_checkpoint_ttl(
     data: JSONBody[SetTtl],
 ) -> None:
     """ttl_seconds null: keep it for good."""
-    check_ttl(data.ttl_seconds)
+    check_ttl(data.ttl_seconds, services.settings)
     expires_at = None if data.ttl_seconds is None else time.time() + data.ttl_seconds
     checkpoints = services.store.checkpoints
     user = request.user

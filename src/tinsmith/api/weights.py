@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +16,7 @@ from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import new_run_draft, refuse_finished_session, run_draft, with_spec
+from tinsmith.config import Settings
 from tinsmith.errors import UserError
 from tinsmith.store.rows import CheckpointRow, OpRow, Principal
 from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId, SessionId
@@ -97,14 +97,14 @@ def _promise(row: OpRow) -> Promise:
 
 def _draft_save(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_save, body))
+    return attempt(draft, partial(_fill_save, services.settings, body))
 
 
-def _fill_save(body: bytes, draft: Draft) -> Draft:
+def _fill_save(settings: Settings, body: bytes, draft: Draft) -> Draft:
     asked = decode_json(body, SaveWeights)
     meta = SaveMeta(
         name=check_name(f"seq-{draft.seq_id}" if asked.path is None else asked.path),
-        expires_at=_expiry(asked.ttl_seconds),
+        ttl_s=check_ttl(asked.ttl_seconds, settings),
         overwrite=asked.overwrite,
         user_metadata=check_metadata(asked.user_metadata),
     )
@@ -115,10 +115,10 @@ def _draft_save_sampler(services: Services, principal: Principal, body: bytes) -
     address = decode_json(body, RunAddress)
     draft = run_draft(services, principal, OpKind.SAVE_SAMPLER, address)
     session_id = services.store.runs.get(principal.tenant_id, RunId(address.model_id)).session_id
-    return attempt(draft, partial(_fill_save_sampler, body, session_id))
+    return attempt(draft, partial(_fill_save_sampler, services.settings, body, session_id))
 
 
-def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draft:
+def _fill_save_sampler(settings: Settings, body: bytes, session_id: SessionId, draft: Draft) -> Draft:
     asked = decode_json(body, SaveWeightsForSampler)
     if (asked.path is None) == (asked.sampling_session_seq_id is None):
         raise UserError("save_weights_for_sampler needs a path (a name), or a sampling_session_seq_id, and not both")
@@ -131,7 +131,7 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
         name=None if asked.path is None else check_name(asked.path),
         sampler_id=sampler_id,
         session_id=session_id,
-        expires_at=_expiry(asked.ttl_seconds),
+        ttl_s=check_ttl(asked.ttl_seconds, settings),
         user_metadata=check_metadata(asked.user_metadata),
         is_inflight=asked.kind == "inflight",
     )
@@ -140,14 +140,14 @@ def _fill_save_sampler(body: bytes, session_id: SessionId, draft: Draft) -> Draf
 
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_save_external, principal, body))
+    return attempt(draft, partial(_fill_save_external, services.settings, principal, body))
 
 
-def _fill_save_external(principal: Principal, body: bytes, draft: Draft) -> Draft:
+def _fill_save_external(settings: Settings, principal: Principal, body: bytes, draft: Draft) -> Draft:
     asked = decode_json(body, SaveWeightsExternal)
     meta = SaveExternalMeta(
         name=check_name(asked.path),
-        expires_at=_expiry(asked.ttl_seconds),
+        ttl_s=check_ttl(asked.ttl_seconds, settings),
         recipients=check_recipients(asked.age_encryption_recipients),
         actor=principal.tenant_name,
         actor_key_id=principal.key_id,
@@ -204,8 +204,3 @@ def _loadable(services: Services, principal: Principal, asked: LoadWeights) -> C
 
 def _shape(spec: RunSpec) -> tuple[object, ...]:
     return spec.base_model, spec.rank, spec.targets, spec.alpha
-
-
-def _expiry(ttl_seconds: int | None) -> float | None:
-    check_ttl(ttl_seconds)
-    return None if ttl_seconds is None else time.time() + ttl_seconds

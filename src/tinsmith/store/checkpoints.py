@@ -1,8 +1,8 @@
 """Checkpoints: names that point at immutable files, and the deletion of files that nothing points at.
 
-A name is last-write-wins; the file that it pointed at before goes to the graveyard, and so does that of a deleted or
-expired checkpoint. `collect` hands a buried file out for deletion once no sampler, no other checkpoint and no CREATE or
-LOAD that a snapshot doesn't cover yet refers to it.
+A name points at what was put last; the file that it pointed at before goes to the graveyard, and so does that of a
+deleted or expired checkpoint. `collect` hands a buried file out for deletion once no sampler, no other checkpoint and
+no CREATE or LOAD that a snapshot doesn't cover yet refers to it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ _LIST = (
 )
 _COUNT = select(func.count()).select_from(checkpoints).where(_IS_TENANTS, _IS_LIVE, _IS_OF_KINDS)
 _RUN = select(runs.c.run_id).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
-_EARLIER = select(checkpoints.c.blob, checkpoints.c.user_metadata).where(_IS_NAMED).with_for_update()
+_EARLIER = select(checkpoints.c.blob).where(_IS_NAMED).with_for_update()
+_TAKEN = select(checkpoints.c.blob).where(_IS_NAMED, _IS_LIVE)
 _INSERT = insert(checkpoints).inline()
 _DELETE = delete(checkpoints).where(_IS_NAMED)
 _SET_EXPIRY = update(checkpoints).where(_IS_NAMED).values(expires_at=bindparam("until"))
@@ -264,10 +265,7 @@ def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, no
     _require_run(conn, tenant_id, new.run_id)
     named = _named(new.run_id, new.kind, new.name)
     earlier = conn.execute(_EARLIER, named).first()
-    user_metadata = dict(new.user_metadata)
     if earlier is not None:
-        if not new.overwrite:
-            user_metadata = {**earlier.user_metadata, **user_metadata}
         conn.execute(_DELETE, named)
         bury(conn, [earlier.blob] if earlier.blob != new.blob else [], now)
         end_span(conn, named, now, now)
@@ -284,10 +282,16 @@ def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, no
             "sha256": new.sha256,
             "created_at": now,
             "expires_at": new.expires_at,
-            "user_metadata": user_metadata,
+            "user_metadata": dict(new.user_metadata),
             "has_optimizer": new.has_optimizer,
         },
     )
+
+
+def is_taken(conn: Connection, new: NewCheckpoint, now: float) -> bool:
+    """Whether another file has its name; within the caller's transaction."""
+    found = conn.execute(_TAKEN, {**_named(new.run_id, new.kind, new.name), "now": now}).scalar()
+    return found is not None and found != new.blob
 
 
 def about(row: CheckpointRow) -> dict[str, str]:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import msgspec
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -109,6 +110,11 @@ class Database:
         return self._engine.connect().execution_options(**{IS_WRITE: is_write})
 
 
+def fold(text: str | None) -> str | None:
+    """A text as it is compared without regard to case: `fold` in SQL, whose own `lower` knows ASCII alone."""
+    return None if text is None else normalize("NFC", normalize("NFC", text).casefold())
+
+
 def damage(path: Path) -> str | None:
     """What SQLite's quick check finds wrong with a database file, or None. Changes nothing; it may be in use."""
     try:
@@ -130,6 +136,7 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def set_up(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.create_function("fold", 1, fold, deterministic=True)
         connection.isolation_level = None  # the driver begins nothing by itself; `begin` below does
         for pragma in (
             "journal_mode=WAL",

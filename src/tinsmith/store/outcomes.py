@@ -2,7 +2,7 @@
 
 Works within the caller's transaction: the fence, the op's outcome, its run's status, its checkpoint and sampler rows,
 its usage, and the burial of a payload that nobody will read again. An op that is final already keeps its outcome, and
-nothing of the new one is recorded.
+nothing of the new one is recorded. A checkpoint that may not take another's name fails its op.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, select, update
 
-from tinsmith.errors import FencedError, NotFoundError
+from tinsmith.errors import FencedError, NotFoundError, UserError
 from tinsmith.store.audit import note
-from tinsmith.store.checkpoints import put_checkpoint
+from tinsmith.store.checkpoints import is_taken, put_checkpoint
 from tinsmith.store.endings import number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
@@ -24,7 +24,8 @@ from tinsmith.store.rows import Finished, NewCheckpoint, Principal, WorkerId
 from tinsmith.store.samplers import put_sampler
 from tinsmith.store.schema import ops, runs
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import OpId, OpKind, OpState, RunStatus
+from tinsmith.types import Failure, OpId, OpKind, OpState, RunStatus
+from tinsmith.wire.media import JSON
 
 _OPEN = (
     select(
@@ -58,6 +59,8 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
     rows = {row.op_id: row for row in conn.execute(_OPEN, {"op_ids": [f.op_id for f in finished]})}
     require_leased(conn, worker, {row.run_id for row in rows.values() if row.run_id is not None})
     fresh = {f.op_id: f for f in finished if _is_open(worker, f.op_id, rows.get(f.op_id))}
+    for op_id, outcome in fresh.items():
+        fresh[op_id] = _unless_taken(conn, outcome, now)
     _write(conn, [(f, rows[f.op_id]) for f in fresh.values()], now)
     number_ends(conn, [(rows[op_id].sampler_id, op_id) for op_id in fresh if rows[op_id].sampler_id is not None])
     for op_id, outcome in fresh.items():
@@ -87,6 +90,19 @@ def _usage(outcome: Finished) -> Usage:
     if outcome.state is not OpState.DONE:
         return Usage()
     return replace(outcome.usage or Usage(), checkpoints=0 if outcome.checkpoint is None else 1)
+
+
+def _unless_taken(conn: Connection, outcome: Finished, now: float) -> Finished:
+    """The outcome, or a failure if its checkpoint may not take the place of another; its file is buried then."""
+    new = outcome.checkpoint
+    if new is None or new.overwrite or not is_taken(conn, new, now):
+        return outcome
+    bury(conn, [new.blob], now)
+    message = (
+        f"the run has a checkpoint {new.kind.value}/{new.name} already: save under another name, or with overwrite=True"
+    )
+    failure = Failure(UserError.code, UserError.category, message)
+    return Finished(outcome.op_id, OpState.FAILED, media=JSON, failure=failure)
 
 
 def _check(outcome: Finished) -> None:

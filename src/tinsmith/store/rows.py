@@ -204,8 +204,7 @@ class NewCheckpoint:
     """A file that a name points at.
 
     expires_at: None: never.
-    overwrite: replace the user_metadata of an earlier checkpoint of this name wholly; else the keys that the new one
-    lacks stay. The weights are replaced either way.
+    overwrite: it may take the place of a checkpoint of its name, with all that belongs to that one.
     """
 
     run_id: RunId

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, bindparam, false, func, or_, select, true
 
 from tinsmith.errors import UserError
-from tinsmith.store.database import Database
+from tinsmith.store.database import Database, fold
 from tinsmith.store.rows import SessionRow
 from tinsmith.store.schema import checkpoints, runs, sessions
 from tinsmith.store.sessions import COLUMNS, to_session
@@ -65,7 +65,7 @@ class SessionSearch:
         """At most `limit` sessions of the tenant, newest first, those after the cursor (when made, id) alone.
 
         Raises:
-            UserError: a metadata key that can't be looked for.
+            UserError: a metadata key that can't be looked for, or a blank name.
         """
         query = select(*COLUMNS).where(sessions.c.tenant_id == tenant_id, *_conditions(wanted))
         query = query.order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc()).limit(limit)
@@ -105,8 +105,11 @@ def _is_named(wanted: SessionFilter) -> ColumnElement[bool]:
     if wanted.session_id is not None:
         either.append(sessions.c.session_id == wanted.session_id)
     if wanted.name is not None:
-        name = func.lower(sessions.c.display_name)
-        either.append(and_(true(), *(name.contains(word.lower(), autoescape=True) for word in wanted.name.split())))
+        words = wanted.name.split()
+        if not words:
+            raise UserError("display_name is blank: give a word that the name holds, or leave it out")
+        name = func.fold(sessions.c.display_name)
+        either.append(and_(*(func.instr(name, fold(word)) > 0 for word in words)))
     return or_(*either) if either else true()
 
 

@@ -2,9 +2,9 @@
 
     CREATE        CreateMeta       no payload   the spec; from a checkpoint also its path, blob, optimizer
     LOAD          LoadMeta         no payload   the checkpoint's path, blob and whether its moments are wanted
-    SAVE          SaveMeta         no payload   the checkpoint's name, expiry, metadata
+    SAVE          SaveMeta         no payload   the checkpoint's name, lifetime, metadata
     SAVE_SAMPLER  SaveSamplerMeta  no payload   the same with a name, or the id of the sampler to make
-    SAVE_EXTERNAL SaveExternalMeta no payload   the checkpoint's name, expiry, whom to encrypt it to
+    SAVE_EXTERNAL SaveExternalMeta no payload   the checkpoint's name, lifetime, whom to encrypt it to
     SAMPLE        SampleMeta       the request  the drawn seed, the sampler
     FORWARD, FORWARD_BACKWARD     the request; with a custom loss LossMeta, else {}
     OPTIM_STEP                    the request; their meta is {}
@@ -40,10 +40,10 @@ class LoadMeta(Struct, frozen=True):
 
 
 class SaveMeta(Struct, frozen=True):
-    """expires_at: unix seconds; None: never."""
+    """ttl_s: seconds that it is kept once it is written; None: for good."""
 
     name: str
-    expires_at: float | None = None
+    ttl_s: int | None = None
     overwrite: bool = False
     user_metadata: dict[str, str] = {}
 
@@ -57,7 +57,7 @@ class SaveSamplerMeta(Struct, frozen=True):
     name: str | None
     sampler_id: SamplerId | None
     session_id: SessionId
-    expires_at: float | None = None
+    ttl_s: int | None = None
     user_metadata: dict[str, str] = {}
     is_inflight: bool = False
 
@@ -69,7 +69,7 @@ class SaveExternalMeta(Struct, frozen=True):
     """
 
     name: str
-    expires_at: float | None = None
+    ttl_s: int | None = None
     recipients: tuple[str, ...] = ()
     actor: str = ""
     actor_key_id: str = ""

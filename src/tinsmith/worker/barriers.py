@@ -6,6 +6,7 @@ writer, so its outcome comes later, through `settle`. A failed op leaves its run
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
@@ -124,7 +125,7 @@ class Barriers:
                 blob=info.key,
                 size_bytes=info.size,
                 sha256=info.sha256,
-                expires_at=save.expires_at,
+                expires_at=_expiry(save.ttl_s),
                 user_metadata=save.user_metadata,
                 has_optimizer=True,
                 overwrite=save.overwrite,
@@ -148,7 +149,7 @@ class Barriers:
                     blob=info.key,
                     size_bytes=info.size,
                     sha256=info.sha256,
-                    expires_at=save.expires_at,
+                    expires_at=_expiry(save.ttl_s),
                     user_metadata=save.user_metadata,
                     has_optimizer=False,
                     overwrite=True,
@@ -186,7 +187,7 @@ class Barriers:
                 blob=info.key,
                 size_bytes=info.size,
                 sha256=info.sha256,
-                expires_at=save.expires_at,
+                expires_at=_expiry(save.ttl_s),
                 has_optimizer=False,
                 overwrite=True,
             )
@@ -221,3 +222,8 @@ class Barriers:
             self._settle(outcome(info))
 
         self._writer.submit(write, written)
+
+
+def _expiry(ttl_s: int | None) -> float | None:
+    """A checkpoint's lifetime begins when it is written."""
+    return None if ttl_s is None else time.time() + ttl_s

@@ -15,6 +15,7 @@ from tinsmith.wire.paths import SCHEME
 
 PAGE = 1000
 OURS = "tinsmith"
+OTHERS = "another tenant"  # whose name is not told
 
 
 class ModelCard(Struct):
@@ -44,7 +45,7 @@ async def get_model(request: Call, services: ServicesDep, model: FromPath[str]) 
     if name.startswith("tinker:/") and not name.startswith(SCHEME):
         name = SCHEME + name.removeprefix("tinker:/")  # the router joins doubled slashes
     found = await services.work(find_model, services, request.user, name)
-    owner = OURS if found.path is None else request.user.tenant_name
+    owner = OURS if found.path is None else request.user.tenant_name if found.is_own else OTHERS
     return ModelCard(id=found.name, created=int(found.created_at), owned_by=owner)
 
 

@@ -1,4 +1,5 @@
-"""The models that can be asked: the served bases, and the tenant's checkpoints for sampling by their tinker:// path.
+"""The models that can be asked: the served bases, and checkpoints for sampling by their tinker:// path, the tenant's
+own and published ones.
 
 Requests need a sampler. Each key gets a session of the server's own, and in it a sampler for each model that the key
 asks; both are made when they are first needed and again when they have ended.
@@ -38,7 +39,7 @@ class ModelMissing(NotFoundError):
 class Model:
     """name: as the client calls it. blob: the weights of a checkpoint, None for a base alone.
 
-    created_at: unix seconds, 0 for a base.
+    created_at: unix seconds, 0 for a base. is_own: it isn't another tenant's, published.
     """
 
     name: str
@@ -46,10 +47,16 @@ class Model:
     path: str | None = None
     blob: str | None = None
     created_at: float = 0.0
+    is_own: bool = True
 
 
 def find_model(services: Services, principal: Principal, name: str) -> Model:
-    """Raises: ModelMissing: not served, no such checkpoint, or another tenant's. UserError: one for training."""
+    """The model of that name, for this tenant.
+
+    Raises:
+        ModelMissing: not served, no such checkpoint, or another tenant's that isn't published.
+        UserError: a checkpoint for training.
+    """
     if name in services.bases:
         return Model(name, services.bases[name].info)
     found = _find_checkpoint(services, principal, name) if name.startswith(SCHEME) else None
@@ -60,7 +67,8 @@ def find_model(services: Services, principal: Principal, name: str) -> Model:
         )
     if found.kind is not CheckpointKind.SAMPLER:
         raise UserError(f"{found.path} is no checkpoint to sample from: save one with save_weights_for_sampler")
-    return Model(found.path, services.bases[found.spec.base_model].info, found.path, found.blob, found.created_at)
+    info, is_own = services.bases[found.spec.base_model].info, found.tenant_id == principal.tenant_id
+    return Model(found.path, info, found.path, found.blob, found.created_at, is_own)
 
 
 def _find_checkpoint(services: Services, principal: Principal, path: str) -> CheckpointRow | None:
