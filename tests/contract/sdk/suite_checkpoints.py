@@ -75,7 +75,7 @@ def test_external_weights_are_fetched_file_by_file(run: Any, rest: Any) -> None:
     rest.delete_checkpoint_from_tinker_path(path).result()
 
 
-@pytest.mark.skipif(not hasattr(RestClient, "copy_weights"), reason="earlier releases have no copy_weights")
+@pytest.mark.skipif(not hasattr(RestClient, "copy_weights"), reason="earlier releases have no RestClient.copy_weights")
 def test_a_copy_is_a_checkpoint_of_its_own(client: Any, run: Any, rest: Any) -> None:
     step(run)
     path = run.save_state("origin").result().path
