@@ -139,7 +139,8 @@ BAD_VALUES: dict[str, tuple[bytes, str]] = {
         call("s", "torch.sum", LP)), "node 'p'.*larger"),
     "pairs of nothing": (loss(
         call("y", "torch.zeros", 0, 2**25), call("z", "torch.zeros", 2, 0, 1),
-        call("p", "torch.add", ref("y"), ref("z")), call("s", "torch.sum", ref("p"), 1), call("t", "torch.sum", LP)), "node 'p'.*larger"),
+        call("p", "torch.add", ref("y"), ref("z")), call("s", "torch.sum", ref("p"), 1),
+        call("t", "torch.sum", LP)), "node 'p'.*larger"),
     "eight bytes each": (loss(
         call("y", "torch.ones", 2**23, dtype={"dtype": "float64"}), call("z", "torch.exp", ref("y")),
         call("s", "torch.sum", LP)), "node '[zs]'.*larger"),
