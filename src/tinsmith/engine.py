@@ -19,6 +19,7 @@ from tinsmith.types import (
     RunId,
     RunSpec,
     RunState,
+    SampleCost,
     SampleItem,
     SamplePiece,
     SampleResult,
@@ -96,8 +97,8 @@ class Engine(Protocol):
         """Queue a request for admission; its adapter is present and stays until it ends."""
         ...
 
-    def cancel_sample(self, op_id: OpId) -> int:
-        """Forget a submitted request; it never shows up in `step_samples`. The tokens sampled for it until now; unknown
+    def cancel_sample(self, op_id: OpId) -> SampleCost:
+        """Forget a submitted request; it never shows up in `step_samples`. What was computed for it until now; unknown
         ids are ignored."""
         ...
 

@@ -24,6 +24,7 @@ from tinsmith.types import (
     RunId,
     RunSpec,
     RunState,
+    SampleCost,
     SampledSequence,
     SampleItem,
     SamplePiece,
@@ -156,9 +157,11 @@ class FakeEngine:
     def submit_sample(self, item: SampleItem) -> None:
         self._samples[item.op_id] = (item, self._length(item))
 
-    def cancel_sample(self, op_id: OpId) -> int:
+    def cancel_sample(self, op_id: OpId) -> SampleCost:
         item, left = self._samples.pop(op_id, (None, 0))
-        return 0 if item is None else item.num_samples * (self._length(item) - left)
+        if item is None:
+            return SampleCost()
+        return SampleCost(len(item.prompt), num_sampled=item.num_samples * (self._length(item) - left))
 
     @property
     def num_samples(self) -> int:

@@ -28,6 +28,7 @@ from tinsmith.types import (
     RunId,
     RunSpec,
     RunState,
+    SampleCost,
     SampleItem,
     SamplePiece,
     SampleResult,
@@ -98,7 +99,7 @@ class TorchEngine:
     def submit_sample(self, item: SampleItem) -> None:
         self._sampler.submit(item)
 
-    def cancel_sample(self, op_id: OpId) -> int:
+    def cancel_sample(self, op_id: OpId) -> SampleCost:
         return self._sampler.cancel(op_id)
 
     @property

@@ -289,6 +289,15 @@ class SamplePiece:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleCost:
+    """What was computed for a sample request, in tokens. num_cached: of the prompt, found computed already."""
+
+    num_prefilled: int = 0
+    num_cached: int = 0
+    num_sampled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SampleResult:
     """All logprobs of the prompt are those of the model at temperature 1.
 

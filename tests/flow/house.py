@@ -189,16 +189,19 @@ class House:
         )
 
 
-def settle(worker: Worker, *, steps: int = 400) -> None:
-    """Let the worker work until nothing is left to do, its files included."""
-    idle = 0
-    for _ in range(steps):
-        if worker.step():
-            idle = 0
-        elif (idle := idle + 1) > 3:
+def settle(worker: Worker, *, seconds: float = 60) -> None:
+    """Let the worker work until nothing is left to do, its files included.
+
+    It has come to rest when it looked once more and found nothing, with no file being written.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        worker._heard_at = float("-inf")
+        worker._must_look = True
+        if not worker.step() and not worker._writer.num_pending and not worker._must_look:
             return
-        else:
-            time.sleep(0.02)
+        if worker._writer.num_pending:
+            time.sleep(0.002)
     raise AssertionError("the worker did not come to rest")
 
 

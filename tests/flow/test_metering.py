@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.store.usage_rows import UsageKind
+from tinsmith.errors import FencedError
+from tinsmith.fake_engine import TOKENS_PER_STEP
+from tinsmith.store.usage_rows import Usage, UsageKind
 
 
 @pytest.fixture
@@ -63,16 +65,58 @@ def test_prompt_tokens_that_were_there_already_count_as_cached(house: House, mon
     assert kinds == {UsageKind.PREFILL: 1, UsageKind.PREFILL_CACHED: 2, UsageKind.SAMPLE: 2 * 5}
 
 
-def test_a_cancelled_sample_counts_for_nothing(house: House) -> None:
+def test_a_cancelled_sample_counts_for_what_was_computed(house: House) -> None:
+    """Once, whatever is tried again; one that nobody had begun counts for nothing."""
     worker = house.worker()
-    op = house.sample(house.sampler(), 0, max_tokens=200)
+    sampler = house.sampler()
+    op = house.sample(sampler, 0, max_tokens=200)
     for _ in range(3):
         worker.step()
     house.store.endings.cancel(house.tenant, op.id, time.time())
+    queued = house.sample(sampler, 1, max_tokens=200)
+    house.store.endings.cancel(house.tenant, queued.id, time.time())
     settle(worker)
-    assert house.get(op).state == "cancelled"
-    assert metered(house) == {}
+    assert {house.get(one).state for one in (op, queued)} == {"cancelled"}
     assert house.engine.num_samples == 0
+    sampled = metered(house)[None, UsageKind.SAMPLE]
+    assert metered(house) == {(None, UsageKind.PREFILL): 3, (None, UsageKind.SAMPLE): sampled}
+    assert sampled in [2 * TOKENS_PER_STEP * steps for steps in (3, 4)]
+    for one in (op, queued):
+        house.store.endings.meter(worker._me, {one.id: Usage(sampled_tokens=1000)}, time.time())
+    assert metered(house)[None, UsageKind.SAMPLE] == sampled
+
+
+def test_an_outcome_that_comes_after_the_cancelling_counts_all_the_same(house: House) -> None:
+    worker = house.worker()
+    op = house.sample(house.sampler(), 0, max_tokens=8)
+    (claimed,) = house.store.ops.claim(worker._me, [op.id], time.time())
+    worker._samples.admit(claimed)
+    house.store.endings.cancel(house.tenant, op.id, time.time())
+    outcomes = worker._samples.step()
+    for _ in range(2):
+        worker._commit(outcomes)
+    assert house.get(op).state == "cancelled"
+    assert metered(house) == {(None, UsageKind.PREFILL): 3, (None, UsageKind.SAMPLE): 2 * 8}
+
+
+def test_a_worker_whose_place_was_taken_meters_nothing(house: House) -> None:
+    worker = house.worker()
+    op = house.sample(house.sampler(), 0, max_tokens=200)
+    worker.step()
+    house.worker()
+    house.store.endings.cancel(house.tenant, op.id, time.time())
+    with pytest.raises(FencedError):
+        worker._drop_cancelled()
+    assert metered(house) == {}
+
+
+def test_a_stop_meters_what_was_cancelled_just_before(house: House) -> None:
+    worker = house.worker()
+    op = house.sample(house.sampler(), 0, max_tokens=200)
+    worker.step()
+    house.store.endings.cancel(house.tenant, op.id, time.time())
+    worker.close()
+    assert metered(house)[None, UsageKind.SAMPLE] == 2 * TOKENS_PER_STEP
 
 
 def test_a_sampler_of_a_run_is_metered_with_the_run(house: House) -> None:

@@ -358,7 +358,7 @@ def test_a_long_pass_keeps_no_other_tenant_waiting(tmp_path: Path, monkeypatch: 
         assert house.store.ops.get(alice, own_next.id).state == "queued"
         for part, array in house.state(long_run).tensors.items():
             np.testing.assert_array_equal(array, state.tensors[part])
-        settle(worker, steps=2000)
+        settle(worker)
         assert house.store.ops.get(alice, long_op.id).state == "done"
         assert house.store.ops.get(alice, own_next.id).state == "done"
     finally:
@@ -385,7 +385,7 @@ def test_a_pass_that_fails_half_way_leaves_others_alone(tmp_path: Path, monkeypa
         house.be("bob")
         other = house.create_run()
         good = house.forward_backward(other, 1, [1] * 10, copies=5)
-        settle(worker, steps=2000)
+        settle(worker)
         assert house.get(good).state == "done"
         failure = house.store.ops.get(alice, bad.id).failure
         assert failure is not None
@@ -394,3 +394,20 @@ def test_a_pass_that_fails_half_way_leaves_others_alone(tmp_path: Path, monkeypa
         assert again == 1, "alone in its pass, it isn't tried again"
     finally:
         house.close()
+
+
+def test_rest_is_waited_for_while_a_file_is_being_written(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `settle`, on which the other tests rely."""
+    put = house.blobs.put
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.4)
+        return put(*args)
+
+    worker = house.worker()
+    run = house.create_run()
+    settle(worker)
+    monkeypatch.setattr(house.blobs, "put", slow)
+    op = house.save(run, 1, "slow")
+    settle(worker)
+    assert house.get(op).state == "done"

@@ -131,6 +131,19 @@ BAD_VALUES: dict[str, tuple[bytes, str]] = {
     "a range of tiny steps": (loss(call("z", "torch.arange", 0, 1, 1e-300), method("s", "sum", ref("z"))), "node 'z'"),
     "a huge expansion": (loss(method("z", "expand", LP, 10**9, -1), call("s", "torch.exp", ref("z"))), "'z'.*larger"),
     "padding": (loss(call("z", "torch.nn.functional.pad", LP, [0, 10**12]), method("s", "sum", ref("z"))), "node 'z'"),
+    "sums over nothing": (loss(
+        call("z", "torch.zeros", 0, 2**24), *(call(f"s{i}", "torch.sum", ref("z"), 0) for i in range(3)),
+        call("s", "torch.sum", LP)), "node 's2'.*larger"),
+    "products over nothing": (loss(
+        call("y", "torch.zeros", 8192, 0), call("z", "torch.zeros", 0, 8192), call("p", "torch.mm", ref("y"), ref("z")),
+        call("s", "torch.sum", LP)), "node 'p'.*larger"),
+    "pairs of nothing": (loss(
+        call("y", "torch.zeros", 0, 2**25), call("z", "torch.zeros", 2, 0, 1),
+        call("p", "torch.add", ref("y"), ref("z")), call("s", "torch.sum", ref("p"), 1),
+        call("t", "torch.sum", LP)), "node 'p'.*larger"),
+    "eight bytes each": (loss(
+        call("y", "torch.ones", 2**23, dtype={"dtype": "float64"}), call("z", "torch.exp", ref("y")),
+        call("s", "torch.sum", LP)), "node '[zs]'.*larger"),
     "a power of integers": (loss(
         method("n", "size", LP, 0), call("p", "operator.pow", ref("n"), ref("n")),
         call("q", "operator.pow", ref("p"), ref("p"))), "node 'p'.*up to 64|node 'q'.*up to 64|64 bits"),

@@ -20,6 +20,7 @@ from tinsmith.errors import ConfigError, UserError
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.torch_engine import TorchEngine
+from tinsmith.types import SampleCost
 
 
 def assert_nothing_is_held(sampler: Sampler) -> None:
@@ -120,9 +121,11 @@ def test_cancelling_frees_what_a_request_holds(base):
         sampler.submit(item)
     for _ in range(8):
         sampler.step()
-    for item in items[:5]:
-        sampler.cancel(item.op_id)
-    sampler.cancel(items[0].op_id)
+    costs = [sampler.cancel(item.op_id) for item in items[:5]]
+    assert costs[0].num_prefilled + costs[0].num_cached == 150
+    assert 0 < costs[0].num_sampled <= 2 * 8
+    assert all(cost.num_prefilled <= 150 for cost in costs)
+    assert sampler.cancel(items[0].op_id) == SampleCost()
     left = run_all(sampler)
     assert list(left) == ["r5"]
     assert_same_sample(left["r5"], run_all(make_sampler(base, states, prefill_chunk_tokens=64), [items[5]])["r5"])

@@ -34,7 +34,7 @@ from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.seats import Seats
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
-from tinsmith.types import Failure, OpId, RunState, SampleItem, SamplePiece, SampleResult
+from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -123,15 +123,15 @@ class Sampler:
         self._requests[item.op_id] = request
         (self._waiting if item.params.json_schema is None else self._schemed).append(request)
 
-    def cancel(self, op_id: OpId) -> int:
-        """Forget a request and free what it holds; the tokens sampled for it until now. Unknown ids are ignored."""
+    def cancel(self, op_id: OpId) -> SampleCost:
+        """Forget a request and free what it holds; what was computed for it until now. Unknown ids are ignored."""
         request = self._requests.get(op_id)
         if request is None:
-            return 0
+            return SampleCost()
         num_sampled = request.num_sampled + sum(len(s.tokens) for s in self._running if s.request is request)
         with torch.inference_mode():
             self._drop(request)
-        return num_sampled
+        return SampleCost(request.num_prefilled - request.num_cached, request.num_cached, num_sampled)
 
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""

@@ -1,23 +1,27 @@
 """The ends of a sampler's requests: numbered in the order in which they are committed, and brought about by cancelling.
 
 What stays true: the sampler's row is locked by the count, so whoever has read up to number n misses nothing at or below
-n. A request's number never changes, and outlives its result.
+n. A request's number never changes, and outlives its result. A cancelled request has its `owner` until what that worker
+computed for it is metered, in the same transaction: so it is metered once.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 
 from sqlalchemy import Connection, bindparam, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
 from tinsmith.store.database import Database
+from tinsmith.store.fences import require_current
 from tinsmith.store.graveyard import bury
+from tinsmith.store.ledger import meter
 from tinsmith.store.op_rows import WHOLE, to_op
-from tinsmith.store.rows import Ended, EndsAfter, OpRow
+from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
+from tinsmith.store.usage_rows import Usage
 from tinsmith.types import OpId, OpKind, OpState, SamplerId, SessionId, TenantId
 
 PAGE = 1000  # sessions in one statement
@@ -48,6 +52,16 @@ _OPEN_OF_SESSIONS = (
     )
     .order_by(ops.c.num)
     .with_for_update(of=ops)
+)
+_LET_GO = (
+    update(ops)
+    .where(
+        ops.c.op_id.in_(bindparam("op_ids", expanding=True)),
+        ops.c.state == OpState.CANCELLED.value,
+        ops.c.owner == bindparam("slot"),
+    )
+    .values(owner=None)
+    .returning(ops.c.op_id)
 )
 _NUM_ENDED = select(samplers.c.sampler_id, samplers.c.num_ended).where(
     samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True))
@@ -93,6 +107,16 @@ class Endings:
             number_ends(conn, [(op.sampler_id, op_id)])
         return op
 
+    def meter(self, worker: WorkerId, used: Mapping[OpId, Usage], now: float) -> None:
+        """What a worker has computed for requests that were cancelled meanwhile, and lets go of now.
+
+        Raises:
+            FencedError: the worker's place was taken.
+        """
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            meter_cancelled(conn, worker, used, now)
+
     def after(
         self, sampler_id: SamplerId, after: int, first_seq: int, end_seq: int, limit: int
     ) -> tuple[list[Ended], int]:
@@ -129,6 +153,14 @@ def cancel_samples(conn: Connection, session_ids: Sequence[SessionId], now: floa
         bury(conn, [row.payload_blob for row in rows], now)
         number_ends(conn, [(row.sampler_id, row.op_id) for row in rows])
     return {row.base_model for row in rows}
+
+
+def meter_cancelled(conn: Connection, worker: WorkerId, used: Mapping[OpId, Usage], now: float) -> None:
+    """Meter what a worker computed for requests cancelled under it: once each, in the caller's transaction."""
+    if used:
+        values = {"op_ids": list(used), "slot": worker.slot}
+        let_go = conn.execute(_LET_GO, values).scalars().all()
+        meter(conn, {op_id: used[op_id] for op_id in let_go}, now)
 
 
 def number_ends(conn: Connection, ended: Iterable[tuple[SamplerId, OpId]]) -> None:

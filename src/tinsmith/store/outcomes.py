@@ -2,7 +2,8 @@
 
 Works within the caller's transaction: the fence, the op's outcome, its run's status, its checkpoint and sampler rows,
 its usage, and the burial of a payload that nobody will read again. An op that is final already keeps its outcome, and
-nothing of the new one is recorded. A checkpoint that may not take another's name fails its op.
+nothing of the new one is recorded, except what it cost if it was cancelled. A checkpoint that may not take another's
+name fails its op.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sqlalchemy import Connection, bindparam, select, update
 from tinsmith.errors import FencedError, NotFoundError, UserError
 from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import is_taken, put_checkpoint
-from tinsmith.store.endings import number_ends
+from tinsmith.store.endings import meter_cancelled, number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
@@ -74,6 +75,8 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
                 _note_export(conn, row, outcome.checkpoint, now)
         if outcome.sampler is not None:
             put_sampler(conn, outcome.sampler, now)
+    late = {f.op_id: f.usage for f in finished if f.op_id not in fresh and f.usage is not None}
+    meter_cancelled(conn, worker, late, now)
     meter(conn, {op_id: _usage(outcome) for op_id, outcome in fresh.items()}, now)
     return list(fresh)
 

@@ -162,7 +162,7 @@ class OpRow:
     payload is None where the call says so (`runnable`), once it was forgotten, and when `payload_blob` has it.
     media and payload_bytes describe the payload; result_media and result_bytes the result.
     attempts: how many workers claimed it without either finishing it or handing it back.
-    owner: the slot that claimed it last.
+    owner: the slot that claimed it last; None once what a cancelled one had cost is metered.
     """
 
     id: OpId

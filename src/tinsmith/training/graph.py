@@ -18,7 +18,8 @@ from tinsmith.loss_graph import Arg, Dtype, LossCall, LossGraph, Ref, Span
 from tinsmith.training.graph_ops import FUNCTIONS, MAX_NUMBER, GraphError
 from tinsmith.wire.loss_ops import CALLS, Signature
 
-DATUM_ELEMENTS = 2**25  # of all values of a datum: 128 MiB of float32
+DATUM_ELEMENTS = 2**25  # of all values of a datum, counted as float32: 128 MiB
+FLOAT_BYTES = 4
 REQUEST_ELEMENTS = 2**27  # of a request, beyond what its calls would make if each were as large as logprobs
 ERRORS = (GraphError, RuntimeError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError)
 DTYPES: Mapping[str, torch.dtype] = {
@@ -64,13 +65,11 @@ class GraphProgram:
         values: Values = [lp, *(inputs[name] for name in self.input_names)]
         spent = 0
         for call in self._calls:
-            spent += call.size(values)
-            if spent > DATUM_ELEMENTS:
-                raise UserError(
-                    f"{call.where} makes the loss larger than a datum's may be, {DATUM_ELEMENTS} elements of all its "
-                    "values: sum earlier, or pass the function itself to forward_backward_custom"
-                )
+            size = call.size(values)
+            _check_total(spent + size, call)
             values.append(call.run(values))
+            spent += max(size, _held(values[-1]))
+            _check_total(spent, call)
         self._num_tokens += len(lp)
         self._num_elements += spent
         self._request_elements += max(0, spent - len(self._calls) * lp.numel())
@@ -126,6 +125,21 @@ class _Call:
     def _refusal(self, error: Exception) -> UserError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return UserError(f"{self.where}: {lines[0][:300]}")
+
+
+def _check_total(num_elements: int, call: _Call) -> None:
+    if num_elements > DATUM_ELEMENTS:
+        raise UserError(
+            f"{call.where} makes the loss larger than a datum's may be, {DATUM_ELEMENTS} elements of all its "
+            "values: sum earlier, or pass the function itself to forward_backward_custom"
+        )
+
+
+def _held(value: Any) -> int:
+    """What a value is in memory, in elements of float32."""
+    if isinstance(value, tuple):
+        return sum(map(_held, value))
+    return value.nbytes // FLOAT_BYTES if isinstance(value, Tensor) else 0
 
 
 def _kinds(signature: Signature, count: int) -> list[str]:

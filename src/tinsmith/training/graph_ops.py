@@ -41,16 +41,24 @@ class Function:
 
 
 def broadcast_size(args: Args, kwargs: Kwargs) -> int:
-    """Of an operation whose tensors are broadcast together, and of any that returns no more than it takes."""
+    """Of an operation whose tensors are broadcast together, and of any that returns no more than it takes.
+
+    An empty dimension counts as one: what is summed over it has elements all the same.
+    """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if kwargs:
         tensors += [arg for arg in kwargs.values() if isinstance(arg, Tensor)]
     if len(tensors) == 1:
-        return tensors[0].numel()
+        return _filled(tensors[0].shape)
     size = 1
     for dim in range(1, max((tensor.dim() for tensor in tensors), default=0) + 1):
-        size *= max(tensor.shape[-dim] for tensor in tensors if tensor.dim() >= dim)
+        size *= max(1, *(tensor.shape[-dim] for tensor in tensors if tensor.dim() >= dim))
     return size
+
+
+def _filled(shape: Sequence[int]) -> int:
+    """Elements, were empty dimensions of length one."""
+    return math.prod(max(1, length) for length in shape)
 
 
 def _sorted_size(args: Args, kwargs: Kwargs) -> int:
@@ -62,8 +70,7 @@ def _product_size(args: Args, kwargs: Kwargs) -> int:
     one, other = _first_two(args, kwargs)
     if one.dim() == 0 or other.dim() == 0:
         return max(one.numel(), other.numel())
-    inner = max(1, one.shape[-1])
-    return one.numel() // inner * max(inner, other.numel())
+    return _filled(one.shape[:-1]) * max(one.shape[-1], _filled(other.shape))
 
 
 def _outer_size(args: Args, kwargs: Kwargs) -> int:

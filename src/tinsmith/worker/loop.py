@@ -114,6 +114,7 @@ class Worker:
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
+        self._drop_cancelled()
         self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
         while self._passes:
             self._advance()
@@ -131,8 +132,13 @@ class Worker:
         if waited_s > (CANCEL_CHECK_S if self._has_news else self._settings.scan_interval_s):
             self._has_news = False
             self._heard_at = time.monotonic()
-            self._samples.drop_cancelled()
+            self._drop_cancelled()
         return is_rung
+
+    def _drop_cancelled(self) -> None:
+        used = self._samples.drop_cancelled()
+        if used:
+            self._persist(lambda: self._store.endings.meter(self._me, used, time.time()))
 
     def _look(self) -> Batch | None:
         self._must_look = False
@@ -318,24 +324,27 @@ class Worker:
         self._settle([outcome], set(), 0.0)
 
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
-        """Record outcomes. What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+        if not outcomes:
+            return
+        self._persist(lambda: self._recorder.record(outcomes))
+        self._must_look = True
+
+    def _persist(self, write: Callable[[], object]) -> None:
+        """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
 
         Raises:
             CapacityError, CorruptError, OSError: the storage didn't come back.
         """
-        if not outcomes:
-            return
         deadline = time.monotonic() + STORAGE_PATIENCE_S
         while True:
             try:
-                self._recorder.record(outcomes)
-                break
+                write()
+                return
             except (CapacityError, CorruptError, OSError) as error:
                 if time.monotonic() > deadline:
                     raise
-                log.error("outcomes can't be recorded; trying again", error=str(error), ops=len(outcomes))
+                log.error("outcomes can't be recorded; trying again", error=str(error))
                 time.sleep(STORAGE_RETRY_S)
-        self._must_look = True
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;

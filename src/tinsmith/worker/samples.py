@@ -74,14 +74,20 @@ class Samples:
         self._telling.tell()
         return outcomes
 
-    def drop_cancelled(self) -> None:
-        """Free what requests hold that were cancelled meanwhile; their tenants are charged what was sampled."""
+    def drop_cancelled(self) -> dict[OpId, Usage]:
+        """Free what requests hold that were cancelled meanwhile; what was computed for them, which their tenants are
+        charged."""
+        used: dict[OpId, Usage] = {}
         for op_id in self._store.ops.final_among(self._resident):
             op = self._resident.pop(op_id)
             del self._prompt_tokens[op_id]
             self._telling.end(op_id)
-            num_sampled = self._engine.cancel_sample(op_id)
-            self._charge(op.tenant_id, min(0, num_sampled - op.cost_tokens))
+            cost = self._engine.cancel_sample(op_id)
+            self._charge(op.tenant_id, min(0, cost.num_sampled - op.cost_tokens))
+            used[op_id] = Usage(
+                prefill_tokens=cost.num_prefilled, cached_tokens=cost.num_cached, sampled_tokens=cost.num_sampled
+            )
+        return used
 
     def abandon(self) -> list[OpRow]:
         """Forget all resident requests; sampled again, with the same seeds, they give the same."""
