@@ -48,6 +48,11 @@ class TrainingPass(Protocol):
         computed."""
         ...
 
+    @property
+    def is_computed(self) -> bool:
+        """Nothing is left to compute: `advance` would return None."""
+        ...
+
     def commit(self) -> list[TrainResult | Failure]:
         """Merge staged gradients of the ops that succeeded; one outcome an item, in the items' order."""
         ...

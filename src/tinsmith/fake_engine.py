@@ -69,6 +69,10 @@ class FakePass:
         self._num_tokens = max(self._num_tokens, tokens)
         return PassStats(num_runs=len(runs), num_tokens=tokens, work=tokens)
 
+    @property
+    def is_computed(self) -> bool:
+        return not self._left
+
     def commit(self) -> list[TrainResult | Failure]:
         runs = len({item.run_id for item in self._items})
         return [self._engine.apply(item, runs, self._num_tokens) for item in self._items]

@@ -59,6 +59,10 @@ class TorchPass:
         self._compute(lanes)
         return stats
 
+    @property
+    def is_computed(self) -> bool:
+        return self._next == len(self._data)
+
     def commit(self) -> list[TrainResult | Failure]:
         assert self._next == len(self._data), "a pass was committed before all of it was computed"
         for staging in self._stagings.values():

@@ -44,7 +44,7 @@ class OpenPass:
     speed: float = 0.0
 
     def advance(self, max_work: int) -> bool:
-        """Compute a pack. False if there was none left."""
+        """Compute a pack. False if none is left after it."""
         started = time.perf_counter()
         stats = self.training.advance(max_work)
         seconds = time.perf_counter() - started
@@ -52,7 +52,7 @@ class OpenPass:
         if stats is not None and stats.work >= MIN_PACK_WORK:
             speed = stats.work / max(seconds, 1e-6)
             self.speed = speed if not self.speed else 0.7 * self.speed + 0.3 * speed
-        return stats is not None
+        return stats is not None and not self.training.is_computed
 
     def commit(self) -> list[Outcome]:
         """The outcomes of all its ops, once all is computed."""
