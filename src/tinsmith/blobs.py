@@ -29,6 +29,7 @@ from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
 TEMPORARY = ".tmp-"
 DIGEST_CHARS = 32
+CHECKED_BYTES = 1 << 20  # at one time
 _ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
 
 
@@ -78,9 +79,27 @@ class Blobs:
         """
         with self.open(key) as file:
             data = file.read()
-        if hashlib.sha256(data).hexdigest()[:DIGEST_CHARS] != key.rpartition(".")[2]:
-            raise CorruptError(f"the stored file {key} was changed on the disk; restore it from a backup")
+        _check_digest(key, hashlib.sha256(data).hexdigest())
         return data
+
+    def open_checked(self, key: BlobKey) -> BinaryIO:
+        """The file, for reading piece by piece, once all of it was read and checked.
+
+        Raises:
+            NotFoundError: no such file.
+            CorruptError: its content isn't what was stored.
+        """
+        file = self.open(key)
+        try:
+            digest = hashlib.sha256()
+            while piece := file.read(CHECKED_BYTES):
+                digest.update(piece)
+            _check_digest(key, digest.hexdigest())
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def open(self, key: BlobKey) -> BinaryIO:
         """The file, for reading piece by piece, unchecked. A later `delete` doesn't change what is read from it.
@@ -189,6 +208,11 @@ def _temporary(path: Path) -> Iterator[_Temporary]:
     finally:
         if not is_renamed:
             unfinished.unlink(missing_ok=True)
+
+
+def _check_digest(key: BlobKey, digest: str) -> None:
+    if digest[:DIGEST_CHARS] != key.rpartition(".")[2]:
+        raise CorruptError(f"the stored file {key} was changed on the disk; restore it from a backup")
 
 
 def _sync_directory(directory: Path) -> None:

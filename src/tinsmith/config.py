@@ -51,6 +51,12 @@ class Settings:
         group="limits",
     )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
+    max_sample_numbers: int = setting(
+        2**22,
+        "Most tokens in the answer to one sample request, each counted once and again for all that is asked beside it: "
+        "num_samples x max_tokens x (1 + topk_sample_logprobs), and likewise for the prompt.",
+        group="limits",
+    )
     custom_losses: bool = setting(
         True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
     )
@@ -216,7 +222,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-            "max_queued_samples", "min_ttl_s",
+            "max_queued_samples", "max_sample_numbers", "min_ttl_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

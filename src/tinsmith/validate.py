@@ -132,6 +132,7 @@ def check_sample(request: SampleRequest, info: BaseInfo, settings: Settings) -> 
         )
     _check_sampling_params(request, num_prompt, info)
     _check_prompt_scores(request, num_prompt, info)
+    _check_numbers(request, num_prompt, info, settings.max_sample_numbers)
     check_seed(request.seed)
 
 
@@ -298,6 +299,22 @@ def _check_sampling_params(request: SampleRequest, num_prompt: int, info: BaseIn
         raise UserError("stop holds an empty string: leave it out")
     if any(not 0 <= token < info.vocab_size for token in params.stop_tokens or ()):
         raise UserError(f"stop tokens must lie in 0..{info.vocab_size - 1}")
+
+
+def _check_numbers(request: SampleRequest, num_prompt: int, info: BaseInfo, most: int) -> None:
+    """The answer is held in memory as a whole, by the worker and by whoever reads it."""
+    max_tokens, topk = request.params.max_tokens or info.max_context - num_prompt, request.topk_sample_logprobs
+    num_sampled = request.num_samples * max_tokens * (1 + topk)
+    of_prompt = int(request.prompt_logprobs) + request.topk_prompt_logprobs + request.prompt_alt_tokens_k
+    num_targets = 0 if request.prompt_targets is None else int(request.prompt_targets.ids.size)
+    num_scored = num_prompt * of_prompt + num_targets
+    if num_sampled + num_scored > most:
+        raise TooLargeError(
+            f"the answer may hold {num_sampled} numbers for the samples (num_samples {request.num_samples} x "
+            f"max_tokens {max_tokens} x (1 + topk_sample_logprobs {topk})) and {num_scored} for the prompt, at most "
+            f"{most} are allowed (--max-sample-numbers): send it as several requests, lower max_tokens, or ask for "
+            "fewer log-probabilities"
+        )
 
 
 def _check_prompt_scores(request: SampleRequest, num_prompt: int, info: BaseInfo) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
-READ_BYTES = 1 << 20
+READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)

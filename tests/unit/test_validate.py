@@ -174,6 +174,21 @@ def test_bad_samples(bad: dict[str, Any], words: str) -> None:
         check_sample(sample(**bad), INFO, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_samples": 4, "max_tokens": 10, "topk_sample_logprobs": 2},
+        {"num_samples": 4, "max_tokens": None, "topk_sample_logprobs": 2},
+        {"num_samples": 1, "max_tokens": 1, "prompt": np.ones(15, np.int32), "topk_prompt_logprobs": 100},
+    ],
+)
+def test_an_answer_beyond_the_bound_is_refused_by_its_name(asked: dict[str, Any]) -> None:
+    request = sample(**asked)
+    check_sample(request, INFO, replace(SETTINGS, max_sample_numbers=2000))
+    with pytest.raises(TooLargeError, match=r"at most 100 are allowed \(--max-sample-numbers\)"):
+        check_sample(request, INFO, replace(SETTINGS, max_sample_numbers=100))
+
+
 @pytest.mark.parametrize("rank", [0, -1, 9])
 def test_bad_ranks_name_the_largest(rank: int) -> None:
     with pytest.raises(UserError, match=r"1\.\.8"):

@@ -45,6 +45,7 @@ from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.oai import chat, completions, models
+from tinsmith.api.outgo import Unread, with_outgo
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
@@ -143,6 +144,7 @@ def build_app(services: Services) -> Litestar:
     guard = key_guard(KeyCache(authenticate))
     max_body_bytes = services.settings.max_body_bytes
     budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
+    unread = Unread()
     return Litestar(
         route_handlers=[
             *OPEN,
@@ -159,7 +161,7 @@ def build_app(services: Services) -> Litestar:
         request_class=JsonRequest,
         lifespan=[_watching(services, room)],
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
-        middleware=[lambda app: with_intake(app, budget)],
+        middleware=[lambda app: with_intake(app, budget), lambda app: with_outgo(app, unread)],
         openapi_config=reference.openapi_config(),
         logging_config=None,
         debug=False,

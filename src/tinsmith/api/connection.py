@@ -2,13 +2,18 @@
 
 On uvicorn's h11 protocol, which bounds an unfinished header by size and nothing by time. What stays true: a connection
 without an answer under way is idle between two requests (`timeout_keep_alive`), or it owes a whole header or the rest
-of a body, and is closed when that doesn't come in time. The body of a request under way is bounded in `intake`.
+of a body, and is closed when that doesn't come in time. A client that takes nothing of what was written to it is closed
+as well, at any moment. The body of a request under way is bounded in `intake`, what may be written in `outgo`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import resource
+import struct
+import termios
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -23,6 +28,9 @@ HEADER_BYTES = 64 << 10
 READ_BYTES = 32 << 10  # at one time: a body in chunks of one byte takes h11 2 us a byte
 HEADER_S = 15.0
 REST_S = 30.0
+UNREAD_S = 30.0
+LOOKS = 6  # in that time
+WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 10_000
 RESERVED_FILES = 128  # for the database, payloads, results, bells
 
@@ -40,18 +48,31 @@ class Connection(H11Protocol):
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        self._unread_bytes, self._num_idle_looks = 0, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
+        transport.set_write_buffer_limits(high=WRITE_BYTES)
         if self._max_connections is not None and len(self.connections) > self._max_connections:
             self._refuse(CapacityError("the server has as many connections as it can hold: try again"), status=503)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
+        if self._looking is not None:
+            self._looking.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._num_idle_looks = 0
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -66,6 +87,7 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()
+        self._look_later()
 
     def send_400_response(self, msg: str) -> None:
         """What h11 can't read: no HTTP, or a header beyond `HEADER_BYTES`."""
@@ -89,6 +111,29 @@ class Connection(H11Protocol):
         within_s = HEADER_S if owed is Owed.HEADER else REST_S
         self._deadline = None if owed is None else self.loop.call_later(within_s, self._expire)
 
+    def _look_later(self) -> None:
+        """See from time to time whether the client takes what waits for it."""
+        if self._looking is None and self.transport.get_write_buffer_size():
+            self._unread_bytes, self._num_idle_looks = self._num_unread(), 0
+            self._looking = self.loop.call_later(UNREAD_S / LOOKS, self._look)
+
+    def _look(self) -> None:
+        """Writers stop while much waits, so with each byte that the client takes less does."""
+        before, self._unread_bytes = self._unread_bytes, self._num_unread()
+        self._num_idle_looks = 0 if self._unread_bytes < before else self._num_idle_looks + 1
+        self._looking = None
+        if self._num_idle_looks >= LOOKS:
+            self.transport.abort()
+        elif self.transport.get_write_buffer_size():
+            self._looking = self.loop.call_later(UNREAD_S / LOOKS, self._look)
+
+    def _num_unread(self) -> int:
+        """Bytes that the client's machine has not taken: those that wait here, and those in the kernel."""
+        in_kernel = bytearray(struct.calcsize("i"))
+        with suppress(OSError):
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
+        return self.transport.get_write_buffer_size() + int(struct.unpack("i", in_kernel)[0])
+
     def _expire(self) -> None:
         has_begun = bool(self.conn.trailing_data[0])
         if self._owed is Owed.HEADER and has_begun:
@@ -109,6 +154,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
+            self._look_later()
         self.transport.close()
 
 

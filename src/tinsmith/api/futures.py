@@ -1,17 +1,26 @@
-"""retrieve_future: the one way out of the queue. Results are the stored bytes, served unchanged as often as asked."""
+"""retrieve_future: the one way out of the queue. Results are the stored bytes, served unchanged as often as asked.
+
+Large ones are read from their files as fast as the client takes them, so many of each tenant's at one time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from typing import Any, BinaryIO
+
 from litestar import Response, post
 from litestar.params import JSONBody
+from litestar.response import Stream
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
 from tinsmith.api.gaps import close_gap
+from tinsmith.api.outgo import PIECE_BYTES, closing_with
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.rows import OpRow
-from tinsmith.types import Failure, OpId, OpState
+from tinsmith.types import BlobKey, Failure, OpId, OpState
+from tinsmith.virtual_file import VirtualFile
 from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
 from tinsmith.wire.results import failure_result
@@ -32,7 +41,7 @@ class TryAgain(Struct):
 
 
 @post("/retrieve_future", status_code=200)
-async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[RetrieveFuture]) -> Response[bytes]:
+async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[RetrieveFuture]) -> Response[Any]:
     """The result of a request, its failure, or 408 after a hold: poll again."""
     op_id = OpId(data.request_id)
     tenant_id = request.user.tenant_id
@@ -44,12 +53,12 @@ async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[R
             op = await services.work(services.store.ops.get, tenant_id, op_id)
     finally:
         services.waiters.forget(op_id, future)
+    if op.state is OpState.DONE and op.result_blob is not None and op.result_bytes > PIECE_BYTES:
+        return await _read_out(request, services, op, op.result_blob)
     if op.state.is_final:
         return await services.work(_answer, services, op)
     await close_gap(services, op)
-    reason = await services.work(why_waiting, services, op)
-    again = TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason)
-    return Response(encode_json(again), media_type=JSON, status_code=408)
+    return _try_again(op_id, await services.work(why_waiting, services, op))
 
 
 def why_waiting(services: Services, op: OpRow) -> str:
@@ -64,6 +73,32 @@ def why_waiting(services: Services, op: OpRow) -> str:
     if ahead == 0:
         return "next in the queue"
     return f"{ahead} request{'s' if ahead > 1 else ''} ahead in the queue"
+
+
+def _try_again(op_id: OpId, reason: str) -> Response[bytes]:
+    again = TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason)
+    return Response(encode_json(again), media_type=JSON, status_code=408)
+
+
+async def _read_out(request: Call, services: Services, op: OpRow, blob: BlobKey) -> Response[Any]:
+    """The result as it lies in its file. It waits for a place as long as a poll waits for its op."""
+    place = await services.results_out.try_take(op.tenant_id, services.settings.poll_hold_s)
+    if place is None:
+        return _try_again(op.id, "the result is there; others that were asked for are not read to their end yet")
+    closing = closing_with(request.scope)
+    closing.callback(services.results_out.give_back, place)
+    try:
+        source = closing.enter_context(await services.work(services.blobs.open_checked, blob))
+    except NotFoundError:
+        raise GoneError("unknown or expired request id") from None
+    headers = {"content-length": str(op.result_bytes)}
+    return Stream(_pieces(services, source, op.result_bytes), headers=headers, media_type=op.result_media or JSON)
+
+
+async def _pieces(services: Services, source: BinaryIO, num_bytes: int) -> AsyncIterator[bytes]:
+    parts = VirtualFile.whole(num_bytes).read(source)
+    while part := await services.work(next, parts, b""):
+        yield part
 
 
 def _answer(services: Services, op: OpRow) -> Response[bytes]:

@@ -22,6 +22,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
+from tinsmith.api.places import Places
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -37,6 +38,8 @@ T = TypeVar("T")
 NUM_THREADS = 4
 NUM_DIGESTING = 2
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
+MAX_FILES = 256  # stored files that are read out at one time, for results and for downloads
+MAX_TENANT_FILES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Services:
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
     traces: Once = field(default_factory=Once)
+    results_out: Places = field(default_factory=partial(Places, MAX_TENANT_FILES, MAX_FILES))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)

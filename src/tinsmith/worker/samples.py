@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import structlog
+from google.protobuf.message import EncodeError
+
 from tinsmith.blobs import Blobs
 from tinsmith.checkpoint_file import load_state
 from tinsmith.engine import Engine
@@ -18,6 +21,8 @@ from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.telling import Telling
+
+log = structlog.get_logger("tinsmith.worker")
 
 
 class Samples:
@@ -62,14 +67,17 @@ class Samples:
         """Advance all resident sequences; the outcomes of the requests that ended."""
         outcomes: list[Outcome] = []
         for op_id, result in self._engine.step_samples():
+            body = result if isinstance(result, Failure) else _encoded(op_id, result)
             op = self._resident.pop(op_id)
             self._telling.end(op_id)
             num_prompt = self._prompt_tokens.pop(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
+            elif isinstance(body, Failure):
+                outcomes.append(failed(op, body))
             else:
                 usage = _usage(num_prompt, result)
-                outcomes.append(succeeded(op, encode_sample_result(result), PROTOBUF, usage=usage))
+                outcomes.append(succeeded(op, body, PROTOBUF, usage=usage))
                 self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         return outcomes
@@ -109,6 +117,16 @@ class Samples:
         if not self._engine.has_adapter(sampler.blob):
             self._engine.add_adapter(sampler.blob, load_state(self._blobs.get(sampler.blob)))
         return sampler.blob
+
+
+def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
+    """The result's bytes; a failure of this request alone, if it can't be written."""
+    try:
+        return encode_sample_result(result)
+    except (EncodeError, MemoryError, ValueError) as error:
+        log.error("a sample's result could not be written", op=op_id, exc_info=error)
+        message = "the result of this request could not be written: send it as several smaller ones"
+        return Failure(code="internal", category="server", message=message)
 
 
 def _usage(num_prompt: int, result: SampleResult) -> Usage:
