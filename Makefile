@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract bench docs clean
+.PHONY: help init quickstart demo test lint types unit contract bench docs fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ unit: init ## the tests alone
 
 contract: init ## the contract suite with every supported SDK, each in its own environment
 	@$(BIN)/python -m scripts.contract_envs
+
+fuzz: init ## requests and bodies that nobody thought of, hundreds for each route, other ones each time (half an hour)
+	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py

@@ -72,7 +72,10 @@ class Raw:
         return self.result(promise["request_id"])
 
     def result(self, request_id: str) -> Refusal | httpx.Response:
+        deadline = time.monotonic() + 20
         response = self.send("POST", "/retrieve_future", json={"request_id": request_id})
+        while response.status_code == 408 and time.monotonic() < deadline:
+            response = self.send("POST", "/retrieve_future", json={"request_id": request_id})
         assert response.status_code == 200, response.text
         if response.headers["content-type"].startswith("application/json") and "error" in response.json():
             failure = response.json()

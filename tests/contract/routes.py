@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 
-from tests.contract.raw import BASE, PROTOBUF
+from tests.contract.raw import BASE, PROTOBUF, Raw
 from tinsmith.api import app
 from tinsmith.wire import wire_pb2 as pb
 
@@ -176,6 +177,25 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "GET /admin/keys": [],
         "DELETE /admin/keys/{key_id:str}": [],
     }
+
+
+def belongings(raw: Raw) -> Ids:
+    """Make one of each kind."""
+    session = raw.session()
+    raw.good("/create_custom_loss", json=custom_loss(session))
+    run = raw.run(session)
+    future = raw.send("POST", "/save_weights", json={**run.next(), "path": "kept"}).json()["request_id"]
+    path = raw.result(future)
+    assert isinstance(path, httpx.Response)
+    sampler_path = raw.good("/save_weights_for_sampler", json={**run.next(), "path": "kept"}).json()["path"]
+    raw.good("/save_weights_external", json={**run.next(), "path": "kept"})
+    body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": sampler_path}
+    sampler = raw.good("/create_sampling_session", json=body).json()["sampling_session_id"]
+    asked = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
+    sample = raw.send("POST", "/asample", json={"sampling_session_id": sampler, "seq_id": 0, **asked}).json()[
+        "request_id"
+    ]
+    return Ids(session, run.run_id, sampler, future, sample, path.json()["path"], sampler_path)
 
 
 def closed_routes() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Stream:
     def __init__(self, url: str) -> None:
         place = urlsplit(url)
         self._sock = socket.create_connection((str(place.hostname), place.port or 80), timeout=20)
+        self._come = b""
 
     def __enter__(self) -> Self:
         return self
@@ -31,7 +33,21 @@ class Stream:
         self._sock.close()
 
     def send(self, data: bytes) -> None:
+        self._sock.settimeout(20)
         self._sock.sendall(data)
+
+    def end(self) -> None:
+        """Say that nothing more is sent; answers can still be read."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def bytes(self) -> bytes:
+        """All that has come so far, of an answer that is read in no other way."""
+        while self.has_answer() and (more := self._sock.recv(65536)):
+            self._come += more
+        return self._come
+
+    def has_answer(self) -> bool:
+        return bool(select.select([self._sock], [], [], 0)[0])
 
     def answer(self, within_s: float) -> Answer | None:
         """The next answer, or None if none comes in time. Raises: EOFError: the connection was closed without one."""

@@ -52,7 +52,7 @@ def refuse(api: Any, path: str, status: int = 400, **options: Any) -> dict[str, 
         assert set(body) == {"type", "error", "request_id"}
         assert body["type"] == "error"
         assert body["request_id"] == response.headers["x-request-id"]
-        assert set(body["error"]) == {"type", "message"}
+        assert set(body["error"]) == {"type", "message", "code"}
     assert body["error"]["message"]
     return dict(body["error"])
 

@@ -114,6 +114,35 @@ def test_a_request_that_names_two_runs_reaches_neither(mallory: Raw, bob: Raw) -
     assert "more than one model_id" in answer.message
 
 
+def test_hundreds_of_bad_requests_leave_no_memory_behind(service: Service, mallory: Raw) -> None:
+    """Nor do clients that leave: after as many as warm a process up, its size stays."""
+    run = mallory.run(mallory.session())
+    chat = {"model": "tinsmith/tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+    def trouble(num: int) -> None:
+        for number in range(num):
+            text = f"{number}-{'x' * 500}"
+            for path, body in (
+                ("/create_session", b'{"tags": ["' + text.encode()),
+                ("/get_info", b'{"model_id": "%s"}' % text.encode()[:250]),
+                ("/optim_step", b"[" * 5000),
+                ("/retrieve_future", b'{"request_id": "req-%d"}' % number),
+                ("/forward_backward", run.message().SerializeToString()[: 60 + number % 40] + b"\xff"),
+                ("/forward_backward", pack(bytes(MIB))),
+            ):
+                headers = ZSTD if body.startswith(pack(b"")[:4]) else {}
+                assert mallory.send("POST", path, content=body, headers=headers).status_code < 500
+            with httpx.stream(
+                "POST", f"{service.url}/oai/api/v1/chat/completions", json=chat, headers={"X-API-Key": service.key}
+            ) as left:
+                assert left.status_code == 200
+
+    trouble(40)
+    before = size_mib(service)
+    trouble(40)
+    assert size_mib(service) - before < 8
+
+
 def watch(bob: Raw, act: Callable[[], list[int]]) -> tuple[list[float], list[int]]:
     """How long each of bob's calls took while `act` ran, and what it came to."""
     stop = threading.Event()
@@ -143,5 +172,13 @@ def fire(http: httpx.Client, jobs: list[tuple[str, bytes, dict[str, str]]]) -> l
 
 
 def peak_mib(service: Service) -> int:
+    return _of_api(service, "VmHWM")
+
+
+def size_mib(service: Service) -> int:
+    return _of_api(service, "VmRSS")
+
+
+def _of_api(service: Service, name: str) -> int:
     status = Path(f"/proc/{service.info()['api_pid']}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    return int(status.partition(f"{name}:")[2].split()[0]) // 1024

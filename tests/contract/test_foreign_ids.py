@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.contract.raw import BASE, Raw, Refusal, refused
-from tests.contract.routes import Ids, Probe, closed_routes, concrete, custom_loss, probes
+from tests.contract.routes import Ids, Probe, belongings, closed_routes, concrete, probes
 from tests.service import Service, running
 
 ABSENT = Ids(
@@ -59,21 +59,7 @@ def admin(service: Service) -> Iterator[Raw]:
 def tenant(service: Service, admin: Raw, name: str) -> Tenant:
     key = admin.good("/admin/keys", json={"name": "laptop", "tenant": name}).json()["secret"]
     raw = Raw(service.url, key)
-    session = raw.session()
-    raw.good("/create_custom_loss", json=custom_loss(session))
-    run = raw.run(session)
-    future = raw.send("POST", "/save_weights", json={**run.next(), "path": "kept"}).json()["request_id"]
-    path = raw.result(future)
-    assert isinstance(path, httpx.Response)
-    sampler_path = raw.good("/save_weights_for_sampler", json={**run.next(), "path": "kept"}).json()["path"]
-    raw.good("/save_weights_external", json={**run.next(), "path": "kept"})
-    body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": sampler_path}
-    sampler = raw.good("/create_sampling_session", json=body).json()["sampling_session_id"]
-    asked = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"max_tokens": 1}}
-    sample = raw.send("POST", "/asample", json={"sampling_session_id": sampler, "seq_id": 0, **asked}).json()[
-        "request_id"
-    ]
-    return Tenant(raw, Ids(session, run.run_id, sampler, future, sample, path.json()["path"], sampler_path))
+    return Tenant(raw, belongings(raw))
 
 
 @pytest.fixture(scope="module")

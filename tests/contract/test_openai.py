@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.service import Service, running
+from tests.service import Service, running, until
 from tinsmith.bases import SHIPPED_PATH
 from tinsmith.tokenizer import ChatTokenizer
 
@@ -66,6 +68,21 @@ def test_models(client: openai.OpenAI, trained: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("tinsmith/other")
     assert caught.value.code == "model_not_found"
+
+
+def test_a_stream_that_is_left_is_not_sampled_to_its_end(service: Service, client: openai.OpenAI) -> None:
+    def states() -> list[str]:
+        with closing(sqlite3.connect(service.data_dir / "tinsmith.db")) as database:
+            return [state for (state,) in database.execute("SELECT state FROM ops WHERE kind = 'sample' ORDER BY num")]
+
+    before = len(states())
+    with client.completions.create(model=BASE, prompt="Once", max_tokens=1900, n=16, stream=True) as stream:
+        next(iter(stream))
+    until(lambda: states()[before:] == ["cancelled"], 10)
+    answer = client.completions.create(model=BASE, prompt="Once", max_tokens=2)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+    assert states()[before:] == ["cancelled", "done"]
 
 
 def test_a_chat_with_exact_usage(client: openai.OpenAI) -> None:

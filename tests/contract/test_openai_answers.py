@@ -194,19 +194,6 @@ def test_a_wait_has_an_end(asking: openai.OpenAI, house: Any, monkeypatch: pytes
     assert house.services.waiters.num_waiting == house.services.pieces.num_followed == 0
 
 
-def test_a_client_that_leaves_cancels_nothing_and_holds_nothing(asking: openai.OpenAI, house: Any) -> None:
-    with pytest.raises(openai.APITimeoutError):
-        asking.with_options(timeout=0.5).chat.completions.create(model=BASE, messages=[USER])
-    with pytest.raises(openai.APITimeoutError):
-        asking.with_options(timeout=0.5).chat.completions.create(model=BASE, messages=[USER], stream=True)
-    answers = Answers(house, house.make_worker())
-    deadline = time.monotonic() + 10
-    while (len(answers.ops) < 2 or house.services.pieces.num_followed) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(answers.ops) == 2
-    assert house.services.waiters.num_waiting == house.services.pieces.num_followed == 0
-
-
 def test_a_published_checkpoint_answers_other_tenants(house: Any, live: Any, api: Any, answers: Answers) -> None:
     run = api.create(api.session())["model_id"]
     api.post("/save_weights_for_sampler", {"model_id": run, "seq_id": 1, "path": "shared"})

@@ -114,9 +114,11 @@ def test_samplers_are_made_once(world: Any) -> None:
 
 def test_samplers_of_ended_sessions_retire_once_idle(world: Any) -> None:
     busy, idle = world.sampler(0, blob("busy")), world.sampler(1, blob("idle"))
-    sample = world.sample(busy, 0).row.id
+    given_up = world.sample(busy, 0).row.id
     assert world.store.samplers.retire(world.now, world.now) == 0
-    world.store.sessions.finish(world.tenant, world.session, "success", None, world.now)
+    assert world.store.sessions.finish(world.tenant, world.session, "success", None, world.now) != set()
+    assert world.state(given_up) == "cancelled"
+    sample = world.sample(busy, 1).row.id
     assert world.store.samplers.retire(world.now + 1, world.now) == 1
     with pytest.raises(NotFoundError):
         world.store.samplers.get_any(idle)

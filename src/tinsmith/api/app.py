@@ -157,7 +157,7 @@ def build_app(services: Services) -> Litestar:
         },
         exception_handlers=HANDLERS_BY_PATH,
         request_class=JsonRequest,
-        lifespan=[_watching(services)],
+        lifespan=[_watching(services, room)],
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
         middleware=[lambda app: with_intake(app, budget)],
         openapi_config=reference.openapi_config(),
@@ -199,13 +199,14 @@ def with_edge(app: ASGIApp) -> ASGIApp:
     return edge
 
 
-def _watching(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         watching = services.waiters.watching(lambda awaited: services.work(_ended_among, services, awaited))
         async with watching:
             with services.pieces.listening():
                 yield
+                await room.desk.settle()
 
     return lifespan
 

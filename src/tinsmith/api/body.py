@@ -21,6 +21,7 @@ PLAIN_BYTES = 1 << 20  # a request without tokens in it: a name, an address, met
 TOKENS_BYTES = 8 << 20  # a JSON request with a prompt: a million token ids
 PIECE_BYTES = 1 << 20
 PREFIX_BYTES = 1 << 16
+HEAD_BYTES = 1 << 18  # of a body that says itself that it is too large: enough of a zstd frame for the prefix
 MAX_WINDOW_BYTES = 1 << 27
 MAX_FRAMES = 64
 
@@ -56,14 +57,16 @@ async def read_body(request: Call, services: Services, at_most: int = PLAIN_BYTE
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "zstd"):
         raise UserError(f"content-encoding {encoding[:50]!r} is not understood: send zstd, or no encoding")
+    is_too_large = (request.content_length or 0) > max_bytes
+    most = min(HEAD_BYTES, max_bytes) if is_too_large else max_bytes
     sent = io.BytesIO()
     async for piece in request.stream():
         sent.write(piece)
-        if sent.tell() > max_bytes:
+        if sent.tell() > most:
             break
     body = sent.getvalue()
     sent.close()
-    if len(body) > max_bytes:
+    if is_too_large or len(body) > max_bytes:
         raise BodyTooLarge(max_bytes, body[:PREFIX_BYTES] if encoding == "identity" else _first_bytes(body))
     if encoding == "identity":
         return body

@@ -57,6 +57,12 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def eof_received(self) -> None:
+        """A client that sends no more may still read why its half of a request is of no use."""
+        is_cut = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        if is_cut and (self.cycle is None or not self.cycle.response_started):
+            self._refuse(UserError("the connection was closed before the request was whole: send it again"))
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()

@@ -5,10 +5,11 @@ their own, which hold for whatever goes wrong below their paths: keys, routes, m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from litestar import Request, Response
 from litestar.types import ExceptionHandlersMap
+from msgspec import Struct
 
 from tinsmith.api.errors import HANDLERS, Problem, status_of
 from tinsmith.errors import TinsmithError
@@ -28,16 +29,42 @@ ANTHROPIC_TYPES = {
 Handler = Callable[[Request[Any, Any, Any], Any], Response[Problem]]
 
 
-def openai_error(problem: Problem, status: int, error: Exception) -> dict[str, Any]:
-    """`code`: what OpenAI's clients know the case by, else the stable code of this server."""
+class OpenAIFault(Struct):
+    """param: the field that is wrong. code: what OpenAI's clients know the case by, else this server's stable code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIProblem(Struct):
+    error: OpenAIFault
+
+
+class AnthropicFault(Struct):
+    """type: Anthropic's. code: this server's stable code."""
+
+    type: str
+    message: str
+    code: str
+
+
+class AnthropicProblem(Struct, omit_defaults=True):
+    error: AnthropicFault
+    type: Literal["error"]
+    request_id: str | None = None
+
+
+def openai_error(problem: Problem, status: int, error: Exception) -> OpenAIProblem:
     kind = OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     code = getattr(error, "openai_code", None) or OPENAI_CODES.get(status, problem.code)
-    return {"error": {"message": problem.detail, "type": kind, "param": getattr(error, "field", None), "code": code}}
+    return OpenAIProblem(OpenAIFault(problem.detail, kind, getattr(error, "field", None), code))
 
 
-def anthropic_error(problem: Problem, status: int) -> dict[str, Any]:
+def anthropic_error(problem: Problem, status: int, request_id: str | None = None) -> AnthropicProblem:
     kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": problem.detail}}
+    return AnthropicProblem(AnthropicFault(kind, problem.detail, problem.code), "error", request_id)
 
 
 def problem_of(error: TinsmithError) -> tuple[Problem, int]:
@@ -53,10 +80,8 @@ def _in_dialect(handler: Handler) -> Callable[[Request[Any, Any, Any], Any], Res
         if request.url.path.startswith(OPENAI_PATH):
             response.content = openai_error(problem, status, error)
         elif request.url.path.startswith(ANTHROPIC_PATH):
-            response.content = {
-                **anthropic_error(problem, status),
-                "request_id": request.scope.get("request_id"),
-            }
+            request_id: Any = request.scope.get("request_id")
+            response.content = anthropic_error(problem, status, request_id)
         return response
 
     return answer

@@ -27,7 +27,7 @@ from tinsmith.api.errors import Problem
 from tinsmith.api.links import PATH, follow_link, make_link, parse_query, version_of
 from tinsmith.api.paging import iso_time
 from tinsmith.api.services import Services, ServicesDep
-from tinsmith.api.sharing import CHECKPOINT
+from tinsmith.api.sharing import CHECKPOINT, hand_out
 from tinsmith.checkpoint_file import read_state_header
 from tinsmith.errors import NotFoundError, UserError
 from tinsmith.store.rows import CheckpointRow
@@ -60,8 +60,8 @@ async def archive(
     request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
 ) -> Response[ArchiveUrl | None]:
     """A signed link to the checkpoint as a tar: as JSON to those who accept it by name, else as a redirect."""
-    row = await services.work(_own, services, request, run_id, kind, name)
     expires = _expiry(services)
+    row = await hand_out(services, request.user, (run_id, kind, name), "checkpoint_archive_link_create", expires)
     url = make_link(services, request, row, ARCHIVE, expires)
     if JSON in request.headers.get("accept", ""):
         return Response(ArchiveUrl(url=url, expires=iso_time(expires)))
@@ -80,6 +80,7 @@ async def external_weights_urls(
             f"{row.path} is no external checkpoint: save one with save_weights_external, or ask for /archive"
         )
     expires = _expiry(services)
+    await hand_out(services, request.user, (run_id, kind, name), "checkpoint_external_links_create", expires)
     names = await services.work(_file_names, services, row)
     urls = {file: make_link(services, request, row, file, expires) for file in names}
     return ExternalWeightsUrls(urls=urls, expires=iso_time(expires))

@@ -16,7 +16,9 @@ from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
 from tinsmith.wire.results import failure_result
 
-CANCELLED = Failure(code="cancelled", category="user", message="the request was cancelled")
+CANCELLED = Failure(
+    code="cancelled", category="user", message="the request was cancelled, by its client or because its session ended"
+)
 LOST = Failure(code="internal", category="server", message="the request failed without a reason; see the server's log")
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from importlib import resources
 
 from litestar import get
-from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath
 from litestar.response import File
 
 from tinsmith import __version__
+from tinsmith.api.document import DocumentConfig
 from tinsmith.errors import NotFoundError
 
 PATH = "/schema"
@@ -39,7 +39,7 @@ def asset(name: FromPath[str]) -> File:
     )
 
 
-def openapi_config() -> OpenAPIConfig:
+def openapi_config() -> DocumentConfig:
     page = SwaggerRenderPlugin(
         js_url=f"{ASSETS}/swagger-ui-bundle.js",
         css_url=f"{ASSETS}/swagger-ui.css",
@@ -50,7 +50,7 @@ def openapi_config() -> OpenAPIConfig:
         "key": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
         "bearer": SecurityScheme(type="http", scheme="bearer"),
     }
-    return OpenAPIConfig(
+    return DocumentConfig(
         title="tinsmith",
         version=__version__,
         path=PATH,

@@ -74,10 +74,10 @@ async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody
 async def finish_session(
     request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[FinishSession]
 ) -> Finished:
-    """The first finish wins; later ones change nothing and succeed too."""
+    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled."""
     if data.reason.type not in REASONS:
         raise UserError(f"reason.type is one of {', '.join(REASONS)}")
-    await services.write(
+    cancelled = await services.write(
         services.store.sessions.finish,
         request.user.tenant_id,
         SessionId(session_id),
@@ -85,6 +85,9 @@ async def finish_session(
         None if data.detail is None else data.detail[:4096],
         time.time(),
     )
+    for base_model in cancelled:
+        services.ring(base_model)
+    services.waiters.ring()
     return Finished()
 
 

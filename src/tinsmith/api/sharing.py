@@ -78,9 +78,8 @@ async def create_access_token(
     data: JSONBody[CreateAccessToken],
 ) -> AccessToken:
     """A token with which another tenant may load or copy this checkpoint (`weights_access_token` in the SDK)."""
-    place = (request.user.tenant_id, RunId(run_id), parse_kind(kind), name)
-    row = await services.work(services.store.checkpoints.get, *place)
     expires_at = int(time.time()) + data.ttl_seconds
+    row = await hand_out(services, request.user, (run_id, kind, name), "checkpoint_access_token_create", expires_at)
     claims = Claims(request.user.key_id, row.path, version_of(row), expires_at)
     return AccessToken(token=_issue(services, claims), expires=iso_time(claims.expires_at))
 
@@ -100,6 +99,20 @@ def find_checkpoint(services: Services, principal: Principal, path: str, token: 
         if row is None:
             raise
         return row
+
+
+async def hand_out(
+    services: Services, principal: Principal, place: tuple[str, str, str], event: str, expires_at: int
+) -> CheckpointRow:
+    """The caller's checkpoint at `place` (run, kind, name), once the audit log says what is handed out and until when.
+
+    Raises:
+        NotFoundError: the caller has no such checkpoint.
+    """
+    run_id, kind, name = place
+    where = (principal.tenant_id, RunId(run_id), parse_kind(kind), name)
+    details = {"expires_at": str(expires_at)}
+    return await services.write(services.store.checkpoints.hand_out, *where, event, details, by=principal)
 
 
 async def _set_public(

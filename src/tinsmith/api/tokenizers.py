@@ -14,6 +14,7 @@ from typing import Any
 from litestar import Response, route
 from litestar.enums import HttpMethod
 from litestar.params import FromPath
+from msgspec import Struct
 
 from tinsmith.api.services import ServedBase, Services, ServicesDep
 from tinsmith.bases import hub_names
@@ -31,14 +32,25 @@ class MissingError(NotFoundError):
         self.hub_code = hub_code
 
 
+class HubProblem(Struct, omit_defaults=True):
+    """error: the same as the detail, where hub clients look for it."""
+
+    detail: str
+    code: str
+    category: str
+    error: str | None = None
+
+
 @route("/hf/{path:path}", http_method=[HttpMethod.GET, HttpMethod.HEAD], status_code=200)
 async def hub_file(services: ServicesDep, path: FromPath[str]) -> Response[bytes]:
     """A tokenizer file (`<model>/resolve/<revision>/<file>`) or a model's list of files (`api/models/<model>`)."""
     try:
         return await services.work(_answer, services, path.strip("/"))
     except MissingError as error:
-        body = {"error": error.message, "detail": error.message, "code": error.code, "category": error.category}
-        return Response(encode_json(body), status_code=404, media_type=JSON, headers={"x-error-code": error.hub_code})
+        problem = HubProblem(error.message, error.code, error.category, error=error.message)
+        return Response(
+            encode_json(problem), status_code=404, media_type=JSON, headers={"x-error-code": error.hub_code}
+        )
 
 
 def _answer(services: Services, path: str) -> Response[bytes]:

@@ -140,15 +140,17 @@ def _fill_save_sampler(settings: Settings, body: bytes, session_id: SessionId, d
 
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_save_external, services.settings, body))
+    return attempt(draft, partial(_fill_save_external, services.settings, principal, body))
 
 
-def _fill_save_external(settings: Settings, body: bytes, draft: Draft) -> Draft:
+def _fill_save_external(settings: Settings, principal: Principal, body: bytes, draft: Draft) -> Draft:
     asked = decode_json(body, SaveWeightsExternal)
     meta = SaveExternalMeta(
         name=check_name(asked.path),
         ttl_s=check_ttl(asked.ttl_seconds, settings),
         recipients=check_recipients(asked.age_encryption_recipients),
+        actor=principal.tenant_name,
+        actor_key_id=principal.key_id,
     )
     return replace(draft, meta=to_meta(meta))
 

@@ -8,7 +8,7 @@ no CREATE or LOAD that a snapshot doesn't cover yet refers to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
@@ -206,6 +206,27 @@ class Checkpoints:
             conn.execute(_SET_PUBLIC, {**_named(run_id, kind, name), "public": is_public})
             act = "checkpoint_publish" if is_public else "checkpoint_unpublish"
             note(conn, act, tenant_id, by, about(row), _clock(now))
+
+    def hand_out(
+        self,
+        tenant_id: TenantId,
+        run_id: RunId,
+        kind: CheckpointKind,
+        name: str,
+        event: str,
+        details: Mapping[str, str],
+        now: float | None = None,
+        by: Principal | None = None,
+    ) -> CheckpointRow:
+        """The checkpoint, to which somebody is about to get a token or a link; that stands in the audit log first.
+
+        Raises:
+            NotFoundError: as `get`.
+        """
+        with self._database.write() as conn:
+            row = _get(conn, tenant_id, run_id, kind, name, now)
+            note(conn, event, tenant_id, by, {**about(row), **details}, _clock(now))
+        return row
 
     def last(
         self, tenant_id: TenantId, run_id: RunId, now: float | None = None

@@ -7,7 +7,7 @@ n. A request's number never changes, and outlives its result.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
 
 from sqlalchemy import Connection, bindparam, select, update
@@ -18,7 +18,9 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import WHOLE, to_op
 from tinsmith.store.rows import Ended, EndsAfter, OpRow
 from tinsmith.store.schema import ops, samplers
-from tinsmith.types import OpId, OpKind, OpState, SamplerId, TenantId
+from tinsmith.types import OpId, OpKind, OpState, SamplerId, SessionId, TenantId
+
+PAGE = 1000  # sessions in one statement
 
 _COUNT_UP = (
     update(samplers)
@@ -36,6 +38,16 @@ _CANCEL = (
     update(ops)
     .where(ops.c.op_id == bindparam("id"))
     .values(state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None)
+)
+_OPEN_OF_SESSIONS = (
+    select(ops.c.op_id, ops.c.sampler_id, ops.c.base_model, ops.c.payload_blob)
+    .join(samplers, samplers.c.sampler_id == ops.c.sampler_id)
+    .where(
+        samplers.c.session_id.in_(bindparam("session_ids", expanding=True)),
+        ops.c.state.in_([OpState.QUEUED.value, OpState.RUNNING.value]),
+    )
+    .order_by(ops.c.num)
+    .with_for_update(of=ops)
 )
 _NUM_ENDED = select(samplers.c.sampler_id, samplers.c.num_ended).where(
     samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True))
@@ -102,6 +114,21 @@ class Endings:
             rows = conn.execute(_NUM_ENDED, {"sampler_ids": sorted({mark.sampler_id for mark in marks})})
             last = {row.sampler_id: row.num_ended for row in rows}
         return {mark for mark in marks if last.get(mark.sampler_id, 0) > mark.num}
+
+
+def cancel_samples(conn: Connection, session_ids: Sequence[SessionId], now: float) -> set[str]:
+    """Cancel what waits or runs for the samplers of these sessions, in the caller's transaction.
+
+    Returns:
+        The base models that are concerned.
+    """
+    pages = [session_ids[at : at + PAGE] for at in range(0, len(session_ids), PAGE)]
+    rows = [row for page in pages for row in conn.execute(_OPEN_OF_SESSIONS, {"session_ids": list(page)})]
+    if rows:
+        conn.execute(_CANCEL, [{"id": row.op_id, "now": now} for row in rows])
+        bury(conn, [row.payload_blob for row in rows], now)
+        number_ends(conn, [(row.sampler_id, row.op_id) for row in rows])
+    return {row.base_model for row in rows}
 
 
 def number_ends(conn: Connection, ended: Iterable[tuple[SamplerId, OpId]]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, select, update
 
 from tinsmith.errors import FencedError, NotFoundError, UserError
+from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import is_taken, put_checkpoint
 from tinsmith.store.endings import number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
-from tinsmith.store.rows import Finished, WorkerId
+from tinsmith.store.rows import Finished, NewCheckpoint, Principal, WorkerId
 from tinsmith.store.samplers import put_sampler
 from tinsmith.store.schema import ops, runs
 from tinsmith.store.usage_rows import Usage
@@ -29,7 +30,7 @@ from tinsmith.wire.media import JSON
 _OPEN = (
     select(
         ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.sampler_id, ops.c.kind, ops.c.state, ops.c.owner,
-        ops.c.payload_blob,
+        ops.c.payload_blob, ops.c.meta,
     )
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
     .with_for_update()
@@ -69,10 +70,19 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
             conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status.value})
         if outcome.checkpoint is not None:
             put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
+            if row.kind == OpKind.SAVE_EXTERNAL:
+                _note_export(conn, row, outcome.checkpoint, now)
         if outcome.sampler is not None:
             put_sampler(conn, outcome.sampler, now)
     meter(conn, {op_id: _usage(outcome) for op_id, outcome in fresh.items()}, now)
     return list(fresh)
+
+
+def _note_export(conn: Connection, row: Any, made: NewCheckpoint, now: float) -> None:
+    by = Principal(row.tenant_id, row.meta.get("actor", ""), row.meta.get("actor_key_id", ""), is_admin=False)
+    path = f"tinker://{made.run_id}/{made.kind}/{made.name}"
+    details = {"model_id": made.run_id, "tinker_path": path, "recipients": str(len(row.meta.get("recipients", ())))}
+    note(conn, "checkpoint_export", row.tenant_id, by, details, now)
 
 
 def _usage(outcome: Finished) -> Usage:

@@ -1,6 +1,7 @@
 """Sessions: one client process each, alive as long as it sends heartbeats.
 
-Owns how a session begins and ends; the first end wins. Its runs and samplers outlive it as rows.
+Owns how a session begins and ends; the first end wins, and cancels the samples that still wait or run. Its runs and
+samplers outlive it as rows, and training that was acknowledged is carried out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
+from tinsmith.store.endings import cancel_samples
 from tinsmith.store.rows import Principal, SessionRow
 from tinsmith.store.schema import runs, samplers, sessions
 from tinsmith.types import RunId, SamplerId, SessionId, TenantId
@@ -140,16 +142,23 @@ class Sessions:
                 row = _get(conn, tenant_id, session_id)
                 raise GoneError(f"session {session_id} has ended ({row.finish_reason}); open a new one")
 
-    def finish(self, tenant_id: TenantId, session_id: SessionId, reason: str, detail: str | None, now: float) -> None:
+    def finish(
+        self, tenant_id: TenantId, session_id: SessionId, reason: str, detail: str | None, now: float
+    ) -> set[str]:
         """End the session. Only its first end counts; a later one changes nothing.
+
+        Returns:
+            The base models of which samples were cancelled.
 
         Raises:
             NotFoundError: no such session of this tenant.
         """
         values = {"id": session_id, "of_tenant": tenant_id, "reason": reason, "detail": detail, "now": now}
         with self._database.write() as conn:
-            if not conn.execute(_FINISH, values).rowcount:
-                _get(conn, tenant_id, session_id)
+            if conn.execute(_FINISH, values).rowcount:
+                return cancel_samples(conn, [session_id], now)
+            _get(conn, tenant_id, session_id)
+            return set()
 
     def set_project(
         self, tenant_id: TenantId, session_id: SessionId, project_id: str, by: Principal | None, now: float
@@ -171,7 +180,9 @@ class Sessions:
             if conn.execute(_SILENT.limit(1), {"before": silent_since}).first() is None:
                 return []
         with self._database.write() as conn:
-            return sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
+            expired = sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
+            cancel_samples(conn, expired, now)
+        return expired
 
     def list(self, tenant_id: TenantId, limit: int, offset: int) -> tuple[SessionRows, int]:
         """One page, newest first, and how many there are in all."""

@@ -63,11 +63,16 @@ class SaveSamplerMeta(Struct, frozen=True):
 
 
 class SaveExternalMeta(Struct, frozen=True):
-    """recipients: age's public keys, as `age.check_recipients` passed them; empty: not encrypted."""
+    """recipients: age's public keys, as `age.check_recipients` passed them; empty: not encrypted.
+
+    actor, actor_key_id: the tenant's name and the key that asked, for the audit log.
+    """
 
     name: str
     ttl_s: int | None = None
     recipients: tuple[str, ...] = ()
+    actor: str = ""
+    actor_key_id: str = ""
 
 
 class LossMeta(Struct, frozen=True):

@@ -19,6 +19,7 @@ from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Choice, Delta
 from tinsmith.api.texts.events import frame, open_stream
 from tinsmith.api.texts.fields import read_fields, read_text_body
+from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.models import find_model
 from tinsmith.api.texts.prompts import chat_text, chat_tokens, check_length
 from tinsmith.api.texts.room import Room, RoomDep
@@ -48,8 +49,8 @@ async def create_message(request: Call, services: ServicesDep, room: RoomDep) ->
     job = await services.work(_read, room, request.user, await read_text_body(request, services))
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
-        return await open_stream(_frames(room, request.user, job, draft), _failed_frame)
-    result = await room.desk.answer(request.user, draft)
+        return await open_stream(request, _frames(room, request.user, job, draft), _failed_frame)
+    result = await unless_gone(request, room.desk.answer(request.user, draft))
     return Response(await services.work(_message, room, job, draft, result), media_type=JSON)
 
 

@@ -19,6 +19,7 @@ from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Choice, Delta, Score, scores
 from tinsmith.api.texts.events import ALIVE, frame, open_stream
 from tinsmith.api.texts.fields import FieldError, UnofferedError, read_fields, read_text_body
+from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.messages import only, plain_messages, plain_tools
 from tinsmith.api.texts.models import find_model
 from tinsmith.api.texts.prompts import Chat, chat_tokens, check_length
@@ -59,8 +60,8 @@ async def create_chat_completion(request: Call, services: ServicesDep, room: Roo
     job = await services.work(_read, room, request.user, await read_text_body(request, services))
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
-        return await open_stream(_chunks(room, request.user, job, draft), failed_frame)
-    result = await room.desk.answer(request.user, draft)
+        return await open_stream(request, _chunks(room, request.user, job, draft), failed_frame)
+    result = await unless_gone(request, room.desk.answer(request.user, draft))
     return Response(await services.work(_completion, room, job, draft, result), media_type=JSON)
 
 

@@ -20,6 +20,7 @@ from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Delta, Scored, scores
 from tinsmith.api.texts.events import ALIVE, frame, merge, open_stream
 from tinsmith.api.texts.fields import FieldError, read_fields, read_text_body
+from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.models import Model, find_model
 from tinsmith.api.texts.prompts import check_length, text_tokens
 from tinsmith.api.texts.room import Room, RoomDep
@@ -58,14 +59,9 @@ async def create_completion(request: Call, services: ServicesDep, room: RoomDep)
     job = await services.work(_read, room, request.user, await read_text_body(request, services))
     drafts = [await room.desk.draft(request.user, asked, stream=job.body.stream) for asked in job.asked]
     if job.body.stream:
-        return await open_stream(_chunks(room, request.user, job, drafts), failed_frame)
-    results: dict[int, SampleResult] = {}
-    async with aclosing(merge([room.desk.follow(request.user, draft) for draft in drafts])) as events:
-        async for number, event in events:
-            if isinstance(event, SampleResult):
-                results[number] = event
-    ordered = [results[number] for number in range(len(drafts))]
-    return Response(await services.work(_completion, room, job, drafts, ordered), media_type=JSON)
+        return await open_stream(request, _chunks(room, request.user, job, drafts), failed_frame)
+    results = await unless_gone(request, _results(room, request.user, drafts))
+    return Response(await services.work(_completion, room, job, drafts, results), media_type=JSON)
 
 
 def _read(room: Room, principal: Principal, data: bytes) -> CompletionJob:
@@ -88,6 +84,15 @@ def _read(room: Room, principal: Principal, data: bytes) -> CompletionJob:
         for prompt in prompts
     ]
     return CompletionJob(body, model, asked)
+
+
+async def _results(room: Room, principal: Principal, drafts: list[Draft]) -> list[SampleResult]:
+    results: dict[int, SampleResult] = {}
+    async with aclosing(merge([room.desk.follow(principal, draft) for draft in drafts])) as events:
+        async for number, event in events:
+            if isinstance(event, SampleResult):
+                results[number] = event
+    return [results[number] for number in range(len(drafts))]
 
 
 def _prompts(room: Room, model: Model, prompt: str | list[Any]) -> list[list[int]]:

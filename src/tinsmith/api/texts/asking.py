@@ -1,7 +1,7 @@
 """A prompt and its parameters as a sample request in the queue, and the wait for its result.
 
-Requests are as durable as those of /api/v1/asample and are admitted by the same door. A client that goes away while it
-waits cancels nothing: its request is carried out, and nobody reads the result.
+Requests are as durable as those of /api/v1/asample and are admitted by the same door. They are waited for on one
+connection and nowhere else, so a request whose client goes away is cancelled, and so is one that is given up here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from tinsmith.api.admission import Draft, admit, new_op_id
+from tinsmith.api.endings import cancel
 from tinsmith.api.futures import failure_of, result_of, why_waiting
 from tinsmith.api.sampling import fill_sample, room_for_sample
 from tinsmith.api.services import Services
@@ -115,6 +116,7 @@ class Desk:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._seats = Seats(services)
+        self._cancelling: set[asyncio.Task[None]] = set()
 
     async def draft(self, principal: Principal, asked: Asked, *, stream: bool) -> Draft:
         """The request, checked; nothing is recorded yet.
@@ -149,20 +151,26 @@ class Desk:
     async def follow(self, principal: Principal, draft: Draft) -> AsyncGenerator[Event, None]:
         """Admit the request, and tell what becomes of it: its pieces if it is streamed, at last the whole result.
 
+        Left before its end, it cancels the request; its session lives as long as this waits.
+
         Raises:
             RequestFailed, ServerFailed: it failed.
             CapacityError: as many as may wait do already, or there was no news for too long.
         """
         services, op_id = self._services, _id_of(draft)
         with services.pieces.following(op_id) as heard:
-            async with room_for_sample(services, principal.tenant_id):
-                await admit(services, principal, draft)
+            admitting = asyncio.create_task(self._admit(principal, draft))
             final = services.waiters.expect(op_id)
             news = asyncio.create_task(heard.news.wait())
+            op = None
             try:
+                await asyncio.shield(admitting)
                 op = await services.work(services.store.ops.get, principal.tenant_id, op_id)
-                last_news = time.monotonic()
+                last_news = kept_at = time.monotonic()
                 while not op.state.is_final:
+                    if time.monotonic() - kept_at > TICK_S:
+                        kept_at = time.monotonic()
+                        await self._seats.keep(principal)
                     done, _ = await asyncio.wait((final, news), timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
                     if news in done:
                         last_news = time.monotonic()
@@ -179,10 +187,31 @@ class Desk:
                         yield Silence()
                 yield await services.work(self._result, op)
             finally:
+                if not ((op is not None and op.state.is_final) or _was_refused(admitting)):
+                    self._give_up(principal, admitting, op_id)
                 services.waiters.forget(op_id, final)
                 news.cancel()
                 with suppress(asyncio.CancelledError):
                     await news
+
+    async def settle(self) -> None:
+        """Wait until all that was given up has been cancelled."""
+        await asyncio.gather(*self._cancelling, return_exceptions=True)
+
+    async def _admit(self, principal: Principal, draft: Draft) -> None:
+        async with room_for_sample(self._services, principal.tenant_id):
+            await admit(self._services, principal, draft)
+
+    def _give_up(self, principal: Principal, admitting: asyncio.Task[None], op_id: OpId) -> None:
+        """In a task of its own, as the caller's may be cancelled at every await."""
+        task = asyncio.create_task(self._cancel(principal, admitting, op_id))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel(self, principal: Principal, admitting: asyncio.Task[None], op_id: OpId) -> None:
+        with suppress(TinsmithError):  # it is refused after all
+            await admitting
+            await cancel(self._services, principal, op_id)
 
     def _overdue(self, op: OpRow) -> str:
         waited = self._services.settings.answer_hold_s
@@ -193,6 +222,10 @@ class Desk:
             return decode_sample_result(result_of(self._services, op))
         failure = failure_of(op)
         raise RequestFailed(failure) if failure.category == "user" else _not_ours_alone(failure)
+
+
+def _was_refused(admitting: asyncio.Task[None]) -> bool:
+    return admitting.done() and not admitting.cancelled() and admitting.exception() is not None
 
 
 def _id_of(draft: Draft) -> OpId:

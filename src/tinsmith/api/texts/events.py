@@ -10,7 +10,9 @@ from typing import Any
 import structlog
 from litestar.response import Stream
 
+from tinsmith.api.auth import Call
 from tinsmith.api.texts.asking import Event
+from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.errors import TinsmithError
 from tinsmith.wire.media import encode_json
 
@@ -27,13 +29,15 @@ def frame(data: Any, event: str | None = None) -> bytes:
     return head + b"data: " + encode_json(data) + b"\n\n"
 
 
-async def open_stream(frames: AsyncGenerator[bytes, None], failed: Callable[[TinsmithError], bytes]) -> Stream:
-    """An answer that is sent as it comes.
+async def open_stream(
+    request: Call, frames: AsyncGenerator[bytes, None], failed: Callable[[TinsmithError], bytes]
+) -> Stream:
+    """An answer that is sent as it comes; `frames` are closed when the client goes.
 
     Raises:
         TinsmithError: what `frames` raises before its first frame.
     """
-    first = await anext(frames)
+    first = await unless_gone(request, anext(frames))
     return Stream(_body(first, frames, failed), media_type=MEDIA_TYPE, headers=dict(HEADERS))
 
 

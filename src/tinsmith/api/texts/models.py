@@ -116,6 +116,11 @@ class Seats:
                 self._seats.popitem(last=False)
             return seat
 
+    async def keep(self, principal: Principal) -> None:
+        """The key's session is alive: somebody waits for one of its requests."""
+        async with self._lock:
+            await self._session(principal)
+
     async def _session(self, principal: Principal) -> _Session:
         sessions, now = self._services.store.sessions, time.time()
         key = (principal.tenant_id, principal.key_id)
