@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
-from urllib.parse import urlsplit
 
 from tinsmith.errors import ConfigError
 
@@ -213,8 +212,7 @@ class Settings:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether all clients are on this machine."""
-        return self.host in LOOPBACK and (not self.public_url or urlsplit(self.public_url).hostname in LOOPBACK)
+        return self.host in LOOPBACK
 
     def _check(self) -> None:
         positive = (

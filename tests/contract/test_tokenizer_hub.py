@@ -13,7 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tinsmith.api.services import ServedBase
+from tinsmith.api.training import gives_path
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.config import Settings
 
 TEXT = "What is 2 + 3? Größe: 12 km\n"
 TURNS = [{"role": "user", "content": "Hello!"}]
@@ -92,3 +94,20 @@ def test_transformers_loads_the_served_tokenizer(live: Any, tmp_path: Path) -> N
     fetched = {path.name for path in home.rglob("*") if path.is_file()}
     assert "tokenizer.json" in fetched
     assert not any("safetensors" in name for name in fetched)
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "is_local"),
+    [
+        ("127.0.0.1", "", True),
+        ("127.0.0.1", "http://localhost:80/x", True),
+        ("::1", "http://[::1]:80", True),
+        ("127.0.0.1", "https://tinker.example", False),
+        ("0.0.0.0", "", False),
+        ("0.0.0.0", "http://localhost", False),
+    ],
+)
+def test_clients_are_told_a_path_if_host_and_public_url_are_of_this_machine(
+    host: str, url: str, is_local: bool
+) -> None:
+    assert gives_path(Settings(host=host, public_url=url)) is is_local

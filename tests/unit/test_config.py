@@ -67,18 +67,3 @@ def test_every_setting_is_explained(field: Any) -> None:
 
 def test_the_settings_page_is_current() -> None:
     assert make_settings_page.PAGE.read_text(encoding="utf-8") == make_settings_page.page(), "run `make docs`"
-
-
-@pytest.mark.parametrize(
-    ("host", "url", "is_loopback"),
-    [
-        ("127.0.0.1", "", True),
-        ("127.0.0.1", "http://localhost:80/x", True),
-        ("::1", "http://[::1]:80", True),
-        ("127.0.0.1", "https://tinker.example", False),
-        ("0.0.0.0", "", False),
-        ("0.0.0.0", "http://localhost", False),
-    ],
-)
-def test_clients_are_on_this_machine_if_host_and_public_url_are(host: str, url: str, is_loopback: bool) -> None:
-    assert Settings.load({}, host=host, public_url=url).is_loopback is is_loopback

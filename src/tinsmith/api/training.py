@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from litestar import post
 from litestar.params import JSONBody
@@ -18,7 +19,7 @@ from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.bases import hub_name
-from tinsmith.config import Settings
+from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal
@@ -112,7 +113,9 @@ async def optim_step(request: Call, services: ServicesDep) -> Promise:
 
 def gives_path(settings: Settings) -> bool:
     """Whether clients are told the base's directory as its tokenizer: they are on this machine, or it was set so."""
-    return settings.tokenizer_id == "path" or (settings.tokenizer_id == "auto" and settings.is_loopback)
+    url = settings.public_url
+    is_local = settings.is_loopback and (not url or urlsplit(url).hostname in LOOPBACK)
+    return settings.tokenizer_id == "path" or (settings.tokenizer_id == "auto" and is_local)
 
 
 def new_run_draft(services: Services, principal: Principal, address: NewRunAddress) -> Draft:
