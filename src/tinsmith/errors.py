@@ -95,6 +95,10 @@ class CapacityError(TinsmithError):
     category = "capacity"
 
 
+class BusyError(CapacityError):
+    """All that the server has of something is in use, whoever uses it."""
+
+
 class StorageFullError(CapacityError):
     """The disk is full. Nothing was written."""
 

@@ -6,9 +6,12 @@ import json
 import select
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+READ_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +96,30 @@ class Upload(Stream):
         super().__init__(url)
         headers = f"Host: x\r\nX-API-Key: {key}\r\nContent-Length: {num_bytes}\r\n\r\n"
         self.send(f"POST /api/v1{path} HTTP/1.1\r\n{headers}".encode())
+
+
+class Reader(Stream):
+    """Takes little at a time."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+
+    def send_while_taken(self, data: bytes) -> None:
+        """As much of it as the server reads within a second."""
+        self._sock.settimeout(1.0)
+        with suppress(OSError):
+            self._sock.sendall(data)
+
+    def some(self, num_bytes: int) -> int:
+        """How many bytes came of so many."""
+        self._sock.settimeout(READ_S)
+        return len(self._sock.recv(num_bytes))
+
+    def rest(self) -> int:
+        """How many bytes come until the connection is closed, or none does for a while."""
+        size = 0
+        with suppress(OSError):
+            while more := self.some(1 << 20):
+                size += more
+        return size

@@ -166,9 +166,11 @@ def test_too_many_connections_are_turned_away(few_connections: None, live: Any) 
 
 
 def test_the_file_limit_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    for soft, most in ((1024, 896), (64, 1), (1_000_000, 10_000), (connection.resource.RLIM_INFINITY, 10_000)):
+    cases = ((1024, 672, 112), (64, 1, 1), (1_000_000, 10_000, 256), (connection.resource.RLIM_INFINITY, 10_000, 256))
+    for soft, most, most_files in cases:
         monkeypatch.setattr(connection.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert connection.most_connections() == most
+        assert (connection.most_connections(), connection.most_read_out()) == (most, most_files)
+        assert most + 2 * most_files <= max(soft, 3) or soft == connection.resource.RLIM_INFINITY
 
 
 def test_the_watcher_ends_even_when_the_bell_rings_at_that_moment() -> None:

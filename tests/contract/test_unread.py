@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 from tests.contract.raw import BASE, PROTOBUF
-from tests.contract.streams import Stream
+from tests.contract.streams import Reader
 from tinsmith.api import connection, outgo
 from tinsmith.api.outgo import Unread
 from tinsmith.api.places import Places
@@ -35,33 +34,6 @@ BIG_BYTES = 24 << 20  # more than the kernel holds of one connection
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the server starts."""
     monkeypatch.setattr(connection, "UNREAD_S", SHORT_S)
-
-
-class Reader(Stream):
-    """Takes little at a time."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
-
-    def send_while_taken(self, data: bytes) -> None:
-        """As much of it as the server reads within a second."""
-        self._sock.settimeout(1.0)
-        with suppress(OSError):
-            self._sock.sendall(data)
-
-    def some(self, num_bytes: int) -> int:
-        """How many bytes came of so many."""
-        self._sock.settimeout(WITHIN_S)
-        return len(self._sock.recv(num_bytes))
-
-    def rest(self) -> int:
-        """How many bytes come until the connection is closed, or none does for a while."""
-        size = 0
-        with suppress(OSError):
-            while more := self.some(1 << 20):
-                size += more
-        return size
 
 
 @dataclass

@@ -32,7 +32,8 @@ UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 10_000
-RESERVED_FILES = 128  # for the database, payloads, results, bells
+RESERVED_FILES = 128  # for the database, payloads, bells
+MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 
 
 class Owed(Enum):
@@ -160,14 +161,27 @@ class Connection(H11Protocol):
 
 def most_connections() -> int:
     """As many as the process's limit of open files leaves room for."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
+    soft = _file_limit()
+    return (
+        MAX_CONNECTIONS if soft is None else max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES - 2 * most_read_out()))
+    )
+
+
+def most_read_out() -> int:
+    """How many stored files may be open for results, and how many more for downloads."""
+    soft = _file_limit()
+    return MAX_READ_OUT if soft is None else max(1, min(MAX_READ_OUT, (soft - RESERVED_FILES) // 8))
 
 
 def raise_file_limit() -> None:
     """A poll holds a connection, so the usual limit of 1024 files would be a limit of a thousand polls."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    wanted = MAX_CONNECTIONS + RESERVED_FILES + 2 * MAX_READ_OUT
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _file_limit() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -15,7 +15,6 @@ from email.utils import format_datetime
 from typing import Any, BinaryIO
 
 from litestar import Request, Response, get, route
-from litestar.background_tasks import BackgroundTask
 from litestar.enums import HttpMethod
 from litestar.params import FromPath
 from litestar.response import Stream
@@ -25,11 +24,12 @@ from tinsmith.adapter_files import Files, adapter_files, as_tar, external_files
 from tinsmith.api.auth import Call
 from tinsmith.api.errors import Problem
 from tinsmith.api.links import PATH, follow_link, make_link, parse_query, version_of
+from tinsmith.api.outgo import closing_with
 from tinsmith.api.paging import iso_time
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import CHECKPOINT, hand_out
 from tinsmith.checkpoint_file import read_state_header
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import BusyError, NotFoundError, UserError
 from tinsmith.store.rows import CheckpointRow
 from tinsmith.types import CheckpointKind, RunId
 from tinsmith.virtual_file import VirtualFile
@@ -103,10 +103,18 @@ async def download(
     query = parse_query(dict(request.query_params))
     row = await services.work(follow_link, services, run_id, kind, name, file, query)
     etag = f'"{version_of(row)}-{file}"'
+    place = await services.downloads_out.try_take(row.tenant_id, 0.0)
+    if place is None:
+        raise BusyError(
+            "as many files are being downloaded as may be at one time, of this tenant or of all: ask again when others "
+            "have been read to their end"
+        )
+    closing = closing_with(request.scope)
+    closing.callback(services.downloads_out.give_back, place)
     content, source = await services.work(_open, services, row, file)
+    closing.callback(source.close)
     wanted = _range(request, etag, content.size)
     if wanted is None:
-        source.close()
         problem = Problem(
             f"the file has {content.size} bytes: ask for a range that begins within", "invalid_request", "user"
         )
@@ -126,7 +134,6 @@ async def download(
         status_code=206 if is_part else 200,
         headers=headers,
         media_type=TYPES.get(file[file.rfind(".") :], "application/octet-stream"),
-        background=BackgroundTask(_close, source),
     )
 
 
@@ -136,10 +143,6 @@ async def _stream(
     parts = content.read(source, start, stop)
     while part := await services.work(next, parts, b""):
         yield part
-
-
-async def _close(source: BinaryIO) -> None:
-    source.close()
 
 
 def _own(services: Services, request: Call, run_id: str, kind: str, name: str) -> CheckpointRow:

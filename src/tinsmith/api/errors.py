@@ -6,6 +6,7 @@ the client.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import structlog
@@ -16,6 +17,7 @@ from msgspec import Struct
 
 from tinsmith.errors import (
     AuthError,
+    BusyError,
     CapacityError,
     ForbiddenError,
     GoneError,
@@ -41,6 +43,7 @@ STATUSES: tuple[tuple[type[TinsmithError], int], ...] = (
     (TooLargeError, 413),
     (UserError, 400),
     (StorageFullError, 503),
+    (BusyError, 503),
     (CapacityError, 429),
 )
 CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -93,6 +96,13 @@ def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> R
     return Response(problem, status_code=status)
 
 
+def answer_system(request: Request[Any, Any, Any], error: OSError) -> Response[Problem]:
+    """A fault of the machine: without files that can be opened, a lack that passes."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return answer_ours(request, BusyError("the server has as many files open as it may: send the request again"))
+    return answer_unknown(request, error)
+
+
 def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
     log.error("request failed", path=request.url.path, exc_info=error)
     request_id = request.scope.get("request_id", "")
@@ -103,6 +113,7 @@ def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Respons
 HANDLERS: ExceptionHandlersMap = {
     TinsmithError: answer_ours,
     HTTPException: answer_framework,
+    OSError: answer_system,
     Exception: answer_unknown,
 }
 

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from tinsmith.api.connection import most_read_out
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import Places
@@ -38,8 +39,7 @@ T = TypeVar("T")
 NUM_THREADS = 4
 NUM_DIGESTING = 2
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
-MAX_FILES = 256  # stored files that are read out at one time, for results and for downloads
-MAX_TENANT_FILES = 32
+MAX_TENANT_FILES = 32  # that are read out at one time, for results and for downloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ class Services:
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
     traces: Once = field(default_factory=Once)
-    results_out: Places = field(default_factory=partial(Places, MAX_TENANT_FILES, MAX_FILES))
+    results_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
+    downloads_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
