@@ -100,7 +100,9 @@ class Settings:
     )
     max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
-    max_resident_samples: int = setting(256, "Sequences that are decoded together.", group="engine")
+    max_resident_samples: int = setting(
+        256, "Sequences that are decoded together; a tenant alone gets 7/8 of them.", group="engine"
+    )
     kv_cache_mib: int = setting(1024, "Memory for the sampler's keys and values.", unit="MiB", group="engine")
     prefix_cache_mib: int = setting(
         128,

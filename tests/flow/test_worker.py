@@ -411,3 +411,36 @@ def test_rest_is_waited_for_while_a_file_is_being_written(house: House, monkeypa
     op = house.save(run, 1, "slow")
     settle(worker)
     assert house.get(op).state == "done"
+
+
+def test_passes_of_tenants_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tenant's stream of small passes and another's long one: neither has all of it."""
+    advance = FakePass.advance
+
+    def slow(self: FakePass, max_work: int) -> Any:
+        time.sleep(0.003)
+        return advance(self, max_work)
+
+    monkeypatch.setattr(FakePass, "advance", slow)
+    house = House(tmp_path, pass_max_tokens=10)
+    try:
+        worker = house.worker()
+        long_run = house.create_run()
+        settle(worker)
+        long_op = house.forward_backward(long_run, 1, [1] * 10, copies=60)
+        worker.step()
+        alice = house.tenant
+        house.be("bob")
+        run = house.create_run()
+        num_done = 0
+        for _ in range(1000):
+            if house.store.ops.get(alice, long_op.id).state == "done":
+                break
+            num_done += 1
+            op = house.forward_backward(run, num_done, [1] * 10, copies=3)
+            while house.get(op).state != "done":
+                worker._must_look = True
+                worker.step()
+        assert 2 < num_done < 200
+    finally:
+        house.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import TooLargeError, UnsupportedError, UserError
+from tinsmith.errors import TinsmithError, TooLargeError, UnsupportedError, UserError
+from tinsmith.sampling.logits import Warp
 from tinsmith.types import AdamParams, BaseInfo, Datum, LossSpec, SamplingParams, Targets
 from tinsmith.validate import check_adam, check_lora, check_metadata, check_sample, check_training, check_ttl
-from tinsmith.wire.sampling import SampleRequest
+from tinsmith.wire.sampling import ParamsBody, SampleBody, SampleRequest, decode_sample
 from tinsmith.wire.training import TrainingRequest
 
 INFO = BaseInfo("base", "/nowhere", "llama", vocab_size=100, max_context=16, eos_tokens=(0,))
@@ -215,3 +218,29 @@ def test_bad_ttl(ttl: int) -> None:
         assert check_ttl(good, Settings()) == good
     with pytest.raises(UserError, match=r"ttl_seconds must lie in 3600\.\."):
         check_ttl(ttl, Settings())
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, -(2**63) - 1, 2**64, 10**400])
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "seed", "top_k", "num_samples", "topk_prompt_logprobs", "topk_sample_logprobs", "stop",
+     "prompt_alt_tokens_k", "prompt_logprobs_last_n", "temperature", "top_p", "min_p", "presence_penalty", "prompt"],
+)  # fmt: skip
+def test_no_number_of_a_sample_is_too_large_to_be_refused(name: str, value: int) -> None:
+    """What passes can be sampled with; a top_k beyond the vocabulary keeps all of it."""
+    given: Any = [value] if name == "stop" else value
+    params = {"max_tokens": 4, **({name: given} if name in ParamsBody.__struct_fields__ else {})}
+    tokens = [value] if name == "prompt" else [1, 2]
+    body = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": tokens}]}, "sampling_params": params}
+    if name in SampleBody.__struct_fields__ and name != "prompt":
+        body |= {name: given, "prompt_logprobs": True}
+    raw = json.dumps(body).encode()
+    is_fine = (name == "top_k" and value > 0) or (name == "seed" and value == 2**31)
+    is_fine = is_fine or (name == "temperature" and 0 < value < 10**300)
+    if is_fine:
+        asked = decode_sample(raw)
+        check_sample(asked, INFO, SETTINGS)
+        Warp.of([asked.params], INFO.vocab_size, torch.device("cpu"))
+    else:
+        with pytest.raises(TinsmithError):
+            check_sample(decode_sample(raw), INFO, SETTINGS)

@@ -199,7 +199,7 @@ class Worker:
         try:
             if batch.barriers:
                 self._run_barriers(ops, replays)
-            elif batch.passes:
+            elif ops:
                 self._barriers_s = 0.0
                 self._passes.begin(ops, replays, is_suspect=any(c.is_suspect for c in batch.passes))
         except (FencedError, CapacityError, CorruptError):
@@ -249,7 +249,9 @@ class Worker:
             self._passes.end(current)
             self._contain(current.ops, current.replays)
             self._must_look = True
-        return current.seconds - before
+        seconds = current.seconds - before
+        self._passes.spent(current, seconds)
+        return seconds
 
     def _sample_for(self, seconds: float) -> None:
         """Advance the resident samples by a token, and then by more until the time is up or none is left."""

@@ -1,13 +1,13 @@
 """Training passes under way. Each is computed pack by pack, and they take turns: a long one keeps nobody waiting.
 
-A tenant has one pass at a time, so what it sends meanwhile goes together into its next one. Nothing of a pass takes
-effect before all of it is computed, so it doesn't matter to a run what was computed in between.
+A tenant has one pass at a time, so what it sends meanwhile goes together into its next one. The pass of the tenants
+that had the least time goes first; who comes, or comes back, starts level with the least served of those at work.
+Nothing of a pass takes effect before all of it is computed, so it doesn't matter to a run what was computed in between.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +42,10 @@ class OpenPass:
     is_suspect: bool = False
     seconds: float = 0.0
     speed: float = 0.0
+
+    @property
+    def tenants(self) -> frozenset[TenantId]:
+        return frozenset(op.tenant_id for op in self.ops)
 
     def advance(self, max_work: int) -> bool:
         """Compute a pack. False if none is left after it."""
@@ -78,7 +82,9 @@ class Passes:
         self._payloads = payloads
         self._runs = runs
         self._charge = charge
-        self._open: deque[OpenPass] = deque()  # the one whose turn is next comes first
+        self._open: list[OpenPass] = []
+        self._given: dict[TenantId, float] = {}  # seconds of computing
+        self._now = 0.0  # what the least served had when it was looked last
         self._speed = 0.0
 
     def __len__(self) -> int:
@@ -95,7 +101,7 @@ class Passes:
 
     @property
     def tenants(self) -> frozenset[TenantId]:
-        return frozenset(op.tenant_id for op in self.ops)
+        return frozenset(tenant for one in self._open for tenant in one.tenants)
 
     @property
     def runs(self) -> frozenset[RunId]:
@@ -117,13 +123,26 @@ class Passes:
         for op, item in ready:
             self._charge(op.tenant_id, item.work)
         training = self._engine.start_pass([item for _, item in ready])
-        self._open.append(OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed))
+        one = OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed)
+        for tenant in one.tenants:
+            self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
+        self._open.insert(0, one)
 
     def next(self) -> OpenPass | None:
-        """The one whose turn it is."""
-        if self._open:
-            self._open.rotate(-1)
-        return self._open[-1] if self._open else None
+        """The one whose turn it is; of equals, the newest."""
+        if not self._open:
+            return None
+        chosen = min(self._open, key=self._had)
+        self._now = max(self._now, self._had(chosen))
+        return chosen
+
+    def spent(self, one: OpenPass, seconds: float) -> None:
+        """It was computed for so long; its tenants share in that."""
+        for tenant in one.tenants:
+            self._given[tenant] += seconds / len(one.tenants)
+
+    def _had(self, one: OpenPass) -> float:
+        return min(self._given[tenant] for tenant in one.tenants)
 
     def end(self, one: OpenPass) -> None:
         """It is computed, or it failed."""
