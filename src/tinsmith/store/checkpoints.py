@@ -56,13 +56,14 @@ _LAST = (
     .order_by(checkpoints.c.created_at.desc(), checkpoints.c.name)
     .limit(1)
 )
+_IS_KIND = or_(bindparam("of_kind").is_(None), checkpoints.c.kind == bindparam("of_kind"))
 _LIST = (
-    _ALL.where(_IS_TENANTS, _IS_LIVE)
+    _ALL.where(_IS_TENANTS, _IS_LIVE, _IS_KIND)
     .order_by(checkpoints.c.created_at.desc(), checkpoints.c.run_id, checkpoints.c.kind, checkpoints.c.name)
     .limit(bindparam("limit"))
     .offset(bindparam("offset"))
 )
-_COUNT = select(func.count()).select_from(checkpoints).where(_IS_TENANTS, _IS_LIVE)
+_COUNT = select(func.count()).select_from(checkpoints).where(_IS_TENANTS, _IS_LIVE, _IS_KIND)
 _RUN = select(runs.c.run_id).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
 _EARLIER = select(checkpoints.c.blob, checkpoints.c.user_metadata).where(_IS_NAMED).with_for_update()
 _INSERT = insert(checkpoints).inline()
@@ -125,10 +126,16 @@ class Checkpoints:
             return [_to_checkpoint(row) for row in rows]
 
     def list(
-        self, tenant_id: TenantId, limit: int, offset: int, now: float | None = None
+        self,
+        tenant_id: TenantId,
+        limit: int,
+        offset: int,
+        now: float | None = None,
+        *,
+        kind: CheckpointKind | None = None,
     ) -> tuple[CheckpointRows, int]:
-        """One page, newest first, and how many there are in all."""
-        values = {"tenant_id": tenant_id, "now": _clock(now)}
+        """One page, newest first, and how many there are in all; of all kinds if `kind` is None."""
+        values = {"tenant_id": tenant_id, "now": _clock(now), "of_kind": None if kind is None else kind.value}
         with self._database.read() as conn:
             total = conn.execute(_COUNT, values).scalar_one()
             rows = conn.execute(_LIST, {**values, "limit": limit, "offset": offset})
