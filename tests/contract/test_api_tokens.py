@@ -41,11 +41,32 @@ def test_a_token_ends_with_its_key(api: Any, anonymous: Any) -> None:
     made = api.post("/admin/keys", {"name": "ci", "tenant": "carol"})
     token = anonymous.post("/auth/token", headers=sent(made["secret"]))["jwt"]
     anonymous.get("/sessions", headers=sent(token))
-    anonymous.call("DELETE", "/auth/apikey/me", 204, headers=sent(token))
+    anonymous.call("DELETE", "/auth/apikey/me", 204, headers=sent(made["secret"]))
     time.sleep(1.05)
     anonymous.get("/sessions", 401, headers=sent(token))
     anonymous.get("/sessions", 401, headers=sent(made["secret"]))
     anonymous.post("/auth/token", status=401, headers=sent(token))
+
+
+def test_what_lasts_asks_for_the_key_itself(api: Any, anonymous: Any) -> None:
+    made = api.post("/admin/keys", {"name": "ops", "tenant": "alice", "is_admin": True})
+    token = anonymous.post("/auth/token", headers=sent(made["secret"]))["jwt"]
+    calls = [
+        ("POST", "/admin/keys", {"json": {"name": "forever", "tenant": "alice", "is_admin": True}}),
+        ("GET", "/admin/keys", {}),
+        ("DELETE", f"/admin/keys/{made['key_id']}", {}),
+        ("DELETE", "/auth/apikey/me", {}),
+    ]
+    before = api.get("/admin/keys")
+    for method, path, options in calls:
+        for headers in (sent(token), {"Authorization": f"Bearer {token}"}):
+            problem = anonymous.call(method, path, 403, headers=headers, **options)
+            assert (problem["code"], problem["category"]) == ("forbidden", "user")
+            assert "the key itself" in problem["detail"]
+    assert api.get("/admin/keys") == before
+    assert anonymous.get("/auth/apikey/me", headers=sent(token))["name"] == "ops"
+    for (method, path, options), status in zip(calls[1:3], (200, 200), strict=True):
+        anonymous.call(method, path, status, headers=sent(made["secret"]), **options)
 
 
 def test_a_token_cannot_be_prolonged(house: Any, api: Any, anonymous: Any) -> None:

@@ -247,6 +247,51 @@ def test_the_audit_log_of_a_day_and_a_tenant(api: Any, other: Any, used: dict[st
     api.get("/audit", 400, params={"event_type": "users"})
 
 
+def test_no_act_can_be_pushed_out_of_the_audit_log(
+    api: Any, other: Any, used: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More acts than a page shows: the page says so in what every client shows, and the next ones have the rest."""
+    session = other.session()
+    for number in range(25):
+        other.call("PUT", f"/sessions/{session}/project", 204, json={"project_id": f"p{number}"})
+    whole = api.get("/audit")
+    assert "next_cursor" not in whole
+    assert len(whole["entries"]) > 25
+    pages, cursor = [], None
+    while cursor is not None or not pages:
+        page = api.get("/audit", params={"limit": "10", **({} if cursor is None else {"cursor": cursor})})
+        cursor = page.get("next_cursor")
+        entries = page["entries"]
+        if cursor is not None:
+            mark = entries.pop(0)
+            assert mark["event"] == "organization_log_cut"
+            assert mark["event_details"]["cursor"] == cursor
+            assert cursor in mark["event_details"]["message"]
+            assert len(entries) == 10
+        pages.insert(0, entries)
+    assert [entry for page in pages for entry in page] == whole["entries"]
+    mine = other.get("/audit", params={"limit": "10", "event_type": "projects"})
+    assert mine["entries"][0]["event"] == "project_log_cut"
+    for bad in ("nothing", "1e400_1", "-1_1", "1.0_", "1" * 40 + "_1"):
+        assert "next_cursor" in api.get("/audit", 400, params={"cursor": bad})["detail"]
+    for bad in ("0", "10001", "x"):
+        api.get("/audit", 400, params={"limit": bad})
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    assert api.get("/audit")["entries"] == []
+
+
+def test_what_changes_nothing_is_no_act(api: Any, used: dict[str, str]) -> None:
+    checkpoint = f"/training_runs/{used['run']}/checkpoints/weights/kept"
+    before = len(audit(api))
+    for _ in range(3):
+        api.call("PUT", f"/sessions/{used['session']}/project", 204, json={"project_id": "omega"})
+        api.call("POST", f"{checkpoint}/publish", 204)
+    for _ in range(3):
+        api.call("DELETE", f"{checkpoint}/publish", 204)
+    events = [entry["event"] for entry in audit(api)[before:]]
+    assert events == ["project_session_set", "checkpoint_publish", "checkpoint_unpublish"]
+
+
 def test_a_refused_act_is_not_in_the_audit_log(api: Any, other: Any, used: dict[str, str]) -> None:
     before = len(audit(api))
     other.call("DELETE", f"/training_runs/{used['run']}/checkpoints/weights/kept", 404)

@@ -40,7 +40,7 @@ from tinsmith.api import (
     weights,
 )
 from tinsmith.api.anthropic import messages
-from tinsmith.api.auth import KeyCache, admin_guard, key_guard
+from tinsmith.api.auth import KeyCache, admin_guard, key_guard, key_itself_guard
 from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
@@ -142,6 +142,7 @@ def build_app(services: Services) -> Litestar:
         return room
 
     guard = key_guard(KeyCache(authenticate))
+    for_admins = [guard, admin_guard, key_itself_guard]
     max_body_bytes = services.settings.max_body_bytes
     budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
     unread = Unread()
@@ -151,7 +152,7 @@ def build_app(services: Services) -> Litestar:
             Router("/api/v1", route_handlers=CLOSED, guards=[guard], security=reference.NEEDS_KEY),
             Router("/anthropic/api/v1", route_handlers=ANTHROPIC, guards=[guard], security=reference.NEEDS_KEY),
             Router("/oai/api/v1", route_handlers=OPENAI, guards=[guard], security=reference.NEEDS_KEY),
-            Router("/api/v1", route_handlers=ADMIN, guards=[guard, admin_guard], security=reference.NEEDS_KEY),
+            Router("/api/v1", route_handlers=ADMIN, guards=for_admins, security=reference.NEEDS_KEY),
         ],
         dependencies={
             "services": Provide(provide_services, sync_to_thread=False),

@@ -6,9 +6,10 @@ Every route under a guard is closed; there are no exceptions inside. Keys and to
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from litestar import Request
@@ -17,6 +18,8 @@ from litestar.datastructures import State
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
 
+from tinsmith.api.places import CALLER
+from tinsmith.api.tokens import PREFIX
 from tinsmith.errors import AuthError, ForbiddenError
 from tinsmith.store.rows import Principal
 
@@ -30,9 +33,10 @@ Connection = ASGIConnection[BaseRouteHandler, Principal, str, State]
 class KeyCache:
     """Remembers good keys by their hash, never by themselves."""
 
-    def __init__(self, authenticate: Callable[[str], Awaitable[Principal | None]]) -> None:
+    def __init__(self, authenticate: Callable[[str], Coroutine[Any, Any, Principal | None]]) -> None:
         self._authenticate = authenticate
         self._known: dict[bytes, tuple[Principal, float]] = {}
+        self._asked: dict[bytes, asyncio.Future[Principal | None]] = {}
 
     async def principal(self, secret: str) -> Principal:
         """Raises: AuthError: no such key, or it was revoked."""
@@ -41,7 +45,7 @@ class KeyCache:
         known = self._known.get(digest)
         if known is not None and known[1] > now:
             return known[0]
-        principal = await self._authenticate(secret)
+        principal = await self._ask_once(digest, secret)
         if principal is None:
             self._known.pop(digest, None)
             raise AuthError("this key is unknown or was revoked: make one with `tinsmith keys create`")
@@ -50,12 +54,22 @@ class KeyCache:
         self._known[digest] = (principal, now + TTL_S)
         return principal
 
+    async def _ask_once(self, digest: bytes, secret: str) -> Principal | None:
+        """Many requests with one key at the same time are one question."""
+        asked = self._asked.get(digest)
+        if asked is None:
+            asked = self._asked[digest] = asyncio.ensure_future(self._authenticate(secret))
+            asked.add_done_callback(lambda _: self._asked.pop(digest, None))
+        return await asyncio.shield(asked)
+
 
 def key_guard(keys: KeyCache) -> Guard:
     """A guard that puts the caller's principal into the request, or refuses it."""
 
     async def require_key(connection: Connection, handler: BaseRouteHandler) -> None:
-        connection.scope["user"] = await keys.principal(secret_of(connection))
+        principal = await keys.principal(secret_of(connection))
+        connection.scope["user"] = principal
+        CALLER.set(principal.tenant_id)
 
     return require_key
 
@@ -64,6 +78,14 @@ def admin_guard(connection: Connection, handler: BaseRouteHandler) -> None:
     """Runs after the key guard."""
     if not connection.user.is_admin:
         raise ForbiddenError("this needs an admin key")
+
+
+def key_itself_guard(connection: Connection, handler: BaseRouteHandler) -> None:
+    """What lasts isn't for a token that ends soon. Runs after the key guard."""
+    if secret_of(connection).startswith(PREFIX):
+        raise ForbiddenError(
+            "this needs the key itself, not a token (JWT) that was made from it: send the key as X-API-Key"
+        )
 
 
 def secret_of(connection: ASGIConnection[Any, Principal, str, State]) -> str:

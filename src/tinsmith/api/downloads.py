@@ -26,6 +26,7 @@ from tinsmith.api.errors import Problem
 from tinsmith.api.links import PATH, follow_link, make_link, parse_query, version_of
 from tinsmith.api.outgo import closing_with
 from tinsmith.api.paging import iso_time
+from tinsmith.api.places import CALLER
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import CHECKPOINT, hand_out
 from tinsmith.checkpoint_file import read_state_header
@@ -102,6 +103,7 @@ async def download(
     """A file by its signed link, whole or from a place on. No key is needed."""
     query = parse_query(dict(request.query_params))
     row = await services.work(follow_link, services, run_id, kind, name, file, query)
+    CALLER.set(row.tenant_id)
     etag = f'"{version_of(row)}-{file}"'
     place = await services.downloads_out.try_take(row.tenant_id, 0.0)
     if place is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from litestar import delete, get, post
 from msgspec import Struct
 
-from tinsmith.api.auth import Call, secret_of
+from tinsmith.api.auth import Call, key_itself_guard, secret_of
 from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.tokens import PREFIX, Tokens
@@ -61,7 +61,7 @@ async def get_own_key(request: Call, services: ServicesDep) -> SelfKey:
     return await services.work(_describe, services, request.user)
 
 
-@delete("/auth/apikey/me", status_code=204)
+@delete("/auth/apikey/me", status_code=204, guards=[key_itself_guard])
 async def delete_own_key(request: Call, services: ServicesDep) -> None:
     """Revoke the key that the request came with; it stops working within a second."""
     await services.write(services.store.tenants.revoke_key, request.user.key_id, by=request.user)

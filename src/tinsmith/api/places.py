@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from weakref import WeakValueDictionary
 
 from tinsmith.types import TenantId
+
+CALLER: ContextVar[TenantId | None] = ContextVar("caller", default=None)  # whose call this is, once its key was read
 
 
 class Places:

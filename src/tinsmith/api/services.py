@@ -1,8 +1,9 @@
 """What the routes work with, bundled once at start: settings, store, files, waiters, bells, served bases.
 
 The store's calls block, so none runs on the event loop: reads and CPU work go to a small pool, writes of the queue to
-one thread, as the database takes one writer at a time anyway. What is made of large bodies goes to a lane of its own,
-one body of a tenant's at a time, so that it delays nobody else's calls.
+one thread, as the database takes one writer at a time anyway. Each tenant has a few places in either and waits for them
+by itself, so that the calls of one who makes a thousand at once stand beside another's and not before them. What is
+made of large bodies goes to a lane of its own, one body of a tenant's at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from litestar.params import SkipValidation
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
-from tinsmith.api.places import Places
+from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -38,6 +39,8 @@ from tinsmith.types import BaseInfo, TenantId
 T = TypeVar("T")
 NUM_THREADS = 4
 NUM_DIGESTING = 2
+TENANT_THREADS = 2  # of `NUM_THREADS`
+TENANT_WRITES = 2  # one that is written, and one to go on with
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
 MAX_TENANT_FILES = 32  # that are read out at one time, for results and for downloads
 
@@ -67,6 +70,8 @@ class Services:
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
     traces: Once = field(default_factory=Once)
+    work_places: Places = field(default_factory=partial(Places, TENANT_THREADS))
+    write_places: Places = field(default_factory=partial(Places, TENANT_WRITES))
     results_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     downloads_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
@@ -76,7 +81,7 @@ class Services:
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """Run a blocking read or a piece of computing."""
-        return await asyncio.get_running_loop().run_in_executor(self.working, partial(call, *args))
+        return await _run(self.working, self.work_places, partial(call, *args))
 
     async def digest(self, principal: Principal, num_bytes: int, call: Callable[..., T], *args: Any) -> T:
         """Run what the tenant's body of up to `num_bytes` asks of the processor."""
@@ -89,8 +94,8 @@ class Services:
             return await asyncio.get_running_loop().run_in_executor(self.digesting, partial(call, *args))
 
     async def write(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Run a write to the store, after all that were asked for before it."""
-        return await asyncio.get_running_loop().run_in_executor(self.writing, partial(call, *args, **options))
+        """Run a write to the store, after all of the same tenant that were asked for before it."""
+        return await _run(self.writing, self.write_places, partial(call, *args, **options))
 
     def base(self, name: str) -> ServedBase:
         """Raises: UserError: it isn't served here; the message lists those that are."""
@@ -110,6 +115,14 @@ class Services:
         self.writing.shutdown(wait=True)
         self.digesting.shutdown(wait=True)
         self.working.shutdown(wait=True)
+
+
+async def _run(executor: ThreadPoolExecutor, places: Places, call: Callable[[], T]) -> T:
+    loop, caller = asyncio.get_running_loop(), CALLER.get()
+    if caller is None:
+        return await loop.run_in_executor(executor, call)
+    async with places.place(caller):
+        return await loop.run_in_executor(executor, call)
 
 
 ServicesDep: TypeAlias = NamedDependency[SkipValidation[Services]]

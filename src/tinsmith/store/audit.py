@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import Connection, bindparam, insert, or_, select
+from sqlalchemy import Connection, and_, bindparam, insert, or_, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.rows import Principal
 from tinsmith.store.schema import audit
-from tinsmith.store.usage_rows import AuditRow
+from tinsmith.store.usage_rows import AuditPage, AuditRow
 from tinsmith.types import TenantId
 
 RESOURCES = ("checkpoint", "project", "team", "organization")
@@ -22,15 +22,19 @@ LIST_AT_MOST = 10_000
 
 _INSERT = insert(audit).inline()
 _LIST = (
-    select(audit.c.at, audit.c.event, audit.c.tenant_id, audit.c.details)
+    select(audit.c.at, audit.c.event, audit.c.tenant_id, audit.c.details, audit.c.num)
     .where(
         audit.c.at >= bindparam("start"),
         audit.c.at < bindparam("end"),
         or_(bindparam("of_tenant").is_(None), audit.c.tenant_id == bindparam("of_tenant")),
         or_(bindparam("of_resource").is_(None), audit.c.resource == bindparam("of_resource")),
+        or_(
+            audit.c.at < bindparam("before_at"),
+            and_(audit.c.at == bindparam("before_at"), audit.c.num < bindparam("before_num")),
+        ),
     )
     .order_by(audit.c.at.desc(), audit.c.num.desc())
-    .limit(LIST_AT_MOST)
+    .limit(bindparam("most"))
 )
 
 
@@ -38,16 +42,38 @@ class Audit:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def list(self, tenant_id: TenantId | None, resource: str | None, start: float, end: float) -> list[AuditRow]:
-        """What happened from `start` until before `end`, oldest first; the newest `LIST_AT_MOST` if there are more.
+    def list(
+        self,
+        tenant_id: TenantId | None,
+        resource: str | None,
+        start: float,
+        end: float,
+        *,
+        before: tuple[float, int] | None = None,
+        limit: int = LIST_AT_MOST,
+    ) -> AuditPage:
+        """What happened from `start` until before `end`, oldest first; the newest `limit` if there are more.
 
         Args:
             tenant_id: None: of all tenants, which is for administrators alone.
             resource: one of `RESOURCES`; None: all.
+            before: `AuditPage.before` of the page that this one comes before.
         """
-        values = {"of_tenant": tenant_id, "of_resource": resource, "start": start, "end": end}
+        before_at, before_num = before or (end, 0)
+        values = {
+            "of_tenant": tenant_id,
+            "of_resource": resource,
+            "start": start,
+            "end": end,
+            "before_at": before_at,
+            "before_num": before_num,
+            "most": limit + 1,
+        }
         with self._database.read() as conn:
-            return [AuditRow(*row) for row in conn.execute(_LIST, values)][::-1]
+            found = conn.execute(_LIST, values).all()
+        rows = [AuditRow(at, event, of_tenant, details) for at, event, of_tenant, details, _ in found[:limit]]
+        oldest = found[limit - 1] if len(found) > limit else None
+        return AuditPage(rows[::-1], None if oldest is None else (oldest[0], oldest[4]))
 
 
 def note(

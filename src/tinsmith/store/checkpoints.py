@@ -196,13 +196,15 @@ class Checkpoints:
         now: float | None = None,
         by: Principal | None = None,
     ) -> None:
-        """Let other tenants use its path, or no longer; doing it again changes nothing.
+        """Let other tenants use its path, or no longer; doing it again changes nothing and is no act.
 
         Raises:
             NotFoundError: as `get`.
         """
         with self._database.write() as conn:
             row = _get(conn, tenant_id, run_id, kind, name, now)
+            if row.is_public == is_public:
+                return
             conn.execute(_SET_PUBLIC, {**_named(run_id, kind, name), "public": is_public})
             act = "checkpoint_publish" if is_public else "checkpoint_unpublish"
             note(conn, act, tenant_id, by, about(row), _clock(now))

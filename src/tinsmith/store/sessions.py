@@ -163,13 +163,16 @@ class Sessions:
     def set_project(
         self, tenant_id: TenantId, session_id: SessionId, project_id: str, by: Principal | None, now: float
     ) -> None:
-        """Move the session, and its runs and samplers with it, into a project. `by` stands in the audit log.
+        """Move the session, and its runs and samplers with it, into a project. `by` stands in the audit log; a move to
+        where it is already is none.
 
         Raises:
             NotFoundError: no such session of this tenant.
         """
         with self._database.write() as conn:
             row = _get(conn, tenant_id, session_id)
+            if row.project_id == project_id:
+                return
             conn.execute(_SET_PROJECT, {"id": session_id, "project": project_id})
             details = {"session_id": session_id, "project_id": project_id, "from_project_id": row.project_id or ""}
             note(conn, "project_session_set", tenant_id, by, details, now)

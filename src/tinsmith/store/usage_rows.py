@@ -99,6 +99,14 @@ class AuditRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditPage:
+    """Acts, oldest first. before: where the next page ends; None: there are no older ones."""
+
+    rows: list[AuditRow]
+    before: tuple[float, int] | None
+
+
+@dataclass(frozen=True, slots=True)
 class TracedOp:
     """A request as a timeline shows it. place: the run or sampler that it is of. owner: the worker."""
 

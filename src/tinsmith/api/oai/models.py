@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from litestar import get
 from litestar.params import FromPath
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
+from tinsmith.api.paging import Limit, Offset
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.texts.models import find_model
 from tinsmith.store.rows import Principal
@@ -27,15 +30,18 @@ class ModelCard(Struct):
     object: str = "model"
 
 
-class ModelList(Struct):
+class ModelList(Struct, omit_defaults=True):
+    """next_offset: there are more checkpoints; ask with it as `offset`."""
+
     data: list[ModelCard]
-    object: str = "list"
+    object: Literal["list"]
+    next_offset: int | None = None
 
 
 @get("/models")
-async def list_models(request: Call, services: ServicesDep) -> ModelList:
-    """The served base models, then the checkpoints for sampling, newest first."""
-    return ModelList(await services.work(_cards, services, request.user))
+async def list_models(request: Call, services: ServicesDep, limit: Limit = PAGE, offset: Offset = 0) -> ModelList:
+    """The served base models, then the newest checkpoints for sampling, at most `limit`, from `offset` on."""
+    return await services.work(_page, services, request.user, limit, offset)
 
 
 @get("/models/{model:path}")
@@ -49,15 +55,13 @@ async def get_model(request: Call, services: ServicesDep, model: FromPath[str]) 
     return ModelCard(id=found.name, created=int(found.created_at), owned_by=owner)
 
 
-def _cards(services: Services, principal: Principal) -> list[ModelCard]:
-    cards = [ModelCard(id=name, created=0, owned_by=OURS) for name in services.bases]
-    offset, total = 0, 1
-    while offset < total:
-        rows, total = services.store.checkpoints.list(principal.tenant_id, PAGE, offset, (CheckpointKind.SAMPLER,))
-        cards += [
-            ModelCard(id=row.path, created=int(row.created_at), owned_by=principal.tenant_name)
-            for row in rows
-            if row.spec.base_model in services.bases
-        ]
-        offset += PAGE
-    return cards
+def _page(services: Services, principal: Principal, limit: int, offset: int) -> ModelList:
+    bases = [] if offset else [ModelCard(id=name, created=0, owned_by=OURS) for name in services.bases]
+    rows, total = services.store.checkpoints.list(principal.tenant_id, limit, offset, (CheckpointKind.SAMPLER,))
+    cards = [
+        ModelCard(id=row.path, created=int(row.created_at), owned_by=principal.tenant_name)
+        for row in rows
+        if row.spec.base_model in services.bases
+    ]
+    after = offset + limit
+    return ModelList([*bases, *cards], "list", after if after < total else None)
