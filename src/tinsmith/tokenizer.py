@@ -17,7 +17,7 @@ from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 
@@ -88,7 +88,11 @@ class ChatTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written out in it become their ids."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, add_special_tokens).ids)
+
+    def count(self, text: str) -> int:
+        """How many tokens `encode` makes of it."""
+        return len(self._encode(text, False))
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids. Bytes that are not whole characters (yet) show as U+FFFD; unknown ids as nothing."""
@@ -148,6 +152,10 @@ class ChatTokenizer:
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """`render`, then `encode`; the template writes the special tokens itself."""
         return self.encode(self.render(messages, **options))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+        """As a batch of one: `tokenizers` 0.23 lets other threads run while it encodes a batch, and else does not."""
+        return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def _chosen(self, with_tools: bool) -> str:
         return "tool_use" if with_tools and "tool_use" in self._templates else "default"

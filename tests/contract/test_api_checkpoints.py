@@ -559,6 +559,18 @@ def test_old_clients_are_spared_kinds_they_do_not_know(save: Any, api: Any, run_
             assert found == (kinds or ["external_weights", "weights"])
 
 
+def test_a_malformed_key_fails_the_export_alone(api: Any, worker: Any, run_id: str) -> None:
+    """The library panics at a number without bytes."""
+    number = b"".join(len(field).to_bytes(4) + field for field in (b"ssh-rsa", b"\1\0\1", b""))
+    keys = [f"ssh-rsa {base64.b64encode(number).decode()}"]
+    body = {"model_id": run_id, "seq_id": 1, "path": "a", "age_encryption_recipients": keys}
+    answer = api.result(api.post("/save_weights_external", body))
+    assert (answer["category"], "is no public key" in answer["error"]) == ("user", True)
+    promise = api.post("/save_weights_external", {"model_id": run_id, "seq_id": 2, "path": "a"})
+    worker.step()
+    assert api.result(promise)["path"].endswith("/a")
+
+
 def test_pages_of_old_clients_count_what_they_are_shown(save: Any, api: Any) -> None:
     for name in ("a", "b", "c"):
         save(name)

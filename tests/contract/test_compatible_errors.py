@@ -236,7 +236,7 @@ def test_deep_and_wide(api: Any, path: str) -> None:
         deep = {"a": deep}
     for name in ("tools", "messages", "tool_choice"):
         refuse(api, path, json=changed(path, **{name: [deep]}))
-    if path not in (TEXT, COUNT):
+    if path != TEXT:
         refuse(api, path, json=changed(path, messages=[USER] * 50_000))
 
 
@@ -257,6 +257,8 @@ def test_prompts_beyond_the_context_are_counted(api: Any) -> None:
     one, two = count([USER]), count([USER, USER])
     assert count([USER] * 3000) == one + 2999 * (two - one) > 2048
     assert count([{"role": "user", "content": "Hi " * 10_000}]) > 10_000
+    too_long = changed(COUNT, messages=[{"role": "user", "content": "x" * (1 << 20)}])
+    assert "characters" in refuse(api, COUNT, json=too_long)["message"]
 
 
 def test_without_tools_none_may_be_chosen(api: Any, worker: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,28 @@ def test_text_encodes_and_decodes_alike(ours: ChatTokenizer, theirs: Any, text: 
     tokens = ours.encode(text)
     assert tokens == theirs.encode(text, add_special_tokens=False)
     assert ours.decode(tokens) == theirs.decode(tokens)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(ours: ChatTokenizer) -> None:
+    gaps, is_done = [], threading.Event()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not is_done.wait(0.005):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    try:
+        count = ours.count("one two " * 60_000)
+    finally:
+        elapsed_s = time.monotonic() - started
+        is_done.set()
+        watcher.join()
+    assert count == len(ours.encode("one two " * 60_000))
+    assert max(gaps, default=elapsed_s) < elapsed_s / 2
 
 
 @given(tokens=st.lists(st.integers(0, 1011), max_size=60))

@@ -21,7 +21,7 @@ from tinsmith.api.texts.events import frame, open_stream
 from tinsmith.api.texts.fields import read_fields, read_text_body
 from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.models import find_model
-from tinsmith.api.texts.prompts import chat_text, chat_tokens, check_length
+from tinsmith.api.texts.prompts import chat_tokens, check_length, count_tokens
 from tinsmith.api.texts.room import Room, RoomDep
 from tinsmith.api.texts.toolcalls import ToolCall
 from tinsmith.errors import TinsmithError
@@ -46,7 +46,8 @@ class MessageJob:
 async def create_message(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
     """Answer a chat."""
     check_betas(request.headers.getall("anthropic-beta", []))
-    job = await services.work(_read, room, request.user, await read_text_body(request, services))
+    body = await read_text_body(request, services)
+    job = await services.digest(request.user, len(body), _read, room, request.user, body)
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
         return await open_stream(request, _frames(room, request.user, job, draft), _failed_frame)
@@ -87,7 +88,7 @@ def _count(room: Room, principal: Principal, data: bytes) -> int:
     schema = body.json_schema
     if schema is not None:
         json_grammar(schema)
-    return len(tokenizer.encode(chat_text(tokenizer, model, chat)))
+    return count_tokens(tokenizer, model, chat)
 
 
 def _choice(room: Room, job: MessageJob) -> Choice:

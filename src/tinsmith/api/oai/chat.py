@@ -57,7 +57,8 @@ class ChatJob:
 @post("/chat/completions", status_code=200, request_max_body_size=None)
 async def create_chat_completion(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
     """Answer a chat."""
-    job = await services.work(_read, room, request.user, await read_text_body(request, services))
+    body = await read_text_body(request, services)
+    job = await services.digest(request.user, len(body), _read, room, request.user, body)
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
         return await open_stream(request, _chunks(room, request.user, job, draft), failed_frame)

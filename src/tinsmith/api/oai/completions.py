@@ -56,7 +56,8 @@ class CompletionJob:
 @post("/completions", status_code=200, request_max_body_size=None)
 async def create_completion(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
     """Continue one or several prompts."""
-    job = await services.work(_read, room, request.user, await read_text_body(request, services))
+    body = await read_text_body(request, services)
+    job = await services.digest(request.user, len(body), _read, room, request.user, body)
     drafts = [await room.desk.draft(request.user, asked, stream=job.body.stream) for asked in job.asked]
     if job.body.stream:
         return await open_stream(request, _chunks(room, request.user, job, drafts), failed_frame)

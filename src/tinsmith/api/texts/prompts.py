@@ -18,6 +18,8 @@ from tinsmith.types import BaseInfo
 
 log = structlog.get_logger("tinsmith.api")
 
+MAX_COUNTED_CHARS = 1 << 20
+MAX_COUNTED_MESSAGES = 20_000
 SCALARS = (str, bool, int, float)
 
 
@@ -71,6 +73,21 @@ def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]
     if len(chat.messages) > model.info.max_context:
         raise _too_long(model, f"{len(chat.messages)} messages")
     return text_tokens(tokenizer, model, chat_text(tokenizer, model, chat))
+
+
+def count_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> int:
+    """The tokens of a chat, whether or not they fit the context.
+
+    Raises:
+        UserError: as `chat_text`.
+        ContextError: it is beyond what is counted here.
+    """
+    if len(chat.messages) > max(MAX_COUNTED_MESSAGES, model.info.max_context):
+        raise _too_long(model, f"{len(chat.messages)} messages")
+    text = chat_text(tokenizer, model, chat)
+    if len(text) > max(MAX_COUNTED_CHARS, model.info.max_context * tokenizer.longest_token):
+        raise _too_long(model, f"{len(text)} characters")
+    return tokenizer.count(text)
 
 
 def chat_text(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> str:
