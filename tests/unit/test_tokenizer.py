@@ -62,10 +62,12 @@ def test_other_threads_run_while_a_long_text_is_encoded(ours: ChatTokenizer) -> 
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    count = ours.count("one two " * 60_000)
-    elapsed_s = time.monotonic() - started
-    is_done.set()
-    watcher.join()
+    try:
+        count = ours.count("one two " * 60_000)
+    finally:
+        elapsed_s = time.monotonic() - started
+        is_done.set()
+        watcher.join()
     assert count == len(ours.encode("one two " * 60_000))
     assert max(gaps, default=elapsed_s) < elapsed_s / 2
 
