@@ -163,3 +163,11 @@ def test_a_top_k_beyond_the_vocabulary_keeps_it_all(top_k):
     logits = np.log([0.1, 0.2, 0.3, 0.4]).tolist()
     for uniform in (0.05, 0.2, 0.5, 0.95):
         assert one(logits, uniform, top_k=top_k) == one(logits, uniform)
+
+
+def test_the_likeliest_hold_no_more_memory_than_they_need():
+    """They stay until their request has ended; a view would hold what all rows of its step asked for."""
+    for ids, logprobs in likeliest(torch.randn(8, 4096), [3] * 8):
+        assert ids.base is None
+        assert logprobs.base is None
+        assert (ids.nbytes, logprobs.nbytes) == (12, 12)

@@ -110,7 +110,7 @@ class _Targets:
 
 
 def likeliest(logprobs_BV: Tensor, counts: Sequence[int]) -> list[Top | None]:
-    """The counts[b] likeliest tokens of each row; None where that is 0.
+    """The counts[b] likeliest tokens of each row, in memory of their own; None where that is 0.
 
     Rows of one count are looked at together, those of different ones never: among equal logprobs the choice may depend
     on the count.
@@ -121,5 +121,5 @@ def likeliest(logprobs_BV: Tensor, counts: Sequence[int]) -> list[Top | None]:
         top = logprobs_BV[torch.tensor(rows, device=logprobs_BV.device)].topk(count, dim=-1)
         ids, values = top.indices.cpu().numpy().astype(np.int32), top.values.cpu().numpy()
         for at, row in enumerate(rows):
-            found[row] = (ids[at], values[at])
+            found[row] = (ids[at].copy(), values[at].copy())
     return found
