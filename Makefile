@@ -31,7 +31,7 @@ types: init ## mypy, strict, over src
 	@$(BIN)/mypy
 
 unit: init ## the tests alone: two files at a time, then those that compare times one by one
-	@$(BIN)/python -m pytest -q -m "not alone" -n $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not alone" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest -q -m alone
 
 contract: init ## the contract suite with every supported SDK; prints which calls each of them made
