@@ -77,6 +77,12 @@ def test_a_bad_schema_fails_alone(engine: TorchEngine) -> None:
     assert isinstance(found["free"], SampleResult)
 
 
+def test_a_schema_that_upsets_the_compiler_fails_alone(engine: TorchEngine) -> None:
+    found = run(engine, item("bad", json_schema='{"enum": [NaN]}'), item("free"))
+    assert isinstance(found["bad"], Failure)
+    assert isinstance(found["free"], SampleResult)
+
+
 def test_a_schema_is_compiled_once_beside_the_steps(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it takes its time, others are sampled; its own samples are what they would have been."""
     num_compiled = 0

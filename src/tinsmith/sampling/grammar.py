@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 from llguidance import LLMatcher, LLTokenizer
 
 from tinsmith.errors import TinsmithError
 from tinsmith.jsonform import grammar_of, refusal
 from tinsmith.types import BaseInfo
+
+log = structlog.get_logger("tinsmith.worker")
 
 MAX_KEPT = 32
 
@@ -102,19 +105,26 @@ class Grammars:
             if line:
                 schema = line.popleft()
                 self._lines[tenant] = line
-                self._under_way = schema, self._thread.submit(self._compile, schema)
+                self._under_way = schema, self._thread.submit(self._try, schema)
                 return
 
+    def _try(self, schema: str) -> Grammar | TinsmithError:
+        """Runs on the thread. What is unforeseen concerns those who wait for this schema alone."""
+        try:
+            return self._compile(schema)
+        except TinsmithError as error:
+            return error
+        except Exception:
+            log.exception("schema not compiled")
+            return TinsmithError("the server failed on this json_schema; its log has the details")
+
     def _compile(self, schema: str) -> Grammar | TinsmithError:
-        """Runs on the thread. The first one costs the reading of the tokenizer."""
+        """The first one costs the reading of the tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 str(Path(self._info.path) / "tokenizer.json"),
                 n_vocab=self._info.vocab_size,
                 eos_token=list(self._info.eos_tokens),
             )
-        try:
-            matcher = LLMatcher(self._tokenizer, grammar_of(schema), log_level=0)
-        except TinsmithError as error:
-            return error
+        matcher = LLMatcher(self._tokenizer, grammar_of(schema), log_level=0)
         return refusal(matcher.get_error()) if matcher.is_error() else Grammar(matcher, self._info.vocab_size)
