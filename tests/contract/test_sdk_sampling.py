@@ -23,7 +23,8 @@ from tinsmith.types import OpId
 
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64, 3, 250, 17, 42]
 PROMPT = types.ModelInput.from_ints(TEXT)
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # between our own numbers
+FLOAT32 = 1e-4  # of the shipped model in float32 from float64: 6e-5 at worst here, for plain transformers too
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,11 @@ def sampler(service: Service) -> tinker.SamplingClient:
 
 
 def reference(tokens: list[int], temperature: float = 1.0) -> np.ndarray[Any, Any]:
-    """[N, V] of transformers."""
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED_PATH, dtype=torch.float32, attn_implementation="eager")
+    """[N, V] of transformers in float64, as float32."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED_PATH, dtype=torch.float64, attn_implementation="eager")
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
-    return (logits / temperature).log_softmax(-1).numpy()
+    return (logits / temperature).log_softmax(-1).float().numpy()
 
 
 def test_top_k_of_prompt_and_samples(sampler: tinker.SamplingClient) -> None:
@@ -67,20 +68,20 @@ def test_top_k_of_prompt_and_samples(sampler: tinker.SamplingClient) -> None:
     assert answer.prompt_logprobs is not None
     assert answer.topk_prompt_logprobs is not None
     assert (answer.prompt_logprobs[0], answer.topk_prompt_logprobs[0]) == (None, None)
-    np.testing.assert_allclose(answer.prompt_logprobs[1:], rows[np.arange(11), TEXT[1:]], atol=TOLERANCE)
+    np.testing.assert_allclose(answer.prompt_logprobs[1:], rows[np.arange(11), TEXT[1:]], atol=FLOAT32)
     for position, top in enumerate(answer.topk_prompt_logprobs[1:]):
         assert top is not None
-        np.testing.assert_allclose([p for _, p in top], np.sort(rows[position])[::-1][:2], atol=TOLERANCE)
+        np.testing.assert_allclose([p for _, p in top], np.sort(rows[position])[::-1][:2], atol=FLOAT32)
     for sequence in answer.sequences:
         tokens, tops = list(sequence.tokens), sequence.topk_logprobs
         assert sequence.logprobs is not None
         assert tops is not None
         rows = reference(TEXT + tokens, 0.8)[len(TEXT) - 1 : -1]
-        np.testing.assert_allclose(sequence.logprobs, rows[np.arange(10), tokens], atol=TOLERANCE)
+        np.testing.assert_allclose(sequence.logprobs, rows[np.arange(10), tokens], atol=FLOAT32)
         for row, top in zip(rows, tops, strict=True):
             assert top is not None
-            np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=TOLERANCE)
-            np.testing.assert_allclose([p for _, p in top], row[[t for t, _ in top]], atol=TOLERANCE)
+            np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=FLOAT32)
+            np.testing.assert_allclose([p for _, p in top], row[[t for t, _ in top]], atol=FLOAT32)
 
 
 def test_the_last_n_prompt_logprobs(sampler: tinker.SamplingClient) -> None:
@@ -88,7 +89,7 @@ def test_the_last_n_prompt_logprobs(sampler: tinker.SamplingClient) -> None:
     found = sampler.compute_logprobs(PROMPT, prompt_logprobs_last_n=4).result()
     assert found[:-4] == [None] * 8
     np.testing.assert_allclose(found[-4:], whole[-4:], atol=TOLERANCE)  # type: ignore[arg-type]
-    np.testing.assert_allclose(whole[1:], reference(TEXT)[np.arange(11), TEXT[1:]], atol=TOLERANCE)  # type: ignore[arg-type]
+    np.testing.assert_allclose(whole[1:], reference(TEXT)[np.arange(11), TEXT[1:]], atol=FLOAT32)  # type: ignore[arg-type]
     with pytest.raises(tinker.RequestFailedError, match=r"1\.\.11, not 12"):
         sampler.compute_logprobs(PROMPT, prompt_logprobs_last_n=12).result()
 
@@ -106,7 +107,7 @@ def test_target_prompt_logprobs(sampler: tinker.SamplingClient, is_sparse: bool)
     assert (found.sparse_crow_indices is not None) == is_sparse
     rows = torch.from_numpy(reference(TEXT)[:11])
     expected = torch.where(ids >= 0, rows.gather(1, ids.clamp(min=0)), 0.0)
-    torch.testing.assert_close(found.to_torch(), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found.to_torch(), expected, atol=FLOAT32, rtol=0)
     short = types.TensorData.from_torch(ids[1:])
     with pytest.raises(tinker.RequestFailedError, match="give 11, one for each prompt token after the first"):
         sampler.sample(PROMPT, 1, params, target_prompt_logprobs=short).result()
@@ -123,7 +124,7 @@ def test_alternatives_to_prompt_tokens(sampler: tinker.SamplingClient) -> None:
     assert again is not None
     tokens, logprobs = drawn.tokens.to_torch(), drawn.logprobs.to_torch()
     assert (tokens.shape, tokens.dtype, logprobs.dtype) == ((11, 6), torch.int64, torch.float32)
-    torch.testing.assert_close(logprobs, torch.from_numpy(reference(TEXT)[:11]).gather(1, tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs, torch.from_numpy(reference(TEXT)[:11]).gather(1, tokens), atol=FLOAT32, rtol=0)
     assert torch.equal(tokens, again.tokens.to_torch())
 
 
