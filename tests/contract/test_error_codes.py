@@ -113,9 +113,9 @@ def test_the_hub(api: Any, path: str) -> None:
 def test_links(api: Any) -> None:
     place = "/api/v1/downloads/s1:train:0/weights/x/archive.tar"
     assert code_of(place, api.raw("GET", place), 404) == "not_found"
-    bad = f"{place}?expires=9&version=x&signature=y"
+    bad = f"{place}?expires=9&key=k&version=x&signature=y"
     assert code_of(bad, api.raw("GET", bad), 403) == "forbidden"
-    trace = "/api/v1/traces/s1.pftrace?tenant=t&expires=9&signature=y"
+    trace = "/api/v1/traces/s1.pftrace?key=k&expires=9&signature=y"
     assert code_of(trace, api.raw("GET", trace), 403) == "forbidden"
 
 
