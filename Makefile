@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
+# a test that ran into its time limit, and nothing else, is tried once more, and the report says so (CONTRIBUTING.md)
+RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -31,8 +33,8 @@ types: init ## mypy, strict, over src
 	@$(BIN)/mypy
 
 unit: init ## the tests alone: two files at a time, then those that compare times one by one
-	@$(BIN)/python -m pytest -q -m "not alone" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-	@$(BIN)/python -m pytest -q -m alone
+	@$(BIN)/python -m pytest -q -m "not alone" $(RERUN) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -m alone $(RERUN)
 
 contract: init ## the contract suite with every supported SDK; prints which calls each of them made
 	@$(BIN)/python -m scripts.contract_matrix

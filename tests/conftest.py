@@ -22,12 +22,12 @@ from tests.service import Service, running  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def _sdk_clients_closed() -> Iterator[None]:
-    """What a module's SDK clients still have running in their thread ends with it: heartbeats to a stopped server."""
+    """What a module's SDK clients still have running in their thread ends with it: requests to a stopped server."""
     yield
     if sdk := sys.modules.get("tinker.lib.internal_client_holder"):
         for holder in [thing for thing in gc.get_objects() if type(thing) is sdk.InternalClientHolder]:
-            if holder._session_heartbeat_task:
-                holder.close()
+            holder.close()
+        sdk.sessionless_holder_cache._holders.clear()
 
 
 @pytest.fixture

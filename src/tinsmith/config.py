@@ -157,6 +157,12 @@ class Settings:
     )
 
     compress_requests: bool = setting(True, "Have clients compress their training requests (zstd).", group="access")
+    rust_transport: bool = setting(
+        True,
+        "Let clients use the SDK's faster transport (pyqwest); without it they use httpx, which asks again for an "
+        "answer that is lost.",
+        group="access",
+    )
     jwt_auth: bool = setting(
         False, "Have clients exchange their key for short-lived tokens (JWT); keys work as well.", group="access"
     )

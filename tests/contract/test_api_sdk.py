@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import tinker
-from tinker import types
+from tinker import _base_client, types
 
 from tinsmith.api import training
 
@@ -163,3 +163,18 @@ def test_clients_compress_training_requests_if_they_are_told_to(
     run.forward_backward([datum(500)], "cross_entropy").result()
     client.close("success")
     assert encodings == ["zstd" if is_on else None]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_clients_use_the_transport_that_they_are_told_to(
+    live: Any, house: Any, worker: Any, monkeypatch: pytest.MonkeyPatch, is_on: bool
+) -> None:
+    object.__setattr__(house.settings, "rust_transport", is_on)
+    made: list[bool] = []
+    make = _base_client._default_pyqwest_transport
+    monkeypatch.setattr(_base_client, "_default_pyqwest_transport", lambda: made.append(True) or make())
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    worker.start()
+    with tinker.ServiceClient(base_url=live.url, api_key=house.key) as client:
+        client.create_lora_training_client(BASE, rank=4).result()
+    assert bool(made) == is_on

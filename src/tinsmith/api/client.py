@@ -23,6 +23,7 @@ class ClientFlags(Struct):
     fwdbwd_max_chunk_bytes_count: int
     sample_use_retrieve_futures: bool
     sample_join_sampling_session: bool
+    use_pyqwest_transport: bool
     parallel_fwdbwd_chunks: bool = True
     custom_loss_server_side: bool = False
     create_model_via_load_weights: bool = True
@@ -50,6 +51,7 @@ async def client_config(request: Call, services: ServicesDep, data: JSONBody[Cli
         custom_loss_server_side=settings.custom_losses,
         sample_use_retrieve_futures=settings.retrieve_futures,
         sample_join_sampling_session=settings.join_sampling_session,
+        use_pyqwest_transport=settings.rust_transport,
     )
 
 
