@@ -138,6 +138,8 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
     if route == "DELETE /admin/keys/{key_id:str}":
         row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
         return [Probe("DELETE", f"/admin/keys/{row.key_id}")]
+    if route == f"DELETE {CHECKPOINT}/publish":
+        scene.do([Probe("POST", probe.path) for probe in found])
     return found
 
 
