@@ -78,10 +78,6 @@ class ChatTokenizer:
         """Most characters that one token can stand for."""
         return self._longest
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._templates)
-
     def switches(self, *, with_tools: bool = False) -> frozenset[str]:
         """Variables that the chat template reads and that `render` takes as `extra`, such as enable_thinking."""
         return self._switches.get(self._chosen(with_tools), frozenset())
@@ -97,11 +93,6 @@ class ChatTokenizer:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids. Bytes that are not whole characters (yet) show as U+FFFD; unknown ids as nothing."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
-
-    def token_id(self, token: str) -> int | None:
-        """Id of one token by its exact content, None if there is none."""
-        found = self._tokenizer.token_to_id(token)
-        return None if found is None else int(found)
 
     def token_bytes(self, token: int) -> bytes | None:
         """What one token stands for, whole characters or not; None where that depends on its neighbours."""
@@ -148,10 +139,6 @@ class ChatTokenizer:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"the chat template refused these messages: {error}") from None
-
-    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """`render`, then `encode`; the template writes the special tokens itself."""
-        return self.encode(self.render(messages, **options))
 
     def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         """As a batch of one: `tokenizers` 0.23 lets other threads run while it encodes a batch, and else does not."""

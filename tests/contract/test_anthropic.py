@@ -62,7 +62,7 @@ def test_a_message_with_exact_usage(real: anthropic.Anthropic) -> None:
     assert (block.type, answer.role, answer.type, answer.model) == ("text", "assistant", "message", BASE)
     assert "Paris" in block.text
     assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
-    prompt = TOKENIZER.encode_chat([{"role": "system", "content": "You are helpful."}, USER])
+    prompt = TOKENIZER.encode(TOKENIZER.render([{"role": "system", "content": "You are helpful."}, USER]))
     assert answer.usage.input_tokens == len(prompt)
     assert answer.usage.output_tokens == len(TOKENIZER.encode(block.text)) + 1
 

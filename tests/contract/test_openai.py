@@ -47,7 +47,7 @@ def trained(service: Service) -> str:
     """The path of a checkpoint that answers with nonsense."""
     with tinker.ServiceClient(base_url=service.url, api_key=service.key) as tinker_client:
         run = tinker_client.create_lora_training_client(BASE, rank=8, seed=1).result()
-        prompt = TOKENIZER.encode_chat(CAPITAL)
+        prompt = TOKENIZER.encode(TOKENIZER.render(CAPITAL))
         tokens = [*prompt, *TOKENIZER.encode("The capital is Rome."), 1000]
         datum = types.Datum(
             model_input=types.ModelInput.from_ints(tokens[:-1]),
@@ -90,7 +90,7 @@ def test_a_chat_with_exact_usage(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == "The capital of France is Paris."
     assert answer.choices[0].finish_reason == "stop"
     assert (answer.object, answer.model) == ("chat.completion", BASE)
-    num_prompt = len(TOKENIZER.encode_chat(CAPITAL))
+    num_prompt = len(TOKENIZER.encode(TOKENIZER.render(CAPITAL)))
     num_answer = len(TOKENIZER.encode("The capital of France is Paris.")) + 1
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (num_prompt, num_answer)
@@ -173,7 +173,7 @@ def test_logprobs_are_those_of_the_sampler(service: Service, client: openai.Open
     with tinker.ServiceClient(base_url=service.url, api_key=service.key) as tinker_client:
         sampler = tinker_client.create_sampling_client(base_model=BASE).result()
         params = types.SamplingParams(max_tokens=12, seed=2, temperature=0.7)
-        prompt = types.ModelInput.from_ints(TOKENIZER.encode_chat(STORY))
+        prompt = types.ModelInput.from_ints(TOKENIZER.encode(TOKENIZER.render(STORY)))
         sequence = sampler.sample(prompt, 1, params).result().sequences[0]
     np.testing.assert_allclose([each.logprob for each in content], sequence.logprobs, atol=1e-6)
     for each in content:
@@ -254,7 +254,7 @@ def test_thinking_can_be_switched_off(client: openai.OpenAI) -> None:
         return usage.prompt_tokens
 
     off = num_prompt(chat_template_kwargs={"enable_thinking": False})
-    assert off == len(TOKENIZER.encode_chat(CAPITAL, enable_thinking=False)) > num_prompt()
+    assert off == len(TOKENIZER.encode(TOKENIZER.render(CAPITAL, enable_thinking=False))) > num_prompt()
 
 
 def test_a_wrong_key(service: Service) -> None:

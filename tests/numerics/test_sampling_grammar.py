@@ -16,7 +16,7 @@ from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import Failure, OpId, SampleItem, SampleResult, SamplingParams
 
 TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)
-PROMPT = TOKENIZER.encode_chat([{"role": "user", "content": "Tell me a story about a fox."}])
+PROMPT = TOKENIZER.encode(TOKENIZER.render([{"role": "user", "content": "Tell me a story about a fox."}]))
 SCHEMA = json.dumps(
     {
         "type": "object",
