@@ -26,7 +26,7 @@ from tests.service import Service, running
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH
 
 BOUND = 1e-5  # between our own numbers
-FLOAT32 = 1e-4  # of the shipped model in float32 from float64: 6e-5 at worst, for plain transformers too
+FLOAT32 = 3e-5  # from float64: 1.4e-5 at worst was seen here, and plain transformers in float32 is no closer
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64, 311, 702, 5, 5]
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 

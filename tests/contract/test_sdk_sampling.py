@@ -24,7 +24,7 @@ from tinsmith.types import OpId
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64, 3, 250, 17, 42]
 PROMPT = types.ModelInput.from_ints(TEXT)
 TOLERANCE = 1e-5  # between our own numbers
-FLOAT32 = 1e-4  # of the shipped model in float32 from float64: 6e-5 at worst here, for plain transformers too
+FLOAT32 = 3e-5  # from float64: 1.4e-5 at worst was seen here, and plain transformers in float32 is no closer
 
 
 @pytest.fixture(scope="module")
