@@ -63,9 +63,10 @@ class TorchEngine:
         uneven = uneven_products(self._base.matrices())
         threads = torch.get_num_threads()
         if uneven and is_promised:
+            shapes = ", ".join(f"{o} x {i}" for o, i in uneven[:6])
             raise UnsupportedError(
-                f"--deterministic: {RESULTS_DEPEND}: products of shape {', '.join(f'{o} x {i}' for o, i in uneven[:6])} "
-                f"round differently in a crowd with {threads} thread(s); {CURE}, or start without --deterministic"
+                f"--deterministic: {RESULTS_DEPEND}: products of shape {shapes} round differently in a crowd "
+                f"with {threads} thread(s); {CURE}, or start without --deterministic"
             )
         if uneven:
             log.warning(f"{RESULTS_DEPEND}; {CURE}", base=self.info.name, products=uneven, threads=threads)
