@@ -7,13 +7,14 @@ Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.types import FloatArray, RunSpec, Targets
@@ -122,20 +123,6 @@ class RowLayout:
             shapes[f"{part}/{place.state_name}.lora_A"] = (place.rank, place.linear.in_features)
             shapes[f"{part}/{place.state_name}.lora_B"] = (place.linear.out_features, place.rank)
         return shapes
-
-
-def one_piece(tensors: Sequence[FloatArray]) -> FloatArray | None:
-    """The flat array of which float32 arrays are the views, one after the other without a gap; None if they aren't."""
-    owner, at = tensors[0].base, tensors[0].ctypes.data
-    if owner is None:
-        return None
-    for tensor in tensors:
-        is_next = tensor.dtype == np.float32 and tensor.flags.c_contiguous and tensor.ctypes.data == at
-        if tensor.base is not owner or not is_next:
-            return None
-        at += tensor.nbytes
-    size = (at - tensors[0].ctypes.data) // 4
-    return np.lib.stride_tricks.as_strided(tensors[0].reshape(-1), (size,), (4,), writeable=tensors[0].flags.writeable)
 
 
 def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
