@@ -24,6 +24,13 @@ WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
 WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
 
 
+NEW_COLUMNS = (  # those that `to_columns` fills
+    "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
+    "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
+    "result_bytes", "failure_code", "failure_category", "failure_message", "payload",
+)  # fmt: skip
+
+
 def to_op(row: Sequence[Any]) -> OpRow:
     """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
     (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
