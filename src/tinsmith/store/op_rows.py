@@ -21,6 +21,7 @@ _LIGHT: tuple[ColumnElement[Any], ...] = (
 )  # fmt: skip
 LIGHT = (*_LIGHT, null().label("payload"), null().label("result"))
 WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
+WITH_RESULT = (*_LIGHT, null().label("payload"), ops.c.result)
 WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
 
 

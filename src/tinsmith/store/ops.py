@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import JSON, Connection, Integer, Select, and_, bindparam, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import GoneError
+from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, to_op
+from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
@@ -63,7 +63,13 @@ _UNCLAIM = (
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
 )
-_FINAL_AMONG = select(ops.c.op_id).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), ops.c.state.in_(FINAL))
+_FINAL_AMONG = Prepared(
+    select(ops.c.op_id).where(
+        ops.c.op_id.in_(select(func.json_each(bindparam("op_ids", type_=JSON)).table_valued("value").c.value)),
+        or_(*(ops.c.state == literal_column(f"'{state}'") for state in FINAL)),
+    )
+)
+_OUTCOME = Prepared(select(*WITH_RESULT).where(ops.c.op_id == bindparam("op_id")))
 _REPLAYABLE = (
     select(*WITH_PAYLOAD)
     .where(
@@ -150,10 +156,27 @@ class Ops:
             NotFoundError: the run or sampler is not the tenant's, or doesn't exist.
             ValueError: not exactly one of run_id and sampler_id is set.
         """
-        if (new.run_id is None) == (new.sampler_id is None):
+        (enqueued,) = self.enqueue_all([new], now)
+        if isinstance(enqueued, NotFoundError):
+            raise enqueued
+        return enqueued
+
+    def enqueue_all(self, news: Sequence[NewOp], now: float) -> list[Enqueued | NotFoundError]:
+        """The same for several requests in one transaction, in this order. One that is refused leaves no trace and
+        keeps no other from being acknowledged.
+
+        Raises:
+            ValueError: not exactly one of run_id and sampler_id is set; nothing was recorded.
+        """
+        if any((new.run_id is None) == (new.sampler_id is None) for new in news):
             raise ValueError("an op belongs to a run or to a sampler")
+        enqueued: list[Enqueued | NotFoundError] = []
         with self._database.write() as conn:
-            enqueued = arrive(conn, new, now)
+            for new in news:
+                try:
+                    enqueued.append(arrive(conn, new, now))
+                except NotFoundError as error:  # raised before anything is written
+                    enqueued.append(error)
             crash_point("store.before_enqueue_commit")
         crash_point("store.after_enqueue_commit")
         return enqueued
@@ -182,6 +205,14 @@ class Ops:
         if row is None or row[-1]:
             raise GoneError("unknown or expired request id")
         return to_op(row[:-1])
+
+    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError]:
+        """`get` for several, in one view."""
+        with self._database.read() as conn:
+            rows = [_GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id}) for tenant_id, op_id in wanted]
+        return [
+            GoneError("unknown or expired request id") if row is None or row[-1] else to_op(row[:-1]) for row in rows
+        ]
 
     def runnable(self, worker: WorkerId, base_model: str, limit: int) -> list[OpRow]:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
@@ -244,7 +275,15 @@ class Ops:
         if not op_ids:
             return set()
         with self._database.read() as conn:
-            return set(conn.execute(_FINAL_AMONG, {"op_ids": list(op_ids)}).scalars())
+            return {op_id for (op_id,) in _FINAL_AMONG.all(conn, {"op_ids": list(op_ids)})}
+
+    def ended_among(self, op_ids: Collection[OpId]) -> dict[OpId, OpRow]:
+        """Those of `op_ids` that have an outcome, with it, and without their payloads."""
+        if not op_ids:
+            return {}
+        with self._database.read() as conn:
+            final = _FINAL_AMONG.all(conn, {"op_ids": list(op_ids)})
+            return {op_id: to_op(_OUTCOME.first(conn, {"op_id": op_id})) for (op_id,) in final}
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
         """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
