@@ -7,6 +7,7 @@ Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,14 +88,10 @@ class RowLayout:
         copy: without it they share the row's memory if that is on the host.
         """
         host_P: FloatArray = row_P.detach().to("cpu", torch.float32, copy=copy).numpy()
-        tensors: dict[str, FloatArray] = {}
-        for place in self.places.values():
-            middle = place.offset + place.rank * place.linear.in_features
-            a_RI = host_P[place.offset : middle].reshape(place.rank, -1)
-            b_OR = host_P[middle : place.offset + place.num_params].reshape(-1, place.rank)
-            tensors[f"{part}/{place.state_name}.lora_A"] = a_RI
-            tensors[f"{part}/{place.state_name}.lora_B"] = b_OR
-        return tensors
+        return {
+            name: host_P[offset : offset + math.prod(shape)].reshape(shape)
+            for name, (offset, shape) in self._spans(part).items()
+        }
 
     def tensors_to_row(
         self, part: str, tensors: Mapping[str, FloatArray], device: torch.device, *, may_keep: bool = False
@@ -109,8 +106,8 @@ class RowLayout:
         given = {name: tensor for name, tensor in tensors.items() if name.startswith(part + "/")}
         if not given:
             return torch.zeros(self.num_params, device=device)
-        wanted = self._shapes(part)
-        for name, shape in wanted.items():
+        wanted = self._spans(part)
+        for name, (_, shape) in wanted.items():
             if name not in given:
                 raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
             if given[name].shape != shape:
@@ -132,13 +129,15 @@ class RowLayout:
             return torch.from_numpy(flat_P.copy()).to(device)
         return torch.from_numpy(flat_P).to(device, copy=not may_keep or device.type != "cpu")
 
-    def _shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a part's tensors, in the row's order."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for place in self.places.values():
-            shapes[f"{part}/{place.state_name}.lora_A"] = (place.rank, place.linear.in_features)
-            shapes[f"{part}/{place.state_name}.lora_B"] = (place.linear.out_features, place.rank)
-        return shapes
+    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, int]]]:
+        """Where a part's tensors begin in the row, and their shapes, by name and in the row's order."""
+        spans: dict[str, tuple[int, tuple[int, int]]] = {}
+        for places in self.groups.values():
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, (place.rank, place.linear.in_features))
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, (place.linear.out_features, place.rank))
+        return spans
 
 
 def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
