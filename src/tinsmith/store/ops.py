@@ -28,7 +28,7 @@ from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
 from tinsmith.store.schema import ops, runs
-from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
+from tinsmith.types import BlobKey, OpId, OpKind, OpState, Role, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
 EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
@@ -156,22 +156,22 @@ class Ops:
             raise GoneError("unknown or expired request id")
         return to_op(row[:-1])
 
-    def runnable(self, worker: WorkerId, base_model: str, limit: int) -> list[OpRow]:
+    def runnable(self, worker: WorkerId, base_model: str, limit: int, role: Role = Role.ALL) -> list[OpRow]:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
         waiting samples of the base, oldest first. At most `limit` of either.
 
-        Where there are more, every run has its first ones among them, and every tenant its oldest samples.
+        Where there are more, every run has its first ones among them, and every tenant its oldest samples. Of what the
+        worker's role excludes there are none.
         """
+        of_runs: list[OpRow] = []
+        samples: list[OpRow] = []
         with self._database.read() as conn:
-            of_runs = _fair(
-                conn.execute,
-                _RUNNABLE_IN_RUNS,
-                {"slot": worker.slot},
-                limit,
-                (ops.c.run_id, ops.c.seq_id),
-                ops.c.run_id,
-            )
-            samples = _fair(conn.execute, _WAITING_SAMPLES, {"base": base_model}, limit, (ops.c.num,), ops.c.tenant_id)
+            if role.trains:
+                order = (ops.c.run_id, ops.c.seq_id)
+                of_runs = _fair(conn.execute, _RUNNABLE_IN_RUNS, {"slot": worker.slot}, limit, order, ops.c.run_id)
+            if role.samples:
+                waiting = {"base": base_model}
+                samples = _fair(conn.execute, _WAITING_SAMPLES, waiting, limit, (ops.c.num,), ops.c.tenant_id)
         return of_runs + samples
 
     def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
