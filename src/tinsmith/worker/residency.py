@@ -46,6 +46,7 @@ class Residency:
         self._memory = FreeMemory()
         self._resident: OrderedDict[RunId, HeldRun] = OrderedDict()  # the longest unused first
         self._leaving: dict[RunId, bool] = {}  # whether it leaves although it has work
+        self.num_coming = 0  # runs with work whose state is being read, or for which there is no room
         self._num_waiting = 0  # runs with work that there is no room for
         self._bytes_waiting = 0
         self._not_before = 0.0
@@ -77,6 +78,7 @@ class Residency:
         self._num_waiting = self._bytes_waiting = 0
         room, room_bytes = self._max_runs - len(self._resident), self._max_bytes - self._engine.runs_bytes
         waiting = [c for c in absent if c.run_id not in coming]
+        self.num_coming = 0
         for run_id in newcomers(waiting, READ_AHEAD_RUNS, served):
             run = held[run_id]
             is_ready = run.snapshot is None or self._ahead.want(run.snapshot)
@@ -89,6 +91,7 @@ class Residency:
                 self._bytes_waiting += size
             elif is_ready:
                 coming.add(run_id)
+            self.num_coming += run_id not in coming
         return [
             c
             for c in candidates

@@ -70,10 +70,9 @@ class Snapshots:
         self._writer = writer
         self._on_disk = on_disk
 
-    def is_due(self, held: HeldRun) -> bool:
-        """Its debt is past the settings, and a snapshot can be taken now."""
-        over = held.debt_bytes >= self._settings.snapshot_debt_bytes or held.debt_s >= self._settings.snapshot_debt_s
-        return over and self.can_start(held)
+    def is_over(self, held: HeldRun) -> bool:
+        """Its debt is past the settings."""
+        return held.debt_bytes >= self._settings.snapshot_debt_bytes or held.debt_s >= self._settings.snapshot_debt_s
 
     def can_start(self, held: HeldRun) -> bool:
         settled = not (held.num_saves or held.is_snapshotting or held.replays)
