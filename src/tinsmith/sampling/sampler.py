@@ -34,6 +34,7 @@ from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.seats import Seats
 from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stop import Detokenizer, StopRule
+from tinsmith.training.runs import Weights
 from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
 log = structlog.get_logger("tinsmith.worker")
@@ -76,7 +77,7 @@ class Sampler:
         self.memory = Memory(KVCache(shape, total), self._limits.max_need)
         self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
         self._grammars = Grammars(base.info)
-        self._adapters = AdapterCache(base, settings.max_resident_adapters)
+        self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
         self._decoder = Decoder(base, self.memory.kv)
         self._requests: dict[OpId, Request] = {}
         self._schemed: list[Request] = []  # their schema isn't compiled yet
@@ -91,13 +92,23 @@ class Sampler:
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState) -> None:
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         """Freeze a copy of the state's `param` part under `key`; the least recently used that nobody needs may go.
+
+        may_keep: the state's own arrays may be what is frozen.
 
         Raises:
             UserError: the state's layers or shapes aren't those of this base.
         """
-        self._adapters.add(key, state)
+        self._adapters.add(key, state, may_keep=may_keep)
+
+    def add_weights(self, key: str, weights: Weights) -> None:
+        """The same of a copy that the trainer made for this."""
+        self._adapters.put(key, weights.spec, weights.row_P)
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        """Whether the memory for adapters allows one more whose file is so large."""
+        return self._adapters.has_room(num_bytes)
 
     @property
     def num_samples(self) -> int:
