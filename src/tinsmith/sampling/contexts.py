@@ -162,9 +162,10 @@ class MixedContext:
         ]
         return torch.cat(outs)
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         for context, part in self._parts:
-            context.add_lora(name, x_TI[part], y_TO[part])
+            context.add_lora(group, x_TI[part], y_TO[part])
+        return ()
 
 
 class ShapeProbe:

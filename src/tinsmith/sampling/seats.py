@@ -51,7 +51,9 @@ class Seats:
     def in_turn(self, ready: Iterable[Request]) -> Iterator[Request]:
         """Who may begin a sequence next, until nobody may: of those whose tenant, then whose snapshot holds least, the
         first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
-        heap: list[tuple[int, int, int, Request]] = [(0, 0, order, request) for order, request in enumerate(ready) if request.num_unstarted]
+        heap: list[tuple[int, int, int, Request]] = [
+            (0, 0, order, request) for order, request in enumerate(ready) if request.num_unstarted
+        ]
         while heap:
             by_tenant, by_line, order, request = heap[0]
             held = self._by_tenant[request.tenant], self._by_line[request.line]
