@@ -53,9 +53,9 @@ def make_base(kind: str, path: Path) -> BaseModel:
     return load_base(info, device=CPU, dtype=torch.float32)
 
 
-def make_trainer(base: BaseModel, *specs: RunSpec, chunk_tokens: int = 32) -> Trainer:
+def make_trainer(base: BaseModel, *specs: RunSpec, chunk_tokens: int = 32, deterministic: bool = True) -> Trainer:
     """With the given runs, whose B isn't zero, so that every gradient is alive."""
-    trainer = Trainer(base, Settings(loss_chunk_tokens=chunk_tokens))
+    trainer = Trainer(base, Settings(loss_chunk_tokens=chunk_tokens, deterministic=deterministic))
     for spec in specs:
         trainer.create_run(spec)
         state = trainer.export_run(spec.run_id, ("param",))

@@ -19,6 +19,7 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
 
     def has_run(self, run_id: RunId) -> bool:
@@ -37,7 +38,7 @@ class Trainer:
         self._slots.pop(run_id, None)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items)
+        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return [optim_step(self._slots[item.run_id], item.params) for item in items]

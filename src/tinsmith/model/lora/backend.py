@@ -39,6 +39,10 @@ class LoraWeights:
     def rank(self) -> int:
         return self.bs[0].shape[1]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a_KI, *self.bs)
+
 
 @dataclass(slots=True)
 class Segment:
