@@ -29,7 +29,7 @@ STEP_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """One run's float32 rows [P]; copy: its parameters in another dtype, if passes compute in one; step: taken so far."""
+    """One run's float32 rows [P]. copy: its parameters for passes in another dtype. step: taken so far."""
 
     param: Tensor
     grad: Tensor
@@ -127,7 +127,8 @@ def step_runs(runs: Sequence[StepRows], params: Sequence[AdamParams]) -> list[fl
         runs[0].param, to_device(np.ascontiguousarray(at.T), device), copies[0], to_device(copy_at, device),
         to_device(sizes, device), to_device(_numbers(runs, params), device), factors_S,
         takes_step_S, len(runs),
-        UNIT=unit, COPY_UNIT=copy_unit, EVEN=not (sizes % UNIT).any(), HAS_COPY=runs[0].copy is not None, BLOCK=STEP_BLOCK, num_warps=4,
+        UNIT=unit, COPY_UNIT=copy_unit, EVEN=not (sizes % UNIT).any(), HAS_COPY=runs[0].copy is not None,
+        BLOCK=STEP_BLOCK, num_warps=4,
     )  # fmt: skip
     norms: list[float] = norms_S.tolist()
     return norms

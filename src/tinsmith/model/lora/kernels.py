@@ -6,8 +6,8 @@
 
 W is a matrix of the segment's own run, wherever that lies on the device (`tables.Side`). Products accumulate in
 float32; float32 inputs are multiplied exactly, not as tf32. A row of `shrink` and `expand` depends on its own token
-alone. `outer` adds the spans of a piece in order, starting from what the gradient holds, if no other piece adds to the same
-gradient; else pieces are added as they come. Their plain reference is `loop.LoopLora`.
+alone. `outer` adds the spans of a piece in order, starting from what the gradient holds, if no other piece adds to the
+same gradient; else pieces are added as they come. Their plain reference is `loop.LoopLora`.
 
 Importing this module needs triton, and where there is no GPU TRITON_INTERPRET=1 set before.
 Shape letters: T rows of the pass, W wide columns, N narrow columns.
