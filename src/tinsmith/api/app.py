@@ -196,7 +196,9 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        watching = services.waiters.watching(lambda awaited: services.work(_ended_among, services, awaited))
+        watching = services.waiters.watching(
+            lambda awaited: services.work(_ended_among, services, awaited), services.recent
+        )
         async with watching:
             with services.pieces.listening():
                 yield

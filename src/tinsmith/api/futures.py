@@ -57,9 +57,16 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
     Raises:
         GoneError: no such op of this tenant, or its result has expired.
     """
+    seen = services.recent.find(tenant_id, op_id)
+    if seen is not None and seen.state.is_final:
+        return seen
     future = services.waiters.expect(op_id)
     try:
-        op = await services.op(tenant_id, op_id)
+        if seen is None:
+            op = await services.op(tenant_id, op_id)
+        else:
+            op = seen
+            services.recent.forget(op_id)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
             op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)

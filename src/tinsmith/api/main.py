@@ -22,7 +22,7 @@ from typing import cast
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, lifeline, observe
+from tinsmith import crashpoints, heap, lifeline, observe
 from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.express import Express
@@ -148,8 +148,10 @@ def serve_api(
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
+                server = make_server(services)
+                heap.settle()
                 with sweeping(store, services.blobs, settings):
-                    make_server(services).run(sockets=None if sock is None else [sock])
+                    server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
     finally:
