@@ -58,6 +58,7 @@ class TorchEngine:
         if uneven:
             log.warning(RESULTS_DEPEND, base=info.name, products=uneven, threads=torch.get_num_threads())
         self._trainer = Trainer(self._base, settings)
+        self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     @property
@@ -68,6 +69,10 @@ class TorchEngine:
     def num_forwards(self) -> int:
         """Walks through the base so far, as `FakeEngine` counts them."""
         return self._base.num_forwards
+
+    @property
+    def pass_max_tokens(self) -> int:
+        return self._trainer.budget.tokens
 
     def has_run(self, run_id: RunId) -> bool:
         return self._trainer.has_run(run_id)

@@ -58,7 +58,14 @@ class PassContext(Protocol):
 
 
 class GradContext(PassContext, Protocol):
-    """A pass whose hidden states are differentiated. With autograd on, the context must be of this kind."""
+    """A pass whose hidden states are differentiated. With autograd on, the context must be of this kind.
+
+    With activation checkpointing each layer is computed twice, the second time right before its backward.
+    """
+
+    def forget(self) -> None:
+        """Every layer until now will be computed again before its backward: what was kept for it may go."""
+        ...
 
     def needs_input(self, name: str) -> bool:
         """Whether `add_lora_grad` for this module will want x."""

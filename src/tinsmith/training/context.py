@@ -42,6 +42,9 @@ class TrainingContext:
         if self._backward:
             self._shrunk[name] = shrunk
 
+    def forget(self) -> None:
+        self._shrunk.clear()
+
     def needs_input(self, name: str) -> bool:
         return any(lane.op.staging is not None for lane in self._targeted.get(name, ()))
 

@@ -67,6 +67,11 @@ class Staging:
         self.views = slot.layout.views(self._row_P)
         self._marks: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def restart(self) -> None:
+        """The accumulator as it is, again; all that was added is forgotten."""
+        self._row_P.copy_(self._slot.rows["grad"])
+        self._marks.clear()
+
     def begin_op(self) -> None:
         """The op before is complete and will not be taken back."""
         self._marks.clear()

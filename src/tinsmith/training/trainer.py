@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
+from tinsmith.training.budget import Budget
+from tinsmith.training.footprint import measure
 from tinsmith.training.head import Head
 from tinsmith.training.optimizer import optim_step
 from tinsmith.training.runs import PARTS, RunSlot
@@ -19,7 +21,13 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._chunk_tokens = settings.loss_chunk_tokens
+        self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
+
+    def start(self) -> None:
+        """Measure what a pass takes, and go by the memory that is free from now on."""
+        self.budget.start(measure(self._base, self._chunk_tokens))
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
@@ -37,7 +45,7 @@ class Trainer:
         self._slots.pop(run_id, None)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items)
+        return TorchPass(self._base, self._head, self.budget, self._slots, items)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return [optim_step(self._slots[item.run_id], item.params) for item in items]
