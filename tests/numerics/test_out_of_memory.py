@@ -14,9 +14,10 @@ from tests.numerics.lab import assert_same_bits, assert_same_result, datum, grad
 from tests.numerics.test_custom_losses import custom, random_data
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel
-from tinsmith.training import Trainer, graph
+from tinsmith.training import Trainer, graph, training_pass
 from tinsmith.training.budget import Budget
 from tinsmith.training.context import TrainingContext
+from tinsmith.training.footprint import PeakMeter
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane
 from tinsmith.training.shortage import is_out_of_memory
@@ -147,13 +148,13 @@ def test_a_request_beyond_the_memory_runs_over_several_packs(base: BaseModel, sm
     """The bound falls until packs fit, and all bits are as in one pack."""
     trainer = begun_small(base)
     small_memory(70, 70, place)
-    training_pass = trainer.start_pass(mixed_items())
+    begun_pass = trainer.start_pass(mixed_items())
     packs = []
-    while (stats := training_pass.advance(10**6)) is not None:
+    while (stats := begun_pass.advance(10**6)) is not None:
         packs.append(stats.num_tokens)
     assert 5 <= len(packs) < 20
     assert max(packs) <= 70
-    assert_undisturbed(base, trainer, training_pass.commit())
+    assert_undisturbed(base, trainer, begun_pass.commit())
 
 
 def test_a_sequence_alone_is_recomputed(base: BaseModel, small_memory: Any) -> None:
@@ -190,6 +191,25 @@ def test_without_checkpointing_such_a_sequence_fails(base: BaseModel, small_memo
     small_memory(60, 10**6)
     outcomes = run_pass(trainer, [item("a", [datum(np.random.default_rng(0), n)], seq=n) for n in (50, 70)])
     assert [isinstance(one, Failure) for one in outcomes] == [False, True]
+
+
+@pytest.mark.parametrize("place", ["forward", "head", "backward"])
+def test_what_the_failed_pack_held_is_free_before_the_next_try(
+    deep_base: BaseModel, shortage: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """torch keeps the graph of a backward that failed until the next one."""
+    trainer = make_trainer(deep_base, RUNS[0])
+    items = [item("a", [datum(np.random.default_rng(0), 256) for _ in range(4)])]
+    run_pass(trainer, items)
+    held: list[int] = []
+    reclaim = training_pass.reclaim
+    shortage(place, [20 if place == "backward" else 0], ERRORS[0])
+    with PeakMeter() as meter:
+        monkeypatch.setattr(training_pass, "reclaim", lambda: (reclaim(), held.append(meter.now)))
+        run_pass(trainer, items)
+    deep_base.num_forwards = 0
+    assert len(held) == 1
+    assert held[0] < 0.05 * meter.peak
 
 
 def test_another_error_is_no_lack_of_memory(base: BaseModel, shortage: Any) -> None:
@@ -239,11 +259,11 @@ def test_the_bound_grows_back_slowly(base: BaseModel, small_memory: Any) -> None
         bounds = [budget.tokens]
         assert bounds[0] < 100
         while budget.tokens < 200:
-            training_pass = trainer.start_pass(items)
-            while training_pass.advance(budget.tokens) is not None:
+            begun_pass = trainer.start_pass(items)
+            while begun_pass.advance(budget.tokens) is not None:
                 assert budget.tokens <= 1.2 * bounds[-1] + 1
                 bounds.append(budget.tokens)
-            training_pass.commit()
+            begun_pass.commit()
     assert 5 < len(bounds) < 200
     assert bounds == sorted(bounds)
 

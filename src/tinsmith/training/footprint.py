@@ -92,12 +92,12 @@ def _peak(device: torch.device, work: Callable[[], None]) -> int:
 
 
 class PeakMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that tensors made inside it held at one time; scratch space within an operation isn't seen."""
+    """Bytes that tensors made inside it hold, `now` and at most; scratch space within an operation isn't seen."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._now = 0
+        self.now = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -115,10 +115,10 @@ class PeakMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known.add(key)
         size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.now += size
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._now -= size
+        self.now -= size

@@ -14,6 +14,7 @@ PHRASES = (
     "std::bad_alloc",
     "out of memory",
     "could not create a memory object",
+    "could not create a primitive",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
@@ -27,7 +28,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reclaim() -> None:
-    """Let go of what nobody uses: cycles, cached blocks of the device, freed memory that the C library keeps."""
+    """Let go of what nobody uses: the graph of a failed backward, cycles, cached blocks, memory that the C library keeps.
+
+    Tasks of a failed backward stay in autograd's queue of this thread, and the graph with them, until the next backward
+    takes them out.
+    """
+    with torch.enable_grad():
+        torch.zeros(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     gc.collect(1)  # what a failed pack left is young; all generations would take a quarter of a second
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
