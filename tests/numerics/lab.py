@@ -37,8 +37,8 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 12, "max_position_embeddings": 40_000},
     )),
     "thick": (Qwen3ForCausalLM, Qwen3Config(
-        hidden_size=32, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 12, "max_position_embeddings": 40_000},
+        hidden_size=32, intermediate_size=1024, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 8, "max_position_embeddings": 40_000},
     )),
     "wide": (Qwen3ForCausalLM, Qwen3Config(
         hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=64,

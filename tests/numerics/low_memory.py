@@ -39,7 +39,7 @@ def main() -> None:
     too_long = int(1.1 * ROOM_BYTES / footprint.recomputed)
     assert recomputes * footprint.recomputed < 0.6 * ROOM_BYTES
     cases = {
-        "many": ([[fits] * 10, [fits] * 6], ""),
+        "many": ([[fits] * 6, [fits] * 4], ""),
         "long": ([[fits, recomputes], [fits]], ""),
         "hopeless": ([[fits], [fits, too_long]], "b"),
     }

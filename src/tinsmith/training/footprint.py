@@ -80,13 +80,13 @@ def _pass(base: BaseModel, slot: RunSlot, staging: Staging, num_tokens: int, *, 
 def _peak(device: torch.device, work: Callable[[], None]) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before: int = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         torch.cuda.synchronize(device)
-        peak: int = torch.cuda.max_memory_allocated(device)
-        return peak - before
-    with PeakMeter() as meter:
+        return torch.cuda.max_memory_allocated(device) - before
+    meter = PeakMeter()
+    with meter:
         work()
     return meter.peak
 

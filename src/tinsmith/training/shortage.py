@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reclaim() -> None:
-    """Let go of what nobody uses: the graph of a failed backward, cycles, cached blocks, memory that the C library keeps.
+    """Let go of what nobody uses: the graph of a failed backward, cycles, and freed memory that is kept for later.
 
     Tasks of a failed backward stay in autograd's queue of this thread, and the graph with them, until the next backward
     takes them out.
