@@ -42,10 +42,13 @@ def mixed_items() -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "merged"])
 @pytest.mark.parametrize("max_tokens", [10**6, 60, 1])
-def test_the_bits_are_those_without(base: BaseModel, threads: int, max_tokens: int) -> None:
+def test_the_bits_are_those_without(base: BaseModel, threads: int, max_tokens: int, deterministic: bool) -> None:
     """Runs of all ranks and targets, some layers without an adapter, packs of any size, forward-only requests."""
-    kept, recomputed = (checkpointing(make_trainer(base, *RUNS), mode) for mode in ("never", "always"))
+    kept, recomputed = (
+        checkpointing(make_trainer(base, *RUNS, deterministic=deterministic), mode) for mode in ("never", "always")
+    )
     items = mixed_items()
     for one, other in zip(run_pass(kept, items, max_tokens), run_pass(recomputed, items, max_tokens), strict=True):
         assert_same_result(one, other)

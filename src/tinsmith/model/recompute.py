@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinsmith.errors import UnsupportedError
-from tinsmith.model.context import GradContext
 from tinsmith.model.linear import PassHolder
 
 Forward = Callable[..., Tensor]
@@ -45,12 +44,9 @@ def _forward(forward: Forward, holder: PassHolder, hidden: Tensor, **given: Any)
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, forward: Forward, holder: PassHolder, given: Mapping[str, Any]) -> Tensor:
-        context = cast(GradContext, holder.context)
-        out = forward(hidden, **given)
-        context.forget()
         ctx.save_for_backward(hidden)
-        ctx.layer = (forward, holder, context, given)
-        return out
+        ctx.layer = (forward, holder, holder.context, given)
+        return forward(hidden, **given)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:

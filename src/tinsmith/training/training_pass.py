@@ -2,7 +2,7 @@
 
 Owns the order of things and what becomes of each item; the arithmetic is in the context and the head. Running out of
 memory fails nothing that could be computed: the pack is made smaller, and if gradients of it were added already, the
-pass begins again from its runs' accumulators. That gives the same bits, since packs are cut between data alone. A datum
+pass begins again from its runs' accumulators. Packs are cut between data alone, so numbers don't change by it. A datum
 that is alone in its pack is computed with activation checkpointing; only what doesn't fit even so fails its request.
 Shape letters: T rows of a pack (padded), D hidden size.
 """
@@ -38,11 +38,14 @@ class TorchPass:
         budget: Budget,
         slots: Mapping[RunId, RunSlot],
         items: Sequence[TrainItem],
+        *,
+        deterministic: bool,
     ) -> None:
         self._base = base
         self._head = head
         self._budget = budget
         self._items = items
+        self._deterministic = deterministic
         self._slots = [slots[item.run_id] for item in items]
         self._stagings = {item.run_id: Staging(slots[item.run_id]) for item in items if item.backward}
         self._data = list_data(items)
@@ -168,7 +171,13 @@ class TorchPass:
             num_tokens=num_tokens,
             work=sum(self._work(ref) for ref in refs),
         )
-        h_TD = walk(self._base, lanes, backward=self._wants_grad(refs), recompute=self._recomputes(refs))
+        h_TD = walk(
+            self._base,
+            lanes,
+            backward=self._wants_grad(refs),
+            recompute=self._recomputes(refs),
+            deterministic=self._deterministic,
+        )
         self._has_added = True
         for lane in lanes:
             lane.op.max_runs = max(lane.op.max_runs, stats.num_runs)

@@ -17,12 +17,13 @@ from tinsmith.training.context import TrainingContext
 from tinsmith.training.lanes import Lane
 
 
-def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: bool) -> Tensor:
+def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: bool, deterministic: bool) -> Tensor:
     """Hidden states [T, D]; the lanes' rows lie end to end from row 0.
 
     Args:
         backward: autograd follows; backward from the result adds the adapters' gradients of live lanes.
         recompute: with activation checkpointing.
+        deterministic: each datum is a segment of its adapter by itself.
     """
     num_tokens = lanes[-1].end
     num_filler = padded_rows(num_tokens) - num_tokens  # rows of a sequence that nobody asked for
@@ -31,6 +32,7 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
         np.concatenate([lane.datum.tokens for lane in lanes] + [np.zeros(num_filler)]).astype(np.int64)
     )
     positions_T = torch.cat([torch.arange(length) for length in lengths])
-    context = TrainingContext(lanes, PackedAttention(lengths, base.device), backward=backward)
+    attention = PackedAttention(lengths, base.device)
+    context = TrainingContext(lanes, attention, base.lora, deterministic=deterministic)
     with torch.set_grad_enabled(backward):
         return base.hidden(tokens_T.to(base.device), positions_T.to(base.device), context, recompute=recompute)
