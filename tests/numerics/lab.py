@@ -37,6 +37,10 @@ CONFIGS: dict[str, Any] = {
         hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 12, "max_position_embeddings": 40_000},
     )),
+    "long": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "max_position_embeddings": 131_072},
+    )),
     "thick": (Qwen3ForCausalLM, Qwen3Config(
         hidden_size=32, intermediate_size=1024, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 8, "max_position_embeddings": 40_000},
