@@ -18,7 +18,7 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._head = Head(base.head, settings.loss_chunk_tokens, deterministic=settings.deterministic)
         self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
 
