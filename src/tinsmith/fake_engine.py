@@ -115,7 +115,7 @@ class FakeEngine:
     def host_row(self, count: int) -> FloatArray:
         return np.empty(count, np.float32)
 
-    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:  # noqa: ARG002
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         param = state.tensors[f"param/{MODULE}"]
         if param.shape != (spec.rank,) or state.spec.targets != spec.targets:
             raise UserError(
@@ -125,7 +125,7 @@ class FakeEngine:
         parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
         self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:  # noqa: ARG002
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
         run = self._runs[run_id]
         return RunState(run.spec, run.step, {f"{part}/{MODULE}": run.parts[part].copy() for part in parts})
 
@@ -169,7 +169,7 @@ class FakeEngine:
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:  # noqa: ARG002
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
 
     def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
@@ -177,7 +177,7 @@ class FakeEngine:
         self.add_adapter(key, state)
         return lambda: state
 
-    def has_adapter_room(self, num_bytes: int) -> bool:  # noqa: ARG002
+    def has_adapter_room(self, num_bytes: int) -> bool:
         return True
 
     def submit_sample(self, item: SampleItem) -> None:

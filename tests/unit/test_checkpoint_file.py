@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from safetensors.numpy import load, save
 
 from tinsmith.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import Select, and_, bindparam, exists, func, or_, select, update
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError
@@ -27,7 +27,7 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
-from tinsmith.store.schema import ops, runs
+from tinsmith.store.schema import ops, runs, samplers
 from tinsmith.types import BlobKey, OpId, OpKind, OpState, Role, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
@@ -63,13 +63,16 @@ _UNCLAIM = (
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
 )
 _FINAL_AMONG = select(ops.c.op_id).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), ops.c.state.in_(FINAL))
+_MADE_A_PROMISE = (ops.c.kind == OpKind.SAVE_SAMPLER.value) & exists().where(
+    samplers.c.run_id == ops.c.run_id, samplers.c.promised_seq == ops.c.seq_id
+)
 _REPLAYABLE = (
     select(*WITH_PAYLOAD)
     .where(
         ops.c.run_id == bindparam("run_id"),
         ops.c.seq_id > bindparam("above"),
         ops.c.state == OpState.DONE.value,
-        ops.c.kind.in_(EFFECTS),
+        or_(ops.c.kind.in_(EFFECTS), _MADE_A_PROMISE),
     )
     .order_by(ops.c.seq_id)
 )
@@ -227,7 +230,8 @@ class Ops:
             return set(conn.execute(_FINAL_AMONG, {"op_ids": list(op_ids)}).scalars())
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
-        """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
+        """DONE ops above `above_seq` that changed the run's state, or made a sampler whose file isn't written yet; by
+        seq, with payload."""
         with self._database.read() as conn:
             return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
 

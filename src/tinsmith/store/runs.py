@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, func, or_, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
-from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_current, require_leased
+from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
@@ -80,7 +80,7 @@ _HAND_BACK = (
 _RELEASE = (
     update(runs)
     .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot"))
-    .values(lease_owner=None, wants_worker=HAS_RUNNABLE)
+    .values(lease_owner=None, wants_worker=WANTS_WORKER)
 )
 _SNAPSHOT = select(runs.c.snapshot_seq, runs.c.snapshot_blob).where(runs.c.run_id == bindparam("run_id"))
 _SET_SNAPSHOT = (
@@ -132,7 +132,7 @@ class Runs:
             silent = conn.execute(_SILENT, watch).first()
             if silent is None and conn.execute(_WANTING, {"base": base_model, "limit": 1}).first() is None:
                 return []
-        with self._database.write() as conn:
+        with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             for slot in conn.execute(_SILENT, watch).scalars().all():
                 dispossess(conn, slot)
@@ -154,7 +154,7 @@ class Runs:
         """
         if not run_ids:
             return
-        with self._database.write() as conn:
+        with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             values = {"run_ids": list(run_ids), "slot": worker.slot}
             conn.execute(_HAND_BACK, values)
