@@ -88,6 +88,12 @@ class Settings:
         "Where the base model lives: auto and cpu mean the CPU; fake computes nothing real, for tests of clients.",
         group="engine",
     )
+    deterministic: bool = setting(
+        False,
+        "Promise that a run's results have the same bits whatever shares its passes, however they are cut, and after "
+        "a restart, on the same hardware, versions and number of threads; a worker that can't keep this doesn't start.",
+        group="engine",
+    )
     pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
     pass_cap_ms: float = setting(
         250.0,

@@ -89,7 +89,8 @@ class RunSlot:
 class Staging:
     """Gradients of one run in the making: a copy of its accumulator, to which data are added in order.
 
-    An op that fails after some of its data were added is taken back: `mark` remembers a layer as it was before the op.
+    An op that fails after some of its data were added is taken back: `mark` remembers a group of layers as it was
+    before the op.
     """
 
     def __init__(self, slot: RunSlot) -> None:
@@ -97,22 +98,21 @@ class Staging:
         accumulated_P = slot.rows.get("grad")
         self._row_P = torch.zeros_like(slot.rows["param"]) if accumulated_P is None else accumulated_P.clone()
         self.views = slot.layout.views(self._row_P)
-        self._marks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._marks: dict[str, tuple[Tensor, ...]] = {}
 
     def begin_op(self) -> None:
         """The op before is complete and will not be taken back."""
         self._marks.clear()
 
-    def mark(self, name: str) -> None:
-        """To be called before an op's first gradient of this layer is added, if the op may yet fail."""
-        if name not in self._marks:
-            a_RI, b_OR = self.views[name]
-            self._marks[name] = (a_RI.clone(), b_OR.clone())
+    def mark(self, group: str) -> None:
+        """To be called before an op's first gradient of this group of layers is added, if the op may yet fail."""
+        if group not in self._marks:
+            self._marks[group] = tuple(view.clone() for view in self.views[group].tensors)
 
     def take_back(self) -> None:
-        """Every marked layer as it was when marked."""
-        for name, kept in self._marks.items():
-            for view, copy in zip(self.views[name], kept, strict=True):
+        """Every marked group as it was when marked."""
+        for group, kept in self._marks.items():
+            for view, copy in zip(self.views[group].tensors, kept, strict=True):
                 view.copy_(copy)
         self._marks.clear()
 

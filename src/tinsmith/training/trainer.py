@@ -19,6 +19,7 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
         self._layouts: dict[tuple[Targets, int], RowLayout] = {}
         self.num_bytes = 0  # what the runs may take at most, between passes
@@ -53,7 +54,7 @@ class Trainer:
         self.num_bytes += self.run_bytes(slot.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items)
+        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
