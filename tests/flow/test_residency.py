@@ -42,7 +42,9 @@ def watch(house: House, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     for name in ("create_run", "import_run"):
 
-        def count(self: FakeEngine, *args: Any, _call: Any = getattr(FakeEngine, name), **options: Any) -> None:
+        call = getattr(FakeEngine, name)
+
+        def count(self: FakeEngine, *args: Any, _call: Any = call, **options: Any) -> None:
             _call(self, *args, **options)
             seen.append(self.runs_bytes)
 
