@@ -101,7 +101,9 @@ def compare(layout: RowLayout, args: argparse.Namespace, clip: float, what: str)
 
 def make_layout() -> RowLayout:
     linears = [
-        LinearInfo(f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape)
+        LinearInfo(
+            f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape, f"model.layers.{layer}.{name}"
+        )
         for layer in range(LAYERS)
         for name, shape in SHAPES.items()
     ]
@@ -124,7 +126,7 @@ def make_peer(layout: RowLayout, slot: RunSlot, params: AdamParams, grad: torch.
 
 
 def flat_views(layout: RowLayout, row_P: torch.Tensor) -> list[torch.Tensor]:
-    return [view for pair in layout.views(row_P).values() for view in pair]
+    return [view for place in layout.places.values() for view in place.views(row_P)]
 
 
 def timed(arm: Callable[[], object]) -> float:

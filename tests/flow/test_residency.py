@@ -41,7 +41,6 @@ def watch(house: House, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of all runs each time that one comes into the engine."""
     seen: list[int] = []
     for name in ("create_run", "import_run"):
-
         call = getattr(FakeEngine, name)
 
         def count(self: FakeEngine, *args: Any, _call: Any = call, **options: Any) -> None:
