@@ -200,6 +200,7 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
         worker._must_look = True
         is_idle = not worker.step() and not worker._must_look
         num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
+        num_pending += worker._samples.num_coming + len(worker._publisher._due)
         if is_idle and not num_pending:
             return
         if num_pending:
