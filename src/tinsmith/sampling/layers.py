@@ -1,0 +1,176 @@
+"""The layers of a model of the Llama family, walked without its modules.
+
+With a few rows a step's time goes into calls, not into arithmetic: norms in six kernels each, views, a module's entry
+and exit for each of them. Here a layer is some twenty calls over the same weights and the same pass context. It is used
+where the model has just these parts, and where it gives the numbers of the model's own modules (`lean_layers` compares
+them); any other model is walked through its modules.
+Shape letters: T rows, D hidden size, E size of a head, H query heads, G key/value heads, N = H + G, I inner size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinsmith.model import MIN_ROWS, BaseModel, PassContext
+from tinsmith.model.activation import StableSiLU
+from tinsmith.model.linear import GroupedLinear, LinearGroup
+
+MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest hidden state
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm (Zhang and Sennrich 2019)."""
+
+    weight_D: Tensor
+    eps: float
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return F.rms_norm(x_TD, self.weight_D.shape, self.weight_D, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """qk_NE: weights of the norms of each head of queries and keys; None where there are none."""
+
+    qkv: LinearGroup
+    out: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
+    before: Norm
+    after: Norm
+    qk_NE: Tensor | None
+    qk_eps: float
+    head_size: int
+    scale: float
+
+    def __call__(self, index: int, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, context: PassContext) -> Tensor:
+        """sin is negative in its first half, so that halves needn't be negated."""
+        rows, size = len(x_TD), self.head_size
+        num_values = self.qkv.widths[2]
+        qkv_TO = _product(self.qkv, self.before(x_TD), context)
+        qk_TNE = qkv_TO[:, :-num_values].view(rows, -1, size)
+        v_TGE = qkv_TO[:, -num_values:].view(rows, -1, size)
+        if self.qk_NE is not None:
+            qk_TNE = F.rms_norm(qk_TNE, (size,), None, self.qk_eps) * self.qk_NE
+        swapped_TNE = torch.cat((qk_TNE[..., size // 2 :], qk_TNE[..., : size // 2]), -1)
+        qk_NTE = (qk_TNE * cos_T1E).addcmul_(swapped_TNE, sin_T1E).transpose(0, 1)
+        num_heads = self.qkv.widths[0] // size
+        out_THE = context.attend(index, qk_NTE[:num_heads], qk_NTE[num_heads:], v_TGE.transpose(0, 1), self.scale)
+        x_TD = _product(self.out, out_THE.reshape(rows, -1), context).add_(x_TD)
+        gate_TI, up_TI = _product(self.gate_up, self.after(x_TD), context).chunk(2, -1)
+        inner_TI = torch.neg(gate_TI).exp_().add_(1.0).reciprocal_().mul_(gate_TI).mul_(up_TI)
+        return _product(self.down, inner_TI, context).add_(x_TD)
+
+
+class LeanLayers:
+    """`hidden` is that of `BaseModel`."""
+
+    def __init__(self, base: BaseModel, layers: list[Layer], rotary: nn.Module, norm: Norm) -> None:
+        self._base = base
+        self._layers = layers
+        self._rotary = rotary
+        self._norm = norm
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
+        self._base.num_forwards += 1
+        x_TD = self._base.embed(tokens_T)
+        cos_1TE, sin_1TE = self._rotary(x_TD[None], positions_T[None])
+        cos_T1E, sin_T1E = cos_1TE[0, :, None], sin_1TE[0, :, None].clone()
+        sin_T1E[..., : sin_T1E.shape[-1] // 2].neg_()
+        for index, layer in enumerate(self._layers):
+            x_TD = layer(index, x_TD, cos_T1E, sin_T1E, context)
+        return self._norm(x_TD)
+
+
+def lean_layers(base: BaseModel) -> LeanLayers | None:
+    """None if the model isn't made of these parts alone, or computes something else with them."""
+    layers = getattr(base.backbone, "layers", None)
+    rotary, norm = getattr(base.backbone, "rotary_emb", None), _norm(getattr(base.backbone, "norm", None))
+    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module) or norm is None:
+        return None
+    made = [_layer(module) for module in layers]
+    if len(made) != base.num_layers or any(layer is None for layer in made):
+        return None
+    lean = LeanLayers(base, cast(list[Layer], made), rotary, norm)
+    return lean if _agrees(base, lean) else None
+
+
+def _product(group: LinearGroup, x_TI: Tensor, context: PassContext) -> Tensor:
+    y_TO = group.matrix.times(x_TI, group.bias_O)
+    context.add_lora(group.name, x_TI, y_TO)
+    return y_TO
+
+
+def _layer(module: nn.Module) -> Layer | None:
+    parts = dict(module.named_children())
+    if set(parts) != LAYER_PARTS:
+        return None
+    attention, mlp = dict(parts["self_attn"].named_children()), dict(parts["mlp"].named_children())
+    before, after = _norm(parts["input_layernorm"]), _norm(parts["post_attention_layernorm"])
+    has_norms = {"q_norm", "k_norm"} <= set(attention)
+    if set(attention) - {"q_norm", "k_norm"} != ATTENTION_PARTS or set(mlp) != MLP_PARTS or not before or not after:
+        return None
+    qkv = _group(attention["q_proj"], attention["k_proj"], attention["v_proj"])
+    out, down = _group(attention["o_proj"]), _group(mlp["down_proj"])
+    gate_up = _group(mlp["gate_proj"], mlp["up_proj"])
+    size, scale = getattr(parts["self_attn"], "head_dim", None), getattr(parts["self_attn"], "scaling", None)
+    if not (qkv and out and gate_up and down and size and scale and isinstance(mlp["act_fn"], StableSiLU)):
+        return None
+    qk_NE, qk_eps = None, 0.0
+    if has_norms:
+        q, k = _norm(attention["q_norm"]), _norm(attention["k_norm"])
+        if q is None or k is None or q.weight_D.shape != (size,) or q.eps != k.eps:
+            return None
+        of_heads = [(q, qkv.widths[0] // size), (k, qkv.widths[1] // size)]
+        qk_NE = torch.cat([norm.weight_D.expand(heads, size) for norm, heads in of_heads])
+        qk_eps = q.eps
+    return Layer(qkv, out, gate_up, down, before, after, qk_NE, qk_eps, size, scale)
+
+
+def _group(*modules: nn.Module) -> LinearGroup | None:
+    """The group that consists of just these layers, in this order."""
+    first = modules[0]
+    if not isinstance(first, GroupedLinear) or len(first.group.names) != len(modules):
+        return None
+    is_whole = all(isinstance(m, GroupedLinear) and m.group is first.group for m in modules)
+    return first.group if is_whole else None
+
+
+def _norm(module: object) -> Norm | None:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    return Norm(weight.detach(), float(eps)) if isinstance(weight, Tensor) and eps is not None else None
+
+
+class _Causal:
+    """One sequence over all rows."""
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        q, k, v = q_HTD[None], k_GTD[None], v_GTD[None]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+
+def _agrees(base: BaseModel, lean: LeanLayers) -> bool:
+    """Whether both ways give the same hidden states. Not counted in `num_forwards`."""
+    counted = base.num_forwards
+    tokens_T = torch.arange(MIN_ROWS, device=base.device) * 7919 % base.info.vocab_size
+    positions_T = torch.arange(MIN_ROWS, device=base.device) + 3
+    try:
+        expected_TD, found_TD = (way.hidden(tokens_T, positions_T, _Causal()) for way in (base, lean))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False  # its parts have the names, and other shapes or calls
+    finally:
+        base.num_forwards = counted
+    return bool((expected_TD - found_TD).abs().max() <= MAX_ERROR[base.dtype] * expected_TD.abs().max())
