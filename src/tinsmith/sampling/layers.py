@@ -17,24 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.model import MIN_ROWS, BaseModel, PassContext
-from tinsmith.model.activation import StableSiLU
-from tinsmith.model.linear import GroupedLinear, LinearGroup
+from tinsmith.model.activation import gated_silu
+from tinsmith.model.blocks import GatedMLP, RotaryAttention
+from tinsmith.model.linear import LinearGroup
+from tinsmith.model.norm import RMSNorm
 
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest hidden state
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMSNorm (Zhang and Sennrich 2019)."""
-
-    weight_D: Tensor
-    eps: float
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD, self.weight_D.shape, self.weight_D, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +34,19 @@ class Layer:
     out: LinearGroup
     gate_up: LinearGroup
     down: LinearGroup
-    before: Norm
-    after: Norm
+    before: RMSNorm
+    after: RMSNorm
     qk_NE: Tensor | None
     qk_eps: float
     head_size: int
     scale: float
+    is_stable: bool
 
     def __call__(self, index: int, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, context: PassContext) -> Tensor:
         """sin is negative in its first half, so that halves needn't be negated."""
         rows, size = len(x_TD), self.head_size
         num_values = self.qkv.widths[2]
-        qkv_TO = _product(self.qkv, self.before(x_TD), context)
+        qkv_TO = _product(self.qkv, _normed(self.before, x_TD), context)
         qk_TNE = qkv_TO[:, :-num_values].view(rows, -1, size)
         v_TGE = qkv_TO[:, -num_values:].view(rows, -1, size)
         if self.qk_NE is not None:
@@ -66,15 +56,14 @@ class Layer:
         num_heads = self.qkv.widths[0] // size
         out_THE = context.attend(index, qk_NTE[:num_heads], qk_NTE[num_heads:], v_TGE.transpose(0, 1), self.scale)
         x_TD = _product(self.out, out_THE.reshape(rows, -1), context).add_(x_TD)
-        gate_TI, up_TI = _product(self.gate_up, self.after(x_TD), context).chunk(2, -1)
-        inner_TI = torch.neg(gate_TI).exp_().add_(1.0).reciprocal_().mul_(gate_TI).mul_(up_TI)
+        inner_TI = gated_silu(_product(self.gate_up, _normed(self.after, x_TD), context), stable=self.is_stable)
         return _product(self.down, inner_TI, context).add_(x_TD)
 
 
 class LeanLayers:
     """`hidden` is that of `BaseModel`."""
 
-    def __init__(self, base: BaseModel, layers: list[Layer], rotary: nn.Module, norm: Norm) -> None:
+    def __init__(self, base: BaseModel, layers: list[Layer], rotary: nn.Module, norm: RMSNorm) -> None:
         self._base = base
         self._layers = layers
         self._rotary = rotary
@@ -88,14 +77,14 @@ class LeanLayers:
         sin_T1E[..., : sin_T1E.shape[-1] // 2].neg_()
         for index, layer in enumerate(self._layers):
             x_TD = layer(index, x_TD, cos_T1E, sin_T1E, context)
-        return self._norm(x_TD)
+        return _normed(self._norm, x_TD)
 
 
 def lean_layers(base: BaseModel) -> LeanLayers | None:
     """None if the model isn't made of these parts alone, or computes something else with them."""
     layers = getattr(base.backbone, "layers", None)
-    rotary, norm = getattr(base.backbone, "rotary_emb", None), _norm(getattr(base.backbone, "norm", None))
-    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module) or norm is None:
+    rotary, norm = getattr(base.backbone, "rotary_emb", None), getattr(base.backbone, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module) or not isinstance(norm, RMSNorm):
         return None
     made = [_layer(module) for module in layers]
     if len(made) != base.num_layers or any(layer is None for layer in made):
@@ -114,40 +103,36 @@ def _layer(module: nn.Module) -> Layer | None:
     parts = dict(module.named_children())
     if set(parts) != LAYER_PARTS:
         return None
-    attention, mlp = dict(parts["self_attn"].named_children()), dict(parts["mlp"].named_children())
-    before, after = _norm(parts["input_layernorm"]), _norm(parts["post_attention_layernorm"])
-    has_norms = {"q_norm", "k_norm"} <= set(attention)
-    if set(attention) - {"q_norm", "k_norm"} != ATTENTION_PARTS or set(mlp) != MLP_PARTS or not before or not after:
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
+    if not isinstance(attention, RotaryAttention) or not isinstance(mlp, GatedMLP):
         return None
-    qkv = _group(attention["q_proj"], attention["k_proj"], attention["v_proj"])
-    out, down = _group(attention["o_proj"]), _group(mlp["down_proj"])
-    gate_up = _group(mlp["gate_proj"], mlp["up_proj"])
-    size, scale = getattr(parts["self_attn"], "head_dim", None), getattr(parts["self_attn"], "scaling", None)
-    if not (qkv and out and gate_up and down and size and scale and isinstance(mlp["act_fn"], StableSiLU)):
+    if not isinstance(before, RMSNorm) or not isinstance(after, RMSNorm):
         return None
-    qk_NE, qk_eps = None, 0.0
-    if has_norms:
-        q, k = _norm(attention["q_norm"]), _norm(attention["k_norm"])
-        if q is None or k is None or q.weight_D.shape != (size,) or q.eps != k.eps:
+    size, qk_NE, qk_eps = attention.head_dim, None, 0.0
+    q, k = attention.q_norm, attention.k_norm
+    if q is not None or k is not None:
+        if not isinstance(q, RMSNorm) or not isinstance(k, RMSNorm) or q.eps != k.eps:
             return None
-        of_heads = [(q, qkv.widths[0] // size), (k, qkv.widths[1] // size)]
-        qk_NE = torch.cat([norm.weight_D.expand(heads, size) for norm, heads in of_heads])
-        qk_eps = q.eps
-    return Layer(qkv, out, gate_up, down, before, after, qk_NE, qk_eps, size, scale)
+        heads = [(norm, width // size) for norm, width in zip((q, k), attention.qkv.widths, strict=False)]
+        qk_NE, qk_eps = torch.cat([norm.weight_D.expand(num, size) for norm, num in heads]), q.eps
+    return Layer(
+        qkv=attention.qkv,
+        out=attention.o_proj.group,
+        gate_up=mlp.gate_up,
+        down=mlp.down_proj.group,
+        before=before,
+        after=after,
+        qk_NE=qk_NE,
+        qk_eps=qk_eps,
+        head_size=size,
+        scale=attention.scaling,
+        is_stable=mlp.stable,
+    )
 
 
-def _group(*modules: nn.Module) -> LinearGroup | None:
-    """The group that consists of just these layers, in this order."""
-    first = modules[0]
-    if not isinstance(first, GroupedLinear) or len(first.group.names) != len(modules):
-        return None
-    is_whole = all(isinstance(m, GroupedLinear) and m.group is first.group for m in modules)
-    return first.group if is_whole else None
-
-
-def _norm(module: object) -> Norm | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    return Norm(weight.detach(), float(eps)) if isinstance(weight, Tensor) and eps is not None else None
+def _normed(norm: RMSNorm, x_TD: Tensor) -> Tensor:
+    return F.rms_norm(x_TD, norm.weight_D.shape, norm.weight_D, norm.eps)
 
 
 class _Causal:
