@@ -169,9 +169,9 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], rules: Rules, counts_B: I
         matchers = {row: sequences[row].matcher for row in rules.matched}
         allowed = {row: matcher.allowed() for row, matcher in matchers.items() if matcher is not None}
         penalised_BV = restrict(logits_BV if penalised_BV is None else penalised_BV, allowed)
-    tokens_B, logprobs_B, logprobs_BV = draw(logits_BV, rules.warp, uniforms_B, penalised_BV)
+    tokens_B, logprobs_B, norms_B1 = draw(logits_BV, rules.warp, uniforms_B, penalised_BV)
     tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
     if not rules.tops:
         return [Drawn(*each) for each in zip(sequences, tokens, logprobs, strict=True)]
-    tops = likeliest(logprobs_BV, rules.tops)
+    tops = likeliest(rules.warp.scaled(logits_BV) - norms_B1, rules.tops)
     return [Drawn(*each) for each in zip(sequences, tokens, logprobs, tops, strict=True)]

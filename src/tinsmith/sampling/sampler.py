@@ -211,7 +211,10 @@ class Sampler:
         if not asking:
             stages.refused.clear()
             return []
-        coming = Coming(self._seats(), (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)))
+        coming = Coming(
+            self._seats() if stages.num_lines else Seats(0, ()),
+            (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)),
+        )
         stages.refused |= {recompute.tenant for recompute in recomputes}
         may_begin = partial(self._may_begin, coming)
         chunk_tokens = self._settings.prefill_chunk_tokens
@@ -277,6 +280,8 @@ class Sampler:
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, where seats and memory allow: each gets its first token."""
         stages = self._stages
+        if not stages.ready:
+            return
         started: list[Sequence] = []
         seats = self._seats()
         for request in stages.ready:

@@ -42,6 +42,11 @@ class Stages:
         return sum(len(line) for line in self._waiting.values())
 
     @property
+    def num_lines(self) -> int:
+        """Lines in which anybody waits."""
+        return len(self._waiting)
+
+    @property
     def recomputes(self) -> list[Recompute]:
         """Those that don't compute yet, oldest first."""
         return sorted((r for r in self.preempted.values() if r not in self.begun), key=lambda r: r.age)
