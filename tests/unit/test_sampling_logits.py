@@ -136,7 +136,7 @@ def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
     warp = Warp.of(params, vocab, CPU)
     tokens, logprobs, norms = draw(logits, warp, uniforms)
     all_logprobs = warp.scaled(logits) - norms
-    torch.testing.assert_close(all_logprobs, torch.log_softmax(warp.scaled(logits), -1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(all_logprobs, torch.log_softmax(warp.scaled(logits), -1), atol=5e-6, rtol=0)
     for i in range(37):
         token, logprob, _ = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
         assert torch.equal(token[0], tokens[i])

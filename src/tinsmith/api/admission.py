@@ -99,6 +99,7 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         meta=draft.meta,
         failure=draft.failure,
     )
+    looks_before = services.waiters.num_looks
     try:
         enqueued = await _record(services, new, draft.run)
     except UserError:
@@ -108,15 +109,16 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
     if blob and not enqueued.is_new:
         await services.work(services.blobs.delete, blob)
     if not enqueued.row.state.is_final:
+        if services.waiters.num_looks == looks_before:
+            services.recent.opened(enqueued.row)
         services.ring(enqueued.row.base_model)
     return enqueued.row
 
 
 async def _record(services: Services, new: NewOp, run: NewRun | None) -> Enqueued:
-    ops = services.store.ops
     if run is not None:
-        return await services.write(ops.create_run, run, new, time.time())
-    return await services.write(ops.enqueue, new, time.time())
+        return await services.write(services.store.ops.create_run, run, new, time.time())
+    return await services.enqueue(new)
 
 
 async def _write_payload(

@@ -8,20 +8,24 @@ finished.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, lifeline, observe
-from tinsmith.api.app import build_app, with_edge
+from tinsmith import crashpoints, heap, lifeline, observe
+from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
+from tinsmith.api.express import Express
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
@@ -74,14 +78,14 @@ def build_services(
     settings: Settings,
     store: Store,
     bell: Bell | None,
-    worker_bells: Mapping[str, Path],
+    worker_bells: Mapping[str, Sequence[Path]],
     line: TokenLine | None = None,
 ) -> Services:
     """What the routes work with, for the settings' bases.
 
     Args:
         bell: rung by workers when ops have ended; None: found out by scanning alone.
-        worker_bells: by base model, the bell of its worker.
+        worker_bells: by base model, the bells of its workers.
         line: on which workers tell of samples under way; None: answers are streamed once they are whole.
 
     Raises:
@@ -97,7 +101,7 @@ def build_services(
         blobs=Blobs(settings.data_dir / "blobs"),
         bases=bases,
         waiters=Waiters(bell, settings.scan_interval_s),
-        ringers={base: Ringer(path) for base, path in worker_bells.items()},
+        ringers={base: [Ringer(path) for path in paths] for base, paths in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
         signer=Signer(DataDir(settings.data_dir).signing_secret()),
         pieces=Pieces(line),
@@ -106,8 +110,10 @@ def build_services(
 
 def make_server(services: Services) -> Server:
     """A uvicorn server over the services; run it with `run(sockets=[...])`."""
+    app = build_app(services)
+    express = Express(services, app.state[KEYS], app.state[BUDGET])
     config = uvicorn.Config(
-        with_edge(build_app(services)),
+        with_edge(app),
         host=services.settings.host,
         port=services.settings.port,
         log_config=None,
@@ -116,7 +122,7 @@ def make_server(services: Services) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
-        http=Connection,
+        http=cast("type[asyncio.Protocol]", partial(Connection, express)),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=most_connections(),
@@ -125,14 +131,14 @@ def make_server(services: Services) -> Server:
 
 
 def serve_api(
-    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Path]
+    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Sequence[Path]]
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         sock: bound and listening or not; None: bind `settings.host` and `settings.port`.
         bell_path: where this process listens for workers' rings.
-        worker_bell_paths: by base model, where its worker listens.
+        worker_bell_paths: by base model, where its workers listen.
 
     Raises:
         ConfigError: a base's directory is missing or not a model's.
@@ -142,8 +148,10 @@ def serve_api(
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
+                server = make_server(services)
+                heap.settle()
                 with sweeping(store, services.blobs, settings):
-                    make_server(services).run(sockets=None if sock is None else [sock])
+                    server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
     finally:
@@ -160,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
     sock = None if args.fd is None else socket.socket(fileno=args.fd)
-    bells = {base: Path(path) for base, _, path in (text.rpartition("=") for text in args.worker_bell)}
+    bells: dict[str, list[Path]] = {}
+    for base, _, path in (text.rpartition("=") for text in args.worker_bell):
+        bells.setdefault(base, []).append(Path(path))
     try:
         serve_api(settings, sock, args.bell, bells)
     except TinsmithError as error:

@@ -69,8 +69,8 @@ def draw(
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        tokens int64 [B], their logprobs float32 [B], and what must be taken off the scaled logits of each row to get all
-        logprobs, float32 [B, 1]; NaN where the logits are not finite.
+        tokens int64 [B], their logprobs float32 [B], and what is to be taken off the scaled logits of each row to get
+        all logprobs, float32 [B, 1]; NaN where the logits are not finite.
     """
     scaled_BV = warp.scaled(logits_BV)
     largest_B1 = scaled_BV.amax(-1, keepdim=True)

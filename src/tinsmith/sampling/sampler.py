@@ -38,6 +38,7 @@ from tinsmith.sampling.sequence import Prompt, Request, Sequence
 from tinsmith.sampling.stages import Stages
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.sampling.walk import Walker
+from tinsmith.training.runs import Weights
 from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
 log = structlog.get_logger("tinsmith.worker")
@@ -88,7 +89,7 @@ class Sampler:
         self._prefixes = PrefixCache(grid, settings.prefix_cache_mib * 2**20)
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
-        self._adapters = AdapterCache(base, settings.max_resident_adapters)
+        self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
         self._walker = Walker(base, self.memory.kv, is_exact=settings.deterministic)
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
@@ -98,13 +99,23 @@ class Sampler:
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState) -> None:
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         """Freeze a copy of the state's `param` part under `key`; the least recently used that nobody needs may go.
+
+        may_keep: the state's own arrays may be what is frozen.
 
         Raises:
             UserError: the state's layers or shapes aren't those of this base.
         """
-        self._adapters.add(key, state)
+        self._adapters.add(key, state, may_keep=may_keep)
+
+    def add_weights(self, key: str, weights: Weights) -> None:
+        """The same of a copy that the trainer made for this."""
+        self._adapters.put(key, weights.spec, weights.row_P)
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        """Whether the memory for adapters allows one more whose file is so large."""
+        return self._adapters.has_room(num_bytes)
 
     @property
     def num_samples(self) -> int:

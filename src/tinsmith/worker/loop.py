@@ -3,7 +3,7 @@
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
 changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
 in one transaction, and advances the resident samples. Training passes take turns pack by pack, and so do training and
-sampling, of equal time: after each pack the sampler has as long as the pack took.
+sampling: after each pack the sampler has as long as the pack took, times the setting `sampling_share`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, RunId
+from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
 from tinsmith.worker.telling import Telling
@@ -39,7 +41,6 @@ log = structlog.get_logger("tinsmith.worker")
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 LOOK_AT_MOST = 4096
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
-MAX_NEW_RUNS = 8  # brought into memory by one batch
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 STORAGE_RETRY_S = 0.5
@@ -60,6 +61,7 @@ class Worker:
         api: Ringer,
         wake: Callable[[], None],
         line: TokenSender | None = None,
+        role: Role = Role.ALL,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
         of samples under way."""
@@ -69,10 +71,12 @@ class Worker:
         self._settings = settings
         self._bell = bell
         self._base = engine.info.name
+        self._role = role
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
-        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer)
+        self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
+        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._ahead)
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
         self._shares = Shares()
         self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
@@ -107,9 +111,10 @@ class Worker:
         if batch is not None:
             self._run(batch)
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
-        self._sample_for(barriers_s + self._advance())
+        self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self.runs.snapshot_due()
-        self.runs.evict(self._busy | self._passes.runs)
+        computing = self._passes.runs
+        self.runs.evict(self._busy | computing, computing)
         return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
 
     def close(self) -> None:
@@ -122,6 +127,7 @@ class Worker:
         self.runs.snapshot_all()
         self._writer.flush()
         self._writer.close()
+        self._ahead.close()
         self.runs.release_all()
 
     def _is_rung(self) -> bool:
@@ -143,19 +149,21 @@ class Worker:
     def _look(self) -> Batch | None:
         self._must_look = False
         self._looked_at = time.monotonic()
-        self.runs.lease()
+        if self._role.trains:
+            self.runs.lease()
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
         candidates = self._beside_passes(waiting)
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
-        return plan(candidates, self._limits(), self._shares.enter(tenants))
+        served = self._shares.enter(tenants)
+        return plan(self.runs.choose(candidates, served), self._limits(), served)
 
     def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
@@ -175,7 +183,7 @@ class Worker:
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
             tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
-            max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
+            max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
 
@@ -283,7 +291,7 @@ class Worker:
         self._must_look = True
         waiting = [
             Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
             if op.kind is OpKind.SAMPLE
         ]
         if self._is_isolating or any(sample.is_suspect for sample in waiting):
