@@ -198,7 +198,8 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
     while time.monotonic() < until:
         worker._heard_at = float("-inf")
         worker._must_look = True
-        if not worker.step() and not worker._writer.num_pending and not worker._must_look:
+        worker._queue.distrust()
+        if not worker.step() and not worker._writer.num_pending and not (worker._must_look or worker._must_plan):
             return
         if worker._writer.num_pending:
             time.sleep(0.002)

@@ -29,6 +29,7 @@ from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
 from tinsmith.worker.telling import Telling
@@ -37,7 +38,6 @@ from tinsmith.worker.writer import Writer
 log = structlog.get_logger("tinsmith.worker")
 
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
-LOOK_AT_MOST = 4096
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 MAX_NEW_RUNS = 8  # brought into memory by one batch
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
@@ -77,6 +77,7 @@ class Worker:
         self._shares = Shares()
         self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
+        self._queue = QueueView(me, self._base, store, settings.scan_interval_s)
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
@@ -85,6 +86,7 @@ class Worker:
         self._heard_at = float("-inf")
         self._has_news = False
         self._must_look = True
+        self._must_plan = True
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; the batch under way is finished and recorded.
@@ -102,7 +104,7 @@ class Worker:
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if self._must_look and not self._is_isolating else None
+        batch = self._look() if (self._must_look or self._must_plan) and not self._is_isolating else None
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
@@ -141,15 +143,18 @@ class Worker:
             self._persist(lambda: self._store.endings.meter(self._me, used, time.time()))
 
     def _look(self) -> Batch | None:
-        self._must_look = False
-        self._looked_at = time.monotonic()
-        self.runs.lease()
+        if self._must_look:
+            self._looked_at = time.monotonic()
+            if self.runs.lease():
+                self._queue.distrust()
+            self._queue.look()
+        self._must_look = self._must_plan = False
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._queue.ops
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
@@ -192,7 +197,7 @@ class Worker:
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
-        self._must_look = True
+        self._must_plan = True
         claimed, replays = self._claim(batch)
         self._admit([op for op in claimed if op.kind is OpKind.SAMPLE])
         ops = [op for op in claimed if op.kind is not OpKind.SAMPLE]
@@ -210,7 +215,9 @@ class Worker:
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
         replays = {c.op_id for c in batch.ops if c.is_replay}
-        claimed = self._store.ops.claim(self._me, [c.op_id for c in batch.ops if not c.is_replay], time.time())
+        new = [c.op_id for c in batch.ops if not c.is_replay]
+        claimed = self._store.ops.claim(self._me, new, time.time())
+        self._queue.remove(new)
         poison = [op for op in claimed if op.attempts > MAX_ATTEMPTS]
         self._commit([failed(op, TinsmithError(POISON).as_failure()) for op in poison])
         rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
@@ -241,14 +248,13 @@ class Worker:
                 outcomes = current.commit()
                 self._passes.end(current)
                 self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
-                self._must_look = True
+                self._must_plan = True
         except (FencedError, CapacityError, CorruptError):
             raise
         except Exception:
             log.exception("pass failed", ops=[op.id for op in current.ops])
             self._passes.end(current)
             self._contain(current.ops, current.replays)
-            self._must_look = True
         seconds = current.seconds - before
         self._passes.spent(current, seconds)
         return seconds
@@ -274,16 +280,16 @@ class Worker:
             else:
                 outcomes = []
                 self._suspects |= {op.id for op in abandoned}
-                self._store.ops.unclaim(self._me, [op.id for op in abandoned])
-                self._must_look = True
+                self._unclaim([op.id for op in abandoned])
         self._commit(outcomes)
         self._suspects -= {outcome.op.id for outcome in outcomes}
 
     def _admit_samples(self) -> None:
         self._must_look = True
+        self._queue.look()
         waiting = [
             Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._queue.ops
             if op.kind is OpKind.SAMPLE
         ]
         if self._is_isolating or any(sample.is_suspect for sample in waiting):
@@ -329,7 +335,7 @@ class Worker:
         if not outcomes:
             return
         self._persist(lambda: self._recorder.record(outcomes))
-        self._must_look = True
+        self._must_plan = True
 
     def _persist(self, write: Callable[[], object]) -> None:
         """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
@@ -359,6 +365,12 @@ class Worker:
                 if op.id in replays:
                     self.runs.give_up_after(op, failure)
         else:
-            self._store.ops.unclaim(self._me, [op.id for op in new])
+            self._unclaim([op.id for op in new])
             self._suspects |= {op.id for op in ops}
         self.runs.forget(op.run_id for op in ops if op.run_id is not None)
+        self._must_look = True
+
+    def _unclaim(self, op_ids: Sequence[OpId]) -> None:
+        self._store.ops.unclaim(self._me, op_ids)
+        self._queue.distrust()
+        self._must_look = True
