@@ -88,6 +88,12 @@ class Settings:
         "Where the base model lives: auto and cpu mean the CPU; fake computes nothing real, for tests of clients.",
         group="engine",
     )
+    deterministic: bool = setting(
+        False,
+        "Promise that a run's results have the same bits whatever shares its passes, however they are cut, and after "
+        "a restart, on the same hardware, versions and number of threads; a worker that can't keep this doesn't start.",
+        group="engine",
+    )
     pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
     pass_cap_ms: float = setting(
         250.0,
@@ -98,6 +104,17 @@ class Settings:
     loss_chunk_tokens: int = setting(
         512, "Tokens whose logits are held at once by losses.", unit="tokens", group="engine"
     )
+    sampling_share: float = setting(
+        1.0,
+        "Time that a worker gives to sampling for each second of training, while there is work of both.",
+        group="engine",
+    )
+    separate_sampler: bool = setting(
+        False,
+        "Sample in a process of its own beside the one that trains a base model; each holds the base in memory.",
+        group="engine",
+    )
+    sampler_device: str = setting("", "The device of that process; empty: the same as --device.", group="engine")
     max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
     max_resident_samples: int = setting(
@@ -228,7 +245,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-            "max_queued_samples", "max_sample_numbers", "min_ttl_s",
+            "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -245,6 +262,7 @@ class Settings:
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
             "device": ("auto", "cpu", "fake"),
+            "sampler_device": ("", "auto", "cpu", "fake"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

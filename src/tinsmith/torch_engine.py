@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from tinsmith.config import Settings
+from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
 from tinsmith.model.row_probe import uneven_products
 from tinsmith.sampling import Sampler
@@ -37,10 +38,8 @@ from tinsmith.types import (
 
 log = structlog.get_logger("tinsmith.worker")
 
-RESULTS_DEPEND = (
-    "on this machine the last bits of a run's numbers depend on what shares its passes; "
-    "`tinsmith doctor` says what can be done"
-)
+RESULTS_DEPEND = "on this machine the last bits of a run's numbers depend on what shares its passes"
+CURE = "try another number of --threads (1 is the likeliest), or unset MKL_CBWR; `tinsmith doctor` looks for more"
 
 
 class TorchEngine:
@@ -48,17 +47,29 @@ class TorchEngine:
 
     Raises:
         UserError: the base's directory lacks weights.
-        UnsupportedError: a part of the architecture isn't one that can be served.
+        UnsupportedError: a part of the architecture isn't one that can be served, or the settings ask for deterministic
+            results and products round differently in a crowd.
     """
 
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         self._base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
-        uneven = uneven_products(self._base.matrices())
-        if uneven:
-            log.warning(RESULTS_DEPEND, base=info.name, products=uneven, threads=torch.get_num_threads())
+        self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
+
+    def _look_at_rows(self, *, is_promised: bool) -> None:
+        """Try whether a row of the base's products has the same bits in a crowd."""
+        uneven = uneven_products(self._base.matrices())
+        threads = torch.get_num_threads()
+        if uneven and is_promised:
+            shapes = ", ".join(f"{o} x {i}" for o, i in uneven[:6])
+            raise UnsupportedError(
+                f"--deterministic: {RESULTS_DEPEND}: products of shape {shapes} round differently in a crowd "
+                f"with {threads} thread(s); {CURE}, or start without --deterministic"
+            )
+        if uneven:
+            log.warning(f"{RESULTS_DEPEND}; {CURE}", base=self.info.name, products=uneven, threads=threads)
 
     @property
     def info(self) -> BaseInfo:

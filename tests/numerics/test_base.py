@@ -79,7 +79,9 @@ def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
 def test_a_difference_between_hidden_states_and_logits_is_noticed(tmp_path, monkeypatch):
     check = base_module._check
     monkeypatch.setattr(
-        base_module, "_check", lambda base, model, tokens, logits: check(base, model, tokens, logits * 1.1)
+        base_module,
+        "_check",
+        lambda base, groups, model, tokens, logits: check(base, groups, model, tokens, logits * 1.1),
     )
     with pytest.raises(UnsupportedError, match="differ"):
         make_base("llama", tmp_path)

@@ -26,7 +26,7 @@ MAX_COST = 1.6  # CPU time a token of many runs, over that of one run with as ma
 
 @pytest.fixture(scope="module")
 def engine() -> TorchEngine:
-    return TorchEngine(describe(parse("tinsmith/tiny")), Settings(threads=1))
+    return TorchEngine(describe(parse("tinsmith/tiny")), Settings(threads=1, deterministic=True))
 
 
 def compute(engine: TorchEngine, items: Sequence[TrainItem]) -> tuple[list[Any], list[Any]]:

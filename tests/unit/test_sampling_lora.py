@@ -3,15 +3,24 @@
 import pytest
 import torch
 
+from tinsmith.model.lora import LoraWeights
 from tinsmith.sampling.lora import Adapter, DecodeLora, assign_slots, tile_rows
 from tinsmith.types import Targets
 
+WIDTHS = (32, 16, 8)
+
 
 def adapter(seed: int, rank: int = 4, targets: Targets | None = None, width: int = 64) -> Adapter:
+    """For one group of three layers and one of one."""
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(rank, width, generator=generator) * 0.1
-    b = torch.randn(32, rank, generator=generator)
-    return Adapter(targets or Targets(), rank, 32 / rank, {"layer": (a, b)})
+    matrices = {
+        name: LoraWeights(
+            torch.randn(len(widths) * rank, width, generator=generator) * 0.1,
+            tuple(torch.randn(outputs, rank, generator=generator) for outputs in widths),
+        )
+        for name, widths in (("layer", WIDTHS[:1]), ("group", WIDTHS))
+    }
+    return Adapter(targets or Targets(), rank, 32 / rank, matrices)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +50,18 @@ def test_a_changing_batch_gives_each_row_its_own_adapter():
     for count in (1, 5, 12, 40, 3, 0, 7, 40, 2):
         chosen = [int(i) for i in torch.randint(0, 13, (count,), generator=generator)]
         rows = [None if i == 12 else adapters[i] for i in chosen]
-        x, y = torch.randn(count + 4, 64, generator=generator), torch.randn(count + 4, 32, generator=generator)
-        before = y.clone()
+        x = torch.randn(count + 4, 64, generator=generator)
         lora.arrange(rows)
-        lora.add("layer", x, y)
-        lora.add("another layer", x, y)
-        for row, own in enumerate([*rows, None, None, None, None]):
-            if own is None:
-                assert torch.equal(y[row], before[row])
-            else:
-                a, b = own.matrices["layer"]
-                torch.testing.assert_close(y[row], before[row] + own.scale * (b @ (a @ x[row])), atol=1e-4, rtol=1e-4)
+        for name, widths in (("layer", WIDTHS[:1]), ("group", WIDTHS)):
+            y = torch.randn(count + 4, sum(widths), generator=generator)
+            before = y.clone()
+            lora.add(name, x, y)
+            lora.add("another layer", x, y)
+            for row, own in enumerate([*rows, None, None, None, None]):
+                if own is None:
+                    assert torch.equal(y[row], before[row])
+                    continue
+                weights = own.matrices[name]
+                us = torch.split(weights.a_KI @ x[row], own.rank)
+                delta = torch.cat([b_OR @ u_R for b_OR, u_R in zip(weights.bs, us, strict=True)])
+                torch.testing.assert_close(y[row], before[row] + own.scale * delta, atol=1e-4, rtol=1e-4)

@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
@@ -67,7 +68,7 @@ class Services:
     blobs: Blobs
     bases: Mapping[str, ServedBase]
     waiters: Waiters
-    ringers: Mapping[str, Ringer]
+    ringers: Mapping[str, Sequence[Ringer]]
     ready_bases: Callable[[], AbstractSet[str]]
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
@@ -138,13 +139,12 @@ class Services:
         return self.bases[name]
 
     def ring(self, base_model: str) -> None:
-        """Hint to the base's worker that there's work."""
-        ringer = self.ringers.get(base_model)
-        if ringer is not None:
+        """Hint to the base's workers that there's work."""
+        for ringer in self.ringers.get(base_model, ()):
             ringer.ring()
 
     def close(self) -> None:
-        for ringer in self.ringers.values():
+        for ringer in chain.from_iterable(self.ringers.values()):
             ringer.close()
         self.writing.shutdown(wait=True)
         self.digesting.shutdown(wait=True)

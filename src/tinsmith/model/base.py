@@ -9,7 +9,7 @@ Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,9 @@ from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.context import MIN_ROWS, PassContext
 from tinsmith.model.frozen import FrozenMatrix
-from tinsmith.model.inspect import LinearInfo, check_head, check_rope, describe_linears, find_linears
-from tinsmith.model.linear import GroupedLinear, PassHolder
+from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
+from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
+from tinsmith.model.lora import LoraBackend, SegmentsLora
 from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
@@ -32,13 +33,14 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 class BaseModel:
-    """The frozen model. `num_forwards` counts walks through it."""
+    """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         info: BaseInfo,
         linears: tuple[LinearInfo, ...],
+        groups: Sequence[LinearGroup],
         head: nn.Linear,
         holder: PassHolder,
     ) -> None:
@@ -49,6 +51,8 @@ class BaseModel:
         self.num_forwards = 0
         self.backbone: nn.Module = getattr(model, model.base_model_prefix)
         self._embedding: nn.Module = model.get_input_embeddings()
+        self.lora: LoraBackend = SegmentsLora
+        self._groups = groups
         self._holder = holder
 
     @property
@@ -61,9 +65,8 @@ class BaseModel:
 
     def matrices(self) -> Iterator[FrozenMatrix]:
         """What rows of a pass are multiplied with, the head's last."""
-        for module in self.backbone.modules():
-            if isinstance(module, GroupedLinear):
-                yield module.matrix
+        for group in self._groups:
+            yield group.matrix
         yield self.head
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
@@ -101,17 +104,16 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> Ba
     linears = find_linears(model, head)
     check_rope(model)
     tokens_T = torch.arange(MIN_ROWS, device=device) % info.vocab_size
-    with torch.no_grad():
+    with torch.no_grad(), SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(linears, head)
-    for name, linear in linears.items():
-        model.set_submodule(name, GroupedLinear(linear, name, holder))
+    infos = describe_linears(linears, head, watch.leads)
+    groups = _group_linears(model, linears, watch.leads, holder)
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, infos, head, holder)
-    _check(base, model, tokens_T, logits_TV)
+    base = BaseModel(model, info, infos, groups, head, holder)
+    _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
     return base
 
@@ -128,6 +130,20 @@ def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTraine
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
     return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
+
+
+def _group_linears(
+    model: PreTrainedModel, linears: Mapping[str, nn.Linear], leads: Mapping[str, str], holder: PassHolder
+) -> list[LinearGroup]:
+    """Put a GroupedLinear in the place of each linear layer; those with the same lead share one product."""
+    members: dict[str, dict[str, nn.Linear]] = {}
+    for name, linear in linears.items():
+        members.setdefault(leads[name], {})[name] = linear
+    groups = [LinearGroup(own, holder) for own in members.values()]
+    for group in groups:
+        for index, name in enumerate(group.names):
+            model.set_submodule(name, GroupedLinear(group, index))
+    return groups
 
 
 def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
@@ -166,7 +182,7 @@ class _CheckContext:
 
     def __init__(self) -> None:
         self.layers: Counter[int] = Counter()
-        self.linears: Counter[str] = Counter()
+        self.groups: Counter[str] = Counter()
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         self.layers[layer] += 1
@@ -175,11 +191,14 @@ class _CheckContext:
         )[0]
         return out_HTD.transpose(0, 1)
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        self.linears[name] += 1
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        self.groups[group] += 1
+        return ()
 
 
-def _check(base: BaseModel, model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor) -> None:
+def _check(
+    base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
+) -> None:
     kind = type(model).__name__
     context = _CheckContext()
     with torch.no_grad():
@@ -188,10 +207,10 @@ def _check(base: BaseModel, model: PreTrainedModel, tokens_T: Tensor, expected_T
         raise UnsupportedError(
             f"{kind}: attention of its {base.num_layers} layers was reached as {dict(context.layers)}"
         )
-    expected = Counter(info.name for info in base.linears[:-1])
-    if context.linears != expected:
-        wrong = sorted(set((context.linears - expected) + (expected - context.linears)))
-        raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(wrong[:6])}")
+    wrong = {name for group in groups if context.groups[group.name] != 1 for name in group.names}
+    wrong |= {name for group in groups for name in group.drop_parts()}
+    if wrong:
+        raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(sorted(wrong)[:6])}")
     logits_TV = base.head.times(h_TD)
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:

@@ -48,11 +48,15 @@ class PassContext(Protocol):
         """
         ...
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         """Add the adapters' contribution to the base's output, in place: y += (x Aᵀ) Bᵀ · alpha / rank.
 
-        Called without autograd, with contiguous tensors. `name` is the module's path, such as
+        Called without autograd, with contiguous tensors. A group is one or more linear layers with the same input,
+        whose outputs lie side by side in y; `group` is the path of the first, such as
         `model.layers.0.self_attn.q_proj`. The output head is not among them: its owner is whoever reads the logits.
+
+        Returns:
+            What `add_lora_grad` will want beside x; empty if it needn't be called.
         """
         ...
 
@@ -60,13 +64,10 @@ class PassContext(Protocol):
 class GradContext(PassContext, Protocol):
     """A pass whose hidden states are differentiated. With autograd on, the context must be of this kind."""
 
-    def needs_input(self, name: str) -> bool:
-        """Whether `add_lora_grad` for this module will want x."""
-        ...
-
-    def add_lora_grad(self, name: str, x_TI: Tensor | None, dy_TO: Tensor, dx_TI: Tensor) -> None:
+    def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         """Take the adapters' gradients, and add to dx, in place: dx += (dy B) A · alpha / rank.
 
-        Called once a module in the backward pass, last module first. x is None if `needs_input` said no.
+        Called in the backward pass, last group first, with what `add_lora` returned. A group may be computed twice
+        before (activation checkpointing): no activation is kept in the context.
         """
         ...

@@ -6,10 +6,12 @@ leaving it alone would give wrong numbers in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tinsmith.errors import UnsupportedError
@@ -24,12 +26,16 @@ STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 @dataclass(frozen=True, slots=True)
 class LinearInfo:
-    """A linear layer that can carry an adapter. group: attn, mlp or unembed."""
+    """A linear layer that can carry an adapter.
+
+    group: attn, mlp or unembed. lead: the first of the layers that share this one's input; itself, if none does.
+    """
 
     name: str
     group: str
     in_features: int
     out_features: int
+    lead: str
 
     def is_targeted(self, targets: Targets) -> bool:
         return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
@@ -58,10 +64,37 @@ def find_linears(model: nn.Module, head: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
-def describe_linears(linears: dict[str, nn.Linear], head: nn.Linear) -> tuple[LinearInfo, ...]:
+def describe_linears(
+    linears: Mapping[str, nn.Linear], head: nn.Linear, leads: Mapping[str, str]
+) -> tuple[LinearInfo, ...]:
     """The layers an adapter may have, in the model's order, the output head last as `lm_head`."""
-    infos = [LinearInfo(name, _group(name) or "", m.in_features, m.out_features) for name, m in linears.items()]
-    return (*infos, LinearInfo(HEAD, "unembed", head.in_features, head.out_features))
+    infos = [
+        LinearInfo(name, _group(name) or "", m.in_features, m.out_features, leads[name]) for name, m in linears.items()
+    ]
+    return (*infos, LinearInfo(HEAD, "unembed", head.in_features, head.out_features, HEAD))
+
+
+class SiblingWatch:
+    """Sees, while the model runs as it came, which linear layers of one module are called with the same tensor."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self.leads = {name: name for name in linears}
+        self._last: tuple[str, Tensor] | None = None
+        self._hooks = [m.register_forward_pre_hook(partial(self._see, name)) for name, m in linears.items()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._last = None
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if self._last is not None and self._last[1] is x and _parent(self._last[0]) == _parent(name):
+            self.leads[name] = self.leads[self._last[0]]
+        self._last = name, x
 
 
 def check_head(model: PreTrainedModel) -> nn.Linear:
@@ -82,6 +115,10 @@ def check_rope(model: nn.Module) -> None:
                     f"{type(model).__name__}: {name} scales rope by {kind!r}, which depends on the other sequences of "
                     f"a pass; can be served: {', '.join(sorted(STATIC_ROPE))}"
                 )
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _group(name: str) -> str | None:

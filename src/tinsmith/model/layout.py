@@ -2,20 +2,23 @@
 
 Knows names, offsets and shapes, and how a row becomes named tensors and back. Parameters, gradients and moments of a
 run have the same layout, so saving, clipping and stepping work on whole rows.
-Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer.
+Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer, K rows of A of a group's layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
 from tinsmith.model.inspect import HEAD, LinearInfo
+from tinsmith.model.lora.backend import LoraWeights
 from tinsmith.types import FloatArray, RunSpec, Targets
 
 HEAD_STATE_NAME = "model.unembed_tokens"
@@ -23,15 +26,12 @@ HEAD_STATE_NAME = "model.unembed_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where A [R, I] and then B [O, R] of one layer begin in the row."""
+    """Where A [R, I] and B [O, R] of one layer begin in the row."""
 
     linear: LinearInfo
     rank: int
-    offset: int
-
-    @property
-    def num_params(self) -> int:
-        return self.rank * (self.linear.in_features + self.linear.out_features)
+    a_offset: int
+    b_offset: int
 
     @property
     def state_name(self) -> str:
@@ -39,68 +39,105 @@ class Place:
         return HEAD_STATE_NAME if self.linear.name == HEAD else self.linear.name
 
     def views(self, row_P: Tensor) -> tuple[Tensor, Tensor]:
-        middle = self.offset + self.rank * self.linear.in_features
-        end = self.offset + self.num_params
-        a_RI = row_P[self.offset : middle].view(self.rank, self.linear.in_features)
-        b_OR = row_P[middle:end].view(self.linear.out_features, self.rank)
+        rank, inputs, outputs = self.rank, self.linear.in_features, self.linear.out_features
+        a_RI = row_P[self.a_offset : self.a_offset + rank * inputs].view(rank, inputs)
+        b_OR = row_P[self.b_offset : self.b_offset + rank * outputs].view(outputs, rank)
         return a_RI, b_OR
 
 
 class RowLayout:
-    """The places of one adapter's matrices in its row, for the layers that `targets` choose."""
+    """The places of one adapter's matrices in its row, for the layers that `targets` choose.
+
+    Layers with the same input lie together, first the A of all, then the B of each, so that their A is one matrix.
+    """
 
     def __init__(self, linears: Iterable[LinearInfo], targets: Targets, rank: int) -> None:
+        chosen = [linear for linear in linears if linear.is_targeted(targets)]
+        groups: dict[str, list[LinearInfo]] = {}
+        for linear in chosen:
+            groups.setdefault(linear.lead, []).append(linear)
         places: dict[str, Place] = {}
         offset = 0
-        for linear in linears:
-            if linear.is_targeted(targets):
-                places[linear.name] = Place(linear, rank, offset)
-                offset += places[linear.name].num_params
+        for group in groups.values():
+            b_offset = offset + rank * sum(linear.in_features for linear in group)
+            for linear in group:
+                places[linear.name] = Place(linear, rank, offset, b_offset)
+                offset += rank * linear.in_features
+                b_offset += rank * linear.out_features
+            offset = b_offset
         self.rank = rank
-        self.places: Mapping[str, Place] = places
+        self.places: Mapping[str, Place] = {linear.name: places[linear.name] for linear in chosen}
+        self.groups: Mapping[str, Sequence[Place]] = {
+            lead: [places[linear.name] for linear in group] for lead, group in groups.items()
+        }
         self.num_params = offset
 
-    def views(self, row_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer name (`lm_head` for the head): A [R, I] and B [O, R], views of the row."""
-        return {name: place.views(row_P) for name, place in self.places.items()}
+    def views(self, row_P: Tensor) -> dict[str, LoraWeights]:
+        """By group, which is named for its first layer (`lm_head` for the head): views of the row."""
+        return {lead: self._group_views(places, row_P) for lead, places in self.groups.items()}
 
-    def row_to_tensors(self, part: str, row_P: Tensor) -> dict[str, FloatArray]:
-        """Copies on the host, named `<part>/<layer>.lora_A` and `.lora_B`."""
-        host_P = row_P.detach().to("cpu", torch.float32).clone()
-        tensors: dict[str, FloatArray] = {}
-        for place in self.places.values():
-            a_RI, b_OR = place.views(host_P)
-            tensors[f"{part}/{place.state_name}.lora_A"] = a_RI.numpy()
-            tensors[f"{part}/{place.state_name}.lora_B"] = b_OR.numpy()
-        return tensors
+    def _group_views(self, places: Sequence[Place], row_P: Tensor) -> LoraWeights:
+        first, num_rows = places[0], len(places) * self.rank
+        inputs = first.linear.in_features
+        a_KI = row_P[first.a_offset : first.a_offset + num_rows * inputs].view(num_rows, inputs)
+        return LoraWeights(a_KI, tuple(place.views(row_P)[1] for place in places))
 
-    def tensors_to_row(self, part: str, tensors: Mapping[str, FloatArray], device: torch.device) -> Tensor:
+    def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
+        """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
+
+        copy: without it they share the row's memory if that is on the host.
+        """
+        host_P: FloatArray = row_P.detach().to("cpu", torch.float32, copy=copy).numpy()
+        return {
+            name: host_P[offset : offset + math.prod(shape)].reshape(shape)
+            for name, (offset, shape) in self._spans(part).items()
+        }
+
+    def tensors_to_row(
+        self, part: str, tensors: Mapping[str, FloatArray], device: torch.device, *, may_keep: bool = False
+    ) -> Tensor:
         """The row of a part; all zero if no tensor of that part is there.
+
+        may_keep: the row may be the tensors' own memory, which it is if they lie there in one piece, in its order.
 
         Raises:
             UserError: a tensor is missing, is one too many, or has another shape; the message names it.
         """
-        row_P = torch.zeros(self.num_params)
-        given = {name for name in tensors if name.startswith(part + "/")}
+        given = {name: tensor for name, tensor in tensors.items() if name.startswith(part + "/")}
         if not given:
-            return row_P.to(device)
-        for place in self.places.values():
-            for suffix, view in zip(("lora_A", "lora_B"), place.views(row_P), strict=True):
-                name = f"{part}/{place.state_name}.{suffix}"
-                if name not in given:
-                    raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
-                if tensors[name].shape != tuple(view.shape):
-                    raise UserError(
-                        f"{name} has shape {list(tensors[name].shape)}, this run needs {list(view.shape)}: "
-                        "the weights were made with another rank or another base model"
-                    )
-                view.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
-                given.remove(name)
-        if given:
+            return torch.zeros(self.num_params, device=device)
+        wanted = self._spans(part)
+        for name, (_, shape) in wanted.items():
+            if name not in given:
+                raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
+            if given[name].shape != shape:
+                raise UserError(
+                    f"{name} has shape {list(given[name].shape)}, this run needs {list(shape)}: "
+                    "the weights were made with another rank or another base model"
+                )
+        surplus = given.keys() - wanted.keys()
+        if surplus:
             raise UserError(
-                f"the weights hold {min(given)}, for which this run has no layer: create a run that trains it"
+                f"the weights hold {min(surplus)}, for which this run has no layer: create a run that trains it"
             )
-        return row_P.to(device)
+        flat_P = one_piece([given[name] for name in wanted])
+        if flat_P is None:
+            row_P = torch.empty(self.num_params)
+            np.concatenate([given[name].reshape(-1) for name in wanted], out=row_P.numpy(), casting="unsafe")
+            return row_P.to(device)
+        if not flat_P.flags.writeable:
+            return torch.from_numpy(flat_P.copy()).to(device)
+        return torch.from_numpy(flat_P).to(device, copy=not may_keep or device.type != "cpu")
+
+    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, int]]]:
+        """Where a part's tensors begin in the row, and their shapes, by name and in the row's order."""
+        spans: dict[str, tuple[int, tuple[int, int]]] = {}
+        for places in self.groups.values():
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, (place.rank, place.linear.in_features))
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, (place.linear.out_features, place.rank))
+        return spans
 
 
 def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
@@ -111,7 +148,8 @@ def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
     """
     generator = torch.Generator().manual_seed(spec.seed)
     row_P = torch.zeros(layout.num_params)
-    for a_RI, _ in layout.views(row_P).values():
+    for place in layout.places.values():
+        a_RI, _ = place.views(row_P)
         bound = a_RI.shape[1] ** -0.5
         a_RI.uniform_(-bound, bound, generator=generator)
     return row_P

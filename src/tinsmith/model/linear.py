@@ -1,12 +1,13 @@
-"""A frozen linear layer that adapters of many runs hook into.
+"""Frozen linear layers that adapters of many runs hook into; layers with the same input are one product.
 
 Owns the base's matrix product, forward and backward. Refuses to know adapters: the pass context adds them. The base
 weight never gets a gradient, and adapters are no autograd parameters.
-Shape letters: T rows of the pass, I inputs, O outputs.
+Shape letters: T rows of the pass, I inputs, O outputs of all layers of a group side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,48 +36,91 @@ class PassHolder:
         self._context = None
 
 
-class GroupedLinear(nn.Module):
-    """y = x Wᵀ + b, plus what the pass context adds for the rows of each adapter.
+class LinearGroup:
+    """y = x Wᵀ + b of layers with the same input, side by side, plus what the pass context adds for each adapter.
 
-    `name` is the module's path in the model, `holder` is shared by all layers of one base.
+    `name` is that of the first layer, its path in the model; `holder` is shared by all groups of one base.
     """
 
-    def __init__(self, linear: nn.Linear, name: str, holder: PassHolder) -> None:
-        super().__init__()
-        self.matrix = FrozenMatrix(linear.weight)
-        self.bias_O = None if linear.bias is None else linear.bias.detach()
-        self.name = name
+    def __init__(self, linears: Mapping[str, nn.Linear], holder: PassHolder) -> None:
+        layers = list(linears.values())
+        self.names = tuple(linears)
+        self.name = self.names[0]
+        self.widths = [layer.out_features for layer in layers]
+        self.matrix = FrozenMatrix(layers[0].weight if len(layers) == 1 else torch.cat([x.weight for x in layers]))
+        self.bias_O = _side_by_side(layers)
         self._holder = holder
+        self._x: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]; leading dimensions are flattened to the rows of the pass."""
         context = self._holder.context
         x_TI = x.reshape(-1, self.matrix.in_features)
         if torch.is_grad_enabled():
-            y_TO: Tensor = _GroupedLinear.apply(x_TI, self, context)  # type: ignore[no-untyped-call]
+            y_TO: Tensor = _Product.apply(x_TI, self, context)  # type: ignore[no-untyped-call]
         else:
             y_TO = self.matrix.times(x_TI, self.bias_O)
             context.add_lora(self.name, x_TI, y_TO)
         return y_TO.view(*x.shape[:-1], self.matrix.out_features)
 
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The outputs of one layer. The first layer that comes with an input computes all, the others take theirs; an
+        input that isn't the same tensor, or a part that was taken, makes a product of its own."""
+        if len(self.widths) == 1:
+            return self(x)
+        if self._x is not x or index not in self._parts:
+            self._parts = dict(enumerate(torch.split(self(x), self.widths, -1)))
+        part = self._parts.pop(index)
+        self._x = x if self._parts else None
+        return part
 
-class _GroupedLinear(torch.autograd.Function):
+    def drop_parts(self) -> tuple[str, ...]:
+        """Forget what nobody took. Returns the names of those layers."""
+        left = tuple(self.names[index] for index in self._parts)
+        self._x, self._parts = None, {}
+        return left
+
+
+class GroupedLinear(nn.Module):
+    """One layer of a group, in the place of the model's nn.Linear."""
+
+    def __init__(self, group: LinearGroup, index: int) -> None:
+        super().__init__()
+        self.group = group
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O_l]; a view where the group has other layers."""
+        return self.group.part(self._index, x)
+
+
+class _Product(torch.autograd.Function):
     """The base's product and the adapters' in one node, so that no gradient is made for either's weights."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, layer: GroupedLinear, context: GradContext) -> Tensor:
-        y_TO = layer.matrix.times(x_TI, layer.bias_O)
-        context.add_lora(layer.name, x_TI, y_TO)
-        ctx.layer, ctx.context = layer, context
-        if context.needs_input(layer.name):
-            ctx.save_for_backward(x_TI)
+    def forward(ctx: Any, x_TI: Tensor, group: LinearGroup, context: GradContext) -> Tensor:
+        y_TO = group.matrix.times(x_TI, group.bias_O)
+        kept = context.add_lora(group.name, x_TI, y_TO)
+        ctx.group, ctx.context = group, context
+        if kept:
+            ctx.save_for_backward(x_TI, *kept)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None, None]:
-        layer = cast(GroupedLinear, ctx.layer)
+        group = cast(LinearGroup, ctx.group)
         dy_TO = dy_TO.contiguous()
-        dx_TI = layer.matrix.times_transpose(dy_TO)
-        (x_TI,) = ctx.saved_tensors or (None,)
-        cast(GradContext, ctx.context).add_lora_grad(layer.name, x_TI, dy_TO, dx_TI)
+        dx_TI = group.matrix.times_transpose(dy_TO)
+        if ctx.saved_tensors:
+            x_TI, *kept = ctx.saved_tensors
+            cast(GradContext, ctx.context).add_lora_grad(group.name, x_TI, tuple(kept), dy_TO, dx_TI)
         return dx_TI, None, None
+
+
+def _side_by_side(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """The biases, zero for a layer without."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat([bias.detach() for bias in biases])

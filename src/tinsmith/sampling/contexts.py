@@ -61,11 +61,12 @@ class PrefillContext:
             out_THD[part] = out_HND.transpose(0, 1)
         return out_THD
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         for segment in self._segments:
             if segment.adapter is not None:
                 part = slice(segment.first, segment.last)
-                segment.adapter.add(name, x_TI[part], y_TO[part])
+                segment.adapter.add(group, x_TI[part], y_TO[part])
+        return ()
 
 
 class DecodeGroup:
@@ -129,8 +130,9 @@ class DecodeContext:
             out_THD[part] = group.attend(layer, q_THD[part], k_GTD[:, part], v_GTD[:, part], scale)
         return out_THD
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        self._lora.add(name, x_TI, y_TO)
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        self._lora.add(group, x_TI, y_TO)
+        return ()
 
 
 class ShapeProbe:
@@ -143,8 +145,8 @@ class ShapeProbe:
         self.heads[layer] = (k_GTD.shape[0], k_GTD.shape[2])
         return torch.zeros_like(q_HTD).transpose(0, 1)
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        return
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
 
 def probe_kv_shape(base: BaseModel) -> KVShape:

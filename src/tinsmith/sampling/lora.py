@@ -1,11 +1,12 @@
 """Adapters as the sampler holds them, and how a decode batch of mixed adapters is computed.
 
-In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class) into one tensor a
-layer, so that a layer's LoRA is two batched products whatever the number of adapters. Each stacked adapter serves a
-tile of 4 to 16 rows: batched products give the same bits for any number of matrices and of rows from 2 up (measured; a
-single row, and a product of fewer than 400 multiplications, take other kernels), so a row's numbers depend on its own
-adapter alone. Rows without adapter are not touched.
-Shape letters: T rows, I inputs, O outputs, R rank, S slots of a stack, M rows of a tile.
+In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class) for each group of layers
+with one input, so that a group's LoRA is one batched product, and one more for each of its layers, whatever the number
+of adapters. Each stacked adapter serves a tile of 4 to 16 rows: batched products give the same bits for any number of
+matrices and of rows from 2 up (measured; a single row, and a product of fewer than 400 multiplications, take other
+kernels), so a row's numbers depend on its own adapter alone. Rows without adapter are not touched.
+Shape letters: T rows, I inputs, O outputs, R rank, L layers of a group, K = L · R or more, S slots of a stack, M rows
+of a tile.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import RowLayout
+from tinsmith.model.lora import LoraWeights
+from tinsmith.model.lora.segments import add_adapter
 from tinsmith.types import Targets
 
 MIN_TILE = 4
 MAX_TILE = 16
 MIN_RANK = 8
+COLUMN_GRID = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """A frozen snapshot. matrices: by layer, A [R, I] and B [O, R], in the base's dtype; scale: alpha / rank."""
+    """A frozen snapshot. matrices: by group of layers with one input, in the base's dtype; scale: alpha / rank."""
 
     targets: Targets
     rank: int
     scale: float
-    matrices: Mapping[str, tuple[Tensor, Tensor]]
+    matrices: Mapping[str, LoraWeights]
 
     @classmethod
     def of(cls, layout: RowLayout, targets: Targets, row_P: Tensor, alpha: float) -> Adapter:
@@ -42,18 +46,22 @@ class Adapter:
         """The rank padded to a power of two; it is the adapter's own, so padding never depends on neighbours."""
         return max(MIN_RANK, 1 << (self.rank - 1).bit_length())
 
-    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        """y += (x Aᵀ) Bᵀ · scale, in place, if this layer has an adapter; all rows belong to this adapter."""
-        pair = self.matrices.get(name)
-        if pair is not None:
-            a_RI, b_OR = pair
-            y_TO.addmm_(x_TI @ a_RI.T, b_OR.T, alpha=self.scale)
+    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """y += (x Aᵀ) Bᵀ · scale, in place, if this group has an adapter; all rows belong to this adapter."""
+        weights = self.matrices.get(group)
+        if weights is not None:
+            add_adapter(weights, x_TI, y_TO, self.scale)
 
 
 def tile_rows(num_rows: int, num_adapters: int) -> int:
     """Rows of a tile: the mean number of rows of an adapter, rounded up to a power of two, within 4..16."""
     mean = -(-num_rows // num_adapters)
     return min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
+
+
+def padded_columns(num_columns: int) -> int:
+    """The width of a stacked A. One matrix of 24 columns is split over three threads into kernels of its own."""
+    return num_columns if num_columns <= COLUMN_GRID else -(-num_columns // COLUMN_GRID) * COLUMN_GRID
 
 
 def assign_slots(held: Sequence[Adapter | None], wanted: Sequence[Adapter]) -> list[int]:
@@ -79,8 +87,8 @@ class AdapterStack:
 
     def __init__(self) -> None:
         self._held: list[Adapter | None] = []
-        self._a_SIR: dict[str, Tensor] = {}
-        self._b_SRO: dict[str, Tensor] = {}
+        self._a_SIK: dict[str, Tensor] = {}
+        self._bs: dict[str, list[Tensor]] = {}
         self._num_slots = 0
         self._tile = MIN_TILE
 
@@ -95,7 +103,7 @@ class AdapterStack:
         ]
         wanted = [adapter for adapter, _ in tiles]
         if len(self._held) > 2 * len(wanted):
-            self._held, self._a_SIR, self._b_SRO = [], {}, {}
+            self._held, self._a_SIK, self._bs = [], {}, {}
         slots = assign_slots(self._held, wanted)
         self._load(slots, wanted)
         self._num_slots = max(slots) + 1
@@ -111,13 +119,17 @@ class AdapterStack:
         self._places = torch.tensor(places, device=device)
         self._targets = torch.tensor(targets, device=device)
 
-    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
         """y += the adapters' part, in place, on the rows they serve."""
-        a_SIR = self._a_SIR.get(name)
-        if a_SIR is None:
+        a_SIK = self._a_SIK.get(group)
+        if a_SIK is None:
             return
-        x_SMI = x_TI.index_select(0, self._gather).view(self._num_slots, self._tile, -1)
-        delta_SMO = torch.bmm(torch.bmm(x_SMI, a_SIR[: self._num_slots]), self._b_SRO[name][: self._num_slots])
+        used, bs = self._num_slots, self._bs[group]
+        x_SMI = x_TI.index_select(0, self._gather).view(used, self._tile, -1)
+        u_SMK = torch.bmm(x_SMI, a_SIK[:used])
+        rank = bs[0].shape[1]
+        parts = [torch.bmm(u_SMK[:, :, i * rank : (i + 1) * rank], b_SRO[:used]) for i, b_SRO in enumerate(bs)]
+        delta_SMO = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         delta_NO = delta_SMO.view(-1, y_TO.shape[1]).index_select(0, self._places)
         y_TO.index_add_(0, self._targets, delta_NO)
 
@@ -129,26 +141,32 @@ class AdapterStack:
             if self._held[slot] is adapter:
                 continue
             self._held[slot] = adapter
-            for name, (a_RI, b_OR) in adapter.matrices.items():
-                a_IR, b_RO = self._a_SIR[name][slot], self._b_SRO[name][slot]
-                a_IR[:, : adapter.rank] = a_RI.T
-                a_IR[:, adapter.rank :] = 0
-                torch.mul(b_OR.T, adapter.scale, out=b_RO[: adapter.rank])
-                b_RO[adapter.rank :] = 0
+            for group, weights in adapter.matrices.items():
+                a_IK = self._a_SIK[group][slot].zero_()
+                as_RI = torch.split(weights.a_KI, adapter.rank)
+                for index, (b_SRO, a_RI, b_OR) in enumerate(zip(self._bs[group], as_RI, weights.bs, strict=True)):
+                    start = index * adapter.rank_class
+                    a_IK[:, start : start + adapter.rank] = a_RI.T
+                    torch.mul(b_OR.T, adapter.scale, out=b_SRO[slot][: adapter.rank])
+                    b_SRO[slot][adapter.rank :] = 0
 
     def _reserve(self, like: Adapter, num_slots: int) -> None:
         """Make room for at least `num_slots`, keeping what is loaded; grows by half, so that growing stays rare."""
         capacity = max(num_slots, len(self._held) * 3 // 2)
         kept = len(self._held)
-        for name, (a_RI, b_OR) in like.matrices.items():
-            for stacks, shape in (
-                (self._a_SIR, (capacity, a_RI.shape[1], like.rank_class)),
-                (self._b_SRO, (capacity, like.rank_class, b_OR.shape[0])),
-            ):
-                new = a_RI.new_zeros(shape)
-                if kept:
-                    new[:kept] = stacks[name]
-                stacks[name] = new
+
+        def grown(stack: Tensor | None, weight: Tensor, *shape: int) -> Tensor:
+            made = weight.new_zeros(capacity, *shape)
+            if stack is not None:
+                made[:kept] = stack
+            return made
+
+        width = like.rank_class
+        for group, weights in like.matrices.items():
+            inputs, layers = weights.a_KI.shape[1], len(weights.bs)
+            a_SIK, bs = self._a_SIK.get(group), self._bs.get(group, [None] * layers)
+            self._a_SIK[group] = grown(a_SIK, weights.a_KI, inputs, padded_columns(layers * width))
+            self._bs[group] = [grown(b, b_OR, width, len(b_OR)) for b, b_OR in zip(bs, weights.bs, strict=True)]
         self._held += [None] * (capacity - kept)
 
 
@@ -170,6 +188,6 @@ class DecodeLora:
         for key, of_stack in rows.items():
             self._stacks[key].arrange(of_stack, self._device)
 
-    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
         for stack in self._stacks.values():
-            stack.add(name, x_TI, y_TO)
+            stack.add(group, x_TI, y_TO)

@@ -19,7 +19,7 @@ from tinsmith.store.op_rows import LIGHT, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.store.schema import ops, runs
-from tinsmith.types import OpKind
+from tinsmith.types import OpKind, Role
 
 _MOST = bindparam("most", type_=Integer)
 _RUNNABLE_IN_RUNS = (
@@ -68,26 +68,27 @@ class Waiting:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def all(self, worker: WorkerId, base_model: str, limit: int) -> Look:
+    def all(self, worker: WorkerId, base_model: str, limit: int, role: Role = Role.ALL) -> Look:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
         waiting samples of the base, oldest first. At most `limit` of either.
 
-        Where there are more, every run has its first ones among them, and every tenant its oldest samples.
+        Where there are more, every run has its first ones among them, and every tenant its oldest samples. Of what the
+        worker's role excludes there are none.
         """
         with self._database.read() as conn:
             newest = _newest(conn)
-            of_runs, is_cut = _OF_RUNS.first_ones(conn, {"slot": worker.slot}, limit)
-            samples, are_cut = _SAMPLES.first_ones(conn, {"base": base_model}, limit)
-            has_early = _EARLY.first(conn, {"slot": worker.slot}) is not None
+            of_runs, is_cut = _OF_RUNS.first_ones(conn, {"slot": worker.slot}, limit) if role.trains else ([], False)
+            samples, are_cut = _SAMPLES.first_ones(conn, {"base": base_model}, limit) if role.samples else ([], False)
+            has_early = role.trains and _EARLY.first(conn, {"slot": worker.slot}) is not None
         return Look(of_runs + samples, newest, has_early, is_cut or are_cut)
 
-    def since(self, worker: WorkerId, base_model: str, above: int, limit: int) -> Look:
+    def since(self, worker: WorkerId, base_model: str, above: int, limit: int, role: Role = Role.ALL) -> Look:
         """The same of those that arrived after number `above`, in the order of their arrival."""
         with self._database.read() as conn:
             newest = _newest(conn)
             values = {"base": base_model, "slot": worker.slot, "above": above, "most": limit}
             rows = _NEWER.all(conn, values) if newest > above else []
-        found = [(to_op(row[:-1]), row[-1]) for row in rows]
+        found = [(op, row[-1]) for row in rows if _is_for(role, op := to_op(row[:-1]))]
         ready = [op for op, head in found if op.run_id is None or op.seq_id <= head]
         return Look(ready, newest, len(ready) < len(found), len(rows) == limit)
 
@@ -115,6 +116,10 @@ class _Fair:
 
 _OF_RUNS = _Fair(_RUNNABLE_IN_RUNS, (ops.c.run_id, ops.c.seq_id), ops.c.run_id)
 _SAMPLES = _Fair(_WAITING_SAMPLES, (ops.c.num,), ops.c.tenant_id)
+
+
+def _is_for(role: Role, op: OpRow) -> bool:
+    return role.samples if op.kind is OpKind.SAMPLE else role.trains
 
 
 def _newest(conn: Connection) -> int:

@@ -1,74 +1,104 @@
-"""The training pass as the base sees it: packed attention, and each datum's own adapter in every linear layer.
+"""The training pass as the base sees it: packed attention, and each run's own adapter in every linear layer.
 
-Adapters are applied and differentiated datum by datum, and their gradients added straight into the runs' staging rows
-in (run, seq, datum) order: the order of additions is what keeps a run's bits free of its neighbours.
-Shape letters: T rows of the pass, N rows of a datum, I inputs, O outputs, R rank, H and G heads, D head size.
+Which rows are computed as one segment of an adapter is decided here. In deterministic mode a segment is one datum: a
+product over several would have bits that depend on where a pass was cut. Otherwise neighbouring data of one run are one
+segment. Gradients are added straight into the runs' staging rows in (run, seq, datum) order.
+Shape letters: T rows of the pass, I inputs, O outputs, H and G heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from tinsmith.model.lora import LoraBackend, Segment
 from tinsmith.training.attention import PackedAttention
-from tinsmith.training.lanes import Lane
+from tinsmith.training.lanes import Lane, OpProgress
 
 
 class TrainingContext:
-    """See `model.GradContext`."""
+    """See `model.GradContext`.
 
-    def __init__(self, lanes: Sequence[Lane], attention: PackedAttention, *, backward: bool) -> None:
-        self._lanes = lanes
+    An op that is not complete in this pack may yet fail and be taken back, so its staging row is marked before its
+    first gradient; it is the pack's last op, and its adapters are a pass of their own.
+    """
+
+    def __init__(
+        self, lanes: Sequence[Lane], attention: PackedAttention, backend: LoraBackend, *, deterministic: bool
+    ) -> None:
         self._attention = attention
-        self._backward = backward
-        self._targeted: dict[str, list[Lane]] = {}
-        for lane in lanes:
-            for name in lane.op.slot.views:
-                self._targeted.setdefault(name, []).append(lane)
-        self._shrunk: dict[str, list[Tensor]] = {}
+        num_settled = next((i for i, lane in enumerate(lanes) if lane.op.num_left), len(lanes))
+        self._unfinished: OpProgress | None = lanes[num_settled].op if num_settled < len(lanes) else None
+        assert all(lane.op is self._unfinished for lane in lanes[num_settled:]), "a pack goes on after an op it cuts"
+        self._spans = [
+            span
+            for part in (lanes[:num_settled], lanes[num_settled:])
+            for span in _spans(part, may_merge=not deterministic)
+        ]
+        self._segments = [_segment(span) for span in self._spans]
+        num_first = sum(span[-1].end <= lanes[num_settled].start for span in self._spans) if self._unfinished else None
+        self._settled = backend(self._segments[:num_first])
+        self._cut = backend(self._segments[num_first:]) if num_first is not None else None
+        self._num_kept: dict[str, int] = {}
+        self._is_backward = False
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         return self._attention.attend(q_HTD, k_GTD, v_GTD, scale)
 
-    def add_lora(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        shrunk = []
-        for lane in self._targeted.get(name, ()):
-            slot = lane.op.slot
-            a_RI, b_OR = slot.views[name]
-            u_NR = x_TI[lane.start : lane.end] @ a_RI.T
-            y_TO[lane.start : lane.end].addmm_(u_NR, b_OR.T, alpha=slot.scale)
-            shrunk.append(u_NR)
-        if self._backward:
-            self._shrunk[name] = shrunk
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        kept = self._settled.add(group, x_TI, y_TO)
+        if self._cut is None:
+            return kept
+        self._num_kept[group] = len(kept)
+        return kept + self._cut.add(group, x_TI, y_TO)
 
-    def needs_input(self, name: str) -> bool:
-        return any(lane.op.staging is not None for lane in self._targeted.get(name, ()))
+    def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
+        if not self._is_backward:
+            self._is_backward = True
+            for span, segment in zip(self._spans, self._segments, strict=True):
+                segment.live = _live_ranges(span)
+        if self._cut is None:
+            self._settled.add_grads(group, x_TI, kept, dy_TO, dx_TI)
+            return
+        first, rest = kept[: self._num_kept[group]], kept[self._num_kept[group] :]
+        if first:
+            self._settled.add_grads(group, x_TI, first, dy_TO, dx_TI)
+        if rest:
+            assert self._unfinished is not None
+            assert self._unfinished.staging is not None
+            self._unfinished.staging.mark(group)
+            self._cut.add_grads(group, x_TI, rest, dy_TO, dx_TI)
 
-    def add_lora_grad(self, name: str, x_TI: Tensor | None, dy_TO: Tensor, dx_TI: Tensor) -> None:
-        for lane, u_NR in zip(self._targeted.get(name, ()), self._shrunk.pop(name), strict=True):
-            staging = lane.op.staging
-            if staging is None or x_TI is None:
-                continue
-            if lane.is_live:
-                if lane.op.num_left:
-                    staging.mark(name)
-                slot, rows = lane.op.slot, slice(lane.start, lane.end)
-                add_grads(slot.views[name], staging.views[name], x_TI[rows], u_NR, dy_TO[rows], dx_TI[rows], slot.scale)
+
+def _spans(lanes: Iterable[Lane], *, may_merge: bool) -> list[list[Lane]]:
+    """The lanes by segment: neighbours of one run that all want gradients, or all none."""
+    spans: list[list[Lane]] = []
+    for lane in lanes:
+        before = spans[-1][-1].op if spans else None
+        is_alike = (
+            before is not None and before.slot is lane.op.slot and (before.staging is None) == (lane.op.staging is None)
+        )
+        if may_merge and is_alike:
+            spans[-1].append(lane)
+        else:
+            spans.append([lane])
+    return spans
 
 
-def add_grads(
-    weights: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor],
-    x_NI: Tensor,
-    u_NR: Tensor,
-    dy_NO: Tensor,
-    dx_NI: Tensor,
-    scale: float,
-) -> None:
-    """Backward of y += scale · (x Aᵀ) Bᵀ with u = x Aᵀ: adds to dx, and to the gradients of A [R, I] and B [O, R]."""
-    (a_RI, b_OR), (da_RI, db_OR) = weights, grads
-    g_NR = (dy_NO @ b_OR).mul_(scale)
-    dx_NI.addmm_(g_NR, a_RI)
-    da_RI.addmm_(g_NR.T, x_NI)
-    db_OR.addmm_(dy_NO.T, u_NR, alpha=scale)
+def _segment(span: Sequence[Lane]) -> Segment:
+    op = span[0].op
+    grads = None if op.staging is None else op.staging.views
+    return Segment(span[0].start, span[-1].end, op.slot.views, grads, op.slot.scale)
+
+
+def _live_ranges(span: Iterable[Lane]) -> list[tuple[int, int]]:
+    ranges: list[tuple[int, int]] = []
+    for lane in span:
+        if not lane.is_live:
+            continue
+        if ranges and ranges[-1][1] == lane.start:
+            ranges[-1] = ranges[-1][0], lane.end
+        else:
+            ranges.append((lane.start, lane.end))
+    return ranges

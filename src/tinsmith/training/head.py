@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinsmith.errors import UserError
 from tinsmith.model import HEAD, FrozenMatrix, padded_rows
-from tinsmith.training.context import add_grads
+from tinsmith.model.lora.segments import add_adapter, add_adapter_grads
 from tinsmith.training.lanes import Lane
 from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
@@ -178,10 +178,8 @@ class _ChunkPass:
         for piece in self._chunk:
             slot = piece.lane.op.slot
             if HEAD in slot.views:
-                a_RD, b_VR = slot.views[HEAD]
-                u_NR = self._h_CD[piece.rows] @ a_RD.T
-                logits_CV[piece.rows].addmm_(u_NR, b_VR.T, alpha=slot.scale)
-                self._shrunk[id(piece)] = u_NR
+                rows = piece.rows
+                self._shrunk[id(piece)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows], slot.scale)
         return logits_CV
 
     def _evaluate(self, piece: Piece, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
@@ -235,7 +233,7 @@ class _ChunkPass:
             op.staging.mark(HEAD)  # later pieces may yet fail it
         u_NR = self._shrunk[id(piece)][rows_N - piece.row]
         grads = op.staging.views[HEAD]
-        add_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
+        add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
 
 
 def evaluate(lane: Lane, lp: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Evaluation | Failure:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
 from tinsmith.training.head import Head
-from tinsmith.training.optimizer import optim_step
+from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import PARTS, RunSlot
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
@@ -19,6 +19,7 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
 
     def has_run(self, run_id: RunId) -> bool:
@@ -37,10 +38,10 @@ class Trainer:
         self._slots.pop(run_id, None)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items)
+        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
-        return [optim_step(self._slots[item.run_id], item.params) for item in items]
+        return optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
         return RowLayout(self._base.linears, spec.targets, spec.rank)

@@ -26,9 +26,18 @@ from tinsmith.types import Failure, RunId, TrainItem, TrainResult
 class TorchPass:
     """See `engine.TrainingPass`."""
 
-    def __init__(self, base: BaseModel, head: Head, slots: Mapping[RunId, RunSlot], items: Sequence[TrainItem]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        head: Head,
+        slots: Mapping[RunId, RunSlot],
+        items: Sequence[TrainItem],
+        *,
+        deterministic: bool,
+    ) -> None:
         self._base = base
         self._head = head
+        self._deterministic = deterministic
         self._stagings = {item.run_id: Staging(slots[item.run_id]) for item in items if item.backward}
         self._ops = [
             OpProgress(
@@ -98,7 +107,8 @@ class TorchPass:
         positions_T = torch.cat([torch.arange(length) for length in lengths])
         wants_grad = any(lane.op.staging is not None for lane in lanes)
         device = self._base.device
-        context = TrainingContext(lanes, PackedAttention(lengths, device), backward=wants_grad)
+        attention = PackedAttention(lengths, device)
+        context = TrainingContext(lanes, attention, self._base.lora, deterministic=self._deterministic)
         with torch.set_grad_enabled(wants_grad):
             h_TD = self._base.hidden(tokens_T.to(device), positions_T.to(device), context)
         with torch.no_grad():

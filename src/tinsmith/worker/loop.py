@@ -3,7 +3,7 @@
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
 changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
 in one transaction, and advances the resident samples. Training passes take turns pack by pack, and so do training and
-sampling, of equal time: after each pack the sampler has as long as the pack took.
+sampling: after each pack the sampler has as long as the pack took, times the setting `sampling_share`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, RunId
+from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
@@ -60,6 +60,7 @@ class Worker:
         api: Ringer,
         wake: Callable[[], None],
         line: TokenSender | None = None,
+        role: Role = Role.ALL,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
         of samples under way."""
@@ -69,6 +70,7 @@ class Worker:
         self._settings = settings
         self._bell = bell
         self._base = engine.info.name
+        self._role = role
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
@@ -77,7 +79,7 @@ class Worker:
         self._shares = Shares()
         self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
-        self._queue = QueueView(me, self._base, store, settings.scan_interval_s)
+        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
@@ -109,7 +111,7 @@ class Worker:
         if batch is not None:
             self._run(batch)
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
-        self._sample_for(barriers_s + self._advance())
+        self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self.runs.snapshot_due()
         self.runs.evict(self._busy | self._passes.runs)
         return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
@@ -145,7 +147,7 @@ class Worker:
     def _look(self) -> Batch | None:
         if self._must_look:
             self._looked_at = time.monotonic()
-            if self.runs.lease():
+            if self._role.trains and self.runs.lease():
                 self._queue.distrust()
             self._queue.look()
         self._must_look = self._must_plan = False

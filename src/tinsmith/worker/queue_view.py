@@ -12,17 +12,18 @@ from collections.abc import Collection, Iterable
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId
+from tinsmith.types import OpId, Role
 
 LOOK_AT_MOST = 4096
 
 
 class QueueView:
-    def __init__(self, me: WorkerId, base: str, store: Store, scan_interval_s: float) -> None:
+    def __init__(self, me: WorkerId, base: str, store: Store, scan_interval_s: float, role: Role) -> None:
         self._me = me
         self._base = base
         self._store = store
         self._scan_interval_s = scan_interval_s
+        self._role = role
         self._ops: dict[OpId, OpRow] = {}
         self._newest = 0
         self._read_at = float("-inf")
@@ -46,7 +47,7 @@ class QueueView:
         if time.monotonic() - self._read_at > self._scan_interval_s:
             self._read()
             return
-        look = self._store.waiting.since(self._me, self._base, self._newest, LOOK_AT_MOST)
+        look = self._store.waiting.since(self._me, self._base, self._newest, LOOK_AT_MOST, self._role)
         if look.has_early or look.is_cut:
             self._read()
             return
@@ -54,7 +55,7 @@ class QueueView:
         self._ops.update((op.id, op) for op in look.ops)
 
     def _read(self) -> None:
-        look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST)
+        look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role)
         self._ops = {op.id: op for op in look.ops}
         self._newest = look.newest
         self._read_at = float("-inf") if look.has_early or look.is_cut else time.monotonic()

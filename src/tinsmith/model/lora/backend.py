@@ -1,0 +1,88 @@
+"""What a LoRA backend has to do: the adapters of many runs, forward and backward, in one group of linear layers.
+
+A group is one or more linear layers with the same input (q, k and v; gate and up; o and down are groups of one). The
+base computes their outputs as one product, so y holds them side by side: [T, O] with O = O1 + O2 + .... An adapter has
+for a group one matrix A, whose rows are those of its L layers one after another, and L matrices B. With u = x Aᵀ
+
+    forward    y[:, o_l] += scale · u[:, l] B_lᵀ                           for each layer l
+    backward   g[:, l] = scale · dy[:, o_l] B_l,   dx += g A
+               dA += gᵀ x,   dB_l += scale · dy[:, o_l]ᵀ u[:, l]
+
+where o_l are the columns of layer l in y and l, as an index of u and g, stands for the R columns l·R .. (l+1)·R.
+
+What stays true: rows outside of all segments are left alone; gradients of one segment are added in the order of its
+`live` ranges, and those of a run in the order of its segments; nothing is averaged or scaled but by `scale`.
+Shape letters: T rows of the pass, N rows of a segment, I inputs, O outputs of a group and O_l of a layer, R rank,
+L layers of a group, K = L · R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """An adapter's matrices for one group, or their gradients: contiguous views of the run's row.
+
+    a_KI: A of the L layers one below the other. bs: of each layer, B [O_l, R].
+    """
+
+    a_KI: Tensor
+    bs: tuple[Tensor, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.bs[0].shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a_KI, *self.bs)
+
+
+@dataclass(slots=True)
+class Segment:
+    """Rows start..end of the pass belong to one adapter. Segments are disjoint, in the order of their rows.
+
+    Args:
+        weights, grads: by group (its name is that of its first layer). A group that isn't in `weights` has no adapter
+            here. grads is None if the rows want no backward; else it has the keys of `weights`.
+        scale: alpha / rank.
+        live: the ranges of rows, ascending and within start..end, whose dy may differ from zero; all others must not
+            be touched in the backward pass, as their x may be infinite. Set after the forward pass, before the first
+            `add_grads`.
+    """
+
+    start: int
+    end: int
+    weights: Mapping[str, LoraWeights]
+    grads: Mapping[str, LoraWeights] | None
+    scale: float
+    live: Sequence[tuple[int, int]] = field(default_factory=list)
+
+
+class LoraPass(Protocol):
+    """The adapters of one pass over the base. Holds no activations, so that a group may be computed twice."""
+
+    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        """Add the adapters' part to y, in place. Called without autograd; x is contiguous, y as well.
+
+        Returns:
+            What `add_grads` will want beside x: tensors of the backend's own choosing, in its own shapes. Empty if no
+            segment has gradients in this group; then neither they nor x are kept, and `add_grads` isn't called.
+        """
+        ...
+
+    def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
+        """Add to dx and to the segments' gradients, in place. x and kept as in a call of `add`; all contiguous."""
+        ...
+
+
+class LoraBackend(Protocol):
+    """Makes the `LoraPass` of one pass. Work that depends on segments alone belongs here, or in a first call."""
+
+    def __call__(self, segments: Sequence[Segment]) -> LoraPass: ...
