@@ -26,6 +26,7 @@ from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
 from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
+from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
@@ -61,6 +62,7 @@ class Worker:
         wake: Callable[[], None],
         line: TokenSender | None = None,
         role: Role = Role.ALL,
+        busy: Busy | None = None,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
         of samples under way."""
@@ -71,6 +73,7 @@ class Worker:
         self._bell = bell
         self._base = engine.info.name
         self._role = role
+        self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
@@ -114,7 +117,8 @@ class Worker:
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self.runs.snapshot_due()
         self.runs.evict(self._busy | self._passes.runs)
-        return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
+        is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
+        return worked or batch is not None or is_at_work or self._must_plan
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
@@ -233,7 +237,8 @@ class Worker:
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         self._saving |= {op.id for op in ops if op.kind.is_save}
         started = time.perf_counter()
-        outcomes = self._barriers.carry_out(ops)
+        with self._busy_clock:
+            outcomes = self._barriers.carry_out(ops)
         seconds = time.perf_counter() - started
         self._barriers_s += seconds
         self._settle(outcomes, replays, seconds / max(1, len(ops)))
@@ -246,8 +251,11 @@ class Worker:
         before = current.seconds
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
-            if not current.advance(self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)):
-                outcomes = current.commit()
+            with self._busy_clock:
+                work = self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)
+                is_whole = not current.advance(work)
+                outcomes = current.commit() if is_whole else []
+            if is_whole:
                 self._passes.end(current)
                 self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
                 self._must_plan = True
@@ -273,7 +281,8 @@ class Worker:
 
     def _step_samples(self) -> None:
         try:
-            outcomes = self._samples.step()
+            with self._busy_clock:
+                outcomes = self._samples.step()
         except Exception:
             abandoned = self._samples.abandon()
             log.exception("sampler step failed", ops=[op.id for op in abandoned])
