@@ -55,7 +55,9 @@ class TorchEngine:
 
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        self._base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+        self._base = load_base(
+            info, device=torch.device("cpu"), dtype=torch.float32, deterministic=settings.deterministic
+        )
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
