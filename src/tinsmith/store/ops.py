@@ -50,10 +50,14 @@ EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
 _GET = Prepared(
     select(*WHOLE, ops.c.is_expired).where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
 )
-_RUNNABLE_IN_RUNS = (
-    select(*LIGHT)
-    .join(runs, runs.c.run_id == ops.c.run_id)
-    .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id <= runs.c.head_seq)
+# A run is looked up for each queued op, and not the ops of each run: a worker may hold thousands that are idle.
+_IS_HELD = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
+_RUNNABLE_IN_RUNS = select(*LIGHT).where(
+    IS_QUEUED,
+    ops.c.run_id.is_not(None),
+    exists()
+    .where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot"), ops.c.seq_id <= runs.c.head_seq)
+    .correlate(ops),
 )
 _WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)
 _CLAIM = Prepared(
@@ -61,10 +65,7 @@ _CLAIM = Prepared(
     .where(
         ops.c.op_id == bindparam("id"),
         IS_QUEUED,
-        or_(
-            ops.c.run_id.is_(None),
-            ops.c.run_id.in_(select(runs.c.run_id).where(runs.c.lease_owner == bindparam("slot"))),
-        ),
+        or_(ops.c.run_id.is_(None), _IS_HELD),
     )
     .values(
         state=OpState.RUNNING.value, owner=bindparam("slot"), attempts=ops.c.attempts + 1, started_at=bindparam("now")
