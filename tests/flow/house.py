@@ -199,9 +199,11 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
         worker._heard_at = float("-inf")
         worker._must_look = True
         worker._queue.distrust()
-        if not worker.step() and not worker._writer.num_pending and not (worker._must_look or worker._must_plan):
+        is_idle = not worker.step() and not (worker._must_look or worker._must_plan)
+        num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
+        if is_idle and not num_pending:
             return
-        if worker._writer.num_pending:
+        if num_pending:
             time.sleep(0.002)
     raise AssertionError("the worker did not come to rest")
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
+from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import MIN_ROWS, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
@@ -92,8 +93,8 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load `info.path` and open it.
+def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> BaseModel:
+    """Load `info.path` and open it. deterministic: no kernel may round an element by its place in an array.
 
     Raises:
         UserError: the directory lacks weights.
@@ -110,6 +111,7 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> Ba
     holder = PassHolder()
     infos = describe_linears(linears, head, watch.leads)
     groups = _group_linears(model, linears, watch.leads, holder)
+    replace_blocks(model, {group.name: group for group in groups}, holder, stable=deterministic)
     replace_silu(model)
     _hook_attention(model, holder)
     base = BaseModel(model, info, infos, groups, head, holder)
