@@ -186,7 +186,7 @@ class Worker:
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._settings.pass_max_tokens,
+            self._passes.pass_work(self._settings),
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.store.rows import OpRow
@@ -149,6 +150,12 @@ class Passes:
         if one in self._open:
             self._open.remove(one)
             self._speed = one.speed
+
+    def pass_work(self, settings: Settings) -> int:
+        """What a new pass may take in. Clients that are served together would come back together, and leave the engine
+        idle meanwhile: so a pass is no larger than makes the engine efficient."""
+        wanted = max(settings.pass_min_tokens, int(self._speed * settings.pass_target_ms / 1000))
+        return min(settings.pass_max_tokens, wanted) if self._speed else settings.pass_max_tokens
 
     def pack_work(self, one: OpenPass, budget: int, cap_s: float) -> int:
         """A pack's bound: the budget, and what can be computed until others should get their turn."""
