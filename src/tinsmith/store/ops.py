@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import JSON, and_, bindparam, func, literal_column, or_, select, update
+from sqlalchemy import JSON, and_, bindparam, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError, NotFoundError
@@ -27,7 +27,7 @@ from tinsmith.store.op_rows import WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
-from tinsmith.store.schema import ops, runs
+from tinsmith.store.schema import ops, runs, samplers
 from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
@@ -56,6 +56,9 @@ _UNCLAIM = (
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
 )
+_MADE_A_PROMISE = (ops.c.kind == OpKind.SAVE_SAMPLER.value) & exists().where(
+    samplers.c.run_id == ops.c.run_id, samplers.c.promised_seq == ops.c.seq_id
+)
 _FINAL_AMONG = Prepared(
     select(ops.c.op_id).where(
         ops.c.op_id.in_(select(func.json_each(bindparam("op_ids", type_=JSON)).table_valued("value").c.value)),
@@ -69,7 +72,7 @@ _REPLAYABLE = (
         ops.c.run_id == bindparam("run_id"),
         ops.c.seq_id > bindparam("above"),
         ops.c.state == OpState.DONE.value,
-        ops.c.kind.in_(EFFECTS),
+        or_(ops.c.kind.in_(EFFECTS), _MADE_A_PROMISE),
     )
     .order_by(ops.c.seq_id)
 )
@@ -241,7 +244,8 @@ class Ops:
             return {op_id: to_op(_OUTCOME.first(conn, {"op_id": op_id})) for (op_id,) in final}
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
-        """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
+        """DONE ops above `above_seq` that changed the run's state, or made a sampler whose file isn't written yet; by
+        seq, with payload."""
         with self._database.read() as conn:
             return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
 

@@ -30,6 +30,7 @@ from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.residency import MAX_NEW_RUNS
@@ -80,9 +81,15 @@ class Worker:
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._ahead)
-        self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
+        self._publisher = Publisher(me, store, blobs, engine, self._writer)
+        self._barriers = Barriers(
+            engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._settle_save, role
+        )
         self._shares = Shares()
-        self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
+        self._samples = Samples(
+            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
+            Telling(engine, line),
+        )  # fmt: skip
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
@@ -117,6 +124,7 @@ class Worker:
             self._run(batch)
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
+        self._publisher.write()
         self.runs.snapshot_due()
         computing = self._passes.runs
         self.runs.evict(self._busy | computing, computing)
@@ -129,6 +137,7 @@ class Worker:
         self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
         while self._passes:
             self._advance()
+        self._publisher.write()
         self._writer.flush()
         self.runs.snapshot_all()
         self._writer.flush()
@@ -164,7 +173,7 @@ class Worker:
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
-            for op in self._queue.ops
+            for op in self._runnable()
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
@@ -172,6 +181,11 @@ class Worker:
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
         served = self._shares.enter(tenants)
         return plan(self.runs.choose(candidates, served), self._limits(), served)
+
+    def _runnable(self) -> list[OpRow]:
+        """Queued ops; of the samples those whose weights are here."""
+        samples = self._samples.ready([op for op in self._queue.ops if op.kind is OpKind.SAMPLE])
+        return [op for op in self._queue.ops if op.kind is not OpKind.SAMPLE] + samples
 
     def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
@@ -243,7 +257,8 @@ class Worker:
         self._saving |= {op.id for op in ops if op.kind.is_save}
         started = time.perf_counter()
         with self._busy_clock:
-            outcomes = self._barriers.carry_out(ops)
+            outcomes = self._barriers.carry_out(ops, replays)
+        self._saving -= {outcome.op.id for outcome in outcomes}
         seconds = time.perf_counter() - started
         self._barriers_s += seconds
         self._settle(outcomes, replays, seconds / max(1, len(ops)))
@@ -257,8 +272,7 @@ class Worker:
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
             with self._busy_clock:
-                work = self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)
-                is_whole = not current.advance(work)
+                is_whole = not current.advance(self._passes.pack_work(current, cap_s))
                 outcomes = current.commit() if is_whole else []
             if is_whole:
                 self._passes.end(current)
@@ -305,7 +319,7 @@ class Worker:
         self._queue.look()
         waiting = [
             Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
-            for op in self._queue.ops
+            for op in self._runnable()
             if op.kind is OpKind.SAMPLE
         ]
         if self._is_isolating or any(sample.is_suspect for sample in waiting):

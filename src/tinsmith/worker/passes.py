@@ -154,11 +154,13 @@ class Passes:
     def pass_work(self, settings: Settings) -> int:
         """What a new pass may take in. Clients that are served together would come back together, and leave the engine
         idle meanwhile: so a pass is no larger than makes the engine efficient."""
+        most = self._engine.pass_max_tokens
         wanted = max(settings.pass_min_tokens, int(self._speed * settings.pass_target_ms / 1000))
-        return min(settings.pass_max_tokens, wanted) if self._speed else settings.pass_max_tokens
+        return min(most, wanted) if self._speed else most
 
-    def pack_work(self, one: OpenPass, budget: int, cap_s: float) -> int:
-        """A pack's bound: the budget, and what can be computed until others should get their turn."""
+    def pack_work(self, one: OpenPass, cap_s: float) -> int:
+        """A pack's bound: the engine's budget, and what can be computed until others should get their turn."""
+        budget = self._engine.pass_max_tokens
         if not one.speed:
             return budget
         seconds = min(cap_s, IDLE_PACK_S / len(self._open))
