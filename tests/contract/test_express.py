@@ -65,7 +65,7 @@ def read(stream: Stream) -> tuple[int, dict[str, str], bytes]:
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
     body = b""
     while len(body) < int(headers["content-length"]):
-        body += stream._sock.recv(65536)
+        body += stream._sock.recv(int(headers["content-length"]) - len(body))
     return int(first.split()[1]), headers, body
 
 

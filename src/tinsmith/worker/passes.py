@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
+from tinsmith.scheduler import Candidate
 from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
@@ -128,6 +129,16 @@ class Passes:
         for tenant in one.tenants:
             self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
         self._open.insert(0, one)
+
+    def beside(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those that may begin while these are under way: samples, and other tenants' requests, but no suspects."""
+        if not self._open:
+            return candidates
+        if any(c.is_suspect and c.run_id is None for c in candidates):
+            return []
+        is_closed = self.is_closed or any(c.is_suspect for c in candidates)
+        busy = self.tenants
+        return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
 
     def next(self) -> OpenPass | None:
         """The one whose turn it is; of equals, the newest."""
