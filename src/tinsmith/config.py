@@ -8,6 +8,7 @@ back from `as_env()`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self, get_type_hints
 from tinsmith.errors import ConfigError
 
 ENV_PREFIX = "TINSMITH_"
+DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -85,7 +87,14 @@ class Settings:
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
     device: str = setting(
         "auto",
-        "Where the base model lives: auto and cpu mean the CPU; fake computes nothing real, for tests of clients.",
+        "Where the base model lives: cpu, cuda, cuda:N, or auto (a GPU if there is one); fake computes nothing real, "
+        "for tests of clients.",
+        group="engine",
+    )
+    dtype: str = setting(
+        "auto",
+        "What the base model computes in: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on the CPU). Losses, "
+        "gradients and optimizer states are float32.",
         group="engine",
     )
     deterministic: bool = setting(
@@ -102,7 +111,10 @@ class Settings:
         group="engine",
     )
     loss_chunk_tokens: int = setting(
-        512, "Tokens whose logits are held at once by losses.", unit="tokens", group="engine"
+        0,
+        "Tokens whose logits are held at once by losses; 0 means 512 on the CPU, and on a GPU what its memory allows.",
+        unit="tokens",
+        group="engine",
     )
     max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
@@ -230,7 +242,7 @@ class Settings:
 
     def _check(self) -> None:
         positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
+            "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens",
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
@@ -241,6 +253,10 @@ class Settings:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
         if self.prefix_cache_mib < 0:
             raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
+        if self.loss_chunk_tokens < 0:
+            raise ConfigError(f"--loss-chunk-tokens must be 0 or more, not {self.loss_chunk_tokens}")
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(f"--device is one of auto, cpu, cuda, cuda:N, fake, not {self.device!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:
@@ -250,7 +266,7 @@ class Settings:
             "log_level": ("debug", "info", "warning", "error"),
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
-            "device": ("auto", "cpu", "fake"),
+            "dtype": ("auto", "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

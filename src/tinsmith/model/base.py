@@ -24,7 +24,8 @@ from tinsmith.model.context import MIN_ROWS, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
-from tinsmith.model.lora import LoraBackend, SegmentsLora
+from tinsmith.model.lora import LoraBackend
+from tinsmith.model.lora.choice import lora_for
 from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
@@ -51,7 +52,7 @@ class BaseModel:
         self.num_forwards = 0
         self.backbone: nn.Module = getattr(model, model.base_model_prefix)
         self._embedding: nn.Module = model.get_input_embeddings()
-        self.lora: LoraBackend = SegmentsLora
+        self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
         self._holder = holder
 
@@ -121,9 +122,14 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> Ba
 def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+            info.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
         )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ImportError, OSError, ValueError) as error:
         raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]

@@ -131,7 +131,7 @@ class AdapterStack:
         parts = [torch.bmm(u_SMK[:, :, i * rank : (i + 1) * rank], b_SRO[:used]) for i, b_SRO in enumerate(bs)]
         delta_SMO = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         delta_NO = delta_SMO.view(-1, y_TO.shape[1]).index_select(0, self._places)
-        y_TO.index_add_(0, self._targets, delta_NO)
+        y_TO.index_add_(0, self._targets, delta_NO.to(y_TO.dtype))
 
     def _load(self, slots: Sequence[int], wanted: Sequence[Adapter]) -> None:
         num_slots = max(*slots, len(self._held) - 1) + 1

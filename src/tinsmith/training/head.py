@@ -10,8 +10,10 @@ D hidden size, V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,17 +61,31 @@ class Piece:
         """The loss on these rows, which are all of the datum unless it goes token by token."""
         if not self.lane.op.loss_fn.is_tokenwise:
             return evaluate(self.lane, lp)
-        return evaluate(self.lane, lp, self._inputs())
+        return evaluate(self.lane, lp, self.inputs())
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         return {name: tensor[self.start : self.end] for name, tensor in self.lane.inputs.items()}
+
+
+class AnyChunkPass(Protocol):
+    """One chunk of rows: its log-probabilities on being made, its losses and gradients on `run`."""
+
+    logprobs: list[Tensor]
+
+    def run(self, dh_CD: Tensor, whole: Mapping[int, Evaluation | Failure]) -> None:
+        """Fill in the chunk's rows of dh; `whole`: losses of data that span chunks, by id of their lane."""
+        ...
+
+
+ChunkPassMaker = Callable[[Tensor, Sequence[Piece]], AnyChunkPass]
 
 
 class Head:
     """The head of one base. `chunk_tokens` bounds the rows whose logits are held at once."""
 
-    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int) -> None:
+    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int, make_pass: ChunkPassMaker | None = None) -> None:
         self._matrix = matrix
+        self._make_pass = make_pass or partial(ChunkPass, matrix)
         self._chunk_tokens = chunk_tokens
         self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (matrix.out_features * matrix.dtype.itemsize))
 
@@ -89,7 +105,7 @@ class Head:
         start = 0
         for chunk in self._chunks(lanes):
             end = start + chunk[-1].rows.stop
-            self._pass(h_TD[start:end], chunk).run(dh_TD[start:end], whole)
+            self._make_pass(h_TD[start:end], chunk).run(dh_TD[start:end], whole)
             start = end
         for lane in lanes:
             if lane.op.failure is not None:
@@ -119,20 +135,17 @@ class Head:
         is_whole = not lane.op.loss_fn.is_tokenwise and lane.ref.num_tokens <= self._whole_tokens
         return self._whole_tokens if is_whole else self._chunk_tokens
 
-    def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
-        return _ChunkPass(self._matrix, h_CD, chunk)
-
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
         parts = []
         for start, end in pieces(lane.ref.num_tokens, self._chunk_tokens):
             rows = slice(lane.start + start, lane.start + end)
             piece = Piece(lane, start, end, 0)
-            parts.append(self._pass(h_TD[rows], [piece]).logprobs[0])
+            parts.append(self._make_pass(h_TD[rows], [piece]).logprobs[0])
         return evaluate(lane, torch.cat(parts))
 
 
-class _ChunkPass:
+class ChunkPass:
     """One chunk: its logits and what follows from them.
 
     `logprobs` are those of the targets of each piece, [N, K] or [N]. One tensor holds the logits, then the
@@ -193,7 +206,7 @@ class _ChunkPass:
             return None
         loss, coef = found.loss, found.coef if whole is None else found.coef[piece.start : piece.end]
         if not (np.isfinite(loss) and bool(torch.isfinite(coef).all()) and bool(torch.isfinite(lp).all())):
-            op.fail(_not_finite(lane.ref.datum, op.item.loss.name))
+            op.fail(not_finite(lane.ref.datum, op.item.loss.name))
             return None
         op.logprobs[lane.ref.datum][piece.start : piece.end] = lp.cpu().numpy()
         if whole is None or piece.start == 0:
@@ -261,7 +274,7 @@ def _rows_by_k(targets: Tensor) -> Tensor:
     return targets.view(len(targets), -1)
 
 
-def _not_finite(datum: int, loss: str) -> Failure:
+def not_finite(datum: int, loss: str) -> Failure:
     return Failure(
         code="non_finite_loss",
         category="user",

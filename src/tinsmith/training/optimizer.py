@@ -55,6 +55,7 @@ def optim_step(slot: RunSlot, params: AdamParams) -> OptimResult | Failure:
         maximize=False,
     )
     slot.step += 1
+    slot.refresh()
     grad_P.zero_()
     return OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": params.learning_rate})
 

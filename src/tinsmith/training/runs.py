@@ -27,7 +27,8 @@ class RunSlot:
         self.rows = rows
         self.step = step
         self.scale = spec.alpha / spec.rank
-        self.views = layout.views(rows["param"])
+        self.compute_P = rows["param"].to(layout.compute_dtype)  # the row itself, where that is float32
+        self.views = layout.views(self.compute_P)
 
     @classmethod
     def fresh(cls, spec: RunSpec, layout: RowLayout, device: torch.device) -> RunSlot:
@@ -47,6 +48,11 @@ class RunSlot:
             raise UserError("the checkpoint holds no weights")
         rows = {part: layout.tensors_to_row(part, state.tensors, device) for part in PARTS}
         return cls(spec, layout, rows, step=state.step if state.has_optimizer else 0)
+
+    def refresh(self) -> None:
+        """The parameters have changed: so does what passes compute with."""
+        if self.compute_P is not self.rows["param"]:
+            self.compute_P.copy_(self.rows["param"])
 
     def export(self, parts: Sequence[str]) -> RunState:
         tensors: dict[str, FloatArray] = {}

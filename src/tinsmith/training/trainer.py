@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
-from tinsmith.training.head import Head
+from tinsmith.training.heads import make_head
 from tinsmith.training.optimizer import optim_step
 from tinsmith.training.runs import PARTS, RunSlot
 from tinsmith.training.training_pass import TorchPass
@@ -18,7 +18,7 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._head = make_head(base, settings.loss_chunk_tokens)
         self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
 
@@ -44,4 +44,4 @@ class Trainer:
         return [optim_step(self._slots[item.run_id], item.params) for item in items]
 
     def _layout(self, spec: RunSpec) -> RowLayout:
-        return RowLayout(self._base.linears, spec.targets, spec.rank)
+        return RowLayout(self._base.linears, spec.targets, spec.rank, self._base.dtype)

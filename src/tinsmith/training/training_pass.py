@@ -13,13 +13,13 @@ import torch
 
 from tinsmith.engine import PassStats
 from tinsmith.model import BaseModel, padded_rows
-from tinsmith.training.attention import PackedAttention
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import DatumRef, list_data, num_fitting
 from tinsmith.training.runs import RunSlot, Staging
+from tinsmith.training.varlen import attention_for
 from tinsmith.types import Failure, RunId, TrainItem, TrainResult
 
 
@@ -107,7 +107,7 @@ class TorchPass:
         positions_T = torch.cat([torch.arange(length) for length in lengths])
         wants_grad = any(lane.op.staging is not None for lane in lanes)
         device = self._base.device
-        attention = PackedAttention(lengths, device)
+        attention = attention_for(device, self._base.dtype)(lengths, device)
         context = TrainingContext(lanes, attention, self._base.lora, deterministic=self._deterministic)
         with torch.set_grad_enabled(wants_grad):
             h_TD = self._base.hidden(tokens_T.to(device), positions_T.to(device), context)

@@ -32,6 +32,13 @@ class SegmentsLora:
                 kept.append(u_NK)
         return tuple(kept)
 
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            x_TI[segment.start : segment.end] @ segment.weights[group].a_KI.T
+            for segment in self._segments
+            if segment.grads is not None and group in segment.weights
+        )
+
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         held = iter(kept)
         for segment in self._segments:
@@ -54,6 +61,10 @@ class SegmentsLora:
 def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor, scale: float) -> Tensor:
     """y += scale · (x Aᵀ) Bᵀ for rows of one adapter, in place. Returns u = x Aᵀ."""
     u_NK = x_NI @ weights.a_KI.T
+    if y_NO.dtype != x_NI.dtype:
+        us = torch.split(u_NK, weights.rank, 1)
+        y_NO += scale * torch.cat([u_NR @ b_OR.T for u_NR, b_OR in zip(us, weights.bs, strict=True)], 1)
+        return u_NK
     if len(weights.bs) == 1:
         y_NO.addmm_(u_NK, weights.bs[0].T, alpha=scale)
         return u_NK

@@ -63,13 +63,14 @@ class TritonLora:
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
         for crowd in self._find(group, x_TI.device, wants_grads=False):
-            near, far = _sides(crowd, group, "weights")
-            u_TK = x_TI.new_empty(len(x_TI), near.num_narrow)
-            kernels.shrink(x_TI, near, crowd.tiles, crowd.scales, u_TK)
-            kernels.expand(u_TK, far, crowd.tiles, y_TO)
+            u_TK = _shrunk(crowd, group, x_TI)
+            kernels.expand(u_TK, _sides(crowd, group, "weights")[1], crowd.tiles, y_TO)
             if any(segment.grads is not None for segment in crowd.segments):
                 kept.append(u_TK)
         return tuple(kept)
+
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_shrunk(crowd, group, x_TI) for crowd in self._find(group, x_TI.device, wants_grads=True))
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         for crowd, u_TK in zip(self._find(group, x_TI.device, wants_grads=True), kept, strict=True):
@@ -120,6 +121,14 @@ class TritonLora:
             crowd.live_tiles = _tiles(spans, device)
             crowd.pieces = Pieces(num, to_device(table, device), to_device(flat, device), is_sole)
         return crowd.live_tiles, crowd.pieces
+
+
+def _shrunk(crowd: _Crowd, group: str, x_TI: Tensor) -> Tensor:
+    """u = scale · x Aᵀ, [T, K]."""
+    near, _ = _sides(crowd, group, "weights")
+    u_TK = x_TI.new_empty(len(x_TI), near.num_narrow)
+    kernels.shrink(x_TI, near, crowd.tiles, crowd.scales, u_TK)
+    return u_TK
 
 
 def _tiles(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tiles:
