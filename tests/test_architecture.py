@@ -30,7 +30,7 @@ LAYERS = (
         "torch_probe",
     },
     {"worker", "api"},
-    {"admin", "client", "supervisor", "flags", "serve", "doctor", "cli", "demo", "__main__"},
+    {"admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "cli", "demo", "__main__"},
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}

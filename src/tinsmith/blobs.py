@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
@@ -31,6 +31,14 @@ TEMPORARY = ".tmp-"
 DIGEST_CHARS = 32
 CHECKED_BYTES = 1 << 20  # at one time
 _ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
+
+T = TypeVar("T")
+
+
+class Digest(Protocol):
+    """Takes the bytes of a file in their order."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,19 @@ class Blobs:
             data = file.read()
         _check_digest(key, hashlib.sha256(data).hexdigest())
         return data
+
+    def load(self, key: BlobKey, read: Callable[[BinaryIO, Digest], T]) -> T:
+        """What `read` makes of the file; it gives all of the file's bytes to the digest beside.
+
+        Raises:
+            NotFoundError: no such file.
+            CorruptError: its content isn't what was stored, or `read` says so.
+        """
+        digest = hashlib.sha256()
+        with self.open(key) as file:
+            made = read(file, digest)
+        _check_digest(key, digest.hexdigest())
+        return made
 
     def open_checked(self, key: BlobKey) -> BinaryIO:
         """The file, for reading piece by piece, once all of it was read and checked.

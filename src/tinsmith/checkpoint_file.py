@@ -1,5 +1,7 @@
 """A run's state as one safetensors file, and back; and where its tensors lie. Numpy only; no pickle, no torch.
 
+Tensors lie in the order of the state, so that a part which is one flat row in memory is one flat row in the file: it is
+written and read in one piece. A file whose tensors lie in another order loads as well, tensor by tensor.
 The header's metadata has one entry, a JSON object with the format, the optimizer step and the spec (several entries
 would come out of the library in a new order each time); tensors are named as in `RunState`.
 """
@@ -7,26 +9,30 @@ would come out of the library in a new order each time); tensors are named as in
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 from msgspec import Struct
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
+from tinsmith.blobs import Digest
 from tinsmith.errors import CorruptError
-from tinsmith.types import RunSpec, RunState
+from tinsmith.types import FloatArray, RunSpec, RunState
 
 FORMAT = "tinsmith-run-state-1"
 ENTRY = "tinsmith"
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 16 * 2**20
+ALIGNMENT = 64
+PIECE_BYTES = 4 * 2**20
 
 
 class Label(Struct):
@@ -57,10 +63,27 @@ class StoredState:
 
 
 def dump_state(state: RunState) -> bytes:
-    """The file's bytes. Equal states give equal bytes."""
+    """The file's bytes. Equal states, their tensors in the same order, give equal bytes."""
+    return b"".join(state_pieces(state))
+
+
+def state_pieces(state: RunState) -> Iterator[memoryview]:
+    """The same piece by piece, without a copy of the tensors: they must not change until the last one is taken."""
     label = msgspec.json.encode(Label(FORMAT, state.step, state.spec)).decode()
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in state.tensors.items()}
-    return save_tensors(tensors, metadata={ENTRY: label})
+    header: dict[str, Any] = {METADATA: {ENTRY: label}}
+    offset = 0
+    for name, tensor in state.tensors.items():
+        end = offset + tensor.size * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for part in _parts(state.tensors):
+        tensors = [tensor for name, tensor in state.tensors.items() if name.partition("/")[0] == part]
+        whole = one_piece(tensors)
+        for array in tensors if whole is None else [whole]:
+            yield np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8).data
 
 
 def load_state(data: bytes) -> RunState:
@@ -69,13 +92,89 @@ def load_state(data: bytes) -> RunState:
     Raises:
         CorruptError: it isn't such a file, or is cut short.
     """
-    file = io.BytesIO(data)
-    try:
-        label = _label(_header(file, len(data))[0])
-        tensors = load_tensors(data)
-    except (TypeError, ValueError, SafetensorError) as error:
-        raise CorruptError(f"unreadable run state: {error}") from error
-    return RunState(spec=label.spec, step=label.step, tensors=tensors)
+    return read_state(io.BytesIO(data))
+
+
+def read_state(file: BinaryIO, digest: Digest | None = None) -> RunState:
+    """The state in a file, each of its parts read into one array of its own, aligned as torch aligns its own.
+
+    Args:
+        digest: is given all of the file's bytes, beside the reading.
+
+    Raises:
+        CorruptError: it isn't such a file, or is cut short.
+    """
+    stored = read_state_header(file)
+    begin = stored.tensors[0].offset if stored.tensors else file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(begin)
+    if digest is not None:
+        digest.update(head)
+    tensors: dict[str, FloatArray] = {}
+    for _, group in itertools.groupby(stored.tensors, key=lambda tensor: tensor.name.partition("/")[0]):
+        of_part = list(group)
+        if any(tensor.offset != at for tensor, at in zip(of_part, _ends(of_part, file.tell()), strict=False)):
+            raise CorruptError("unreadable run state: its tensors overlap, or there are holes between them")
+        row = _read_row(file, sum(tensor.size for tensor in of_part) // 4, digest)
+        start = 0
+        for tensor in of_part:
+            end = start + tensor.size // 4
+            tensors[tensor.name] = row[start:end].reshape(tensor.shape)
+            start = end
+    if file.read(1):
+        raise CorruptError("unreadable run state: there is more in the file than its header names")
+    return RunState(spec=stored.spec, step=stored.step, tensors=tensors)
+
+
+def _read_row(file: BinaryIO, count: int, digest: Digest | None) -> FloatArray:
+    """`count` float32 numbers; each piece is digested while the next one is read."""
+    row = aligned_row(count)
+    data = row.view(np.uint8).data
+    with ThreadPoolExecutor(1) if len(data) > PIECE_BYTES else nullcontext() as beside:
+        at = 0
+        while at < len(data):
+            num_read = file.readinto(data[at : at + PIECE_BYTES])  # type: ignore[attr-defined]
+            if not num_read:
+                raise CorruptError("a run state that is cut short")
+            piece = data[at : at + num_read]
+            at += num_read
+            if digest is not None and beside is not None:
+                beside.submit(digest.update, piece)
+            elif digest is not None:
+                digest.update(piece)
+    return row
+
+
+def aligned_row(count: int) -> FloatArray:
+    """Room for float32 numbers, at an address that is a multiple of `ALIGNMENT`: products of what lies elsewhere may
+    round otherwise."""
+    room = np.empty(count * 4 + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + count * 4].view(np.float32)
+
+
+def one_piece(tensors: Sequence[FloatArray]) -> FloatArray | None:
+    """The flat array of which float32 arrays are the views, one after the other without a gap; None if they aren't."""
+    owner, at = tensors[0].base, tensors[0].ctypes.data
+    if owner is None:
+        return None
+    for tensor in tensors:
+        is_next = tensor.dtype == np.float32 and tensor.flags.c_contiguous and tensor.ctypes.data == at
+        if tensor.base is not owner or not is_next:
+            return None
+        at += tensor.nbytes
+    size = (at - tensors[0].ctypes.data) // 4
+    return np.lib.stride_tricks.as_strided(tensors[0].reshape(-1), (size,), (4,), writeable=tensors[0].flags.writeable)
+
+
+def _ends(tensors: Sequence[StoredTensor], begin: int) -> Iterator[int]:
+    """Where each tensor begins if they follow upon each other from `begin` on."""
+    return itertools.accumulate((tensor.size for tensor in tensors), initial=begin)
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Of tensors named PART/..., the parts in the order in which they come first."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in names))
 
 
 def read_state_header(file: BinaryIO) -> StoredState:

@@ -116,6 +116,17 @@ class Settings:
         unit="tokens",
         group="engine",
     )
+    sampling_share: float = setting(
+        1.0,
+        "Time that a worker gives to sampling for each second of training, while there is work of both.",
+        group="engine",
+    )
+    separate_sampler: bool = setting(
+        False,
+        "Sample in a process of its own beside the one that trains a base model; each holds the base in memory.",
+        group="engine",
+    )
+    sampler_device: str = setting("", "The device of that process; empty: the same as --device.", group="engine")
     max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
     max_resident_samples: int = setting(
@@ -246,7 +257,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-            "max_queued_samples", "max_sample_numbers", "min_ttl_s",
+            "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -255,8 +266,9 @@ class Settings:
             raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
         if self.loss_chunk_tokens < 0:
             raise ConfigError(f"--loss-chunk-tokens must be 0 or more, not {self.loss_chunk_tokens}")
-        if not DEVICE.fullmatch(self.device):
-            raise ConfigError(f"--device is one of auto, cpu, cuda, cuda:N, fake, not {self.device!r}")
+        for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
+            if not DEVICE.fullmatch(value):
+                raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:

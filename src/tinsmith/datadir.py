@@ -27,7 +27,7 @@ SIGNING_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What server.json says. worker_pids: by base model."""
+    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`."""
 
     version: str
     url: str

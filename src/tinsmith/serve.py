@@ -1,4 +1,4 @@
-"""`tinsmith serve`: settings become processes, one for the API and one for each base model.
+"""`tinsmith serve`: settings become processes, one for the API and one or two for each base model.
 
 Owns the start (models, data directory, port, first key), the supervision and the clean end. It loads neither torch
 nor the HTTP framework, so that it stays up whatever they do. It holds three things that outlive its children: the
@@ -35,6 +35,7 @@ from tinsmith.cpu import math_env
 from tinsmith.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.hub import fetch
+from tinsmith.placement import num_threads, places
 from tinsmith.relay import Relay, RelayStream
 from tinsmith.store import open_store
 from tinsmith.supervisor import ChildSpec, Supervisor, available_cores
@@ -103,6 +104,7 @@ class _Serving:
         self._err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._relay = Relay(self._write_line)
         self._read_fd, self._write_fd = os.pipe()
+        self._places = places(settings, refs)
         self._supervisor = Supervisor(
             child_specs(settings, refs, sockets, listener.fileno(), self._read_fd),
             on_line=self._on_line,
@@ -139,7 +141,10 @@ class _Serving:
     def _record(self) -> None:
         """Write server.json for the children as they are now."""
         api, *workers = self._supervisor.children
-        pids = {ref.name: child.pid for ref, child in zip(self._refs, workers, strict=True)}
+        pids = {
+            place.child_name.removeprefix("worker "): child.pid
+            for place, child in zip(self._places, workers, strict=True)
+        }
         info = ServerInfo(__version__, self._url, self._settings.port, os.getpid(), api.pid, pids)
         try:
             self._data_dir.write_info(info)
@@ -148,7 +153,7 @@ class _Serving:
 
     def _vacate(self, name: str) -> None:
         """A dead worker's place is given up at once, so that nothing waits for its lease, and healthz says so."""
-        slots = [str(slot) for slot, ref in enumerate(self._refs) if name == worker_name(ref)]
+        slots = [place.slot for place in self._places if name == place.child_name]
         if not slots:
             return
         try:
@@ -196,12 +201,12 @@ class _Serving:
 def child_specs(
     settings: Settings, refs: Sequence[BaseRef], sockets: Path, listen_fd: int, parent_fd: int
 ) -> list[ChildSpec]:
-    """The API first, then one worker a base, in the order of `refs`."""
-    bells = {ref.name: sockets / f"worker-{slot}.sock" for slot, ref in enumerate(refs)}
+    """The API first, then the workers of each base, in the order of `refs`."""
+    workers = places(settings, refs)
     common = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     api = [sys.executable, "-m", "tinsmith.api", "--fd", str(listen_fd), "--bell", str(sockets / "api.sock")]
-    for name, path in bells.items():
-        api += ["--worker-bell", f"{name}={path}"]
+    for place in workers:
+        api += ["--worker-bell", f"{place.ref.name}={place.bell(sockets)}"]
     specs = [
         ChildSpec(
             API,
@@ -210,18 +215,16 @@ def child_specs(
             (listen_fd, parent_fd),
         )
     ]
-    for slot, ref in enumerate(refs):
+    for place in workers:
         argv = (
-            *(sys.executable, "-m", "tinsmith.worker", "--base", str(ref), "--slot", str(slot)),
-            *("--bell", str(bells[ref.name]), "--api-bell", str(sockets / "api.sock"), "--parent-fd", str(parent_fd)),
+            *(sys.executable, "-m", "tinsmith.worker", "--base", str(place.ref)),
+            *("--slot", place.slot, "--role", place.role.value, "--bell", str(place.bell(sockets))),
+            *("--api-bell", str(sockets / "api.sock"), "--parent-fd", str(parent_fd)),
         )
-        env = child_env(settings, {**math_env(), **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(settings.threads))
-        specs.append(ChildSpec(worker_name(ref), argv, env, (parent_fd,)))
+        own = place.settings(settings)
+        env = child_env(own, {**math_env(), **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(own.threads))
+        specs.append(ChildSpec(place.child_name, argv, env, (parent_fd,)))
     return specs
-
-
-def worker_name(ref: BaseRef) -> str:
-    return f"worker {ref.name}"
 
 
 def bind(host: str, port: int, may_be_left: bool) -> socket.socket:
@@ -270,7 +273,7 @@ def _resolve(settings: Settings, refs: Sequence[BaseRef], listener: socket.socke
         settings,
         base_model=tuple(map(str, refs)),
         port=int(listener.getsockname()[1]),
-        threads=settings.threads or available_cores(),
+        threads=num_threads(settings, available_cores()),
         log_format=observe.log_format(settings, sys.stderr),
     )
 

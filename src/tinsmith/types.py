@@ -60,6 +60,22 @@ class OpKind(StrEnum):
         return self in (OpKind.CREATE, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP, OpKind.LOAD)
 
 
+class Role(StrEnum):
+    """What a worker process of a base model does: everything, or half of it beside another worker."""
+
+    ALL = "all"
+    TRAIN = "train"  # holds the runs
+    SAMPLE = "sample"
+
+    @property
+    def trains(self) -> bool:
+        return self is not Role.SAMPLE
+
+    @property
+    def samples(self) -> bool:
+        return self is not Role.TRAIN
+
+
 class OpState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"

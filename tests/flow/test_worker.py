@@ -275,6 +275,36 @@ def test_samples_go_on_while_a_long_request_trains(
     assert ended_at[0] <= max_packs
 
 
+@pytest.mark.parametrize(("share", "fewest_packs", "most_packs"), [(0.1, 6, 11), (4.0, 1, 4)])
+def test_sampling_gets_its_share_of_the_time(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, share: float, fewest_packs: int, most_packs: int
+) -> None:
+    """32 sampler steps of 4 ms beside ten packs of 40 ms: after how many packs the sample has ended."""
+    house = build(pass_max_tokens=4, sampling_share=share)
+    run = house.create_run()
+    worker = house.worker()
+    settle(worker)
+    packs: list[Any] = []
+    advance, step_samples = FakePass.advance, house.engine.step_samples
+
+    def slow(self: FakePass, max_tokens: int) -> Any:
+        time.sleep(0.04)
+        packs.append(advance(self, max_tokens))
+        return packs[-1]
+
+    def slow_step() -> Any:
+        time.sleep(0.004)
+        return step_samples()
+
+    monkeypatch.setattr(FakePass, "advance", slow)
+    monkeypatch.setattr(house.engine, "step_samples", slow_step)
+    house.forward_backward(run, 1, [1, 2, 3], copies=10)
+    sample = house.sample(house.sampler(), 0, max_tokens=240)
+    while house.get(sample).state is not OpState.DONE:
+        worker.step()
+    assert fewest_packs <= len(packs) <= most_packs
+
+
 def test_runs_beyond_the_limit_leave_memory_and_come_back(build: Callable[..., House]) -> None:
     house = build(max_resident_runs=2)
     runs = [house.create_run(seed=i) for i in range(5)]

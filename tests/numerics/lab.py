@@ -19,6 +19,7 @@ from tinsmith.training import Trainer
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, RunState, Targets, TrainItem, TrainResult
 
 VOCAB = 211
+SPREAD = 0.1  # of B. With 0.2 a random Llama is so ill-conditioned that peft in float32 is up to 1.2e-5 from float64
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
@@ -61,7 +62,7 @@ def make_trainer(base: BaseModel, *specs: RunSpec, chunk_tokens: int = 32, deter
         state = trainer.export_run(spec.run_id, ("param",))
         rng = np.random.default_rng(spec.seed)
         tensors = {
-            name: rng.normal(0, 0.2, array.shape).astype(np.float32) if name.endswith("lora_B") else array
+            name: rng.normal(0, SPREAD, array.shape).astype(np.float32) if name.endswith("lora_B") else array
             for name, array in state.tensors.items()
         }
         trainer.import_run(spec, RunState(spec, 0, tensors))
@@ -122,16 +123,20 @@ def assert_same_result(one: TrainResult, other: TrainResult) -> None:
 
 
 class PeftTwin:
-    """The same adapter on the same weights in peft, computed sequence by sequence under plain autograd."""
+    """The same adapter on the same weights in peft, computed sequence by sequence under plain autograd.
+
+    In float64, so that what differs is our own rounding: two results in float32 may each be near the truth, and too far
+    from one another.
+    """
 
     def __init__(self, base: BaseModel, state: RunState) -> None:
         spec = state.spec
-        model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
         names = [info.name for info in base.linears if info.is_targeted(spec.targets)]
         config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, lora_dropout=0.0)
         with warnings.catch_warnings():  # of an old name in transformers, and of merging a tied head
             warnings.simplefilter("ignore")
-            self.model = get_peft_model(model, config)
+            self.model = get_peft_model(model, config).double()
         self.params: dict[str, torch.nn.Parameter] = {}
         for name in names:
             layer = self.model.get_submodule(f"base_model.model.{name}")

@@ -1,7 +1,7 @@
 """A base in bfloat16, as GPUs run it: against the same weights in float32, and sampler against trainer.
 
-Bounds: gradients within 2e-2 of float32 in relative norm, log-probabilities of sampler and trainer within 5e-3 on average.
-The weights are saved in bfloat16, so that both bases have the very same.
+Bounds: gradients within 2e-2 of float32 in relative norm, log-probabilities of sampler and trainer within 5e-3 on
+average. The weights are saved in bfloat16, so that both bases have the very same.
 """
 
 from __future__ import annotations

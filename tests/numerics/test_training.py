@@ -158,7 +158,8 @@ def test_a_step_without_gradients_decays_alone(base):
 def test_gradients_that_are_not_finite_are_not_applied(base):
     trainer = make_trainer(base, RUN)
     state = trainer.export_run(RUN.run_id)
-    spoilt = {k: v * 0 + np.inf if k.startswith("grad/") else v for k, v in state.tensors.items()}
+    spoilt = {k.replace("param/", "grad/"): np.full_like(v, np.inf) for k, v in state.tensors.items()}
+    spoilt |= state.tensors
     trainer.import_run(RUN, RunState(state.spec, 0, spoilt))
     (failure,) = trainer.optim_step([OptimItem(OpId("o"), RUN.run_id, AdamParams())])
     assert isinstance(failure, Failure)

@@ -5,11 +5,12 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from tinsmith import crashpoints
-from tinsmith.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
+from tinsmith.blobs import Blobs, Digest, checkpoint_key, payload_key, result_key, snapshot_key
 from tinsmith.errors import ConfigError, CorruptError, NotFoundError, UserError
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
@@ -46,6 +47,20 @@ def test_a_changed_file_is_called_corrupt(blobs: Blobs, tmp_path: Path, content:
     (tmp_path / "data" / "blobs" / info.key).write_bytes(content)
     with pytest.raises(CorruptError, match="backup"):
         blobs.get(info.key)
+
+
+def read_all(file: BinaryIO, digest: Digest) -> bytes:
+    data = file.read()
+    digest.update(data)
+    return data
+
+
+def test_a_file_is_checked_beside_the_reading(blobs: Blobs, tmp_path: Path) -> None:
+    info = blobs.put(KEY, b"hello")
+    assert blobs.load(info.key, read_all) == b"hello"
+    (tmp_path / "data" / "blobs" / info.key).write_bytes(b"hellp")
+    with pytest.raises(CorruptError, match="backup"):
+        blobs.load(info.key, read_all)
 
 
 def test_open_outlives_a_deletion(blobs: Blobs) -> None:

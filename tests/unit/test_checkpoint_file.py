@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
-from tinsmith.checkpoint_file import dump_state, load_state
+from tinsmith.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece
 from tinsmith.errors import CorruptError
 from tinsmith.types import RunId, RunSpec, RunState, Targets
 
@@ -40,3 +43,55 @@ def test_a_torn_file_is_called_corrupt(length: int) -> None:
 def test_garbage_is_called_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptError):
         load_state(data)
+
+
+ROW = np.arange(20, dtype=np.float32)
+FLAT = RunState(
+    SPEC, 3, {"param/b.lora_A": ROW[:8].reshape(4, 2), "param/b.lora_B": ROW[8:16].reshape(2, 4), "param/a": ROW[16:]}
+)
+
+
+def test_what_is_one_row_in_memory_is_one_row_in_the_file_and_again_in_memory() -> None:
+    data = dump_state(FLAT)
+    assert ROW.tobytes() in data
+    back = load_state(data)
+    assert list(back.tensors) == list(FLAT.tensors)
+    row = one_piece(list(back.tensors.values()))
+    assert row is not None
+    assert row.ctypes.data % ALIGNMENT == 0
+    np.testing.assert_array_equal(row, ROW)
+
+
+def test_arrays_that_only_lie_side_by_side_are_no_row() -> None:
+    assert one_piece([ROW[:8], ROW[9:]]) is None
+    assert one_piece([ROW[8:], ROW[:8]]) is None
+    assert one_piece([ROW[:8].copy(), ROW[8:]]) is None
+    assert one_piece([ROW]) is None
+
+
+def test_the_library_reads_our_files_and_we_read_the_library_s() -> None:
+    """The library sorts tensors by name: so lay those of files from before."""
+    data = dump_state(FLAT)
+    theirs = load(data)
+    label = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    again = load_state(save(theirs, metadata=label))
+    for name, tensor in FLAT.tensors.items():
+        np.testing.assert_array_equal(theirs[name], tensor)
+        np.testing.assert_array_equal(again.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("shift", [4, -4])
+def test_tensors_that_overlap_or_leave_holes_are_called_corrupt(shift: int) -> None:
+    data = dump_state(FLAT)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    begin, end = header["param/a"]["data_offsets"]
+    header["param/a"]["data_offsets"] = [begin + shift, end + shift]
+    text = json.dumps(header).encode()
+    with pytest.raises(CorruptError):
+        load_state(len(text).to_bytes(8, "little") + text + data[8 + length :] + bytes(8))
+
+
+def test_more_than_the_header_names_is_called_corrupt() -> None:
+    with pytest.raises(CorruptError):
+        load_state(dump_state(STATE) + b"x")

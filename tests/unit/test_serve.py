@@ -12,6 +12,7 @@ import pytest
 from tinsmith.bases import parse
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
+from tinsmith.placement import num_threads
 from tinsmith.serve import bind, child_specs, local_url, serve
 
 
@@ -59,6 +60,20 @@ def test_children_get_all_that_was_decided(tmp_path: Path) -> None:
     assert first.argv[first.argv.index("--base") + 1] == str(refs[0])
     assert second.argv[second.argv.index("--slot") + 1] == "1"
     assert (first.name, second.name) == ("worker a/b", "worker tinsmith/tiny")
+
+
+def test_a_sampler_of_its_own_shares_the_cores(tmp_path: Path) -> None:
+    settings = Settings(threads=1, port=1234, separate_sampler=True, device="cpu", sampler_device="fake")
+    api, trainer, sampler = child_specs(settings, [parse("tinsmith/tiny")], tmp_path, listen_fd=8, parent_fd=9)
+    assert (trainer.name, sampler.name) == ("worker tinsmith/tiny", "sampler tinsmith/tiny")
+    assert [spec.argv[spec.argv.index("--role") + 1] for spec in (trainer, sampler)] == ["train", "sample"]
+    assert [spec.argv[spec.argv.index("--slot") + 1] for spec in (trainer, sampler)] == ["0", "0-sample"]
+    assert [spec.env["TINSMITH_DEVICE"] for spec in (trainer, sampler)] == ["cpu", "fake"]
+    for name in ("worker-0.sock", "worker-0-sample.sock"):
+        assert f"tinsmith/tiny={tmp_path / name}" in api.argv
+    assert num_threads(Settings(separate_sampler=True), 8) == 4
+    assert num_threads(Settings(separate_sampler=True), 1) == num_threads(Settings(), 1) == 1
+    assert num_threads(Settings(separate_sampler=True, threads=3), 8) == 3
 
 
 def test_nothing_is_left_of_a_start_that_failed(tmp_path: Path) -> None:

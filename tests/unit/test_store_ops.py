@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from tinsmith.errors import FencedError, GoneError, NotFoundError
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler
-from tinsmith.types import BlobKey, CheckpointKind, Failure, OpId, OpKind, OpState, RunId, RunSpec, SamplerId, TenantId
+from tinsmith.types import (
+    BlobKey,
+    CheckpointKind,
+    Failure,
+    OpId,
+    OpKind,
+    OpState,
+    Role,
+    RunId,
+    RunSpec,
+    SamplerId,
+    TenantId,
+)
 
 BASE = "tiny"
 BAD = Failure("invalid_request", "user", "send something else")
@@ -151,6 +163,12 @@ def test_runnable_has_leased_runs_and_all_samples_without_payload(world: Any) ->
     assert [(op.run_id, op.seq_id) for op in rows] == [(run, 0), (run, 1), (None, 0)]
     assert all(op.payload is None for op in rows)
     assert world.store.ops.runnable(world.worker, "other", 10)[-1].run_id == run
+    assert {op.kind for op in world.store.ops.runnable(world.worker, BASE, 10, Role.SAMPLE)} == {OpKind.SAMPLE}
+    assert [op.seq_id for op in world.store.ops.runnable(world.worker, BASE, 10, Role.TRAIN) if op.run_id == run] == [
+        0,
+        1,
+    ]
+    assert len(world.store.ops.runnable(world.worker, BASE, 10, Role.TRAIN)) == 2
 
 
 def test_runnable_beyond_the_limit_serves_every_run_and_tenant(world: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tinsmith.errors import FencedError, NotFoundError
 from tinsmith.store.rows import Finished, NewCheckpoint, WorkerId
-from tinsmith.types import BlobKey, CheckpointKind, Failure, OpKind, OpState, RunId, TenantId
+from tinsmith.types import BlobKey, CheckpointKind, Failure, OpKind, OpState, Role, RunId, TenantId
 
 BASE = "tiny"
 BAD = Failure("invalid_request", "user", "send something else")
@@ -154,6 +154,18 @@ def test_a_new_process_in_the_slot_fences_the_old_one(world: Any) -> None:
     with pytest.raises(FencedError):
         world.finish(op_id)
     assert [(r.run_id, r.epoch) for r in world.lease(again)] == [(run, 2)]
+
+
+def test_a_base_is_ready_once_it_is_trained_and_sampled(world: Any) -> None:
+    trainer = world.store.workers.register("t", "b", 100.0, world.now, Role.TRAIN)
+    sampler = world.store.workers.register("s", "b", 100.0, world.now, Role.SAMPLE)
+    world.store.workers.set_ready(trainer)
+    assert "b" not in world.store.workers.ready_bases(world.now)
+    world.store.workers.set_ready(sampler)
+    assert "b" in world.store.workers.ready_bases(world.now)
+    world.store.workers.vacate("t")
+    assert "b" not in world.store.workers.ready_bases(world.now)
+    assert [worker.role for worker in world.store.workers.list()] == [Role.SAMPLE, Role.TRAIN, Role.ALL]
 
 
 def test_deregister_gives_everything_back(world: Any) -> None:

@@ -113,10 +113,9 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
 
 
 async def _record(services: Services, new: NewOp, run: NewRun | None) -> Enqueued:
-    ops = services.store.ops
     if run is not None:
-        return await services.write(ops.create_run, run, new, time.time())
-    return await services.write(ops.enqueue, new, time.time())
+        return await services.write(services.store.ops.create_run, run, new, time.time())
+    return await services.enqueue(new)
 
 
 async def _write_payload(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -49,7 +49,7 @@ from tinsmith.api.outgo import Unread, with_outgo
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
-from tinsmith.api.waiters import Awaited
+from tinsmith.api.waiters import Awaited, Ended
 from tinsmith.store.rows import EndsAfter
 
 log = structlog.get_logger("tinsmith.api")
@@ -217,10 +217,13 @@ def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAs
     return lifespan
 
 
-def _ended_among(services: Services, awaited: Sequence[Awaited]) -> set[Awaited]:
+def _ended_among(services: Services, awaited: Sequence[Awaited]) -> Mapping[Awaited, Ended]:
     marks = [mark for mark in awaited if isinstance(mark, EndsAfter)]
-    ended: set[Awaited] = set(services.store.endings.reached(marks))
-    return ended | services.store.ops.final_among([op_id for op_id in awaited if not isinstance(op_id, EndsAfter)])
+    ended: dict[Awaited, Ended] = dict.fromkeys(services.store.endings.reached(marks))
+    op_ids = [awaited_id for awaited_id in awaited if not isinstance(awaited_id, EndsAfter)]
+    for op_id, row in services.store.ops.ended_among(op_ids).items():
+        ended[op_id] = row
+    return ended
 
 
 def _request_id(scope: Scope) -> str:

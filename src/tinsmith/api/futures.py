@@ -47,10 +47,10 @@ async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[R
     tenant_id = request.user.tenant_id
     future = services.waiters.expect(op_id)
     try:
-        op = await services.work(services.store.ops.get, tenant_id, op_id)
+        op = await services.op(tenant_id, op_id)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
-            op = await services.work(services.store.ops.get, tenant_id, op_id)
+            op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)
     finally:
         services.waiters.forget(op_id, future)
     if op.state is OpState.DONE and op.result_blob is not None and op.result_bytes > PIECE_BYTES:

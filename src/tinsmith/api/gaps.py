@@ -44,7 +44,7 @@ async def close_gap(services: Services, op: OpRow) -> None:
         _, missing = await services.work(services.store.ops.queue_position, op.id)
         if missing is None:
             break
-        await services.write(services.store.ops.enqueue, _never_arrived(op, missing, timeout_s), time.time())
+        await services.enqueue(_never_arrived(op, missing, timeout_s))
         filled.append(missing)
     if filled:
         log.warning("requests never arrived", run_id=op.run_id, seq_ids=filled[:8], count=len(filled))

@@ -74,14 +74,14 @@ def build_services(
     settings: Settings,
     store: Store,
     bell: Bell | None,
-    worker_bells: Mapping[str, Path],
+    worker_bells: Mapping[str, Sequence[Path]],
     line: TokenLine | None = None,
 ) -> Services:
     """What the routes work with, for the settings' bases.
 
     Args:
         bell: rung by workers when ops have ended; None: found out by scanning alone.
-        worker_bells: by base model, the bell of its worker.
+        worker_bells: by base model, the bells of its workers.
         line: on which workers tell of samples under way; None: answers are streamed once they are whole.
 
     Raises:
@@ -97,7 +97,7 @@ def build_services(
         blobs=Blobs(settings.data_dir / "blobs"),
         bases=bases,
         waiters=Waiters(bell, settings.scan_interval_s),
-        ringers={base: Ringer(path) for base, path in worker_bells.items()},
+        ringers={base: [Ringer(path) for path in paths] for base, paths in worker_bells.items()},
         ready_bases=lambda: store.workers.ready_bases(time.time()),
         signer=Signer(DataDir(settings.data_dir).signing_secret()),
         pieces=Pieces(line),
@@ -125,14 +125,14 @@ def make_server(services: Services) -> Server:
 
 
 def serve_api(
-    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Path]
+    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Sequence[Path]]
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         sock: bound and listening or not; None: bind `settings.host` and `settings.port`.
         bell_path: where this process listens for workers' rings.
-        worker_bell_paths: by base model, where its worker listens.
+        worker_bell_paths: by base model, where its workers listen.
 
     Raises:
         ConfigError: a base's directory is missing or not a model's.
@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
     sock = None if args.fd is None else socket.socket(fileno=args.fd)
-    bells = {base: Path(path) for base, _, path in (text.rpartition("=") for text in args.worker_bell)}
+    bells: dict[str, list[Path]] = {}
+    for base, _, path in (text.rpartition("=") for text in args.worker_bell):
+        bells.setdefault(base, []).append(Path(path))
     try:
         serve_api(settings, sock, args.bell, bells)
     except TinsmithError as error:

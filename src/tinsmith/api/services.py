@@ -9,11 +9,13 @@ made of large bodies goes to a lane of its own, one body of a tenant's at a time
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
@@ -26,15 +28,16 @@ from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
+from tinsmith.api.together import Together
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
-from tinsmith.errors import UserError
+from tinsmith.errors import CapacityError, CorruptError, UserError
 from tinsmith.signing import Signer
 from tinsmith.store import Store
-from tinsmith.store.rows import Principal
-from tinsmith.types import BaseInfo, TenantId
+from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
+from tinsmith.types import BaseInfo, OpId, TenantId
 
 T = TypeVar("T")
 NUM_THREADS = 4
@@ -64,7 +67,7 @@ class Services:
     blobs: Blobs
     bases: Mapping[str, ServedBase]
     waiters: Waiters
-    ringers: Mapping[str, Ringer]
+    ringers: Mapping[str, Sequence[Ringer]]
     ready_bases: Callable[[], AbstractSet[str]]
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
@@ -78,6 +81,36 @@ class Services:
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
+
+    arriving: Together[NewOp, Enqueued] = field(init=False)
+    reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all))
+        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all))
+
+    async def enqueue(self, new: NewOp) -> Enqueued:
+        """Record a request, together with those that come at the same time; it is on disk when this returns.
+
+        Raises:
+            NotFoundError: its run or sampler is not the tenant's.
+        """
+        return await self.arriving.ask(new.tenant_id, new)
+
+    async def op(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
+        """Raises: GoneError: no such op of this tenant, or its result has expired."""
+        return await self.reading.ask(tenant_id, (tenant_id, op_id))
+
+    def _enqueue_all(self, news: Sequence[NewOp]) -> Sequence[Enqueued | Exception]:
+        """One that the database can't take, for a reason that nobody foresaw, is not to cost the others theirs."""
+        try:
+            return self.store.ops.enqueue_all(news, time.time())
+        except (CapacityError, CorruptError):
+            raise
+        except Exception as error:
+            if len(news) == 1:
+                return [error]
+            return [self._enqueue_all([new])[0] for new in news]
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """Run a blocking read or a piece of computing."""
@@ -104,13 +137,12 @@ class Services:
         return self.bases[name]
 
     def ring(self, base_model: str) -> None:
-        """Hint to the base's worker that there's work."""
-        ringer = self.ringers.get(base_model)
-        if ringer is not None:
+        """Hint to the base's workers that there's work."""
+        for ringer in self.ringers.get(base_model, ()):
             ringer.ring()
 
     def close(self) -> None:
-        for ringer in self.ringers.values():
+        for ringer in chain.from_iterable(self.ringers.values()):
             ringer.close()
         self.writing.shutdown(wait=True)
         self.digesting.shutdown(wait=True)

@@ -2,34 +2,34 @@
 
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
 them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
-owns no results: who is woken reads the row.
+hands on the rows that it saw, which are final, and keeps none.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TypeAlias
 
 import structlog
 
 from tinsmith.bell import Bell
-from tinsmith.store.rows import EndsAfter
+from tinsmith.store.rows import EndsAfter, OpRow
 from tinsmith.types import OpId
 
 log = structlog.get_logger("tinsmith.api")
 
 Awaited: TypeAlias = OpId | EndsAfter
-FinalAmong = Callable[[Sequence[Awaited]], Awaitable[AbstractSet[Awaited]]]
+Ended: TypeAlias = OpRow | None  # what an op has come to; None for a sampler
+EndedAmong = Callable[[Sequence[Awaited]], Awaitable[Mapping[Awaited, Ended]]]
 
 
 class Waiters:
     def __init__(self, bell: Bell | None, scan_interval_s: float) -> None:
         self._bell = bell
         self._scan_interval_s = scan_interval_s
-        self._waiting: dict[Awaited, set[asyncio.Future[bool]]] = {}
+        self._waiting: dict[Awaited, set[asyncio.Future[Ended | bool]]] = {}
         self._rung = asyncio.Event()
         self._is_closed = False
 
@@ -42,26 +42,31 @@ class Waiters:
     def num_waiting(self) -> int:
         return sum(len(futures) for futures in self._waiting.values())
 
-    def expect(self, op_id: Awaited) -> asyncio.Future[bool]:
+    def expect(self, op_id: Awaited) -> asyncio.Future[Ended | bool]:
         """Register for an op's end, or a sampler's next one. Register first, then read: no end can slip between."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Ended | bool] = asyncio.get_running_loop().create_future()
         if self._is_closed:
             future.set_result(False)
         else:
             self._waiting.setdefault(op_id, set()).add(future)
         return future
 
-    def forget(self, op_id: Awaited, future: asyncio.Future[bool]) -> None:
+    def forget(self, op_id: Awaited, future: asyncio.Future[Ended | bool]) -> None:
         futures = self._waiting.get(op_id)
         if futures is not None:
             futures.discard(future)
             if not futures:
                 del self._waiting[op_id]
 
-    async def hold(self, future: asyncio.Future[bool], hold_s: float) -> bool:
+    async def hold(self, future: asyncio.Future[Ended | bool], hold_s: float) -> bool:
         """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown."""
         done, _ = await asyncio.wait((future,), timeout=hold_s)
-        return bool(done) and future.result()
+        return bool(done) and future.result() is not False
+
+    def outcome(self, future: asyncio.Future[Ended | bool]) -> OpRow | None:
+        """What a registered op has come to, as the watcher saw it; None: not yet, as far as that knows."""
+        ended = future.result() if future.done() else None
+        return ended if isinstance(ended, OpRow) else None
 
     def ring(self) -> None:
         """Look now. For the event loop's own thread."""
@@ -77,12 +82,12 @@ class Waiters:
         self._waiting.clear()
 
     @asynccontextmanager
-    async def watching(self, final_among: FinalAmong) -> AsyncIterator[None]:
+    async def watching(self, ended_among: EndedAmong) -> AsyncIterator[None]:
         """Run the watcher on this event loop."""
         loop = asyncio.get_running_loop()
         if self._bell is not None:
             loop.add_reader(self._bell.fileno(), self._on_bell, self._bell)
-        task = asyncio.create_task(self._watch(final_among), name="waiters")
+        task = asyncio.create_task(self._watch(ended_among), name="waiters")
         try:
             yield
         finally:
@@ -97,7 +102,7 @@ class Waiters:
         bell.wait(0.0)
         self._rung.set()
 
-    async def _watch(self, final_among: FinalAmong) -> None:
+    async def _watch(self, ended_among: EndedAmong) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._scan_interval_s):  # wait_for may swallow a cancellation (bpo-37658)
@@ -106,11 +111,11 @@ class Waiters:
             if not self._waiting:
                 continue
             try:
-                final = await final_among(list(self._waiting))
+                ended = await ended_among(list(self._waiting))
             except Exception:  # part of the HTTP edge: one failed look must not end all later wake-ups
                 log.exception("looking for finished requests failed; trying again")
                 continue
-            for op_id in final:
-                for future in self._waiting.pop(op_id, ()):
+            for awaited, outcome in ended.items():
+                for future in self._waiting.pop(awaited, ()):
                     if not future.done():
-                        future.set_result(True)
+                        future.set_result(outcome)

@@ -7,6 +7,7 @@ Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.lora.backend import LoraWeights
@@ -88,43 +90,62 @@ class RowLayout:
         a_KI = row_P[first.a_offset : first.a_offset + num_rows * inputs].view(num_rows, inputs)
         return LoraWeights(a_KI, tuple(place.views(row_P)[1] for place in places))
 
-    def row_to_tensors(self, part: str, row_P: Tensor) -> dict[str, FloatArray]:
-        """Copies on the host, named `<part>/<layer>.lora_A` and `.lora_B`."""
-        host_P = row_P.detach().to("cpu", torch.float32).clone()
-        tensors: dict[str, FloatArray] = {}
-        for place in self.places.values():
-            a_RI, b_OR = place.views(host_P)
-            tensors[f"{part}/{place.state_name}.lora_A"] = a_RI.numpy()
-            tensors[f"{part}/{place.state_name}.lora_B"] = b_OR.numpy()
-        return tensors
+    def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
+        """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
 
-    def tensors_to_row(self, part: str, tensors: Mapping[str, FloatArray], device: torch.device) -> Tensor:
+        copy: without it they share the row's memory if that is on the host.
+        """
+        host_P: FloatArray = row_P.detach().to("cpu", torch.float32, copy=copy).numpy()
+        return {
+            name: host_P[offset : offset + math.prod(shape)].reshape(shape)
+            for name, (offset, shape) in self._spans(part).items()
+        }
+
+    def tensors_to_row(
+        self, part: str, tensors: Mapping[str, FloatArray], device: torch.device, *, may_keep: bool = False
+    ) -> Tensor:
         """The row of a part; all zero if no tensor of that part is there.
+
+        may_keep: the row may be the tensors' own memory, which it is if they lie there in one piece, in its order.
 
         Raises:
             UserError: a tensor is missing, is one too many, or has another shape; the message names it.
         """
-        row_P = torch.zeros(self.num_params)
-        given = {name for name in tensors if name.startswith(part + "/")}
+        given = {name: tensor for name, tensor in tensors.items() if name.startswith(part + "/")}
         if not given:
-            return row_P.to(device)
-        for place in self.places.values():
-            for suffix, view in zip(("lora_A", "lora_B"), place.views(row_P), strict=True):
-                name = f"{part}/{place.state_name}.{suffix}"
-                if name not in given:
-                    raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
-                if tensors[name].shape != tuple(view.shape):
-                    raise UserError(
-                        f"{name} has shape {list(tensors[name].shape)}, this run needs {list(view.shape)}: "
-                        "the weights were made with another rank or another base model"
-                    )
-                view.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
-                given.remove(name)
-        if given:
+            return torch.zeros(self.num_params, device=device)
+        wanted = self._spans(part)
+        for name, (_, shape) in wanted.items():
+            if name not in given:
+                raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
+            if given[name].shape != shape:
+                raise UserError(
+                    f"{name} has shape {list(given[name].shape)}, this run needs {list(shape)}: "
+                    "the weights were made with another rank or another base model"
+                )
+        surplus = given.keys() - wanted.keys()
+        if surplus:
             raise UserError(
-                f"the weights hold {min(given)}, for which this run has no layer: create a run that trains it"
+                f"the weights hold {min(surplus)}, for which this run has no layer: create a run that trains it"
             )
-        return row_P.to(device)
+        flat_P = one_piece([given[name] for name in wanted])
+        if flat_P is None:
+            row_P = torch.empty(self.num_params)
+            np.concatenate([given[name].reshape(-1) for name in wanted], out=row_P.numpy(), casting="unsafe")
+            return row_P.to(device)
+        if not flat_P.flags.writeable:
+            return torch.from_numpy(flat_P.copy()).to(device)
+        return torch.from_numpy(flat_P).to(device, copy=not may_keep or device.type != "cpu")
+
+    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, int]]]:
+        """Where a part's tensors begin in the row, and their shapes, by name and in the row's order."""
+        spans: dict[str, tuple[int, tuple[int, int]]] = {}
+        for places in self.groups.values():
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, (place.rank, place.linear.in_features))
+            for place in places:
+                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, (place.linear.out_features, place.rank))
+        return spans
 
 
 def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:

@@ -15,7 +15,8 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 from tinsmith.errors import NotFoundError
 from tinsmith.store.endings import number_ends
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import WHOLE, born, to_columns, to_op
+from tinsmith.store.op_rows import NEW_COLUMNS, WHOLE, born, to_columns, to_op
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow
 from tinsmith.store.runs import new_run_columns
 from tinsmith.store.schema import ops, runs, samplers, sessions
@@ -23,24 +24,28 @@ from tinsmith.types import RunId
 
 WALK = 256
 
-_RUN = (
+_RUN = Prepared(
     select(runs.c.head_seq, runs.c.max_seq, runs.c.lease_owner, runs.c.wants_worker)
     .where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
     .with_for_update()
 )
-_SAMPLER = select(samplers.c.sampler_id).where(
-    samplers.c.sampler_id == bindparam("sampler_id"), samplers.c.tenant_id == bindparam("tenant_id")
+_SAMPLER = Prepared(
+    select(samplers.c.sampler_id).where(
+        samplers.c.sampler_id == bindparam("sampler_id"), samplers.c.tenant_id == bindparam("tenant_id")
+    )
 )
 _SESSION = (
     select(sessions.c.session_id)
     .where(sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id"))
     .with_for_update()
 )
-_OP_OF_RUN = select(*WHOLE).where(ops.c.run_id == bindparam("run_id"), ops.c.seq_id == bindparam("seq_id"))
-_OP_OF_SAMPLER = select(*WHOLE).where(ops.c.sampler_id == bindparam("sampler_id"), ops.c.seq_id == bindparam("seq_id"))
-_INSERT_OP = insert(ops).inline()
+_OP_OF_RUN = Prepared(select(*WHOLE).where(ops.c.run_id == bindparam("run_id"), ops.c.seq_id == bindparam("seq_id")))
+_OP_OF_SAMPLER = Prepared(
+    select(*WHOLE).where(ops.c.sampler_id == bindparam("sampler_id"), ops.c.seq_id == bindparam("seq_id"))
+)
+_INSERT_OP = Prepared(insert(ops).inline(), NEW_COLUMNS)
 _INSERT_RUN = insert(runs).inline()
-_ADVANCE = (
+_ADVANCE = Prepared(
     update(runs)
     .where(runs.c.run_id == bindparam("id"))
     .values(
@@ -64,9 +69,9 @@ def arrive(conn: Connection, new: NewOp, now: float) -> Enqueued:
     """
     if new.run_id is not None:
         return _arrive_in_run(conn, new, new.run_id, now)
-    if conn.execute(_SAMPLER, {"sampler_id": new.sampler_id, "tenant_id": new.tenant_id}).first() is None:
+    if _SAMPLER.first(conn, {"sampler_id": new.sampler_id, "tenant_id": new.tenant_id}) is None:
         raise NotFoundError(f"no sampler {new.sampler_id}")
-    first = conn.execute(_OP_OF_SAMPLER, {"sampler_id": new.sampler_id, "seq_id": new.seq_id}).first()
+    first = _OP_OF_SAMPLER.first(conn, {"sampler_id": new.sampler_id, "seq_id": new.seq_id})
     if first is not None:
         return Enqueued(to_op(first), is_new=False)
     return Enqueued(_insert(conn, new, now), is_new=True)
@@ -80,7 +85,7 @@ def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> En
     """
     if conn.execute(_SESSION, {"session_id": run.session_id, "tenant_id": run.tenant_id}).first() is None:
         raise NotFoundError(f"no session {run.session_id}")
-    first = conn.execute(_OP_OF_RUN, {"run_id": run.spec.run_id, "seq_id": new.seq_id}).first()
+    first = _OP_OF_RUN.first(conn, {"run_id": run.spec.run_id, "seq_id": new.seq_id})
     if first is not None:
         op = to_op(first)
         if op.tenant_id != run.tenant_id:
@@ -92,28 +97,27 @@ def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> En
 
 
 def _arrive_in_run(conn: Connection, new: NewOp, run_id: RunId, now: float) -> Enqueued:
-    run = conn.execute(_RUN, {"run_id": run_id, "tenant_id": new.tenant_id}).first()
+    run = _RUN.first(conn, {"run_id": run_id, "tenant_id": new.tenant_id})
     if run is None:
         raise NotFoundError(f"no training run {run_id}")
-    if new.seq_id <= run.max_seq:
-        first = conn.execute(_OP_OF_RUN, {"run_id": run_id, "seq_id": new.seq_id}).first()
+    old_head, max_seq, lease_owner, wants_worker = run
+    if new.seq_id <= max_seq:
+        first = _OP_OF_RUN.first(conn, {"run_id": run_id, "seq_id": new.seq_id})
         if first is not None:
             return Enqueued(to_op(first), is_new=False)
     row = _insert(conn, new, now)
-    head = run.head_seq
+    head = old_head
     if new.seq_id == head + 1:
-        head = new.seq_id if new.seq_id >= run.max_seq else _contiguous(conn, run_id, new.seq_id)
-    has_work = head > run.head_seq and (new.failure is None or head > new.seq_id)
-    conn.execute(
-        _ADVANCE,
-        {
-            "id": run_id,
-            "head": head,
-            "max": max(run.max_seq, new.seq_id),
-            "now": now,
-            "wants": run.wants_worker or (run.lease_owner is None and has_work),
-        },
-    )
+        head = new.seq_id if new.seq_id >= max_seq else _contiguous(conn, run_id, new.seq_id)
+    has_work = head > old_head and (new.failure is None or head > new.seq_id)
+    advanced = {
+        "id": run_id,
+        "head": head,
+        "max": max(max_seq, new.seq_id),
+        "now": now,
+        "wants": wants_worker or (lease_owner is None and has_work),
+    }
+    _ADVANCE.run(conn, advanced)
     return Enqueued(row, is_new=True)
 
 
@@ -131,7 +135,7 @@ def _contiguous(conn: Connection, run_id: RunId, head: int) -> int:
 
 def _insert(conn: Connection, new: NewOp, now: float) -> OpRow:
     row = born(new, now)
-    conn.execute(_INSERT_OP, to_columns(row))
+    _INSERT_OP.run(conn, to_columns(row))
     if new.failure is not None and new.payload_blob is not None:
         bury(conn, [new.payload_blob], now)
     if new.failure is not None and new.sampler_id is not None:

@@ -27,10 +27,10 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError
+from tinsmith.store.prepared import driver_of
 
 BUSY_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.0005
-IS_WRITE = "tinsmith_is_write"
 CURE = "look at the disk (is it failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
 SYNCHRONOUS = ("FULL", "NORMAL")
 
@@ -67,14 +67,14 @@ class Database:
             CapacityError: another process held the write lock for longer than `BUSY_TIMEOUT_S`. Nothing was written.
         """
         with self._write_lock:
-            connection = self._writers.get(is_durable) or self._connect(is_write=True)
+            connection = self._writers.get(is_durable) or self._connect()
             if is_durable not in self._writers:
                 self._writers[is_durable] = connection
-                driver = _driver(connection)
+                driver = driver_of(connection)
                 driver.execute("PRAGMA busy_timeout=0").close()  # `_begin_write` waits
                 if not is_durable:
                     driver.execute("PRAGMA synchronous=NORMAL").close()
-            with errors_by_name(), connection.begin():
+            with errors_by_name(), _transaction(connection, is_write=True):
                 yield connection
 
     @contextmanager
@@ -83,9 +83,9 @@ class Database:
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connect(is_write=False)
+            connection = self._connect()
         try:
-            with errors_by_name(), connection.begin():
+            with errors_by_name(), _transaction(connection, is_write=False):
                 yield connection
         finally:
             if self._is_closed:
@@ -104,10 +104,10 @@ class Database:
             self._idle.pop().close()
         self._engine.dispose()
 
-    def _connect(self, *, is_write: bool) -> Connection:
+    def _connect(self) -> Connection:
         if self._is_closed:
             raise RuntimeError("the store is closed")
-        return self._engine.connect().execution_options(**{IS_WRITE: is_write})
+        return self._engine.connect()
 
 
 def fold(text: str | None) -> str | None:
@@ -149,13 +149,34 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        is_write = connection.get_execution_options().get(IS_WRITE, True)
-        if is_write:
-            _begin_write(_driver(connection))
-        else:
-            _driver(connection).execute("BEGIN").close()  # 30 us less than through SQLAlchemy
+        """SQLAlchemy notices a transaction at its first statement; `_transaction` has begun it by then."""
+        driver = driver_of(connection)
+        if not driver.in_transaction:
+            _begin_write(driver)
 
     return engine
+
+
+@contextmanager
+def _transaction(connection: Connection, *, is_write: bool) -> Iterator[None]:
+    """Begun and ended on the driver: SQLAlchemy takes part only where one of its statements is run."""
+    driver = driver_of(connection)
+    if is_write:
+        _begin_write(driver)
+    else:
+        driver.execute("BEGIN").close()
+    try:
+        yield
+        if connection.in_transaction():
+            connection.commit()
+        else:
+            driver.commit()
+    except BaseException:
+        if connection.in_transaction():
+            connection.rollback()
+        if driver.in_transaction:
+            driver.rollback()
+        raise
 
 
 def _begin_write(driver: sqlite3.Connection) -> None:
@@ -174,13 +195,6 @@ def _begin_write(driver: sqlite3.Connection) -> None:
         time.sleep(BUSY_POLL_S)
 
 
-def _driver(connection: Connection) -> Any:
-    driver = connection.connection.driver_connection
-    if driver is None:
-        raise RuntimeError("the connection is closed")
-    return driver
-
-
 @contextmanager
 def errors_by_name() -> Iterator[None]:
     """The driver's errors as ours: busy is CapacityError, a full disk StorageFullError, the others CorruptError."""
@@ -196,10 +210,11 @@ def errors_by_name() -> Iterator[None]:
         if _is_full(origin):
             raise StorageFullError("the disk is full: free space, then send the request again") from error
         raise CorruptError(f"the database can't be used: {origin}; {CURE}") from error
-    except DatabaseError as error:
-        if type(error) is not DatabaseError:  # the others are of one statement, and their callers' to judge
+    except (DatabaseError, sqlite3.DatabaseError) as error:
+        if type(error) not in (DatabaseError, sqlite3.DatabaseError):  # others are of one statement: callers judge
             raise
-        raise CorruptError(f"the database can't be read: {error.orig}; {CURE}") from error
+        origin = error.orig if isinstance(error, DatabaseError) else error
+        raise CorruptError(f"the database can't be read: {origin}; {CURE}") from error
 
 
 def _is_busy(error: object) -> bool:

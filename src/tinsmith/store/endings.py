@@ -19,6 +19,7 @@ from tinsmith.store.fences import require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
 from tinsmith.store.op_rows import WHOLE, to_op
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
 from tinsmith.store.usage_rows import Usage
@@ -26,13 +27,13 @@ from tinsmith.types import OpId, OpKind, OpState, SamplerId, SessionId, TenantId
 
 PAGE = 1000  # sessions in one statement
 
-_COUNT_UP = (
+_COUNT_UP = Prepared(
     update(samplers)
     .where(samplers.c.sampler_id == bindparam("id"))
     .values(num_ended=samplers.c.num_ended + bindparam("more"))
     .returning(samplers.c.num_ended)
 )
-_NUMBER = update(ops).where(ops.c.op_id == bindparam("id")).values(ended_num=bindparam("number"))
+_NUMBER = Prepared(update(ops).where(ops.c.op_id == bindparam("id")).values(ended_num=bindparam("number")))
 _OPEN = (
     select(*WHOLE, ops.c.is_expired)
     .where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
@@ -169,6 +170,6 @@ def number_ends(conn: Connection, ended: Iterable[tuple[SamplerId, OpId]]) -> No
     for sampler_id, op_id in ended:
         by_sampler[sampler_id].append(op_id)
     for sampler_id, op_ids in sorted(by_sampler.items()):
-        last = conn.execute(_COUNT_UP, {"id": sampler_id, "more": len(op_ids)}).scalar_one()
+        (last,) = _COUNT_UP.first(conn, {"id": sampler_id, "more": len(op_ids)})
         numbers = zip(op_ids, count(last - len(op_ids) + 1), strict=False)
-        conn.execute(_NUMBER, [{"id": op_id, "number": number} for op_id, number in numbers])
+        _NUMBER.run_many(conn, [{"id": op_id, "number": number} for op_id, number in numbers])

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from sqlalchemy import ColumnElement, Connection, bindparam, exists, literal_column, select, update
 
 from tinsmith.errors import FencedError
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import WorkerId
 from tinsmith.store.schema import ops, runs, workers
 from tinsmith.types import RunId
@@ -20,17 +21,16 @@ IS_QUEUED: ColumnElement[bool] = ops.c.state == literal_column("'queued'")
 IS_RUNNING: ColumnElement[bool] = ops.c.state == literal_column("'running'")
 HAS_RUNNABLE = exists().where(ops.c.run_id == runs.c.run_id, IS_QUEUED, ops.c.seq_id <= runs.c.head_seq).correlate(runs)
 
-_INCARNATION = select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update()
-_LEASED = select(runs.c.run_id).where(
-    runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot")
-)
+_INCARNATION = Prepared(select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update())
+_OWNER = Prepared(select(runs.c.lease_owner).where(runs.c.run_id == bindparam("run_id")))
 _REQUEUE = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(state="queued", started_at=None)
 _FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=HAS_RUNNABLE)
 
 
 def require_current(conn: Connection, worker: WorkerId) -> None:
     """Raises: FencedError: another process has taken this worker's slot, or its place was given up."""
-    incarnation = conn.execute(_INCARNATION, {"slot": worker.slot}).scalar()
+    row = _INCARNATION.first(conn, {"slot": worker.slot})
+    incarnation = None if row is None else row[0]
     if incarnation != worker.incarnation:
         raise FencedError(
             f"worker {worker.slot} is incarnation {incarnation} now, not {worker.incarnation}: it was replaced"
@@ -39,10 +39,8 @@ def require_current(conn: Connection, worker: WorkerId) -> None:
 
 def require_leased(conn: Connection, worker: WorkerId, run_ids: Collection[RunId]) -> None:
     """Raises: FencedError: the worker doesn't hold all of these runs."""
-    if not run_ids:
-        return
-    held = set(conn.execute(_LEASED, {"run_ids": list(run_ids), "slot": worker.slot}).scalars())
-    lost = set(run_ids) - held
+    owners = {run_id: _OWNER.first(conn, {"run_id": run_id}) for run_id in run_ids}
+    lost = {run_id for run_id, owner in owners.items() if owner is None or owner[0] != worker.slot}
     if lost:
         raise FencedError(f"worker {worker.slot} doesn't hold {', '.join(sorted(lost))}")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Insert, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tinsmith.store.database import Database
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewCheckpoint
 from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, spans, tenants, usage
 from tinsmith.store.usage_rows import StorageRow, StoredSpan, Usage, UsageKind, UsageRow
@@ -24,24 +25,28 @@ from tinsmith.types import OpId, TenantId
 HOUR_S = 3600
 NO_RUN = ""  # of a sampler over a plain base
 
-_OF_OPS = (
+_OF_OP = Prepared(
     select(
-        ops.c.op_id, ops.c.tenant_id, ops.c.base_model,
+        ops.c.tenant_id, ops.c.base_model,
         func.coalesce(runs.c.session_id, samplers.c.session_id, "").label("session_id"),
         func.coalesce(ops.c.run_id, samplers.c.run_id, NO_RUN).label("run_id"),
     )
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .outerjoin(samplers, samplers.c.sampler_id == ops.c.sampler_id)
-    .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+    .where(ops.c.op_id == bindparam("id"))
 )  # fmt: skip
 _KEY = ("hour", "tenant_id", "session_id", "run_id", "base_model", "kind")
 _TO_SQLITE, _TO_POSTGRESQL = sqlite.insert(usage), postgresql.insert(usage)
-_ADD: Mapping[str, Insert] = {  # by dialect: insert, or add to the quantity that is there
-    "sqlite": _TO_SQLITE.on_conflict_do_update(
-        index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_SQLITE.excluded.quantity}
+_ADD: Mapping[str, Prepared] = {  # by dialect: insert, or add to the quantity that is there
+    "sqlite": Prepared(
+        _TO_SQLITE.on_conflict_do_update(
+            index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_SQLITE.excluded.quantity}
+        )
     ),
-    "postgresql": _TO_POSTGRESQL.on_conflict_do_update(
-        index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_POSTGRESQL.excluded.quantity}
+    "postgresql": Prepared(
+        _TO_POSTGRESQL.on_conflict_do_update(
+            index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_POSTGRESQL.excluded.quantity}
+        )
     ),
 }
 _OPEN_SPAN = insert(spans).inline()
@@ -129,13 +134,17 @@ def meter(conn: Connection, used: Mapping[OpId, Usage], now: float) -> None:
         return
     hour = int(now // HOUR_S) * HOUR_S
     sums: dict[tuple[Any, ...], int] = {}
-    for row in conn.execute(_OF_OPS, {"op_ids": list(counted)}):
-        for kind, amount in counted[row.op_id].items():
-            key = (hour, row.tenant_id, row.session_id, row.run_id, row.base_model, kind.value)
+    for op_id, amounts in counted.items():
+        found = _OF_OP.first(conn, {"id": op_id})
+        if found is None:
+            continue
+        tenant_id, base_model, session_id, run_id = found
+        for kind, amount in amounts.items():
+            key = (hour, tenant_id, session_id, run_id, base_model, kind.value)
             sums[key] = sums.get(key, 0) + amount
     if sums:
         rows = [{**dict(zip(_KEY, key, strict=True)), "quantity": amount} for key, amount in sums.items()]
-        conn.execute(_ADD[conn.dialect.name], rows)
+        _ADD[conn.dialect.name].run_many(conn, rows)
 
 
 def open_span(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: float) -> None:

@@ -21,7 +21,15 @@ _LIGHT: tuple[ColumnElement[Any], ...] = (
 )  # fmt: skip
 LIGHT = (*_LIGHT, null().label("payload"), null().label("result"))
 WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
+WITH_RESULT = (*_LIGHT, null().label("payload"), ops.c.result)
 WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
+
+
+NEW_COLUMNS = (  # those that `to_columns` fills
+    "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
+    "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
+    "result_bytes", "failure_code", "failure_category", "failure_message", "payload",
+)  # fmt: skip
 
 
 def to_op(row: Sequence[Any]) -> OpRow:

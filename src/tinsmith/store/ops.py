@@ -16,25 +16,26 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import JSON, Connection, Integer, Select, and_, bindparam, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import GoneError
+from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, to_op
+from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
 from tinsmith.store.schema import ops, runs
-from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
+from tinsmith.types import BlobKey, OpId, OpKind, OpState, Role, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
 EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
 
-_GET = select(*WHOLE, ops.c.is_expired).where(
-    ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id")
+_GET = Prepared(
+    select(*WHOLE, ops.c.is_expired).where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
 )
 _RUNNABLE_IN_RUNS = (
     select(*LIGHT)
@@ -42,10 +43,10 @@ _RUNNABLE_IN_RUNS = (
     .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id <= runs.c.head_seq)
 )
 _WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)
-_CLAIM = (
+_CLAIM = Prepared(
     update(ops)
     .where(
-        ops.c.op_id.in_(bindparam("op_ids", expanding=True)),
+        ops.c.op_id == bindparam("id"),
         IS_QUEUED,
         or_(
             ops.c.run_id.is_(None),
@@ -62,7 +63,13 @@ _UNCLAIM = (
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
 )
-_FINAL_AMONG = select(ops.c.op_id).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), ops.c.state.in_(FINAL))
+_FINAL_AMONG = Prepared(
+    select(ops.c.op_id).where(
+        ops.c.op_id.in_(select(func.json_each(bindparam("op_ids", type_=JSON)).table_valued("value").c.value)),
+        or_(*(ops.c.state == literal_column(f"'{state}'") for state in FINAL)),
+    )
+)
+_OUTCOME = Prepared(select(*WITH_RESULT).where(ops.c.op_id == bindparam("op_id")))
 _REPLAYABLE = (
     select(*WITH_PAYLOAD)
     .where(
@@ -109,6 +116,32 @@ _EXPIRE = (
 )
 
 
+class _Fair:
+    """A query in an order; where that is cut by the limit, the first rows of every share instead, still in order."""
+
+    def __init__(self, query: Select[Any], order: tuple[Any, ...], share: Any) -> None:
+        self._all = Prepared(query.order_by(*order).limit(bindparam("most", type_=Integer)))
+        turn = func.row_number().over(partition_by=share, order_by=order)
+        ranked = query.add_columns(*(c.label(f"order_{i}") for i, c in enumerate(order)), turn.label("turn")).subquery()
+        keys = [ranked.c[f"order_{i}"] for i in range(len(order))]
+        most = bindparam("most", type_=Integer)
+        chosen = select(ranked).order_by(ranked.c.turn, *keys).limit(most).subquery()
+        width = len(LIGHT)
+        self._shared = Prepared(
+            select(*list(chosen.c)[:width]).order_by(*(chosen.c[f"order_{i}"] for i in range(len(order))))
+        )
+
+    def first_ones(self, conn: Connection, values: dict[str, Any], limit: int) -> list[OpRow]:
+        rows = self._all.all(conn, {**values, "most": limit + 1})
+        if len(rows) > limit:
+            rows = self._shared.all(conn, {**values, "most": limit})
+        return [to_op(row) for row in rows]
+
+
+_OF_RUNS = _Fair(_RUNNABLE_IN_RUNS, (ops.c.run_id, ops.c.seq_id), ops.c.run_id)
+_SAMPLES = _Fair(_WAITING_SAMPLES, (ops.c.num,), ops.c.tenant_id)
+
+
 class Ops:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -123,10 +156,27 @@ class Ops:
             NotFoundError: the run or sampler is not the tenant's, or doesn't exist.
             ValueError: not exactly one of run_id and sampler_id is set.
         """
-        if (new.run_id is None) == (new.sampler_id is None):
+        (enqueued,) = self.enqueue_all([new], now)
+        if isinstance(enqueued, NotFoundError):
+            raise enqueued
+        return enqueued
+
+    def enqueue_all(self, news: Sequence[NewOp], now: float) -> list[Enqueued | NotFoundError]:
+        """The same for several requests in one transaction, in this order. One that is refused leaves no trace and
+        keeps no other from being acknowledged.
+
+        Raises:
+            ValueError: not exactly one of run_id and sampler_id is set; nothing was recorded.
+        """
+        if any((new.run_id is None) == (new.sampler_id is None) for new in news):
             raise ValueError("an op belongs to a run or to a sampler")
+        enqueued: list[Enqueued | NotFoundError] = []
         with self._database.write() as conn:
-            enqueued = arrive(conn, new, now)
+            for new in news:
+                try:
+                    enqueued.append(arrive(conn, new, now))
+                except NotFoundError as error:  # raised before anything is written
+                    enqueued.append(error)
             crash_point("store.before_enqueue_commit")
         crash_point("store.after_enqueue_commit")
         return enqueued
@@ -151,31 +201,33 @@ class Ops:
     def get(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
         """Raises: GoneError: no such op of this tenant, or its result has expired."""
         with self._database.read() as conn:
-            row = conn.execute(_GET, {"op_id": op_id, "tenant_id": tenant_id}).first()
-        if row is None or row.is_expired:
+            row = _GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id})
+        if row is None or row[-1]:
             raise GoneError("unknown or expired request id")
         return to_op(row[:-1])
 
-    def runnable(self, worker: WorkerId, base_model: str, limit: int) -> list[OpRow]:
+    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError]:
+        """`get` for several, in one view."""
+        with self._database.read() as conn:
+            rows = [_GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id}) for tenant_id, op_id in wanted]
+        return [
+            GoneError("unknown or expired request id") if row is None or row[-1] else to_op(row[:-1]) for row in rows
+        ]
+
+    def runnable(self, worker: WorkerId, base_model: str, limit: int, role: Role = Role.ALL) -> list[OpRow]:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
         waiting samples of the base, oldest first. At most `limit` of either.
 
-        Where there are more, every run has its first ones among them, and every tenant its oldest samples.
+        Where there are more, every run has its first ones among them, and every tenant its oldest samples. Of what the
+        worker's role excludes there are none.
         """
         with self._database.read() as conn:
-            of_runs = _fair(
-                conn.execute,
-                _RUNNABLE_IN_RUNS,
-                {"slot": worker.slot},
-                limit,
-                (ops.c.run_id, ops.c.seq_id),
-                ops.c.run_id,
-            )
-            samples = _fair(conn.execute, _WAITING_SAMPLES, {"base": base_model}, limit, (ops.c.num,), ops.c.tenant_id)
-        return of_runs + samples
+            of_runs = _OF_RUNS.first_ones(conn, {"slot": worker.slot}, limit) if role.trains else []
+            samples = _SAMPLES.first_ones(conn, {"base": base_model}, limit) if role.samples else []
+        return [*of_runs, *samples]
 
     def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
-        """QUEUED ▸ RUNNING in one statement; those that were claimed, with payload, in the order of `op_ids`.
+        """QUEUED ▸ RUNNING in one transaction; those that were claimed, with payload, in the order of `op_ids`.
 
         Left out are ops that aren't queued any more and ops of runs that this worker doesn't hold.
 
@@ -186,10 +238,9 @@ class Ops:
             return []
         with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
-            rows = conn.execute(_CLAIM, {"op_ids": list(op_ids), "slot": worker.slot, "now": now}).all()
+            rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in op_ids]
         crash_point("store.after_claim")
-        claimed = {op.id: op for op in map(to_op, rows)}
-        return [claimed[op_id] for op_id in op_ids if op_id in claimed]
+        return [to_op(row) for row in rows if row is not None]
 
     def finish(self, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
         """Record outcomes and the rows that come with them, in one transaction; the ids that were not final before.
@@ -224,7 +275,15 @@ class Ops:
         if not op_ids:
             return set()
         with self._database.read() as conn:
-            return set(conn.execute(_FINAL_AMONG, {"op_ids": list(op_ids)}).scalars())
+            return {op_id for (op_id,) in _FINAL_AMONG.all(conn, {"op_ids": list(op_ids)})}
+
+    def ended_among(self, op_ids: Collection[OpId]) -> dict[OpId, OpRow]:
+        """Those of `op_ids` that have an outcome, with it, and without their payloads."""
+        if not op_ids:
+            return {}
+        with self._database.read() as conn:
+            final = _FINAL_AMONG.all(conn, {"op_ids": list(op_ids)})
+            return {op_id: to_op(_OUTCOME.first(conn, {"op_id": op_id})) for (op_id,) in final}
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
         """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
@@ -283,20 +342,3 @@ class Ops:
             conn.execute(_EXPIRE, {"nums": [row.num for row in stale]})
             bury(conn, [row.result_blob for row in stale], now)
         return len(stale)
-
-
-def _fair(
-    execute: Any, query: Select[Any], values: dict[str, Any], limit: int, order: tuple[Any, ...], share: Any
-) -> list[OpRow]:
-    """The query in `order`; if that is cut by the limit, the first rows of every `share` instead, still in `order`."""
-    rows = execute(query.order_by(*order).limit(limit + 1), values).all()
-    if len(rows) > limit:
-        turn = func.row_number().over(partition_by=share, order_by=order)
-        ranked = query.add_columns(*(c.label(f"order_{i}") for i, c in enumerate(order)), turn.label("turn")).subquery()
-        keys = [ranked.c[f"order_{i}"] for i in range(len(order))]
-        chosen = select(ranked).order_by(ranked.c.turn, *keys).limit(limit).subquery()
-        width = len(LIGHT)
-        rows = execute(
-            select(*list(chosen.c)[:width]).order_by(*(chosen.c[f"order_{i}"] for i in range(len(order)))), values
-        )
-    return [to_op(row) for row in rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, select, update
 
@@ -21,19 +21,20 @@ from tinsmith.store.endings import meter_cancelled, number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Finished, NewCheckpoint, Principal, WorkerId
 from tinsmith.store.samplers import put_sampler
 from tinsmith.store.schema import ops, runs
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import Failure, OpId, OpKind, OpState, RunStatus
+from tinsmith.types import BlobKey, Failure, OpId, OpKind, OpState, RunId, RunStatus, SamplerId, TenantId
 from tinsmith.wire.media import JSON
 
-_OPEN = (
+_OPEN = Prepared(
     select(
         ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.sampler_id, ops.c.kind, ops.c.state, ops.c.owner,
         ops.c.payload_blob, ops.c.meta,
     )
-    .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+    .where(ops.c.op_id == bindparam("id"))
     .with_for_update()
 )  # fmt: skip
 _OUTCOME: dict[str, Any] = {
@@ -47,9 +48,24 @@ _OUTCOME: dict[str, Any] = {
     "failure_category": bindparam("category"),
     "failure_message": bindparam("message"),
 }
-_FINISH = update(ops).where(ops.c.op_id == bindparam("id")).values(**_OUTCOME)
-_FINISH_AND_FORGET = _FINISH.values(payload=None, payload_blob=None, pin_blob=None)
+_UPDATE = update(ops).where(ops.c.op_id == bindparam("id")).values(**_OUTCOME)
+_FINISH = Prepared(_UPDATE)
+_FINISH_AND_FORGET = Prepared(_UPDATE.values(payload=None, payload_blob=None, pin_blob=None))
 _SET_STATUS = update(runs).where(runs.c.run_id == bindparam("id")).values(status=bindparam("new_status"))
+
+
+class _Open(NamedTuple):
+    """What is looked at of an op before its outcome is written."""
+
+    op_id: OpId
+    tenant_id: TenantId
+    run_id: RunId | None
+    sampler_id: SamplerId | None
+    kind: OpKind
+    state: OpState
+    owner: str | None
+    payload_blob: BlobKey | None
+    meta: dict[str, Any]
 
 
 def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
@@ -57,13 +73,13 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
     for outcome in finished:
         _check(outcome)
     require_current(conn, worker)
-    rows = {row.op_id: row for row in conn.execute(_OPEN, {"op_ids": [f.op_id for f in finished]})}
+    rows = {f.op_id: _Open(*row) for f in finished if (row := _OPEN.first(conn, {"id": f.op_id})) is not None}
     require_leased(conn, worker, {row.run_id for row in rows.values() if row.run_id is not None})
     fresh = {f.op_id: f for f in finished if _is_open(worker, f.op_id, rows.get(f.op_id))}
     for op_id, outcome in fresh.items():
         fresh[op_id] = _unless_taken(conn, outcome, now)
     _write(conn, [(f, rows[f.op_id]) for f in fresh.values()], now)
-    number_ends(conn, [(rows[op_id].sampler_id, op_id) for op_id in fresh if rows[op_id].sampler_id is not None])
+    number_ends(conn, [(sampler_id, op_id) for op_id in fresh if (sampler_id := rows[op_id].sampler_id) is not None])
     for op_id, outcome in fresh.items():
         row = rows[op_id]
         if row.kind == OpKind.CREATE:
@@ -81,7 +97,7 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
     return list(fresh)
 
 
-def _note_export(conn: Connection, row: Any, made: NewCheckpoint, now: float) -> None:
+def _note_export(conn: Connection, row: _Open, made: NewCheckpoint, now: float) -> None:
     by = Principal(row.tenant_id, row.meta.get("actor", ""), row.meta.get("actor_key_id", ""), is_admin=False)
     path = f"tinker://{made.run_id}/{made.kind}/{made.name}"
     details = {"model_id": made.run_id, "tinker_path": path, "recipients": str(len(row.meta.get("recipients", ())))}
@@ -115,7 +131,7 @@ def _check(outcome: Finished) -> None:
         raise ValueError("an op that failed has a failure, and no other has")
 
 
-def _is_open(worker: WorkerId, op_id: OpId, row: Any) -> bool:
+def _is_open(worker: WorkerId, op_id: OpId, row: _Open | None) -> bool:
     if row is None:
         raise NotFoundError(f"no op {op_id}")
     if OpState(row.state).is_final:
@@ -125,16 +141,16 @@ def _is_open(worker: WorkerId, op_id: OpId, row: Any) -> bool:
     return True
 
 
-def _write(conn: Connection, outcomes: Sequence[tuple[Finished, Any]], now: float) -> None:
+def _write(conn: Connection, outcomes: Sequence[tuple[Finished, _Open]], now: float) -> None:
     keep: list[dict[str, Any]] = []
     drop: list[dict[str, Any]] = []
     for outcome, row in outcomes:
         is_replayed = outcome.state is OpState.DONE and OpKind(row.kind).has_effect
         (keep if is_replayed else drop).append(_columns(outcome, now))
     if keep:
-        conn.execute(_FINISH, keep)
+        _FINISH.run_many(conn, keep)
     if drop:
-        conn.execute(_FINISH_AND_FORGET, drop)
+        _FINISH_AND_FORGET.run_many(conn, drop)
         dropped = {columns["id"] for columns in drop}
         bury(conn, [row.payload_blob for outcome, row in outcomes if outcome.op_id in dropped], now)
 

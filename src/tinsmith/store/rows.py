@@ -18,6 +18,7 @@ from tinsmith.types import (
     OpId,
     OpKind,
     OpState,
+    Role,
     RunId,
     RunSpec,
     RunStatus,
@@ -43,6 +44,7 @@ class WorkerRow:
     registered_at: float
     lease_until: float  # before this moment nobody takes its runs
     is_ready: bool  # its base model is loaded
+    role: Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_current, require_leased
 from tinsmith.store.graveyard import bury
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
 from tinsmith.types import BlobKey, RunId, RunSpec, RunStatus, TenantId
@@ -30,7 +31,9 @@ COLUMNS = (
     runs.c.snapshot_blob, runs.c.status,
 )  # fmt: skip
 
-_GET = select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
+_GET = Prepared(
+    select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
+)
 _IS_LISTED = (runs.c.tenant_id == bindparam("tenant_id")) & or_(
     bindparam("project_id").is_(None),
     runs.c.session_id.in_(select(sessions.c.session_id).where(sessions.c.project_id == bindparam("project_id"))),
@@ -43,17 +46,19 @@ _LIST = (
     .offset(bindparam("offset"))
 )
 _COUNT = select(func.count()).select_from(runs).where(_IS_LISTED)
-_WANTING = (
+_WANTING = Prepared(
     select(runs.c.run_id)
     .where(runs.c.wants_worker.is_(True), runs.c.base_model == bindparam("base"))
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
 )
-_SILENT = select(workers.c.slot).where(
-    workers.c.base_model == bindparam("base"),
-    workers.c.lease_until > 0,
-    workers.c.lease_until < bindparam("now"),
-    workers.c.slot != bindparam("slot"),
+_SILENT = Prepared(
+    select(workers.c.slot).where(
+        workers.c.base_model == bindparam("base"),
+        workers.c.lease_until > 0,
+        workers.c.lease_until < bindparam("now"),
+        workers.c.slot != bindparam("slot"),
+    )
 )
 _RETIRE = (
     update(workers)
@@ -103,7 +108,7 @@ class Runs:
     def get(self, tenant_id: TenantId, run_id: RunId) -> RunRow:
         """Raises: NotFoundError: no such run of this tenant."""
         with self._database.read() as conn:
-            row = conn.execute(_GET, {"run_id": run_id, "tenant_id": tenant_id}).first()
+            row = _GET.first(conn, {"run_id": run_id, "tenant_id": tenant_id})
         if row is None:
             raise NotFoundError(f"no training run {run_id}")
         return to_run(row)
@@ -129,15 +134,15 @@ class Runs:
         now = time.time() if now is None else now
         watch = {"base": base_model, "now": now, "slot": worker.slot}
         with self._database.read() as conn:
-            silent = conn.execute(_SILENT, watch).first()
-            if silent is None and conn.execute(_WANTING, {"base": base_model, "limit": 1}).first() is None:
+            silent = _SILENT.first(conn, watch)
+            if silent is None and _WANTING.first(conn, {"base": base_model, "limit": 1}) is None:
                 return []
         with self._database.write() as conn:
             require_current(conn, worker)
-            for slot in conn.execute(_SILENT, watch).scalars().all():
+            for (slot,) in _SILENT.all(conn, watch):
                 dispossess(conn, slot)
                 conn.execute(_RETIRE, {"of_slot": slot})
-            run_ids = list(conn.execute(_WANTING, {"base": base_model, "limit": limit}).scalars())
+            run_ids = [run_id for (run_id,) in _WANTING.all(conn, {"base": base_model, "limit": limit})]
             if not run_ids:
                 return []
             conn.execute(_REQUEUE, {"run_ids": run_ids})

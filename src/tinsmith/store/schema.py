@@ -95,6 +95,7 @@ workers = Table(
     Column("registered_at", Float, nullable=False),
     Column("lease_until", Float, nullable=False),
     Column("is_ready", Boolean, nullable=False),  # its base model is loaded
+    Column("role", Text, nullable=False),
 )
 
 runs = Table(

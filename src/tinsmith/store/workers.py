@@ -15,10 +15,11 @@ from tinsmith.store.database import Database
 from tinsmith.store.fences import dispossess
 from tinsmith.store.rows import WorkerId, WorkerRow
 from tinsmith.store.schema import workers
+from tinsmith.types import Role
 
 _COLUMNS = (
     workers.c.slot, workers.c.incarnation, workers.c.base_model, workers.c.registered_at,
-    workers.c.lease_until, workers.c.is_ready,
+    workers.c.lease_until, workers.c.is_ready, workers.c.role,
 )  # fmt: skip
 _LIST = select(*_COLUMNS).order_by(workers.c.slot)
 _INCARNATION = select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update()
@@ -28,13 +29,15 @@ _REPLACE = (
     .where(workers.c.slot == bindparam("of_slot"))
     .values(
         incarnation=bindparam("new_incarnation"), base_model=bindparam("base"), registered_at=bindparam("now"),
-        lease_until=bindparam("until"), is_ready=False,
+        lease_until=bindparam("until"), is_ready=False, role=bindparam("new_role"),
     )
 )  # fmt: skip
 _IS_ME = (workers.c.slot == bindparam("of_slot")) & (workers.c.incarnation == bindparam("mine"))
 _RENEW = update(workers).where(_IS_ME).values(lease_until=bindparam("until"))
 _SET_READY = update(workers).where(_IS_ME).values(is_ready=True)
-_READY = select(workers.c.base_model).where(workers.c.is_ready, workers.c.lease_until > bindparam("now")).distinct()
+_READY = select(workers.c.base_model, workers.c.role).where(
+    workers.c.is_ready, workers.c.lease_until > bindparam("now")
+)
 _LEAVE = update(workers).where(_IS_ME).values(incarnation=workers.c.incarnation + 1, lease_until=0.0, is_ready=False)
 
 _VACATE = (
@@ -48,7 +51,7 @@ class Workers:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def register(self, slot: str, base_model: str, lease_s: float, now: float) -> WorkerId:
+    def register(self, slot: str, base_model: str, lease_s: float, now: float, role: Role = Role.ALL) -> WorkerId:
         """Take the slot: its next incarnation. Runs that the slot held become free and its running ops are queued."""
         with self._database.write() as conn:
             last = conn.execute(_INCARNATION, {"slot": slot}).scalar()
@@ -63,6 +66,7 @@ class Workers:
                         "registered_at": now,
                         "lease_until": now + lease_s,
                         "is_ready": False,
+                        "role": role.value,
                     },
                 )
                 return worker
@@ -75,6 +79,7 @@ class Workers:
                     "base": base_model,
                     "now": now,
                     "until": now + lease_s,
+                    "new_role": role.value,
                 },
             )
         return worker
@@ -101,9 +106,10 @@ class Workers:
                 raise FencedError(f"worker {worker.slot} is no longer incarnation {worker.incarnation}")
 
     def ready_bases(self, now: float) -> set[str]:
-        """The base models that a living worker has loaded."""
+        """The base models that living workers have loaded, so that both training and sampling are done."""
         with self._database.read() as conn:
-            return set(conn.execute(_READY, {"now": now}).scalars())
+            loaded = [(row.base_model, Role(row.role)) for row in conn.execute(_READY, {"now": now})]
+        return {base for base, role in loaded if role.trains} & {base for base, role in loaded if role.samples}
 
     def deregister(self, worker: WorkerId) -> None:
         """Give everything back at once; nothing happens if the worker's place was taken."""
@@ -124,4 +130,5 @@ class Workers:
 
 
 def _to_worker(row: Sequence[Any]) -> WorkerRow:
-    return WorkerRow(*row)
+    slot, incarnation, base_model, registered_at, lease_until, is_ready, role = row
+    return WorkerRow(slot, incarnation, base_model, registered_at, lease_until, is_ready, Role(role))

@@ -1,63 +1,105 @@
-"""AdamW on a run's flat rows, each run with its own hyperparameters.
+"""AdamW on the flat rows of many runs at once, each run with its own hyperparameters.
 
 Loshchilov & Hutter 2019, algorithm 2, as torch.optim.AdamW computes it: decoupled decay scaled by the learning rate,
-bias-corrected moments, eps outside the root.
+bias-corrected moments, eps outside the root. Runs are taken one after another where a run's rows fill the caches, and
+small ones with the same hyperparameters share a call. No pass over memory is made that isn't needed: clipping is
+folded into the step, and a gradient that has been applied is let go of, not zeroed.
+Shape letters: P numbers of a row.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from tinsmith.training.runs import RunSlot
 from tinsmith.types import AdamParams, Failure, OptimResult
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 NORM_BLOCK = 4096
+GROUP_PARAMS = 2**18  # rows of so many numbers in all are stepped together: 1 MiB of gradients stays in a core's cache
 
 
-def optim_step(slot: RunSlot, params: AdamParams) -> OptimResult | Failure:
-    """Apply the run's accumulated gradients and zero them; none accumulated counts as zero gradients.
+def optim_steps(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[OptimResult | Failure]:
+    """Apply each run's accumulated gradients and let go of them; none accumulated counts as zero gradients.
 
     Returns:
-        `grad_norm` (global, before clipping), `optimizer_step` (taken so far) and `learning_rate`; or a Failure that
-        left the run as it was, if the gradients aren't finite. None is called `step`: loops merge these into rows of
-        their own, whose `step` they look for when they resume.
+        In the slots' order: `grad_norm` (global, before clipping), `optimizer_step` (taken so far) and
+        `learning_rate`; or a Failure that left its run as it was, if the gradients aren't finite. No metric is called
+        `step`: loops merge these into rows of their own, whose `step` they look for when they resume.
     """
-    grad_P = slot.rows["grad"]
-    norm = global_norm(grad_P)
-    if not math.isfinite(norm):
-        return Failure(
+    outcomes: list[OptimResult | Failure] = []
+    start = 0
+    while start < len(slots):
+        end, size = start + 1, slots[start].layout.num_params
+        while end < len(slots) and size + slots[end].layout.num_params <= GROUP_PARAMS:
+            size += slots[end].layout.num_params
+            end += 1
+        outcomes += _step_group(slots[start:end], params[start:end])
+        start = end
+    return outcomes
+
+
+def _step_group(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[OptimResult | Failure]:
+    norms = [global_norm(slot.rows["grad"]) if "grad" in slot.rows else 0.0 for slot in slots]
+    alike: dict[tuple[AdamParams, float], list[RunSlot]] = {}
+    for slot, own, norm in zip(slots, params, norms, strict=True):
+        if math.isfinite(norm):
+            is_clipped = own.grad_clip_norm > 0 and norm + CLIP_EPS > own.grad_clip_norm
+            divisor = (norm + CLIP_EPS) / own.grad_clip_norm if is_clipped else 1.0
+            alike.setdefault((own, divisor), []).append(slot)
+    for (own, divisor), group in alike.items():
+        _adamw(group, own, divisor)
+    return outcomes_of(slots, params, norms)
+
+
+def outcomes_of(
+    slots: Sequence[RunSlot], params: Sequence[AdamParams], norms: Sequence[float]
+) -> list[OptimResult | Failure]:
+    """After the steps: what each came to; a run whose norm isn't finite took none."""
+    return [
+        OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": own.learning_rate})
+        if math.isfinite(norm)
+        else Failure(
             code="non_finite_gradient",
             category="user",
             message="the accumulated gradients are not finite, and the step was not taken: load an earlier checkpoint "
             "and lower the learning rate",
         )
-    if params.grad_clip_norm > 0 and norm + CLIP_EPS > params.grad_clip_norm:
-        grad_P.mul_(params.grad_clip_norm / (norm + CLIP_EPS))
-    adamw(
-        [slot.rows["param"]],
-        [grad_P],
-        [slot.rows["m"]],
-        [slot.rows["v"]],
+        for slot, own, norm in zip(slots, params, norms, strict=True)
+    ]
+
+
+def _adamw(slots: Sequence[RunSlot], params: AdamParams, divisor: float) -> None:
+    """One call for runs with the same hyperparameters, whose gradients are divided by the same number."""
+    for slot in slots:
+        slot.fill_rows()
+    rows = [slot.rows for slot in slots]
+    device = rows[0]["param"].device
+    torch._fused_adamw_(
+        [own["param"] for own in rows],
+        [own["grad"] for own in rows],
+        [own["m"] for own in rows],
+        [own["v"] for own in rows],
         [],
-        [torch.tensor(float(slot.step), device=grad_P.device)],
-        fused=True,
-        amsgrad=False,
+        [torch.tensor(float(slot.step + 1), device=device) for slot in slots],
+        lr=params.learning_rate,
         beta1=params.beta1,
         beta2=params.beta2,
-        lr=params.learning_rate,
         weight_decay=params.weight_decay,
         eps=params.eps,
+        amsgrad=False,
         maximize=False,
+        grad_scale=None if divisor == 1.0 else torch.tensor(divisor, device=device),
+        found_inf=None,
     )
-    slot.step += 1
-    slot.refresh()
-    grad_P.zero_()
-    return OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": params.learning_rate})
+    for slot in slots:
+        slot.step += 1
+        slot.refresh()
+        del slot.rows["grad"]
 
 
 def global_norm(row_P: Tensor) -> float:

@@ -1,5 +1,7 @@
 """A run's tensors: one flat float32 row each for parameters, gradients and the two moments; and the staging row.
 
+Rows come to be when something is put into them: no gradients while none are accumulated, no moments before the first
+step. A row that isn't there stands for zeros, in memory and in files.
 What stays true: nothing of a run changes in a pass until its staging row takes the accumulator's place.
 Shape letter: P numbers of a row.
 """
@@ -19,7 +21,8 @@ PARTS = ("param", "grad", "m", "v")
 
 
 class RunSlot:
-    """One run in memory. `grad` is the accumulator since the last optimizer step; `step` counts steps taken."""
+    """One run in memory. `rows` by part, `param` always among them; `grad` is the accumulator since the last optimizer
+    step; `step` counts steps taken."""
 
     def __init__(self, spec: RunSpec, layout: RowLayout, rows: dict[str, Tensor], step: int) -> None:
         self.spec = spec
@@ -32,33 +35,54 @@ class RunSlot:
 
     @classmethod
     def fresh(cls, spec: RunSpec, layout: RowLayout, device: torch.device) -> RunSlot:
-        rows = {part: torch.zeros(layout.num_params, device=device) for part in PARTS}
-        rows["param"].copy_(init_row(layout, spec))
-        return cls(spec, layout, rows, step=0)
+        return cls(spec, layout, {"param": init_row(layout, spec).to(device)}, step=0)
 
     @classmethod
-    def restored(cls, spec: RunSpec, layout: RowLayout, state: RunState, device: torch.device) -> RunSlot:
-        """Raises: UserError: the state was made with another rank, other layers or another base model."""
+    def restored(
+        cls, spec: RunSpec, layout: RowLayout, state: RunState, device: torch.device, *, may_keep: bool = False
+    ) -> RunSlot:
+        """The slot of a state; with `may_keep` its rows are the state's own arrays, where they lie as they should.
+
+        Raises:
+            UserError: the state was made with another rank, other layers or another base model.
+        """
         if state.spec.rank != spec.rank or state.spec.targets != spec.targets:
             raise UserError(
                 f"the checkpoint has rank {state.spec.rank} and trains {_names(state.spec)}, the run has rank "
                 f"{spec.rank} and trains {_names(spec)}: create a run like the checkpoint"
             )
-        if not any(name.startswith("param/") for name in state.tensors):
+        parts = {name.partition("/")[0] for name in state.tensors}
+        if "param" not in parts:
             raise UserError("the checkpoint holds no weights")
-        rows = {part: layout.tensors_to_row(part, state.tensors, device) for part in PARTS}
+        rows = {
+            part: layout.tensors_to_row(part, state.tensors, device, may_keep=may_keep)
+            for part in PARTS
+            if part in parts
+        }
         return cls(spec, layout, rows, step=state.step if state.has_optimizer else 0)
+
+    def fill_rows(self) -> None:
+        """Zeros for the rows that aren't there."""
+        for part in PARTS:
+            if part not in self.rows:
+                self.rows[part] = torch.zeros_like(self.rows["param"])
 
     def refresh(self) -> None:
         """The parameters have changed: so does what passes compute with."""
         if self.compute_P is not self.rows["param"]:
             self.compute_P.copy_(self.rows["param"])
 
-    def export(self, parts: Sequence[str]) -> RunState:
+    def export(self, parts: Sequence[str], *, copy: bool = True) -> RunState:
         tensors: dict[str, FloatArray] = {}
         for part in parts:
-            tensors |= self.layout.row_to_tensors(part, self.rows[part])
+            if part in self.rows:
+                tensors |= self.layout.row_to_tensors(part, self.rows[part], copy=copy)
         return RunState(self.spec, self.step, tensors)
+
+    @property
+    def max_bytes(self) -> int:
+        """What it holds at most: all four rows."""
+        return len(PARTS) * 4 * self.layout.num_params
 
 
 class Staging:
@@ -70,7 +94,8 @@ class Staging:
 
     def __init__(self, slot: RunSlot) -> None:
         self._slot = slot
-        self._row_P = slot.rows["grad"].clone()
+        accumulated_P = slot.rows.get("grad")
+        self._row_P = torch.zeros_like(slot.rows["param"]) if accumulated_P is None else accumulated_P.clone()
         self.views = slot.layout.views(self._row_P)
         self._marks: dict[str, tuple[Tensor, ...]] = {}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
 from tinsmith.training.heads import make_head
-from tinsmith.training.optimizer import optim_step
 from tinsmith.training.runs import PARTS, RunSlot
+from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
 
@@ -19,6 +19,7 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = make_head(base, settings.loss_chunk_tokens)
+        self._optim_steps = optim_steps_for(base.device)
         self._deterministic = settings.deterministic
         self._slots: dict[RunId, RunSlot] = {}
 
@@ -41,7 +42,7 @@ class Trainer:
         return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
-        return [optim_step(self._slots[item.run_id], item.params) for item in items]
+        return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
         return RowLayout(self._base.linears, spec.targets, spec.rank, self._base.dtype)

@@ -13,7 +13,7 @@ import structlog
 
 from tinsmith.adapter_files import pack_external
 from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key
-from tinsmith.checkpoint_file import dump_state, load_state
+from tinsmith.checkpoint_file import read_state, state_pieces
 from tinsmith.engine import Engine
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
@@ -89,7 +89,7 @@ class Barriers:
         return succeeded(op, results.load_result(run.run_id, create.path or ""))
 
     def _import(self, run: RunRow, blob: BlobKey, *, with_optimizer: bool) -> None:
-        state = load_state(self._blobs.get(blob))
+        state = self._blobs.load(blob, read_state)
         keep = ("param/", "m/", "v/") if with_optimizer else ("param/",)
         tensors = {name: tensor for name, tensor in state.tensors.items() if name.startswith(keep)}
         step = state.step if with_optimizer else 0
@@ -201,7 +201,7 @@ class Barriers:
         run: RunRow,
         state: RunState,
         outcome: Callable[[BlobInfo], Outcome],
-        dump: Callable[[RunState], bytes | Iterator[memoryview]] = dump_state,
+        dump: Callable[[RunState], Iterator[memoryview]] = state_pieces,
     ) -> None:
         key = checkpoint_key(run.tenant_id)
         held = self._runs[run.run_id]

@@ -3,7 +3,7 @@
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
 changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
 in one transaction, and advances the resident samples. Training passes take turns pack by pack, and so do training and
-sampling, of equal time: after each pack the sampler has as long as the pack took.
+sampling: after each pack the sampler has as long as the pack took, times the setting `sampling_share`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, RunId
+from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
@@ -60,6 +60,7 @@ class Worker:
         api: Ringer,
         wake: Callable[[], None],
         line: TokenSender | None = None,
+        role: Role = Role.ALL,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
         of samples under way."""
@@ -69,6 +70,7 @@ class Worker:
         self._settings = settings
         self._bell = bell
         self._base = engine.info.name
+        self._role = role
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
@@ -107,7 +109,7 @@ class Worker:
         if batch is not None:
             self._run(batch)
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
-        self._sample_for(barriers_s + self._advance())
+        self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self.runs.snapshot_due()
         self.runs.evict(self._busy | self._passes.runs)
         return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
@@ -143,13 +145,14 @@ class Worker:
     def _look(self) -> Batch | None:
         self._must_look = False
         self._looked_at = time.monotonic()
-        self.runs.lease()
+        if self._role.trains:
+            self.runs.lease()
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
@@ -283,7 +286,7 @@ class Worker:
         self._must_look = True
         waiting = [
             Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST)
+            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
             if op.kind is OpKind.SAMPLE
         ]
         if self._is_isolating or any(sample.is_suspect for sample in waiting):

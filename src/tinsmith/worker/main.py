@@ -23,7 +23,7 @@ from tinsmith.errors import FencedError, TinsmithError, UserError
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
-from tinsmith.types import BaseInfo
+from tinsmith.types import BaseInfo, Role
 from tinsmith.worker.loop import Worker
 
 log = structlog.get_logger("tinsmith.worker")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Bell(args.bell) as bell:
             line = TokenSender(line_path(args.api_bell))
-            _serve(args.slot, base, settings, store, bell, Ringer(args.api_bell), own_bell, line, stop)
+            _serve(args.slot, Role(args.role), base, settings, store, bell, Ringer(args.api_bell), own_bell, line, stop)
     except FencedError as error:
         log.error("another worker took over", slot=args.slot, error=error.message)
         return EXIT_FENCED
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(
     slot: str,
+    role: Role,
     base: BaseRef,
     settings: Settings,
     store: Store,
@@ -86,7 +87,7 @@ def _serve(
     line: TokenSender,
     stop: threading.Event,
 ) -> None:
-    me = store.workers.register(slot, base.name, settings.lease_s, time.time())
+    me = store.workers.register(slot, base.name, settings.lease_s, time.time(), role)
     renewing = threading.Thread(target=_renew, args=(store, me, settings.lease_s, stop), name="lease", daemon=True)
     renewing.start()
     started = time.monotonic()
@@ -95,7 +96,7 @@ def _serve(
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
-    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line).run(stop)
+    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role).run(stop)
     store.workers.deregister(me)
 
 
@@ -126,6 +127,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tinsmith.worker", description=__doc__)
     parser.add_argument("--base", required=True, help="NAME=PATH of the base model to serve")
     parser.add_argument("--slot", required=True, help="this worker's lasting name; a new process under it takes over")
+    parser.add_argument(
+        "--role", choices=[*Role], default=Role.ALL, help="what this worker does of what the base is for"
+    )
     parser.add_argument("--bell", required=True, type=Path, help="socket on which this worker is woken")
     parser.add_argument("--api-bell", required=True, type=Path, help="socket of the API process")
     parser.add_argument("--parent-fd", type=int, default=None, help="pipe that closes when the parent is gone")

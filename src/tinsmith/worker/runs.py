@@ -16,7 +16,7 @@ from dataclasses import replace
 import structlog
 
 from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import load_state
+from tinsmith.checkpoint_file import read_state
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NotFoundError, TinsmithError, UserError
@@ -82,7 +82,7 @@ class HeldRuns:
             return True
         if held.snapshot is None:
             return False
-        state = load_state(self._blobs.get(held.snapshot))
+        state = self._blobs.load(held.snapshot, read_state)
         self._engine.import_run(held.row.spec, state)
         log.info("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
         return True

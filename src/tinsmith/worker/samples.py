@@ -8,7 +8,7 @@ import structlog
 from google.protobuf.message import EncodeError
 
 from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import load_state
+from tinsmith.checkpoint_file import read_state
 from tinsmith.engine import Engine
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.store import Store
@@ -115,7 +115,7 @@ class Samples:
         if sampler.blob is None:
             return None
         if not self._engine.has_adapter(sampler.blob):
-            self._engine.add_adapter(sampler.blob, load_state(self._blobs.get(sampler.blob)))
+            self._engine.add_adapter(sampler.blob, self._blobs.load(sampler.blob, read_state))
         return sampler.blob
 
 

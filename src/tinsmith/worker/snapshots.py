@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
-from tinsmith.checkpoint_file import dump_state
+from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
@@ -76,7 +76,7 @@ class Snapshots:
         held.is_snapshotting = True
 
         def write() -> BlobInfo:
-            return self._blobs.put(key, dump_state(state))
+            return self._blobs.put(key, state_pieces(state))
 
         def recorded(stored: BlobInfo | BaseException) -> None:
             held.is_snapshotting = False
