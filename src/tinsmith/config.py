@@ -128,7 +128,22 @@ class Settings:
     )
     sampler_device: str = setting("", "The device of that process; empty: the same as --device.", group="engine")
     max_resident_runs: int = setting(64, "Runs kept in a worker's memory; the rest wait on disk.", group="engine")
+    resident_runs_mib: int = setting(
+        8192,
+        "Memory for these runs: weights, gradients and moments; a single one may be larger.",
+        unit="MiB",
+        group="engine",
+    )
     max_resident_adapters: int = setting(64, "Sampler snapshots kept in a worker's memory.", group="engine")
+    resident_adapters_mib: int = setting(
+        4096, "Memory for these snapshots; a single one may be larger.", unit="MiB", group="engine"
+    )
+    host_cache_mib: int = setting(
+        2048,
+        "Host memory for runs and snapshots that are read ahead of their requests, or have left the accelerator.",
+        unit="MiB",
+        group="engine",
+    )
     max_resident_samples: int = setting(
         256, "Sequences that are decoded together; a tenant alone gets 7/8 of them.", group="engine"
     )
@@ -254,7 +269,8 @@ class Settings:
     def _check(self) -> None:
         positive = (
             "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens",
-            "max_resident_runs", "max_resident_adapters", "max_resident_samples", "kv_cache_mib",
+            "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib",
+             "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",

@@ -7,7 +7,7 @@ vector of `rank` numbers; every op that has an effect changes it in a way that s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,7 +101,21 @@ class FakeEngine:
         parts["param"] = rng.standard_normal(spec.rank, dtype=np.float32)
         self._runs[spec.run_id] = _Run(spec, 0, parts)
 
-    def import_run(self, spec: RunSpec, state: RunState) -> None:
+    def run_bytes(self, spec: RunSpec) -> int:
+        return 4 * len(PARTS) * spec.rank
+
+    @property
+    def runs_bytes(self) -> int:
+        return sum(self.run_bytes(run.spec) for run in self._runs.values())
+
+    @property
+    def is_on_host(self) -> bool:
+        return True
+
+    def host_row(self, count: int) -> FloatArray:
+        return np.empty(count, np.float32)
+
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         param = state.tensors[f"param/{MODULE}"]
         if param.shape != (spec.rank,) or state.spec.targets != spec.targets:
             raise UserError(
@@ -111,7 +125,7 @@ class FakeEngine:
         parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
         self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS) -> RunState:
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
         run = self._runs[run_id]
         return RunState(run.spec, run.step, {f"{part}/{MODULE}": run.parts[part].copy() for part in parts})
 
@@ -155,8 +169,16 @@ class FakeEngine:
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState) -> None:
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
+
+    def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
+        state = self.export_run(run_id, ("param",))
+        self.add_adapter(key, state)
+        return lambda: state
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        return True
 
     def submit_sample(self, item: SampleItem) -> None:
         self._samples[item.op_id] = (item, self._length(item))

@@ -198,9 +198,11 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
     while time.monotonic() < until:
         worker._heard_at = float("-inf")
         worker._must_look = True
-        if not worker.step() and not worker._writer.num_pending and not worker._must_look:
+        is_idle = not worker.step() and not worker._must_look
+        num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
+        if is_idle and not num_pending:
             return
-        if worker._writer.num_pending:
+        if num_pending:
             time.sleep(0.002)
     raise AssertionError("the worker did not come to rest")
 

@@ -19,7 +19,7 @@ from tinsmith.training import Trainer
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, RunState, Targets, TrainItem, TrainResult
 
 VOCAB = 211
-SPREAD = 0.1  # of B. With 0.2 a random Llama is so ill-conditioned that peft in float32 is up to 1.2e-5 from float64
+SPREAD = 0.05  # of B. With 0.2 a random Llama is so ill-conditioned that peft in float32 is up to 1.2e-5 from float64
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
@@ -40,7 +40,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_base(kind: str, path: Path) -> BaseModel:
+def make_base(kind: str, path: Path, *, deterministic: bool = True) -> BaseModel:
     """A random model saved to `path` and opened."""
     model_class, config = CONFIGS[kind]
     torch.manual_seed(7)
@@ -51,7 +51,7 @@ def make_base(kind: str, path: Path) -> BaseModel:
                 parameter.normal_(std=0.1)
     model.save_pretrained(path)
     info = BaseInfo(kind, str(path), kind, config.vocab_size, config.max_position_embeddings, ())
-    return load_base(info, device=CPU, dtype=torch.float32)
+    return load_base(info, device=CPU, dtype=torch.float32, deterministic=deterministic)
 
 
 def make_trainer(base: BaseModel, *specs: RunSpec, chunk_tokens: int = 32, deterministic: bool = True) -> Trainer:
@@ -145,9 +145,10 @@ class PeftTwin:
             self.params[f"{state_name}.lora_B"] = layer.lora_B["default"].weight
         for name, parameter in self.params.items():
             parameter.data.copy_(torch.from_numpy(state.tensors[f"param/{name}"]))
+        self.model.double()
 
     def loss(self, data: Sequence[Datum], loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        total, logprobs = torch.zeros(()), []
+        total, logprobs = torch.zeros((), dtype=torch.float64), []
         for d in data:
             logits = self.model(input_ids=torch.from_numpy(d.tokens.astype(np.int64))[None]).logits[0]
             inputs = {name: torch.from_numpy(array) for name, array in d.inputs.items()}

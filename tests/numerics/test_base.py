@@ -1,5 +1,6 @@
 """What a base must be to be served, and that hooks which an upgrade goes around are noticed at start."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -13,11 +14,24 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.numerics.lab import COMMON, CONFIGS, CPU, make_base
+from tests.numerics.lab import (
+    COMMON,
+    CONFIGS,
+    CPU,
+    datum,
+    grads,
+    item,
+    make_base,
+    make_trainer,
+    relative,
+    run_pass,
+    spec,
+)
 from tinsmith.errors import TinsmithError, UnsupportedError
 from tinsmith.model import base as base_module
-from tinsmith.model import load_base
+from tinsmith.model import blocks, load_base
 from tinsmith.model.activation import StableSiLU
+from tinsmith.model.blocks import GatedMLP, RotaryAttention
 from tinsmith.training.packing import bucketed, length_class, num_fitting, pieces
 from tinsmith.types import BaseInfo
 
@@ -36,7 +50,8 @@ def test_linears_are_named_and_grouped(base):
     assert groups["lm_head"] == "unembed"
     assert len(groups) == 2 * 7 + 1
     assert base.head.out_features == 211
-    assert sum(isinstance(module, StableSiLU) for module in base.backbone.modules()) == 2
+    assert sum(isinstance(module, GatedMLP) for module in base.backbone.modules()) == 2
+    assert sum(isinstance(module, RotaryAttention) for module in base.backbone.modules()) == 2
 
 
 def test_experts_are_refused_by_name(tmp_path):
@@ -71,9 +86,30 @@ def test_a_layer_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
 
 
 def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "ATTENTIONS", ())
     monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
     with pytest.raises(UnsupportedError, match="attention of its 2 layers"):
         make_base("llama", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_unknown_blocks_stay_as_they_came(kind, tmp_path, monkeypatch):
+    """A model of the same layers under other names is served with hooks alone, and has the same numbers."""
+    known = make_base(kind, tmp_path / "known")
+    for names in ("ATTENTIONS", "MLPS", "NORMS"):
+        monkeypatch.setattr(blocks, names, ())
+    unknown = make_base(kind, tmp_path / "unknown")
+    assert not any(isinstance(module, GatedMLP | RotaryAttention) for module in unknown.backbone.modules())
+    data = [datum(np.random.default_rng(0), n) for n in (7, 40)]
+    results, gradients = [], []
+    for base in (known, unknown):
+        trainer = make_trainer(base, spec("a"))
+        results.append(run_pass(trainer, [item("a", data)])[0])
+        gradients.append(grads(trainer, "a"))
+    for one, other in zip(results[0].logprobs, results[1].logprobs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+    for name, gradient in gradients[0].items():
+        assert relative(gradient, torch.from_numpy(gradients[1][name])) < 1e-5
 
 
 def test_a_difference_between_hidden_states_and_logits_is_noticed(tmp_path, monkeypatch):

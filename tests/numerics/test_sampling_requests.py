@@ -173,10 +173,10 @@ def test_three_hundred_requests_flow_through_the_seats(base):
     while sampler.num_samples:
         for _ in range(min(4, len(pending))):
             sampler.submit(pending.pop())
-        is_crowded = len(sampler._waiting) > 0
+        is_crowded = sampler._stages.num_waiting > 0
         results.update(sampler.step())
         if is_crowded:
-            busy.append(len(sampler._running))
+            busy.append(len(sampler._stages.running))
         assert sampler.memory.num_held_blocks <= total
         assert sampler.memory.kv.num_allocated_blocks <= total
     assert len(results) == 300
@@ -218,7 +218,7 @@ def test_no_two_requests_wait_for_each_other(base, total):
         for i in range(12)
     ]
     expected = run_all(make_sampler(base, states), items)
-    sampler = with_blocks(base, total)
+    sampler = with_blocks(base, total, deterministic=True)
     for key, state in states.items():
         sampler.add_adapter(key, state)
     for item in items:

@@ -1,15 +1,17 @@
-"""SiLU whose bits don't depend on where an element lies in its array.
+"""SiLU, alone and times its gate, in torch's own kernel or with bits that don't depend on an element's place.
 
-torch's own rounds the last elements of each thread's share in scalar code, differently from the rest, and where shares
-end depends on how many rows a pass has (measured from 3 threads up). Here the only inexact function is exp, whose
-kernel has no such tail; sums, products and quotients round the same everywhere.
+torch's kernel rounds the last elements of each thread's share in scalar code, differently from the rest, and where
+shares end depends on how many rows a pass has. The stable form costs some three times as much: its only inexact
+function is exp, whose kernel has no such tail; sums, products and quotients round the same everywhere.
+Shape letters: T rows, I inner size of an MLP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -19,7 +21,7 @@ class StableSiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return _sigmoid(x).mul_(x)
+            return stable_silu(x)
         y: Tensor = _SiLU.apply(x)  # type: ignore[no-untyped-call]
         return y
 
@@ -28,14 +30,58 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _sigmoid(x).mul_(x)
+        return stable_silu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """dx = dy · s · (1 + x · (1 - s)) with s = sigmoid(x)."""
         (x,) = ctx.saved_tensors
-        s = _sigmoid(x)
-        return torch.rsub(s, 1.0).mul_(x).add_(1.0).mul_(s).mul_(grad)
+        return stable_silu_grad(x).mul_(grad)
+
+
+def gated_silu(gate_up: Tensor, *, stable: bool) -> Tensor:
+    """silu(gate) · up of [..., 2I], whose last dimension holds gate and then up; [..., I]. Keeps its input alone."""
+    if not torch.is_grad_enabled():
+        return _gated(gate_up, stable)
+    return cast(Tensor, _GatedSiLU.apply(gate_up, stable))  # type: ignore[no-untyped-call]
+
+
+class _GatedSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, stable: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.stable = stable
+        return _gated(gate_up, stable)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """dup = dy · silu(gate), dgate = dy · up · silu'(gate)."""
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        dgate, dup = out.chunk(2, -1)
+        inner = stable_silu(gate) if ctx.stable else F.silu(gate)
+        torch.mul(grad, inner, out=dup)
+        torch.mul(grad, up, out=inner)
+        if ctx.stable:
+            torch.mul(inner, stable_silu_grad(gate), out=dgate)
+        else:
+            torch.ops.aten.silu_backward.grad_input(inner, gate, grad_input=dgate)
+        return out, None
+
+
+def _gated(gate_up: Tensor, stable: bool) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return (stable_silu(gate) if stable else F.silu(gate)).mul_(up)
+
+
+def stable_silu(x: Tensor) -> Tensor:
+    return _sigmoid(x).mul_(x)
+
+
+def stable_silu_grad(x: Tensor) -> Tensor:
+    """s · (1 + x · (1 - s)) with s = sigmoid(x)."""
+    s = _sigmoid(x)
+    return torch.rsub(s, 1.0).mul_(x).add_(1.0).mul_(s)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

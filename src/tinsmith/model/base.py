@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
+from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import MIN_ROWS, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
@@ -93,24 +94,35 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load `info.path` and open it.
+def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> BaseModel:
+    """Load `info.path` and open it. deterministic: no kernel may round an element by its place in an array.
 
     Raises:
         UserError: the directory lacks weights.
         UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
-    model = _load(info, device, dtype)
+    return open_base(_load(info, device, dtype), info, deterministic=deterministic)
+
+
+@torch.no_grad()
+def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False) -> BaseModel:
+    """Open a model that is in memory. It is changed, and shares its weights with the base.
+
+    Raises:
+        UnsupportedError: as `load_base`.
+    """
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
     linears = find_linears(model, head)
     check_rope(model)
-    tokens_T = torch.arange(MIN_ROWS, device=device) % info.vocab_size
-    with torch.no_grad(), SiblingWatch(linears) as watch:
+    tokens_T = torch.arange(MIN_ROWS, device=model.device) % info.vocab_size
+    with SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
     infos = describe_linears(linears, head, watch.leads)
     groups = _group_linears(model, linears, watch.leads, holder)
+    replace_blocks(model, {group.name: group for group in groups}, holder, stable=deterministic)
     replace_silu(model)
     _hook_attention(model, holder)
     base = BaseModel(model, info, infos, groups, head, holder)
@@ -135,7 +147,7 @@ def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTraine
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
-    return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
+    return cast(PreTrainedModel, model.to(device))
 
 
 def _group_linears(

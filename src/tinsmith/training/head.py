@@ -187,7 +187,8 @@ class ChunkPass:
     def _make_logits(self) -> Tensor:
         num_rows = len(self._h_CD)
         h_CD = F.pad(self._h_CD, (0, 0, 0, padded_rows(num_rows) - num_rows))
-        logits_CV = self._matrix.times(h_CD)[:num_rows]
+        self._padded_CV = self._matrix.times(h_CD)
+        logits_CV = self._padded_CV[:num_rows]
         for piece in self._chunk:
             slot = piece.lane.op.slot
             if HEAD in slot.views:
@@ -221,8 +222,8 @@ class ChunkPass:
         rows = [piece.row + coef_NK.any(-1).nonzero()[:, 0] for piece, coef_NK in live]
         rows_M = torch.cat(rows)
         num_rows = padded_rows(len(rows_M))
-        if num_rows == len(rows_M) == len(self._probs_CV):
-            dlogits_MV = self._probs_CV
+        if len(rows_M) == len(self._h_CD):
+            dlogits_MV = self._padded_CV  # what was added are rows of zeros
         else:
             dlogits_MV = self._probs_CV.index_select(0, F.pad(rows_M, (0, num_rows - len(rows_M))))
         offset = 0

@@ -29,6 +29,8 @@ from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
 from tinsmith.worker.telling import Telling
@@ -39,7 +41,6 @@ log = structlog.get_logger("tinsmith.worker")
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 LOOK_AT_MOST = 4096
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
-MAX_NEW_RUNS = 8  # brought into memory by one batch
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 STORAGE_RETRY_S = 0.5
@@ -74,7 +75,8 @@ class Worker:
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
-        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer)
+        self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
+        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._ahead)
         self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
         self._shares = Shares()
         self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
@@ -111,7 +113,8 @@ class Worker:
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self.runs.snapshot_due()
-        self.runs.evict(self._busy | self._passes.runs)
+        computing = self._passes.runs
+        self.runs.evict(self._busy | computing, computing)
         return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
 
     def close(self) -> None:
@@ -124,6 +127,7 @@ class Worker:
         self.runs.snapshot_all()
         self._writer.flush()
         self._writer.close()
+        self._ahead.close()
         self.runs.release_all()
 
     def _is_rung(self) -> bool:
@@ -158,7 +162,8 @@ class Worker:
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
         candidates = self._beside_passes(waiting)
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
-        return plan(candidates, self._limits(), self._shares.enter(tenants))
+        served = self._shares.enter(tenants)
+        return plan(self.runs.choose(candidates, served), self._limits(), served)
 
     def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
@@ -178,7 +183,7 @@ class Worker:
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
             tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
-            max_new_runs=max(1, min(MAX_NEW_RUNS, self._settings.max_resident_runs - self.runs.num_resident)),
+            max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
 

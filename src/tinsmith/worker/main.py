@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from tinsmith import crashpoints, lifeline, observe
+from tinsmith import crashpoints, heap, lifeline, observe
 from tinsmith.bases import BaseRef, describe, parse
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
@@ -92,6 +92,7 @@ def _serve(
     renewing.start()
     started = time.monotonic()
     engine = make_engine(describe(base), settings)
+    heap.settle()
     store.workers.set_ready(me)
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
