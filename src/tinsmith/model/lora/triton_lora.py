@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -163,6 +164,10 @@ def _matrices(crowd: _Crowd, group: str, part: str) -> list[LoraWeights]:
 def _side(matrices: list[list[Tensor]], bands: tuple[Band, ...], strides: tuple[int, int], num_narrow: int) -> Side:
     anchor = matrices[0][0]
     at, unit = addresses(matrices, anchor)
-    table = np.array([(band.start, band.width, band.narrow) for band in bands], np.int32)
     device = anchor.device
-    return Side(anchor, to_device(at, device), unit, bands, to_device(table, device), strides, num_narrow)
+    return Side(anchor, to_device(at, device), unit, bands, _band_table(bands, device), strides, num_narrow)
+
+
+@lru_cache(maxsize=4096)
+def _band_table(bands: tuple[Band, ...], device: torch.device) -> Tensor:
+    return to_device(np.array([(band.start, band.width, band.narrow) for band in bands], np.int32), device)
