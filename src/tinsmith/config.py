@@ -103,7 +103,18 @@ class Settings:
         "a restart, on the same hardware, versions and number of threads; a worker that can't keep this doesn't start.",
         group="engine",
     )
-    pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
+    pass_max_tokens: int = setting(
+        0,
+        "Most tokens in one forward and backward; 0 finds it from the memory that is free.",
+        unit="tokens",
+        group="engine",
+    )
+    activation_checkpointing: str = setting(
+        "auto",
+        "Compute layers a second time in place of keeping what backward needs of them: auto (for sequences that don't "
+        "fit otherwise), always or never.",
+        group="engine",
+    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",
@@ -268,7 +279,7 @@ class Settings:
 
     def _check(self) -> None:
         positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens",
+            "lora_max_rank", "max_body_bytes", "max_request_tokens",
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
@@ -278,10 +289,9 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        if self.prefix_cache_mib < 0:
-            raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
-        if self.loss_chunk_tokens < 0:
-            raise ConfigError(f"--loss-chunk-tokens must be 0 or more, not {self.loss_chunk_tokens}")
+        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
             if not DEVICE.fullmatch(value):
                 raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
@@ -295,6 +305,7 @@ class Settings:
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
             "dtype": ("auto", "float32", "bfloat16"),
+            "activation_checkpointing": ("auto", "always", "never"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -67,6 +67,7 @@ class TorchEngine:
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
+        self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
@@ -92,6 +93,10 @@ class TorchEngine:
     def num_forwards(self) -> int:
         """Walks through the base so far, as `FakeEngine` counts them."""
         return self._base.num_forwards
+
+    @property
+    def pass_max_tokens(self) -> int:
+        return self._trainer.budget.tokens
 
     def has_run(self, run_id: RunId) -> bool:
         return self._trainer.has_run(run_id)

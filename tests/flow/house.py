@@ -47,7 +47,7 @@ class House:
         self.be("alice")
         self._num_runs = 0
         self._open: list[Bell | Ringer] = []
-        self.engine = FakeEngine(BASE)
+        self.engine = FakeEngine(BASE, self.settings.pass_max_tokens)
 
     def be(self, name: str) -> None:
         """What is asked for from now on is asked by a new tenant, in a session of its own."""
@@ -57,7 +57,7 @@ class House:
         ).session_id
 
     def worker(self, slot: str = "fake/base#0", line: TokenSender | None = None) -> Worker:
-        self.engine = FakeEngine(BASE)
+        self.engine = FakeEngine(BASE, self.settings.pass_max_tokens)
         me = self.store.workers.register(slot, BASE.name, self.settings.lease_s, time.time())
         path = self.root / f"b{len(self._open)}"
         bell, wake, api = Bell(path), Ringer(path), Ringer(self.root / "api")

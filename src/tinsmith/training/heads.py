@@ -19,18 +19,17 @@ MAX_CHUNK = 8192
 LOGIT_BYTES = 6  # float32, and a gradient in bfloat16
 
 
-def make_head(base: BaseModel, chunk_tokens: int) -> Head:
-    """Datum by datum on the CPU in float32, where bits are promised; else all data of a chunk at once. chunk_tokens: 0
-    for what suits the device."""
-    chunk = chunk_tokens or _chunk_for(base)
+def make_head(base: BaseModel, chunk: int) -> Head:
+    """Datum by datum on the CPU in float32, where bits are promised; else all data of a chunk of rows at once."""
     if base.device.type == "cpu" and base.dtype == torch.float32:
         return Head(base.head, chunk)
     return Head(base.head, chunk, partial(BatchedChunk, base.head, base.lora, _logit_ops(base.device)))
 
 
-def _chunk_for(base: BaseModel) -> int:
-    if base.device.type == "cpu":
-        return CPU_CHUNK
+def chunk_tokens(base: BaseModel, setting: int) -> int:
+    """Rows whose logits are held at once; a setting of 0 stands for what suits the device."""
+    if setting or base.device.type == "cpu":
+        return setting or CPU_CHUNK
     _, total = torch.cuda.mem_get_info(base.device)
     fitting = total // MEMORY_SHARE // (LOGIT_BYTES * base.head.out_features)
     return max(CPU_CHUNK, min(MAX_CHUNK, fitting))

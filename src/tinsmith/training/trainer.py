@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
-from tinsmith.training.heads import make_head
+from tinsmith.training.budget import Budget
+from tinsmith.training.footprint import measure
+from tinsmith.training.heads import chunk_tokens, make_head
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
 from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
@@ -18,12 +22,18 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = make_head(base, settings.loss_chunk_tokens)
+        self._chunk_tokens = chunk_tokens(base, settings.loss_chunk_tokens)
+        self._head = make_head(base, self._chunk_tokens)
         self._optim_steps = optim_steps_for(base.device)
         self._deterministic = settings.deterministic
+        self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
         self._layouts: dict[tuple[Targets, int], RowLayout] = {}
         self.num_bytes = 0  # what the runs may take at most, between passes
+
+    def start(self) -> None:
+        """Measure what a pass takes, and go by the memory that is free from now on."""
+        self.budget.start(measure(self._base, self._chunk_tokens))
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
@@ -32,7 +42,9 @@ class Trainer:
         self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
 
     def run_bytes(self, spec: RunSpec) -> int:
-        return self._layout(spec).num_params * BYTES_PER_PARAM
+        """With the copy that passes compute with, where that isn't float32."""
+        copy = 0 if self._base.dtype == torch.float32 else self._base.dtype.itemsize
+        return self._layout(spec).num_params * (BYTES_PER_PARAM + copy)
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
@@ -55,7 +67,7 @@ class Trainer:
         self.num_bytes += self.run_bytes(slot.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
+        return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])

@@ -178,7 +178,7 @@ class Worker:
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._settings.pass_max_tokens,
+            self._engine.pass_max_tokens,
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
@@ -245,7 +245,7 @@ class Worker:
         before = current.seconds
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
-            if not current.advance(self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)):
+            if not current.advance(self._passes.pack_work(current, cap_s)):
                 outcomes = current.commit()
                 self._passes.end(current)
                 self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))

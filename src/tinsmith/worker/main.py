@@ -108,7 +108,7 @@ def make_engine(info: BaseInfo, settings: Settings) -> Engine:
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
-    engine: Engine = made(info) if settings.device == "fake" else made(info, settings)
+    engine: Engine = made(info, settings.pass_max_tokens if settings.device == "fake" else settings)
     return engine
 
 
