@@ -15,12 +15,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.numerics.lab import CPU, datum, grads, item, make_trainer, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
+from tinsmith.bases import describe, parse
+from tinsmith.config import Settings
+from tinsmith.errors import UnsupportedError
 from tinsmith.model import BaseModel, load_base
 from tinsmith.model.lora import LoraBackend
 from tinsmith.model.lora.grouped import GroupedLora
 from tinsmith.model.lora.loop import LoopLora
+from tinsmith.torch_engine import TorchEngine
 from tinsmith.training import Trainer
-from tinsmith.types import AdamParams, BaseInfo, Datum, OpId, OptimItem, RunId, Targets
+from tinsmith.types import AdamParams, BaseInfo, Datum, OpId, OptimItem, RunId, RunSpec, Targets
 
 GRADIENT_BOUND = 2e-2
 VOCAB = 4000
@@ -135,3 +139,33 @@ def test_a_datum_that_fails_leaves_its_neighbours_alone(bases: dict[torch.dtype,
             assert relative(crowded[name], alone[name]) < 1e-2
     for alone, crowded in zip(found[0][:2], found[1][:2], strict=True):
         np.testing.assert_allclose(crowded.logprobs[0], alone.logprobs[0], atol=2e-2)
+
+
+def test_the_engine_serves_in_bfloat16_if_told_to():
+    """The shipped model, trained and sampled through the engine."""
+    info = describe(parse("tinsmith/tiny"))
+    engine = TorchEngine(info, Settings(device="cpu", dtype="bfloat16", threads=1))
+    run = RunSpec(RunId("a"), info.name, 8, 1)
+    engine.create_run(run)
+    rng = np.random.default_rng(6)
+    for _ in range(2):
+        training_pass = engine.start_pass([item("a", [datum(rng, 40, vocab=256)])])
+        while training_pass.advance(10**6) is not None:
+            pass
+        (result,) = training_pass.commit()
+        assert np.isfinite(result.metrics["loss:sum"])
+        (step,) = engine.optim_step([OptimItem(OpId("o"), RunId("a"), AdamParams(learning_rate=1e-2))])
+        assert step.metrics["grad_norm"] > 0
+    engine.add_adapter("k", engine.export_run(RunId("a"), ("param",)))
+    engine.submit_sample(sample("s", prompt(1, 12, 256), "k", seed=1, max_tokens=5))
+    done = []
+    while not done:
+        done = engine.step_samples()
+    assert len(done[0][1].sequences[0].tokens) == 5
+
+
+def test_deterministic_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UnsupportedError, match="--deterministic is kept on the CPU alone"):
+        TorchEngine(describe(parse("tinsmith/tiny")), Settings(device="cuda", deterministic=True, threads=1))
