@@ -32,7 +32,9 @@ BOUND = 1e-5 if DEVICE.type == "cpu" else 1e-4
 def trainer_with(base, lora: LoraBackend, ops: LogitOps, chunk_tokens: int = 64) -> Trainer:
     base.lora = lora
     trainer = make_trainer(base, *RUNS)
-    trainer._head = Head(base.head, chunk_tokens, partial(BatchedChunk, base.head, lora, ops))
+    trainer._head = Head(
+        base.head, chunk_tokens, deterministic=False, make_pass=partial(BatchedChunk, base.head, lora, ops)
+    )
     return trainer
 
 
@@ -45,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory):
 def plain_trainer(base) -> Trainer:
     base.lora = SegmentsLora
     trainer = make_trainer(base, *RUNS)
-    trainer._head = Head(base.head, 64)
+    trainer._head = Head(base.head, 64, deterministic=False)
     return trainer
 
 

@@ -1,8 +1,9 @@
 """Which prompts are computed in this step. Pure: a function of the requests and of what may start.
 
 Tenants take turns, then the snapshots of a tenant; what is asked of one snapshot goes first come, first served, after
-what has to be computed again. A prompt is cut at multiples of the chunk size, counted from its own start, so where it is cut doesn't depend on what else
-is in the pass. A step carries at most one chunk's worth of tokens, hence at most one chunk of a request.
+what has to be computed again. A prompt is cut at multiples of the chunk size, counted from its own start, so where it
+is cut doesn't depend on what else is in the pass. A step carries at most one chunk's worth of tokens, hence at most
+one chunk of a request.
 """
 
 from __future__ import annotations

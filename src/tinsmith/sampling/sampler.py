@@ -24,7 +24,7 @@ from tinsmith.sampling.adapters import AdapterCache
 from tinsmith.sampling.admission import Chunk, Turns, plan_prefill
 from tinsmith.sampling.blocks import BLOCK_TOKENS
 from tinsmith.sampling.contexts import probe_kv_shape
-from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.decode import Drawn
 from tinsmith.sampling.grammar import Grammars
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
@@ -37,7 +37,7 @@ from tinsmith.sampling.seats import Coming, Seats
 from tinsmith.sampling.sequence import Prompt, Request, Sequence
 from tinsmith.sampling.stages import Stages
 from tinsmith.sampling.stop import Detokenizer, StopRule
-from tinsmith.sampling.walk import prefill_alone, walk
+from tinsmith.sampling.walk import Walker
 from tinsmith.training.runs import Weights
 from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
@@ -90,7 +90,7 @@ class Sampler:
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
-        self._decoder = Decoder(base, self.memory.kv)
+        self._walker = Walker(base, self.memory.kv, is_exact=settings.deterministic)
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
@@ -217,12 +217,15 @@ class Sampler:
     def _plan(self) -> Seq[Chunk]:
         """The chunks of this step. Memory of prompts that begin is taken."""
         stages = self._stages
-        seats, recomputes = self._seats(), stages.recomputes
-        asking = [*stages.begun, *recomputes, *(() if seats.is_full else stages.asking())]
+        recomputes = stages.recomputes
+        asking = [*stages.begun, *recomputes, *stages.asking()]
         if not asking:
             stages.refused.clear()
             return []
-        coming = Coming(seats, (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)))
+        coming = Coming(
+            self._seats() if stages.num_lines else Seats(0, ()),
+            (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)),
+        )
         stages.refused |= {recompute.tenant for recompute in recomputes}
         may_begin = partial(self._may_begin, coming)
         chunk_tokens = self._settings.prefill_chunk_tokens
@@ -260,12 +263,12 @@ class Sampler:
         if not chunks and not stages.running:
             return []
         try:
-            drawn = walk(self._base, self._decoder, stages.paused, chunks)
+            drawn = self._walker.walk(stages.paused, chunks)
             done = chunks
         except Exception:
             if not chunks:
                 raise
-            drawn = walk(self._base, self._decoder, stages.paused, ()) if stages.running else []
+            drawn = self._walker.walk(stages.paused, ()) if stages.running else []
             done = [chunk for chunk in chunks if self._is_computed(chunk, ended)]
         for chunk in done:
             if chunk.prompt in stages.begun:
@@ -279,7 +282,7 @@ class Sampler:
         if request.item.op_id not in self._requests:
             return False  # another chunk of the same request failed
         try:
-            prefill_alone(self._base, [chunk])
+            self._walker.prefill([chunk])
         except Exception as error:
             self._fail(request, error, ended)
             return False
@@ -288,6 +291,8 @@ class Sampler:
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, where seats and memory allow: each gets its first token."""
         stages = self._stages
+        if not stages.ready:
+            return
         started: list[Sequence] = []
         seats = self._seats()
         for request in stages.ready:
@@ -318,7 +323,7 @@ class Sampler:
 
     def _draw_first(self, started: list[Sequence], ended: Ended) -> None:
         """And forget the list."""
-        self._take(self._decoder.draw_first(started), ended)
+        self._take(self._walker.decoder.draw_first(started), ended)
         started.clear()
 
     def _begin(self, request: Request) -> Sequence:

@@ -19,7 +19,8 @@ from torch import Tensor
 from tinsmith.model import HEAD, FrozenMatrix
 from tinsmith.model.lora import LoraBackend, Segment
 from tinsmith.model.lora.tables import Table, to_device
-from tinsmith.training.head import Piece, not_finite
+from tinsmith.training.blocks import Piece, evaluate
+from tinsmith.training.head import not_finite
 from tinsmith.training.logits import LogitOps, Pairs
 from tinsmith.training.losses import Evaluation, NativeLoss
 from tinsmith.types import Failure, FloatArray
@@ -92,7 +93,8 @@ class BatchedChunk:
             elif isinstance(loss, NativeLoss) and loss.is_tokenwise:
                 alike.setdefault((loss.key, frozenset(piece.lane.inputs)), []).append(index)
             else:
-                self._take(found, index, piece.evaluate(self.logprobs[index]), is_whole=False)
+                inputs = piece.inputs() if loss.is_tokenwise else piece.lane.inputs
+                self._take(found, index, evaluate(piece.lane, self.logprobs[index], inputs), is_whole=False)
         for members in alike.values():
             self._evaluate_alike(found, members)
         return found

@@ -23,7 +23,7 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._chunk_tokens = chunk_tokens(base, settings.loss_chunk_tokens)
-        self._head = make_head(base, self._chunk_tokens)
+        self._head = make_head(base, self._chunk_tokens, deterministic=settings.deterministic)
         self._optim_steps = optim_steps_for(base.device)
         self._deterministic = settings.deterministic
         self.budget = Budget(settings, base.device)
