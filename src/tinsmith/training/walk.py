@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, padded_rows
-from tinsmith.training.attention import PackedAttention
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.lanes import Lane
+from tinsmith.training.varlen import attention_for
 
 
 def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: bool, deterministic: bool) -> Tensor:
@@ -32,7 +32,7 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
         np.concatenate([lane.datum.tokens for lane in lanes] + [np.zeros(num_filler)]).astype(np.int64)
     )
     positions_T = torch.cat([torch.arange(length) for length in lengths])
-    attention = PackedAttention(lengths, base.device)
+    attention = attention_for(base.device, base.dtype)(lengths, base.device)
     context = TrainingContext(lanes, attention, base.lora, deterministic=deterministic)
     with torch.set_grad_enabled(backward):
         return base.hidden(tokens_T.to(base.device), positions_T.to(base.device), context, recompute=recompute)
