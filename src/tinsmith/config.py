@@ -267,9 +267,9 @@ class Settings:
 
     def _check(self) -> None:
         positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens", "loss_chunk_tokens", "max_resident_runs",
-            "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib",
-            "max_resident_samples", "kv_cache_mib",
+            "lora_max_rank", "max_body_bytes", "max_request_tokens", "loss_chunk_tokens",
+            "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
+            "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",

@@ -198,8 +198,10 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
     while time.monotonic() < until:
         worker._heard_at = float("-inf")
         worker._must_look = True
-        is_idle = not worker.step() and not worker._must_look
+        worker._queue.distrust()
+        is_idle = not worker.step() and not (worker._must_look or worker._must_plan)
         num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
+        num_pending += worker._samples.num_coming + len(worker._publisher._due)
         if is_idle and not num_pending:
             return
         if num_pending:

@@ -157,7 +157,6 @@ class PeftTwin:
             self.params[f"{state_name}.lora_B"] = layer.lora_B["default"].weight
         for name, parameter in self.params.items():
             parameter.data.copy_(torch.from_numpy(state.tensors[f"param/{name}"]))
-        self.model.double()
 
     def loss(self, data: Sequence[Datum], loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         total, logprobs = torch.zeros((), dtype=torch.float64), []

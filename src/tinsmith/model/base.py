@@ -71,6 +71,11 @@ class BaseModel:
             yield group.matrix
         yield self.head
 
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """[T, D], without autograd."""
+        with torch.no_grad():
+            return cast(Tensor, self._embedding(tokens_T))
+
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext, *, recompute: bool = False) -> Tensor:
         """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
 
@@ -81,8 +86,7 @@ class BaseModel:
             recompute: keep only the layers' inputs for backward, which computes each layer a second time.
         """
         self.num_forwards += 1
-        with torch.no_grad():
-            embeds_TD = self._embedding(tokens_T)
+        embeds_TD = self.embed(tokens_T)
         if torch.is_grad_enabled():
             embeds_TD = embeds_TD.requires_grad_()
         self._holder.enter(context, recomputes=recompute)

@@ -20,7 +20,7 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._head = Head(base.head, settings.loss_chunk_tokens, deterministic=settings.deterministic)
         self._chunk_tokens = settings.loss_chunk_tokens
         self._deterministic = settings.deterministic
         self.budget = Budget(settings, base.device)
