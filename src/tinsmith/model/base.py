@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.blocks import replace_blocks
-from tinsmith.model.context import MIN_ROWS, PassContext
+from tinsmith.model.context import PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
@@ -30,6 +30,7 @@ from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
+CHECK_ROWS = 16
 MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -104,7 +105,7 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deter
     head = check_head(model)
     linears = find_linears(model, head)
     check_rope(model)
-    tokens_T = torch.arange(MIN_ROWS, device=device) % info.vocab_size
+    tokens_T = torch.arange(CHECK_ROWS, device=device) % info.vocab_size
     with torch.no_grad(), SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
