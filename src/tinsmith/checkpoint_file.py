@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -95,11 +95,14 @@ def load_state(data: bytes) -> RunState:
     return read_state(io.BytesIO(data))
 
 
-def read_state(file: BinaryIO, digest: Digest | None = None) -> RunState:
+def read_state(
+    file: BinaryIO, digest: Digest | None = None, *, make_row: Callable[[int], FloatArray] | None = None
+) -> RunState:
     """The state in a file, each of its parts read into one array of its own, aligned as torch aligns its own.
 
     Args:
         digest: is given all of the file's bytes, beside the reading.
+        make_row: makes room for so many numbers; `aligned_row` where it isn't given.
 
     Raises:
         CorruptError: it isn't such a file, or is cut short.
@@ -115,7 +118,8 @@ def read_state(file: BinaryIO, digest: Digest | None = None) -> RunState:
         of_part = list(group)
         if any(tensor.offset != at for tensor, at in zip(of_part, _ends(of_part, file.tell()), strict=False)):
             raise CorruptError("unreadable run state: its tensors overlap, or there are holes between them")
-        row = _read_row(file, sum(tensor.size for tensor in of_part) // 4, digest)
+        row = (make_row or aligned_row)(sum(tensor.size for tensor in of_part) // 4)
+        _fill(file, row, digest)
         start = 0
         for tensor in of_part:
             end = start + tensor.size // 4
@@ -126,9 +130,8 @@ def read_state(file: BinaryIO, digest: Digest | None = None) -> RunState:
     return RunState(spec=stored.spec, step=stored.step, tensors=tensors)
 
 
-def _read_row(file: BinaryIO, count: int, digest: Digest | None) -> FloatArray:
-    """`count` float32 numbers; each piece is digested while the next one is read."""
-    row = aligned_row(count)
+def _fill(file: BinaryIO, row: FloatArray, digest: Digest | None) -> None:
+    """Read a row; each piece is digested while the next one is read."""
     data = row.view(np.uint8).data
     with ThreadPoolExecutor(1) if len(data) > PIECE_BYTES else nullcontext() as beside:
         at = 0
@@ -142,7 +145,6 @@ def _read_row(file: BinaryIO, count: int, digest: Digest | None) -> FloatArray:
                 beside.submit(digest.update, piece)
             elif digest is not None:
                 digest.update(piece)
-    return row
 
 
 def aligned_row(count: int) -> FloatArray:

@@ -6,13 +6,14 @@ and the fake one, which tests of everything else use. All calls come from one th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from tinsmith.types import (
     BaseInfo,
     Failure,
+    FloatArray,
     OpId,
     OptimItem,
     OptimResult,
@@ -40,7 +41,8 @@ class PassStats:
 class TrainingPass(Protocol):
     """One atomic piece of training over any number of runs, computed in packs of bounded size.
 
-    Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it.
+    Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it. Running out
+    of memory fails no item that could be computed in smaller packs.
     """
 
     def advance(self, max_work: int) -> PassStats | None:
@@ -64,22 +66,53 @@ class Engine(Protocol):
     @property
     def info(self) -> BaseInfo: ...
 
+    @property
+    def pass_max_tokens(self) -> int:
+        """How much work a pack may have at present; it follows the memory that is free."""
+        ...
+
     def has_run(self, run_id: RunId) -> bool: ...
 
     def create_run(self, spec: RunSpec) -> None:
         """A fresh adapter from the spec's seed: A random, B zero, no gradients, no moments."""
         ...
 
-    def import_run(self, spec: RunSpec, state: RunState) -> None:
+    def run_bytes(self, spec: RunSpec) -> int:
+        """What such a run may take of the engine's memory between passes, at most."""
+        ...
+
+    @property
+    def runs_bytes(self) -> int:
+        """The same of all runs that are present."""
+        ...
+
+    @property
+    def is_on_host(self) -> bool:
+        """Its memory is the host's: what it imports it may hold without a copy."""
+        ...
+
+    def host_row(self, count: int) -> FloatArray:
+        """Room on the host for so many numbers, from where `import_run` takes them fastest. From any thread."""
+        ...
+
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         """Put `state` into the run `spec.run_id`, replacing what is there. Parts it lacks (grad, m, v) become zero.
+
+        may_keep: nobody else uses the state's arrays from now on, so they may become the run's own.
 
         Raises:
             UserError: the state's rank, targets or shapes don't fit the spec or this base.
         """
         ...
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = ("param", "grad", "m", "v")) -> RunState:
-        """A copy on the host of the named parts; later training doesn't change it."""
+    def export_run(
+        self, run_id: RunId, parts: Sequence[str] = ("param", "grad", "m", "v"), *, copy: bool = True
+    ) -> RunState:
+        """A copy on the host of the named parts; later training doesn't change it. A part that is all zero may be
+        left out.
+
+        copy: without it, good for as long as the run isn't touched.
+        """
         ...
 
     def drop_run(self, run_id: RunId) -> None: ...
@@ -94,8 +127,23 @@ class Engine(Protocol):
 
     def has_adapter(self, key: str) -> bool: ...
 
-    def add_adapter(self, key: str, state: RunState) -> None:
-        """Weights to sample from, frozen under `key`. The engine may drop the least recently used that nobody needs."""
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
+        """Weights to sample from, frozen under `key`. The engine may drop the least recently used that nobody needs.
+
+        may_keep: as in `import_run`.
+        """
+        ...
+
+    def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
+        """`add_adapter` of the run's weights as they are now, without a way round by the host.
+
+        Returns:
+            What gives these weights (`param`) on the host; for any thread, at any time.
+        """
+        ...
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        """Whether an adapter whose file is so large can be added within the memory for adapters."""
         ...
 
     def submit_sample(self, item: SampleItem) -> None:

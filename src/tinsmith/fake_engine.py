@@ -7,7 +7,7 @@ vector of `rank` numbers; every op that has an effect changes it in a way that s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,7 @@ from tinsmith.wire.pieces import cut_sequence
 MODULE = "fake.lora_A"
 PARTS = ("param", "grad", "m", "v")
 TOKENS_PER_STEP = 8
+USEFUL_TOKENS = 8192
 
 
 @dataclass(slots=True)
@@ -81,12 +82,14 @@ class FakePass:
 class FakeEngine:
     """See `engine.Engine`. `num_forwards` counts packs, as the torch engine's base counts its forward calls."""
 
-    def __init__(self, info: BaseInfo) -> None:
+    def __init__(self, info: BaseInfo, pass_max_tokens: int = 0) -> None:
+        """`pass_max_tokens`: 0 stands for as much as is of use, since nothing here takes memory."""
         self._info = info
         self._runs: dict[RunId, _Run] = {}
         self._adapters: dict[str, FloatArray] = {}
         self._samples: dict[OpId, tuple[SampleItem, int]] = {}
         self.num_forwards = 0
+        self.pass_max_tokens = pass_max_tokens or USEFUL_TOKENS
 
     @property
     def info(self) -> BaseInfo:
@@ -101,7 +104,21 @@ class FakeEngine:
         parts["param"] = rng.standard_normal(spec.rank, dtype=np.float32)
         self._runs[spec.run_id] = _Run(spec, 0, parts)
 
-    def import_run(self, spec: RunSpec, state: RunState) -> None:
+    def run_bytes(self, spec: RunSpec) -> int:
+        return 4 * len(PARTS) * spec.rank
+
+    @property
+    def runs_bytes(self) -> int:
+        return sum(self.run_bytes(run.spec) for run in self._runs.values())
+
+    @property
+    def is_on_host(self) -> bool:
+        return True
+
+    def host_row(self, count: int) -> FloatArray:
+        return np.empty(count, np.float32)
+
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         param = state.tensors[f"param/{MODULE}"]
         if param.shape != (spec.rank,) or state.spec.targets != spec.targets:
             raise UserError(
@@ -111,7 +128,7 @@ class FakeEngine:
         parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
         self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS) -> RunState:
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
         run = self._runs[run_id]
         return RunState(run.spec, run.step, {f"{part}/{MODULE}": run.parts[part].copy() for part in parts})
 
@@ -155,8 +172,16 @@ class FakeEngine:
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState) -> None:
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
+
+    def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
+        state = self.export_run(run_id, ("param",))
+        self.add_adapter(key, state)
+        return lambda: state
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        return True
 
     def submit_sample(self, item: SampleItem) -> None:
         self._samples[item.op_id] = (item, self._length(item))

@@ -146,6 +146,16 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     return batch if batch.ops else None
 
 
+def newcomers(candidates: Iterable[Candidate], max_runs: int, served: Mapping[TenantId, float]) -> list[RunId]:
+    """The first `max_runs` runs of these candidates, in the order in which they are to be brought into memory."""
+    first: dict[RunId, Candidate] = {}
+    for candidate in candidates:
+        if candidate.run_id is not None:
+            first.setdefault(candidate.run_id, candidate)
+    chosen = _fair(([candidate] for candidate in first.values()), max_runs, served, price=lambda _: 1)
+    return [candidate.run_id for candidate in chosen if candidate.run_id is not None]
+
+
 def _within_share(samples: Iterable[Candidate], limits: Limits) -> Iterator[Candidate]:
     """Of each tenant's samples the first ones, up to its limit."""
     counts = Counter(limits.tenant_samples)

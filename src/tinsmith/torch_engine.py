@@ -6,12 +6,13 @@ Owns nothing but the three parts and their start; each part has the substance.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 import torch
 
+from tinsmith.checkpoint_file import aligned_row
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
@@ -23,6 +24,7 @@ from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import (
     BaseInfo,
     Failure,
+    FloatArray,
     OpId,
     OptimItem,
     OptimResult,
@@ -58,6 +60,7 @@ class TorchEngine:
         )
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
+        self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
@@ -82,17 +85,40 @@ class TorchEngine:
         """Walks through the base so far, as `FakeEngine` counts them."""
         return self._base.num_forwards
 
+    @property
+    def pass_max_tokens(self) -> int:
+        return self._trainer.budget.tokens
+
     def has_run(self, run_id: RunId) -> bool:
         return self._trainer.has_run(run_id)
 
     def create_run(self, spec: RunSpec) -> None:
         self._trainer.create_run(spec)
 
-    def import_run(self, spec: RunSpec, state: RunState) -> None:
-        self._trainer.import_run(spec, state)
+    def run_bytes(self, spec: RunSpec) -> int:
+        return self._trainer.run_bytes(spec)
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = ("param", "grad", "m", "v")) -> RunState:
-        return self._trainer.export_run(run_id, parts)
+    @property
+    def runs_bytes(self) -> int:
+        return self._trainer.num_bytes
+
+    @property
+    def is_on_host(self) -> bool:
+        return self._base.device.type == "cpu"
+
+    def host_row(self, count: int) -> FloatArray:
+        if self.is_on_host:
+            return aligned_row(count)
+        row: FloatArray = torch.empty(count, pin_memory=True).numpy()
+        return row
+
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
+        self._trainer.import_run(spec, state, may_keep=may_keep)
+
+    def export_run(
+        self, run_id: RunId, parts: Sequence[str] = ("param", "grad", "m", "v"), *, copy: bool = True
+    ) -> RunState:
+        return self._trainer.export_run(run_id, parts, copy=copy)
 
     def drop_run(self, run_id: RunId) -> None:
         self._trainer.drop_run(run_id)
@@ -106,8 +132,16 @@ class TorchEngine:
     def has_adapter(self, key: str) -> bool:
         return self._sampler.has_adapter(key)
 
-    def add_adapter(self, key: str, state: RunState) -> None:
-        self._sampler.add_adapter(key, state)
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
+        self._sampler.add_adapter(key, state, may_keep=may_keep)
+
+    def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
+        weights = self._trainer.copy_weights(run_id)
+        self._sampler.add_weights(key, weights)
+        return weights.on_host
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        return self._sampler.has_adapter_room(num_bytes)
 
     def submit_sample(self, item: SampleItem) -> None:
         self._sampler.submit(item)

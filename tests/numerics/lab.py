@@ -19,7 +19,7 @@ from tinsmith.training import Trainer
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, RunState, Targets, TrainItem, TrainResult
 
 VOCAB = 211
-SPREAD = 0.1  # of B. With 0.2 a random Llama is so ill-conditioned that peft in float32 is up to 1.2e-5 from float64
+SPREAD = 0.05  # of B. With 0.2 a random Llama is so ill-conditioned that peft in float32 is up to 1.2e-5 from float64
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
@@ -32,6 +32,18 @@ CONFIGS: dict[str, Any] = {
     "llama": (LlamaForCausalLM, LlamaConfig(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=1, attention_bias=True,
         mlp_bias=True, tie_word_embeddings=False, **COMMON,
+    )),
+    "deep": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 12, "max_position_embeddings": 40_000},
+    )),
+    "long": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "max_position_embeddings": 131_072},
+    )),
+    "thick": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=1024, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 8, "max_position_embeddings": 40_000},
     )),
     "wide": (Qwen3ForCausalLM, Qwen3Config(
         hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=64,

@@ -12,8 +12,6 @@ from tests.numerics.lab import VOCAB, spec
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout, init_row
 from tinsmith.sampling import Sampler
-from tinsmith.sampling.decode import Decoder
-from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.memory import Memory
 from tinsmith.types import OpId, RunSpec, RunState, SampleItem, SampleResult, SamplingParams, Targets
 
@@ -53,12 +51,15 @@ def make_sampler(base: BaseModel, states: dict[str, RunState] | None = None, **s
     return sampler
 
 
-def with_blocks(base: BaseModel, total: int, max_need: int | None = None) -> Sampler:
-    """A sampler whose KV memory is a few blocks, less than the smallest setting gives a model of this size."""
-    sampler = make_sampler(base)
-    sampler.memory = Memory(KVCache(sampler.memory.kv.shape, total), total if max_need is None else max_need)
-    sampler._decoder = Decoder(base, sampler.memory.kv)
-    sampler._limits = replace(sampler._limits, kv_blocks=total)
+def with_blocks(base: BaseModel, total: int, max_need: int | None = None, **settings: Any) -> Sampler:
+    """A sampler whose KV memory is a few blocks, less than the smallest setting gives a model of this size.
+
+    max_need: blocks that a tenant can have in any case; all, as a rule.
+    """
+    sampler = Sampler(base, Settings(**settings), Letters(), kv_blocks=total)
+    if max_need is not None:
+        memory = Memory(sampler.memory.kv, max_need, sampler.memory.keeps_all)
+        sampler.memory = sampler._stages.memory = memory
     return sampler
 
 

@@ -15,7 +15,7 @@ from tinsmith.types import Failure
 EVIL = 0.123  # a temperature that marks the request to blame
 ITEMS = [
     sample("one", prompt(1, 40), num_samples=3, seed=1, max_tokens=12, temperature=0.9, top_k=2**70),
-    sample("evil", prompt(2, 30), num_samples=2, seed=2, max_tokens=12, temperature=EVIL),
+    sample("evil", prompt(2, 30), num_samples=2, seed=2, max_tokens=12, temperature=EVIL, presence_penalty=0.1),
     sample("other", prompt(3, 5), seed=3, max_tokens=12),
 ]
 
@@ -59,7 +59,7 @@ def in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_to_blame(chunks: Any) -> bool:
-        return any(chunk.request.item.op_id == "evil" for chunk in chunks)
+        return any(chunk.prompt.item.op_id == "evil" for chunk in chunks)
 
     monkeypatch.setattr(prefill, "_segments", raising(prefill._segments, is_to_blame))
 

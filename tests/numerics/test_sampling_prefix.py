@@ -1,6 +1,7 @@
 """Prompts that begin like earlier ones are computed from where they differ, and nothing of the answer shows it."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.numerics.sampling_lab import assert_same_sample, make_sampler, mixed_states, prompt, run_all, sample
 
 CHUNK = 32
+TO_THE_BIT: dict[str, Any] = {"prefill_chunk_tokens": CHUNK, "deterministic": True}
 
 
 def ask(name, ids, adapter="a0", scope="t", **more):
@@ -20,12 +22,12 @@ def states(base):
 
 
 def alone(base, states, item):
-    cold = make_sampler(base, states, prefill_chunk_tokens=CHUNK, prefix_cache_mib=0)
+    cold = make_sampler(base, states, **TO_THE_BIT, prefix_cache_mib=0)
     return run_all(cold, [item])[item.op_id]
 
 
 def test_a_later_turn_begins_where_the_earlier_one_ended(base, states):
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK)
+    sampler = make_sampler(base, states, **TO_THE_BIT)
     turn = prompt(1, 100)
     first = run_all(sampler, [ask("first", turn)])["first"]
     assert first.prompt_cache_hit_tokens == 0
@@ -39,7 +41,7 @@ def test_a_later_turn_begins_where_the_earlier_one_ended(base, states):
 
 @pytest.mark.parametrize(("length", "hits"), [(31, 0), (32, 0), (33, 32), (64, 32), (65, 64)])
 def test_the_last_token_is_always_computed(base, states, length, hits):
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK)
+    sampler = make_sampler(base, states, **TO_THE_BIT)
     item = ask("r", prompt(3, length))
     first, again = (run_all(sampler, [item])["r"] for _ in range(2))
     assert again.prompt_cache_hit_tokens == hits
@@ -47,7 +49,7 @@ def test_the_last_token_is_always_computed(base, states, length, hits):
 
 
 def test_positions_that_are_scored_are_computed(base, states):
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK)
+    sampler = make_sampler(base, states, **TO_THE_BIT)
     ids = prompt(4, 130)
     run_all(sampler, [ask("first", ids)])
     for scores, hits in (({}, 0), ({"prompt_logprobs_last_n": 20}, 96), ({"prompt_logprobs_last_n": 100}, 0)):
@@ -58,7 +60,7 @@ def test_positions_that_are_scored_are_computed(base, states):
 
 
 def test_other_weights_and_other_scopes_share_nothing(base, states):
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK)
+    sampler = make_sampler(base, states, **TO_THE_BIT)
     ids = prompt(5, 70)
     run_all(sampler, [ask("first", ids)])
     others = [ask("weights", ids, "a1"), ask("base", ids, None), ask("scope", ids, scope="u"), ask("same", ids)]
@@ -69,7 +71,7 @@ def test_other_weights_and_other_scopes_share_nothing(base, states):
 
 
 def test_the_least_recently_used_go_first(base, states):
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK, prefix_cache_mib=1)
+    sampler = make_sampler(base, states, **TO_THE_BIT, prefix_cache_mib=1)
     run_all(sampler, [ask("probe", prompt(0, 40))])
     room = 2**20 // sampler._prefixes.num_bytes
     for i in range(1, room + 1):
@@ -82,7 +84,7 @@ def test_the_least_recently_used_go_first(base, states):
 
 def test_many_ragged_requests_with_shared_beginnings(base, states):
     """In a small memory, in chunks, with hits and misses mixed: each has the bits of one alone."""
-    sampler = make_sampler(base, states, prefill_chunk_tokens=CHUNK, kv_cache_mib=1, max_resident_samples=6)
+    sampler = make_sampler(base, states, **TO_THE_BIT, kv_cache_mib=1, max_resident_samples=6)
     stem = prompt(6, 100)
     items = [
         ask(

@@ -35,16 +35,16 @@ def steps_until(sampler: Any, name: str, at_most: int) -> Any:
 @pytest.mark.parametrize("length", [5, 150])
 def test_one_request_of_many_samples_keeps_nobody_waiting(base, length):
     states = mixed_states(base, 2)
-    sampler = make_sampler(base, states, max_resident_samples=32, prefill_chunk_tokens=64)
+    sampler = make_sampler(base, states, max_resident_samples=32, prefill_chunk_tokens=64, deterministic=True)
     crowd = by("alice", "crowd", prompt(1, 20), "a0", num_samples=60, seed=1, max_tokens=30)
     short = by("bob", "short", prompt(2, length), "a1", num_samples=2, seed=2, max_tokens=4)
     sampler.submit(crowd)
     for _ in range(5):
         sampler.step()
-    assert len(sampler._running) == 28
+    assert len(sampler._stages.running) == 28
     sampler.submit(short)
     _, result = steps_until(sampler, "short", 6 if length < 64 else 12)
-    alone = make_sampler(base, states, prefill_chunk_tokens=64)
+    alone = make_sampler(base, states, prefill_chunk_tokens=64, deterministic=True)
     assert_same_sample(result, run_all(alone, [short])["short"])
     assert_same_sample(run_all(sampler)["crowd"], run_all(alone, [crowd])["crowd"])
 
@@ -60,12 +60,12 @@ def test_a_crowd_of_long_prompts_keeps_nobody_waiting(base):
 
 def test_one_who_fills_the_memory_keeps_nobody_waiting(base):
     """Eighteen blocks: Alice's sequences grow into hers, pausing for each other, and Bob finds a free one."""
-    sampler = with_blocks(base, 18, max_need=4)
+    sampler = with_blocks(base, 18, max_need=4, deterministic=True)
     for i in range(12):
         sampler.submit(by("alice", f"r{i}", prompt(i, 60), seed=i, max_tokens=100))
     for _ in range(20):
         sampler.step()
-    assert sampler._paused
+    assert sampler._stages.paused
     assert sampler.memory.held_by("alice") <= 15
     sampler.submit(by("bob", "short", prompt(50, 20), max_tokens=4))
     steps_until(sampler, "short", 8)
@@ -81,4 +81,4 @@ def test_a_tenants_own_snapshots_share_too(base):
         sampler.step()
     sampler.submit(by("alice", "short", prompt(2, 5), "a1", max_tokens=3))
     steps_until(sampler, "short", 35)
-    assert np.mean([s.request.item.op_id == "crowd" for s in sampler._running]) > 0.9
+    assert np.mean([s.request.item.op_id == "crowd" for s in sampler._stages.running]) > 0.9

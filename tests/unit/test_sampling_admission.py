@@ -23,7 +23,7 @@ def request(length: int, prefilled: int = 0, num_samples: int = 1, max_tokens: i
 
 
 def plan(begun, waiting, chunk=100, may_begin=lambda _: True):
-    return [(c.request, c.start, c.end) for c in plan_prefill([*begun, *waiting], begun, chunk, may_begin)]
+    return [(c.prompt, c.start, c.end) for c in plan_prefill([*begun, *waiting], begun, chunk, may_begin)]
 
 
 def test_a_long_prompt_goes_on_at_multiples_of_the_chunk():

@@ -26,7 +26,7 @@ def request(tenant: str, adapter: str | None = None, num_samples: int = 1000) ->
 def fill(seats: Seats, *ready: Request) -> list[Request]:
     """Who got a seat, in order, until nobody may take one."""
     got: list[Request] = []
-    while (chosen := seats.next_of(ready)) is not None:
+    for chosen in seats.in_turn(ready):
         seats.take(chosen)
         chosen.num_started += 1
         got.append(chosen)

@@ -99,6 +99,7 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         meta=draft.meta,
         failure=draft.failure,
     )
+    looks_before = services.waiters.num_looks
     try:
         enqueued = await _record(services, new, draft.run)
     except UserError:
@@ -108,6 +109,8 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
     if blob and not enqueued.is_new:
         await services.work(services.blobs.delete, blob)
     if not enqueued.row.state.is_final:
+        if services.waiters.num_looks == looks_before:
+            services.recent.opened(enqueued.row)
         services.ring(enqueued.row.base_model)
     return enqueued.row
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
-from uuid import uuid4
 
 import structlog
 from litestar import Litestar, Router
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,6 +42,7 @@ from tinsmith.api.auth import KeyCache, admin_guard, key_guard, key_itself_guard
 from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
+from tinsmith.api.marks import SECURITY_HEADERS, log_request, request_id_of
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.outgo import Unread, with_outgo
 from tinsmith.api.services import Services
@@ -52,15 +51,7 @@ from tinsmith.api.tokens import PREFIX, Tokens
 from tinsmith.api.waiters import Awaited, Ended
 from tinsmith.store.rows import EndsAfter
 
-log = structlog.get_logger("tinsmith.api")
-
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SECURITY_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-)
-
+KEYS, BUDGET = "keys", "budget"  # in the state of the app: what the express lane shares with it
 OPEN = (  # and /schema, the OpenAPI document and its page
     Router("/api/v1", route_handlers=[capabilities.healthz]),
     downloads.download,
@@ -141,7 +132,8 @@ def build_app(services: Services) -> Litestar:
     def provide_room() -> Room:
         return room
 
-    guard = key_guard(KeyCache(authenticate))
+    keys_seen = KeyCache(authenticate)
+    guard = key_guard(keys_seen)
     for_admins = [guard, admin_guard, key_itself_guard]
     max_body_bytes = services.settings.max_body_bytes
     budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
@@ -164,6 +156,7 @@ def build_app(services: Services) -> Litestar:
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
         middleware=[lambda app: with_intake(app, budget), lambda app: with_outgo(app, unread)],
         openapi_config=reference.openapi_config(),
+        state=State({KEYS: keys_seen, BUDGET: budget}),
         logging_config=None,
         debug=False,
     )
@@ -195,12 +188,7 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await app(scope, receive, send_marked)
-            elapsed_ms = round((time.monotonic() - started) * 1e3, 1)
-            is_routine = status < 400 or status == 408 or scope["path"].endswith("/healthz")
-            level = logging.DEBUG if is_routine else logging.INFO
-            caller = scope.get("user")
-            who = {} if caller is None else {"tenant": caller.tenant_name}
-            log.log(level, "request", method=scope["method"], path=scope["path"], status=status, ms=elapsed_ms, **who)
+            log_request(scope["method"], scope["path"], status, time.monotonic() - started, scope.get("user"))
 
     return edge
 
@@ -208,7 +196,9 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        watching = services.waiters.watching(lambda awaited: services.work(_ended_among, services, awaited))
+        watching = services.waiters.watching(
+            lambda awaited: services.work(_ended_among, services, awaited), services.recent
+        )
         async with watching:
             with services.pieces.listening():
                 yield
@@ -227,5 +217,4 @@ def _ended_among(services: Services, awaited: Sequence[Awaited]) -> Mapping[Awai
 
 
 def _request_id(scope: Scope) -> str:
-    sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
+    return request_id_of(dict(scope["headers"]).get(b"x-request-id", b""))

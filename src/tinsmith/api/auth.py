@@ -38,10 +38,15 @@ class KeyCache:
         self._known: dict[bytes, tuple[Principal, float]] = {}
         self._asked: dict[bytes, asyncio.Future[Principal | None]] = {}
 
+    def known(self, secret: str) -> Principal | None:
+        """Whose key this is, if it was good a moment ago."""
+        known = self._known.get(_digest(secret))
+        return known[0] if known is not None and known[1] > time.monotonic() else None
+
     async def principal(self, secret: str) -> Principal:
         """Raises: AuthError: no such key, or it was revoked."""
         now = time.monotonic()
-        digest = hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+        digest = _digest(secret)
         known = self._known.get(digest)
         if known is not None and known[1] > now:
             return known[0]
@@ -61,6 +66,10 @@ class KeyCache:
             asked = self._asked[digest] = asyncio.ensure_future(self._authenticate(secret))
             asked.add_done_callback(lambda _: self._asked.pop(digest, None))
         return await asyncio.shield(asked)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
 
 
 def key_guard(keys: KeyCache) -> Guard:

@@ -13,9 +13,10 @@ import fcntl
 import resource
 import struct
 import termios
+from collections.abc import Coroutine
 from contextlib import suppress
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -36,16 +37,41 @@ RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 
 
+BETWEEN = {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}
+
+
+class Answered(Protocol):
+    """See `express.Answered`."""
+
+    @property
+    def closes(self) -> bool: ...
+
+    def to_bytes(self, dated: bytes, *, is_last: bool) -> bytes: ...
+
+
+class Lane(Protocol):
+    """See `express.Express`."""
+
+    def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None: ...
+
+
 class Owed(Enum):
     HEADER = "header"
     REST = "rest"  # of a body whose request has been answered already
 
 
 class Connection(H11Protocol):
-    """`limit_concurrency` of the server's configuration is the most connections, others are turned away at once."""
+    """`limit_concurrency` of the server's configuration is the most connections, others are turned away at once.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    What comes between two requests is offered to the express lane first, and h11 never sees what that takes.
+    """
+
+    def __init__(self, express: Lane, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._express = express
+        self._express_task: asyncio.Task[None] | None = None
+        self._early = b""  # what came while the express lane had a request
+        self._is_leaving = False
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -76,8 +102,59 @@ class Connection(H11Protocol):
         self._num_idle_looks = 0
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if self._express_task is not None:
+            self._early += data
+            if len(self._early) > READ_BYTES:
+                self.flow.pause_reading()
+            return
+        answering = self._express.take(data) if self._is_between_requests() else None
+        if answering is None:
+            super().data_received(data)
+        else:
+            self._unset_keepalive_if_required()
+            self._express_task = self.loop.create_task(self._answer(data, answering))
+            self.tasks.add(self._express_task)
+            self._express_task.add_done_callback(self.tasks.discard)
         self._watch()
+
+    def _is_between_requests(self) -> bool:
+        return self.conn.states == BETWEEN and not self.conn.trailing_data[0] and not self.transport.is_closing()
+
+    async def _answer(self, data: bytes, answering: Coroutine[Any, Any, Answered | None]) -> None:
+        answered = await answering
+        if answered is not None and self.flow.write_paused:
+            await self.flow.drain()
+        self._express_task = None
+        early, self._early = self._early, b""
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if answered is None:
+            super().data_received(data)
+            if self._is_leaving:
+                self.shutdown()
+        else:
+            is_last = self._is_leaving or answered.closes
+            dated = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
+            self.transport.write(answered.to_bytes(dated, is_last=is_last))
+            self.server_state.total_requests += 1
+            if is_last:
+                self.transport.close()
+                return
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+            self._look_later()
+        if early:
+            self.data_received(early)
+        else:
+            self._watch()
+
+    def shutdown(self) -> None:
+        if self._express_task is not None:
+            self._is_leaving = True
+        else:
+            super().shutdown()
 
     def eof_received(self) -> None:
         """A client that sends no more may still read why its half of a request is of no use."""
@@ -95,7 +172,8 @@ class Connection(H11Protocol):
         self._refuse(UserError(f"this is no HTTP/1.1 request, or its header is longer than {HEADER_BYTES} bytes"))
 
     def _watch(self) -> None:
-        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+        is_at_work = self._express_task is not None or (self.cycle is not None and not self.cycle.response_complete)
+        if self.transport.is_closing() or is_at_work:
             self._expect(None)
         elif self.conn.their_state is h11.SEND_BODY:
             self._expect(Owed.REST)

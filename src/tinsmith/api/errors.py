@@ -62,6 +62,12 @@ def status_of(error: TinsmithError) -> int:
 
 
 def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Response[Problem]:
+    status, headers, problem = refusal(request.url.path, error)
+    return Response(problem, status_code=status, headers=headers)
+
+
+def refusal(path: str, error: TinsmithError) -> tuple[int, dict[str, str], Problem]:
+    """(status, headers, body) of an answer to a request of `path`; a fault of ours is logged."""
     status = status_of(error)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     if status == 408:
@@ -70,9 +76,8 @@ def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Respon
         is_token = isinstance(error, TokenError)  # clients exchange their key for another one, and ask again
         headers["www-authenticate"] = 'Bearer error="invalid_token"' if is_token else "Bearer"
     if status >= 500:
-        log.error("request failed", path=request.url.path, code=error.code, exc_info=error)
-    problem = Problem(detail=error.message, code=error.code, category=error.category)
-    return Response(problem, status_code=status, headers=headers)
+        log.error("request failed", path=path, code=error.code, exc_info=error)
+    return status, headers, Problem(detail=error.message, code=error.code, category=error.category)
 
 
 def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
@@ -104,10 +109,15 @@ def answer_system(request: Request[Any, Any, Any], error: OSError) -> Response[P
 
 
 def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
-    log.error("request failed", path=request.url.path, exc_info=error)
-    request_id = request.scope.get("request_id", "")
+    request_id: Any = request.scope.get("request_id", "")
+    return Response(fault(request.url.path, request_id, error), status_code=500)
+
+
+def fault(path: str, request_id: str, error: Exception) -> Problem:
+    """The body of an answer to a request on which the server failed; the error is logged."""
+    log.error("request failed", path=path, exc_info=error)
     detail = f"internal error; the server's log has the details under request id {request_id}"
-    return Response(Problem(detail=detail, code=TinsmithError.code, category="server"), status_code=500)
+    return Problem(detail=detail, code=TinsmithError.code, category="server")
 
 
 HANDLERS: ExceptionHandlersMap = {

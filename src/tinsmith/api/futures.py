@@ -19,7 +19,7 @@ from tinsmith.api.outgo import PIECE_BYTES, closing_with
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.rows import OpRow
-from tinsmith.types import BlobKey, Failure, OpId, OpState
+from tinsmith.types import BlobKey, Failure, OpId, OpState, TenantId
 from tinsmith.virtual_file import VirtualFile
 from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
@@ -43,22 +43,42 @@ class TryAgain(Struct):
 @post("/retrieve_future", status_code=200)
 async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[RetrieveFuture]) -> Response[Any]:
     """The result of a request, its failure, or 408 after a hold: poll again."""
-    op_id = OpId(data.request_id)
-    tenant_id = request.user.tenant_id
+    op = await come_to(services, request.user.tenant_id, OpId(data.request_id))
+    if op.state is OpState.DONE and op.result_blob is not None and op.result_bytes > PIECE_BYTES:
+        return await _read_out(request, services, op, op.result_blob)
+    if op.state.is_final:
+        return await services.work(_answer, services, op)
+    return _later(await try_again(services, op))
+
+
+async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow:
+    """The op once it is final, or as it is after a hold.
+
+    Raises:
+        GoneError: no such op of this tenant, or its result has expired.
+    """
+    seen = services.recent.find(tenant_id, op_id)
+    if seen is not None and seen.state.is_final:
+        return seen
     future = services.waiters.expect(op_id)
     try:
-        op = await services.op(tenant_id, op_id)
+        if seen is None:
+            op = await services.op(tenant_id, op_id)
+        else:
+            op = seen
+            services.recent.forget(op_id)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
             op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)
     finally:
         services.waiters.forget(op_id, future)
-    if op.state is OpState.DONE and op.result_blob is not None and op.result_bytes > PIECE_BYTES:
-        return await _read_out(request, services, op, op.result_blob)
-    if op.state.is_final:
-        return await services.work(_answer, services, op)
+    return op
+
+
+async def try_again(services: Services, op: OpRow) -> bytes:
+    """The body of the 408 for an op that isn't final yet."""
     await close_gap(services, op)
-    return _try_again(op_id, await services.work(why_waiting, services, op))
+    return _try_again(op.id, await services.work(why_waiting, services, op))
 
 
 def why_waiting(services: Services, op: OpRow) -> str:
@@ -75,16 +95,21 @@ def why_waiting(services: Services, op: OpRow) -> str:
     return f"{ahead} request{'s' if ahead > 1 else ''} ahead in the queue"
 
 
-def _try_again(op_id: OpId, reason: str) -> Response[bytes]:
-    again = TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason)
-    return Response(encode_json(again), media_type=JSON, status_code=408)
+def _try_again(op_id: OpId, reason: str) -> bytes:
+    return encode_json(TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason))
+
+
+def _later(body: bytes) -> Response[bytes]:
+    return Response(body, media_type=JSON, status_code=408)
 
 
 async def _read_out(request: Call, services: Services, op: OpRow, blob: BlobKey) -> Response[Any]:
     """The result as it lies in its file. It waits for a place as long as a poll waits for its op."""
     place = await services.results_out.try_take(op.tenant_id, services.settings.poll_hold_s)
     if place is None:
-        return _try_again(op.id, "the result is there; others that were asked for are not read to their end yet")
+        return _later(
+            _try_again(op.id, "the result is there; others that were asked for are not read to their end yet")
+        )
     closing = closing_with(request.scope)
     closing.callback(services.results_out.give_back, place)
     try:

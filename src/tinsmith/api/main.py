@@ -8,20 +8,24 @@ finished.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, lifeline, observe
-from tinsmith.api.app import build_app, with_edge
+from tinsmith import crashpoints, heap, lifeline, observe
+from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
+from tinsmith.api.express import Express
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
@@ -106,8 +110,10 @@ def build_services(
 
 def make_server(services: Services) -> Server:
     """A uvicorn server over the services; run it with `run(sockets=[...])`."""
+    app = build_app(services)
+    express = Express(services, app.state[KEYS], app.state[BUDGET])
     config = uvicorn.Config(
-        with_edge(build_app(services)),
+        with_edge(app),
         host=services.settings.host,
         port=services.settings.port,
         log_config=None,
@@ -116,7 +122,7 @@ def make_server(services: Services) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
-        http=Connection,
+        http=cast("type[asyncio.Protocol]", partial(Connection, express)),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=most_connections(),
@@ -142,8 +148,10 @@ def serve_api(
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
+                server = make_server(services)
+                heap.settle()
                 with sweeping(store, services.blobs, settings):
-                    make_server(services).run(sockets=None if sock is None else [sock])
+                    server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
     finally:

@@ -28,6 +28,7 @@ from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
+from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -83,6 +84,7 @@ class Services:
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
     arriving: Together[NewOp, Enqueued] = field(init=False)
+    recent: Recent = field(init=False, default_factory=Recent)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
-from tinsmith.store.rows import LossRow, NewRun, Principal
+from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
 from tinsmith.types import Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
 from tinsmith.validate import (
     CUSTOM,
@@ -170,7 +170,15 @@ def run_draft(services: Services, principal: Principal, kind: OpKind, address: R
         NotFoundError: no such run.
         UserError: the seq_id is far beyond the run's others.
     """
-    run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
+    return draft_on(services.store.runs.get(principal.tenant_id, RunId(address.model_id)), kind, address)
+
+
+def draft_on(run: RunRow, kind: OpKind, address: RunAddress) -> Draft:
+    """The same for a run that was looked up.
+
+    Raises:
+        UserError: the seq_id is far beyond the run's others.
+    """
     refuse_far_ahead(run, address.seq_id)
     draft = Draft(kind=kind, base_model=run.spec.base_model, seq_id=address.seq_id, run_id=run.run_id)
     return rejected(draft, UserError(UNTRAINABLE)) if run.status is RunStatus.COPY else draft
@@ -205,10 +213,15 @@ def _draft_training(services: Services, principal: Principal, body: bytes) -> Dr
     if address is None:
         raise WireError("no forward_backward request: it needs a model_id and a seq_id of at least 1")
     draft = run_draft(services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))
-    return attempt(draft, partial(_fill_training, services, principal, body))
+    return attempt(draft, partial(fill_training, services, principal, body))
 
 
-def _fill_training(services: Services, principal: Principal, body: bytes, draft: Draft) -> Draft:
+def fill_training(services: Services, principal: Principal, body: bytes, draft: Draft) -> Draft:
+    """The draft of a training request with what the body asks for. A custom loss is looked up, which may block.
+
+    Raises:
+        UserError: it can't be carried out.
+    """
     check_bounds(body, services.settings.max_request_tokens)
     asked = decode_training(body)
     info = services.base(draft.base_model).info
@@ -232,10 +245,11 @@ def _find_loss(services: Services, principal: Principal, run_id: RunId, loss_id:
 
 def _draft_optim_step(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.OPTIM_STEP, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_optim_step, body))
+    return attempt(draft, partial(fill_optim_step, body))
 
 
-def _fill_optim_step(body: bytes, draft: Draft) -> Draft:
+def fill_optim_step(body: bytes, draft: Draft) -> Draft:
+    """Raises: UserError: parameters that can't be stepped with."""
     check_adam(decode_optim_step(body))
     return replace(draft, payload=body)
 

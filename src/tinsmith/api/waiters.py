@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import structlog
 
+from tinsmith.api.recent import Recent
 from tinsmith.bell import Bell
 from tinsmith.store.rows import EndsAfter, OpRow
 from tinsmith.types import OpId
@@ -32,6 +33,7 @@ class Waiters:
         self._waiting: dict[Awaited, set[asyncio.Future[Ended | bool]]] = {}
         self._rung = asyncio.Event()
         self._is_closed = False
+        self.num_looks = 0  # that were begun
 
     @property
     def is_closed(self) -> bool:
@@ -82,12 +84,12 @@ class Waiters:
         self._waiting.clear()
 
     @asynccontextmanager
-    async def watching(self, ended_among: EndedAmong) -> AsyncIterator[None]:
-        """Run the watcher on this event loop."""
+    async def watching(self, ended_among: EndedAmong, recent: Recent | None = None) -> AsyncIterator[None]:
+        """Run the watcher on this event loop. When it is rung, it looks for the end of `recent` requests too."""
         loop = asyncio.get_running_loop()
         if self._bell is not None:
             loop.add_reader(self._bell.fileno(), self._on_bell, self._bell)
-        task = asyncio.create_task(self._watch(ended_among), name="waiters")
+        task = asyncio.create_task(self._watch(ended_among, recent or Recent()), name="waiters")
         try:
             yield
         finally:
@@ -102,20 +104,24 @@ class Waiters:
         bell.wait(0.0)
         self._rung.set()
 
-    async def _watch(self, ended_among: EndedAmong) -> None:
+    async def _watch(self, ended_among: EndedAmong, recent: Recent) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._scan_interval_s):  # wait_for may swallow a cancellation (bpo-37658)
                     await self._rung.wait()
+            also = recent.open_ids() if self._rung.is_set() else ()
             self._rung.clear()
-            if not self._waiting:
+            if not (self._waiting or also):
                 continue
+            self.num_looks += 1
             try:
-                ended = await ended_among(list(self._waiting))
+                ended = await ended_among([*self._waiting, *(op_id for op_id in also if op_id not in self._waiting)])
             except Exception:  # part of the HTTP edge: one failed look must not end all later wake-ups
                 log.exception("looking for finished requests failed; trying again")
                 continue
             for awaited, outcome in ended.items():
+                if isinstance(outcome, OpRow) and awaited not in self._waiting:
+                    recent.ended(outcome)
                 for future in self._waiting.pop(awaited, ()):
                     if not future.done():
                         future.set_result(outcome)

@@ -4,31 +4,56 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
+from torch import Tensor
+
 from tinsmith.errors import UserError
 from tinsmith.model import BaseModel, RowLayout
 from tinsmith.sampling.lora import Adapter
-from tinsmith.types import RunState
+from tinsmith.types import RunSpec, RunState
 
 
 class AdapterCache:
-    """At most `max_adapters`, more only while more are needed at once. Adapters are frozen copies of what was added."""
+    """At most `max_adapters` and `max_bytes`, more only while more are needed at once: ask `has_room` before. Adapters
+    are frozen: nobody changes what was added."""
 
-    def __init__(self, base: BaseModel, max_adapters: int) -> None:
+    def __init__(self, base: BaseModel, max_adapters: int, max_bytes: int) -> None:
         self._base = base
         self._max_adapters = max_adapters
+        self._max_bytes = max_bytes
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._sizes: dict[str, int] = {}
         self._num_users: Counter[str] = Counter()
+        self._layouts: dict[tuple[object, int], RowLayout] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._adapters
 
-    def add(self, key: str, state: RunState) -> None:
-        """Raises: UserError: the state doesn't fit this base."""
-        layout = RowLayout(self._base.linears, state.spec.targets, state.spec.rank)
-        params = {name: tensor for name, tensor in state.tensors.items() if name.startswith("param/")}
-        row_P = layout.tensors_to_row("param", params, self._base.device).to(self._base.dtype)
-        self._adapters[key] = Adapter.of(layout, state.spec.targets, row_P, state.spec.alpha)
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether an adapter whose float32 numbers take so much fits beside those that are needed now."""
+        needed = sum(self._sizes[key] for key in self._num_users if key in self._sizes)
+        return not needed or needed + num_bytes * self._base.dtype.itemsize // 4 <= self._max_bytes
+
+    def add(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
+        """A copy of the state's weights, or with `may_keep` these themselves.
+
+        Raises:
+            UserError: the state doesn't fit this base.
+        """
+        layout = self._layout(state.spec)
+        row_P = layout.tensors_to_row("param", state.tensors, self._base.device, may_keep=may_keep)
+        self.put(key, state.spec, row_P)
+
+    def put(self, key: str, spec: RunSpec, row_P: Tensor) -> None:
+        """A row that nobody changes any more."""
+        layout = self._layout(spec)
+        row_P = row_P.to(self._base.device, self._base.dtype)
+        self._adapters[key] = Adapter.of(layout, spec.targets, row_P, spec.alpha)
         self._adapters.move_to_end(key)
+        self._sizes[key] = row_P.numel() * row_P.element_size()
         self._evict(keep=key)
 
     def acquire(self, key: str) -> Adapter:
@@ -51,7 +76,16 @@ class AdapterCache:
             self._evict()
 
     def _evict(self, keep: str | None = None) -> None:
-        surplus = len(self._adapters) - self._max_adapters
-        idle = [key for key in self._adapters if key not in self._num_users and key != keep]
-        for key in idle[: max(0, surplus)]:
-            del self._adapters[key]
+        num_bytes = self.num_bytes
+        for key in list(self._adapters):
+            if len(self._adapters) <= self._max_adapters and num_bytes <= self._max_bytes:
+                return
+            if key not in self._num_users and key != keep:
+                del self._adapters[key]
+                num_bytes -= self._sizes.pop(key)
+
+    def _layout(self, spec: RunSpec) -> RowLayout:
+        key = (spec.targets, spec.rank)
+        if key not in self._layouts:
+            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank)
+        return self._layouts[key]

@@ -1,4 +1,4 @@
-"""The two passes of sampling over the base: prefill of prompt chunks, decode of one token for many sequences.
+"""What sampling wants of the base: prefill of prompt chunks, decode of one token for many sequences, or both at once.
 
 A prefill pass packs chunks of several prompts; attention and LoRA are computed for each chunk by itself, so its
 numbers are those it has alone. A decode pass has one row for each sequence, ordered as the arenas hold them;
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
+from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.kv import Arena, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter, DecodeLora
 from tinsmith.sampling.sequence import Sequence
@@ -70,7 +71,10 @@ class PrefillContext:
 
 
 class DecodeGroup:
-    """The sequences of one length class: rows first..last-1 of the pass are slots 0..N-1 of the arena."""
+    """The sequences of one length class: rows first..last-1 of the pass are slots 0..N-1 of the arena.
+
+    Those of a long class are attended to one by one, over as many blocks as each has.
+    """
 
     def __init__(self, arena: Arena[Sequence], first: int, device: torch.device) -> None:
         self.arena = arena
@@ -80,11 +84,14 @@ class DecodeGroup:
         self._slots_N1 = torch.arange(len(arena.owners), device=device)[:, None]
         self._positions_N = torch.empty(0, dtype=torch.int64, device=device)
         self._mask = torch.empty(0, device=device)
+        self._ends: list[int] = []
         self._indices: dict[int, Tensor] = {}
 
     def seek(self, positions_N: Tensor, dtype: torch.dtype) -> None:
         """Prepare the step that writes `positions_N` (int64) and attends up to them."""
-        seen_NW = self._columns_W <= positions_N[:, None]
+        if self.arena.is_long:
+            self._ends = [num_blocks(position + 1) * BLOCK_TOKENS for position in positions_N.tolist()]
+        seen_NW = self._columns_W[: max(self._ends, default=None)] <= positions_N[:, None]
         hidden = torch.full(seen_NW.shape, float("-inf"), dtype=dtype, device=positions_N.device)
         self._mask = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
         self._positions_N = positions_N
@@ -100,8 +107,15 @@ class DecodeGroup:
         v_CGWD.view(-1, size).index_copy_(0, index, v_GND.transpose(0, 1).reshape(-1, size))
         q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
         mask = self._mask.expand(num, 1, heads // groups, -1)
-        out_NGQD = F.scaled_dot_product_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], attn_mask=mask, scale=scale)
-        return out_NGQD.reshape(num, heads, size)
+        if not self.arena.is_long:
+            out_NGQD = F.scaled_dot_product_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], attn_mask=mask, scale=scale)
+            return out_NGQD.reshape(num, heads, size)
+        outs = []
+        for slot, end in enumerate(self._ends):
+            one = slice(slot, slot + 1)
+            k, v, seen = k_CGWD[one, :, :end], v_CGWD[one, :, :end], mask[one, :, :, :end]
+            outs.append(F.scaled_dot_product_attention(q_NGQD[one], k, v, attn_mask=seen, scale=scale))
+        return torch.cat(outs).reshape(num, heads, size)
 
     def _written(self, heads: int) -> Tensor:
         """Rows of the arena seen as [C * G * W, D]: where each sequence's keys of each head go, [N * G]."""
@@ -132,6 +146,25 @@ class DecodeContext:
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self._lora.add(group, x_TI, y_TO)
+        return ()
+
+
+class MixedContext:
+    """Decoding sequences in rows 0..num_decoded-1, prompts in those after them."""
+
+    def __init__(self, decode: DecodeContext, num_decoded: int, prefill: PrefillContext) -> None:
+        self._parts = ((decode, slice(0, num_decoded)), (prefill, slice(num_decoded, None)))
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        outs = [
+            context.attend(layer, q_HTD[:, part], k_GTD[:, part], v_GTD[:, part], scale)
+            for context, part in self._parts
+        ]
+        return torch.cat(outs)
+
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        for context, part in self._parts:
+            context.add_lora(group, x_TI[part], y_TO[part])
         return ()
 
 

@@ -2,7 +2,9 @@
 
 A sequence's KV is contiguous in each layer. Sequences of one length class (the same number of blocks) lie side by
 side in one arena, so that decode attention over a class is one call without gathering or copying. A sequence that
-outgrows its class moves to the next arena: one copy of it every 64 tokens.
+outgrows its class moves to the next arena. Up to `LONG_BLOCKS` classes are a block apart, and attention reads all of a
+slot; from there on a class is a quarter wider than the one before, so that a sequence is copied some four times in its
+life, however long, and attention reads of each slot what its own sequence has, in blocks.
 
 What stays true: slots 0..n-1 of an arena hold its n sequences; positions of a slot that its sequence has not reached
 are finite, so masked positions can't poison it; arenas and prompts together hold at most `total` blocks between calls
@@ -21,9 +23,14 @@ from torch import Tensor
 
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 
-MAX_GROWTH_SLOTS = 16
+LONG_BLOCKS = 16
 
 Owner = TypeVar("Owner", bound=Hashable)
+
+
+def wider(size: int) -> int:
+    """The blocks that a sequence gets when it needs `size`, if there are enough."""
+    return size if size <= LONG_BLOCKS else size * 5 // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,11 @@ class Arena(Generic[Owner]):
     @property
     def num_allocated_blocks(self) -> int:
         return self.num_slots * self.num_blocks
+
+    @property
+    def is_long(self) -> bool:
+        """Its sequences may be of different lengths, in blocks."""
+        return self.num_blocks > LONG_BLOCKS
 
     def resize(self, num_slots: int) -> None:
         """Layer by layer, so that only one layer is there twice."""
@@ -130,6 +142,11 @@ class KVCache(Generic[Owner]):
     def close_prompt(self, owner: Hashable) -> None:
         self._prompts.pop(owner, None)
 
+    def layers_of(self, owner: Owner, size: int) -> list[Tensor]:
+        """A sequence's keys and values, each [2, G, W, D]: views, until anything moves."""
+        arena = self._arenas[size]
+        return arena.slot(arena.owners.index(owner))
+
     def place(self, owner: Owner, prompt: PromptKV, size: int) -> None:
         """Give a new sequence a slot of `size` blocks that begins with its prompt."""
         arena = self._arena_with_room(size)
@@ -161,10 +178,11 @@ class KVCache(Generic[Owner]):
             arena = self._arenas[size] = Arena(self.shape, size)
         if len(arena.owners) < arena.num_slots:
             return arena
-        wanted = min(max(1, arena.num_slots), MAX_GROWTH_SLOTS)
+        wanted = max(1, arena.num_slots // 2)  # so that filling it copies each of its sequences a few times
         if self.num_allocated_blocks + wanted * size > self.total:
             self._make_room(size)
-            wanted = 1
+            left = self.total - self.num_allocated_blocks
+            wanted = max(1, min(wanted, left // 4 // size))
         arena.resize(arena.num_slots + wanted)
         return arena
 

@@ -6,17 +6,21 @@ nothing. A tenant leaves some for others, unless one of its requests needs all.
 
 from __future__ import annotations
 
-from tinsmith.sampling.blocks import BlockManager, num_blocks
-from tinsmith.sampling.kv import KVCache
+from tinsmith.sampling.blocks import BlockManager, FreeBlocks, Ledger, num_blocks
+from tinsmith.sampling.kv import KVCache, wider
 from tinsmith.sampling.seats import fair_share
-from tinsmith.sampling.sequence import Request, Sequence
+from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
 
 
 class Memory:
-    def __init__(self, kv: KVCache[Sequence], max_need: int) -> None:
+    """keeps_all: nothing is ever taken back (the banker's ledger); otherwise what is free is granted."""
+
+    def __init__(self, kv: KVCache[Sequence], max_need: int, keeps_all: bool = False) -> None:
         """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
-        self._blocks = BlockManager(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
+        self.keeps_all = keeps_all
+        ledger = BlockManager if keeps_all else FreeBlocks
+        self._blocks: Ledger = ledger(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
 
     @property
     def num_held_blocks(self) -> int:
@@ -26,19 +30,23 @@ class Memory:
         """Blocks."""
         return self._blocks.held_by(tenant)
 
-    def open_prompt(self, request: Request) -> bool:
-        """Memory for all of a prompt, before its first chunk is computed."""
-        if not self._blocks.try_update({request: request.claim()}, request.tenant):
+    def is_at_bound(self, tenant: str) -> bool:
+        """Whether the tenant could have no block more even if all were free."""
+        return self._blocks.is_at_bound(tenant)
+
+    def open_prompt(self, prompt: Prompt, spare: int = 0) -> bool:
+        """Memory for all of a prompt, before its first chunk is computed; `spare` blocks are left free."""
+        if not self._blocks.try_update({prompt: prompt.claim()}, prompt.tenant, spare):
             return False
-        request.prompt_kv = self.kv.open_prompt(request, request.num_prompt)
+        prompt.prompt_kv = self.kv.open_prompt(prompt, prompt.num_prompt)
         return True
 
-    def close_prompt(self, request: Request) -> None:
-        self.kv.close_prompt(request)
-        self._blocks.release(request, request.tenant)
-        request.prompt_kv = None
+    def close_prompt(self, prompt: Prompt) -> None:
+        self.kv.close_prompt(prompt)
+        self._blocks.release(prompt, prompt.tenant)
+        prompt.prompt_kv = None
 
-    def seat(self, sequence: Sequence) -> bool:
+    def seat(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a new sequence, counted in `num_started`, its copy of the prompt and room for the first decode step.
 
         The last one takes over the prompt's memory.
@@ -46,7 +54,7 @@ class Memory:
         request = sequence.request
         size = num_blocks(request.num_prompt + 1)
         claims = {request: request.claim(), sequence: sequence.claim(size)}
-        if not self._blocks.try_update(claims, request.tenant):
+        if not self._blocks.try_update(claims, request.tenant, spare if request.num_unstarted else 0):
             return False
         assert request.prompt_kv is not None, "a computed prompt keeps its memory until all its sequences started"
         self.kv.place(sequence, request.prompt_kv, size)
@@ -55,18 +63,30 @@ class Memory:
             self.close_prompt(request)
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """One more block."""
-        size = sequence.num_blocks + 1
-        if not self._blocks.try_update({sequence: sequence.claim(size)}, sequence.request.tenant):
-            return False
-        self.kv.move(sequence, sequence.num_blocks, size, sequence.num_kv)
+    def reseat(self, recompute: Recompute) -> None:
+        """Give a sequence its KV back, which has been computed again; it takes over that memory."""
+        sequence = recompute.sequence
+        size = num_blocks(recompute.num_prompt + 1)
+        is_granted = self._blocks.try_update({recompute: None, sequence: sequence.claim(size)}, sequence.tenant)
+        assert is_granted, "it was opened with room for its next token"
+        assert recompute.prompt_kv is not None, "and computed there"
+        self.kv.place(sequence, recompute.prompt_kv, size)
         sequence.num_blocks = size
-        return True
+        self.close_prompt(recompute)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Room for one more token: several blocks at once for a long sequence, if there are so many."""
+        last = sequence.num_blocks + 1
+        for size in sorted({last, min(wider(last), sequence.request.sequence_need)}, reverse=True):
+            if self._blocks.try_update({sequence: sequence.claim(size)}, sequence.tenant):
+                self.kv.move(sequence, sequence.num_blocks, size, sequence.num_kv)
+                sequence.num_blocks = size
+                return True
+        return False
 
     def leave(self, sequence: Sequence) -> None:
         """Free a sequence's memory, if it has any."""
         if sequence.num_blocks:
             self.kv.release(sequence, sequence.num_blocks)
             sequence.num_blocks = 0
-        self._blocks.release(sequence, sequence.request.tenant)
+        self._blocks.release(sequence, sequence.tenant)

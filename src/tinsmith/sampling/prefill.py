@@ -1,6 +1,6 @@
-"""One prefill pass: chunks of prompts in, keys and values, prompt logprobs and the logits after the prompt out.
+"""The prompts' part of a walk: chunks in, keys and values, prompt logprobs and the logits after the prompt out.
 
-Shape letters: T rows, D hidden size, V vocabulary, F prompts that end in this pass.
+Shape letters: T rows, D hidden size, V vocabulary, F prompts that end in this walk.
 """
 
 from __future__ import annotations
@@ -11,49 +11,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import HEAD, BaseModel, padded_rows
+from tinsmith.model import HEAD, BaseModel
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import PrefillContext, Segment, adapter_logits, head_logits, pad_rows
+from tinsmith.sampling.sequence import Prompt, Request
+from tinsmith.types import IntArray
 
 HEAD_ROWS = 128  # rows whose logits are held at once
 
 
-def run_prefill(base: BaseModel, chunks: Seq[Chunk]) -> None:
-    """Compute the chunks and move their requests on; each request's `prompt_kv` is open."""
-    segments = _segments(chunks)
-    num_rows = padded_rows(segments[-1].last)
-    tokens = np.zeros(num_rows, np.int64)
-    positions = np.zeros(num_rows, np.int64)
-    for chunk, segment in zip(chunks, segments, strict=True):
-        tokens[segment.first : segment.last] = chunk.request.item.prompt[chunk.start : chunk.end]
-        positions[segment.first : segment.last] = np.arange(chunk.start, chunk.end)
-    hidden_TD = base.hidden(
-        torch.from_numpy(tokens).to(base.device),
-        torch.from_numpy(positions).to(base.device),
-        PrefillContext(segments, base.device),
-    )
-    for chunk, segment in zip(chunks, segments, strict=True):
-        chunk.request.num_prefilled = chunk.end
-        if chunk.request.scores.wanted:
-            _score(base, chunk, hidden_TD[segment.first : segment.last])
-    _first_logits(base, [(c, s) for c, s in zip(chunks, segments, strict=True) if c.is_last], hidden_TD)
+class Prefill:
+    """Chunks of several prompts, one after another; the `prompt_kv` of each is open."""
+
+    def __init__(self, base: BaseModel, chunks: Seq[Chunk]) -> None:
+        self._base = base
+        self._chunks = chunks
+        self._segments = _segments(chunks)
+        self.context = PrefillContext(self._segments, base.device)
+        self.tokens = np.concatenate([c.prompt.tokens[c.start : c.end] for c in chunks]).astype(np.int64)
+        self.positions: IntArray = np.concatenate([np.arange(c.start, c.end) for c in chunks])
+
+    def finish(self, hidden_TD: Tensor) -> None:
+        """Take what the walk gave for these rows, and move the prompts on."""
+        parts = [(c, hidden_TD[s.first : s.last]) for c, s in zip(self._chunks, self._segments, strict=True)]
+        for chunk, hidden_ND in parts:
+            if isinstance(chunk.prompt, Request) and chunk.prompt.scores.wanted:
+                _score(self._base, chunk.prompt, chunk, hidden_ND)
+        _first_logits(self._base, [(c.prompt, h_ND) for c, h_ND in parts if c.is_last])
+        for chunk in self._chunks:
+            chunk.prompt.num_prefilled = chunk.end
 
 
 def _segments(chunks: Seq[Chunk]) -> list[Segment]:
     segments: list[Segment] = []
     first = 0
     for chunk in chunks:
-        request = chunk.request
-        assert request.prompt_kv is not None, "the prompt's memory is opened before its first chunk"
+        prompt = chunk.prompt
+        assert prompt.prompt_kv is not None, "the prompt's memory is opened before its first chunk"
         last = first + chunk.num_tokens
-        segments.append(Segment(first, last, chunk.start, request.adapter, request.prompt_kv))
+        segments.append(Segment(first, last, chunk.start, prompt.adapter, prompt.prompt_kv))
         first = last
     return segments
 
 
-def _score(base: BaseModel, chunk: Chunk, hidden_ND: Tensor) -> None:
+def _score(base: BaseModel, request: Request, chunk: Chunk, hidden_ND: Tensor) -> None:
     """What the request wants to know of its prompt, as far as the chunk's positions say."""
-    request = chunk.request
     wanted = request.scores.wanted
     end = min(chunk.end, wanted.stop)
     for start in range(max(chunk.start, wanted.start), end, HEAD_ROWS):
@@ -62,14 +64,14 @@ def _score(base: BaseModel, chunk: Chunk, hidden_ND: Tensor) -> None:
         request.scores.take(start, logits_NV)
 
 
-def _first_logits(base: BaseModel, ended: Seq[tuple[Chunk, Segment]], hidden_TD: Tensor) -> None:
-    """The distribution of the first sampled token of each prompt that ends in this pass."""
-    if not ended:
+def _first_logits(base: BaseModel, ended: Seq[tuple[Prompt, Tensor]]) -> None:
+    """The distribution of the first sampled token of each request whose prompt ends in this walk."""
+    requests = [(prompt, hidden_ND) for prompt, hidden_ND in ended if isinstance(prompt, Request)]
+    if not requests:
         return
-    rows = torch.tensor([segment.last - 1 for _, segment in ended], device=base.device)
-    last_FD = pad_rows(hidden_TD[rows])
+    last_FD = pad_rows(torch.cat([hidden_ND[-1:] for _, hidden_ND in requests]))
     logits_FV = head_logits(base, last_FD)
-    for row, (chunk, segment) in enumerate(ended):
-        if segment.adapter is not None:
-            segment.adapter.add(HEAD, last_FD[row : row + 1], logits_FV[row : row + 1])
-        chunk.request.first_logits_V = logits_FV[row].float().clone()
+    for row, (request, _) in enumerate(requests):
+        if request.adapter is not None:
+            request.adapter.add(HEAD, last_FD[row : row + 1], logits_FV[row : row + 1])
+        request.first_logits_V = logits_FV[row].float().clone()

@@ -1,68 +1,83 @@
-"""Keys and values of prompt chunks, kept for later prompts that begin alike.
+"""Keys and values of beginnings, kept for later prompts that begin alike.
 
-A chunk is kept whole, under all tokens up to its end, the weights and the scope that they came with; so what is found
-is what would be computed again, to the bit. Prompts are cut at multiples of the chunk size, and only whole chunks are
-kept. The least recently used go first. Holds memory of its own, beside that of the prompts and sequences under way.
+They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, the weights and the scope that they
+came with. Where the grid is the size of the chunks in which prompts are computed, and only prompts are kept, what is
+found is what would be computed again, to the bit. On a finer grid, and with what was sampled kept as well, so that
+the next turn of a conversation finds it, the last bits may differ. The least recently used go first. Holds memory of
+its own, beside that of the prompts and sequences under way.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from tinsmith.sampling.kv import PromptKV
-from tinsmith.types import SampleItem
+from tinsmith.types import TokenArray
 
-Layers = list[Tensor]  # each [2, key/value heads, chunk tokens, head size]
+Line = tuple[str, str | None]  # the scope (its tenant), and the weights
+Layers = Sequence[Tensor]  # each [2, key/value heads, tokens, head size]
 
 
 class PrefixCache:
     """num_bytes: what is held, at most `max_bytes`."""
 
-    def __init__(self, chunk_tokens: int, max_bytes: int) -> None:
-        self._chunk_tokens = chunk_tokens
+    def __init__(self, grid: int, max_bytes: int) -> None:
+        self._grid = grid
         self._max_bytes = max_bytes
-        self._chunks: OrderedDict[bytes, Layers] = OrderedDict()
+        self._pieces: OrderedDict[bytes, Layers] = OrderedDict()
         self.num_bytes = 0
 
-    def fill(self, item: SampleItem, kv: PromptKV, end: int) -> int:
-        """Write what is known of the prompt into its memory, never beyond position `end`; how many tokens that was."""
+    def fill(self, line: Line, tokens: TokenArray, layers: Layers, end: int) -> int:
+        """Write what is known of a beginning of `tokens` into `layers`, never beyond position `end`; how many tokens
+        that was."""
         found: list[bytes] = []
-        for key in self._keys(item, end // self._chunk_tokens):
-            if key not in self._chunks:
+        for key in self._keys(line, tokens, end // self._grid if self._pieces else 0):
+            if key not in self._pieces:
                 break
             found.append(key)
         for index, key in enumerate(found):
-            part = slice(index * self._chunk_tokens, (index + 1) * self._chunk_tokens)
-            for layer, kept in zip(kv.layers, self._chunks[key], strict=True):
+            part = slice(index * self._grid, (index + 1) * self._grid)
+            for layer, kept in zip(layers, self._pieces[key], strict=True):
                 layer[:, :, part] = kept
-        for key in reversed(found):  # a chunk is of no use without those before it
-            self._chunks.move_to_end(key)
-        return len(found) * self._chunk_tokens
+        self._use(found)
+        return len(found) * self._grid
 
-    def keep(self, item: SampleItem, kv: PromptKV, start: int, end: int) -> None:
-        """Positions start..end-1 of the prompt have been computed."""
-        if end - start != self._chunk_tokens or end % self._chunk_tokens or not self._max_bytes:
+    def keep(self, line: Line, tokens: TokenArray, layers: Layers, start: int, end: int) -> None:
+        """Positions start..end-1 of `tokens` have been computed, and those before them are there."""
+        if not self._max_bytes:
             return
-        *_, key = self._keys(item, end // self._chunk_tokens)
-        if key in self._chunks:
+        first, last = start // self._grid, end // self._grid
+        if first == last:
             return
-        layers = [layer[:, :, start:end].clone() for layer in kv.layers]
-        self._chunks[key] = layers
-        self.num_bytes += _num_bytes(layers)
+        keys = list(self._keys(line, tokens, last))
+        for index, key in enumerate(keys):
+            if index < first or key in self._pieces:
+                continue
+            part = slice(index * self._grid, (index + 1) * self._grid)
+            kept = [layer[:, :, part].clone() for layer in layers]
+            self._pieces[key] = kept
+            self.num_bytes += _num_bytes(kept)
+        self._use(keys)
         while self.num_bytes > self._max_bytes:
-            _, dropped = self._chunks.popitem(last=False)
+            _, dropped = self._pieces.popitem(last=False)
             self.num_bytes -= _num_bytes(dropped)
 
-    def _keys(self, item: SampleItem, num_chunks: int) -> Iterator[bytes]:
-        """Of the prompt's first chunks, in order."""
-        digest = hashlib.sha256(f"{item.scope}\0{item.adapter}\0".encode())
-        for index in range(num_chunks):
-            part = item.prompt[index * self._chunk_tokens : (index + 1) * self._chunk_tokens]
+    def _use(self, keys: Sequence[bytes]) -> None:
+        """The first ones last: a piece is of no use without those before it."""
+        for key in reversed(keys):
+            if key in self._pieces:
+                self._pieces.move_to_end(key)
+
+    def _keys(self, line: Line, tokens: TokenArray, num_pieces: int) -> Iterator[bytes]:
+        """Of the first pieces, in order."""
+        scope, weights = line
+        digest = hashlib.sha256(f"{scope}\0{weights}\0".encode())
+        for index in range(num_pieces):
+            part = tokens[index * self._grid : (index + 1) * self._grid]
             digest.update(np.ascontiguousarray(part, "<i4").tobytes())
             yield digest.digest()
 

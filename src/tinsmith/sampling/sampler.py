@@ -1,9 +1,10 @@
 """Continuous batching over one base: requests come in, each step moves all of them on, results come out.
 
-Owns the queues and the order of things in a step; memory is decided by `blocks` and laid out by `kv`, prompts are
-chosen by `admission`, the arithmetic is in `prefill` and `decode`. What stays true: a sequence's tokens and logprobs
-are a function of its request, its adapter and the base, never of what else is running; a request leaves nothing behind
-when it ends.
+Owns the order of things in a step; `stages` says how far each has come, memory is decided by `blocks` and laid out by
+`kv`, prompts are chosen by `admission`, who gives memory back by `preemption`, the arithmetic is in `walk`. What stays
+true: a sequence's tokens and logprobs are a function of its request, its adapter and the base, not of what else is
+running: to the bit in deterministic mode; otherwise keys and values may be computed once more, or be found in the
+prefix cache, which changes them in the last bits. A request leaves nothing behind when it ends.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import Chunk, Turns, plan_prefill
+from tinsmith.sampling.admission import Chunk
+from tinsmith.sampling.blocks import BLOCK_TOKENS
 from tinsmith.sampling.contexts import probe_kv_shape
-from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.decode import Drawn
 from tinsmith.sampling.grammar import Grammars
+from tinsmith.sampling.intake import Intake
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
-from tinsmith.sampling.prefill import run_prefill
+from tinsmith.sampling.preemption import PreemptionCounts, spare_blocks
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
-from tinsmith.sampling.seats import Seats
 from tinsmith.sampling.sequence import Request, Sequence
+from tinsmith.sampling.stages import Stages
 from tinsmith.sampling.stop import Detokenizer, StopRule
+from tinsmith.sampling.walk import Walker
+from tinsmith.training.runs import Weights
 from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
 log = structlog.get_logger("tinsmith.worker")
@@ -62,47 +67,65 @@ class Sampler:
     memory: what the requests hold; to be looked at, not changed.
     """
 
-    def __init__(self, base: BaseModel, settings: Settings, tokenizer: Detokenizer) -> None:
-        """Raises: ConfigError: the KV memory holds not even one block."""
+    def __init__(
+        self, base: BaseModel, settings: Settings, tokenizer: Detokenizer, kv_blocks: int | None = None
+    ) -> None:
+        """`kv_blocks`: instead of what the setting comes to.
+
+        Raises:
+            ConfigError: the KV memory holds not even one block.
+        """
         self._base = base
         self._settings = settings
         self._tokenizer = tokenizer
         with torch.inference_mode():
             shape = probe_kv_shape(base)
-        total = settings.kv_cache_mib * 2**20 // shape.block_bytes
+        total = settings.kv_cache_mib * 2**20 // shape.block_bytes if kv_blocks is None else kv_blocks
         self._limits = SampleLimits(base.info, total, shape.block_bytes)
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
-        self.memory = Memory(KVCache(shape, total), self._limits.max_need)
-        self._prefixes = PrefixCache(settings.prefill_chunk_tokens, settings.prefix_cache_mib * 2**20)
+        self.memory = Memory(KVCache(shape, total), self._limits.max_need, keeps_all=settings.deterministic)
+        grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
+        self._prefixes = PrefixCache(grid, settings.prefix_cache_mib * 2**20)
+        self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
-        self._adapters = AdapterCache(base, settings.max_resident_adapters)
-        self._decoder = Decoder(base, self.memory.kv)
+        self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
+        self._walker = Walker(base, self.memory.kv, is_exact=settings.deterministic)
+        self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
-        self._schemed: list[Request] = []  # their schema isn't compiled yet
-        self._waiting: list[Request] = []  # nothing computed yet
-        self._begun: list[Request] = []  # in prefill
-        self._ready: list[Request] = []  # prompt computed, some sequences not started
-        self._running: dict[Sequence, None] = {}  # decoding, oldest first
-        self._paused: set[Sequence] = set()  # running ones that wait for memory
-        self._short: set[str] = set()  # tenants to whom memory was refused in this step
-        self._turns = Turns()
+        self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
+        self._intake = Intake(self._stages, settings)
 
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
 
-    def add_adapter(self, key: str, state: RunState) -> None:
+    def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
         """Freeze a copy of the state's `param` part under `key`; the least recently used that nobody needs may go.
+
+        may_keep: the state's own arrays may be what is frozen.
 
         Raises:
             UserError: the state's layers or shapes aren't those of this base.
         """
-        self._adapters.add(key, state)
+        self._adapters.add(key, state, may_keep=may_keep)
+
+    def add_weights(self, key: str, weights: Weights) -> None:
+        """The same of a copy that the trainer made for this."""
+        self._adapters.put(key, weights.spec, weights.row_P)
+
+    def has_adapter_room(self, num_bytes: int) -> bool:
+        """Whether the memory for adapters allows one more whose file is so large."""
+        return self._adapters.has_room(num_bytes)
 
     @property
     def num_samples(self) -> int:
         """Requests submitted and not yet returned by `step`."""
         return len(self._requests)
+
+    @property
+    def preemptions(self) -> PreemptionCounts:
+        """Since the start."""
+        return self._stages.counts
 
     def submit(self, item: SampleItem) -> None:
         """Queue a request.
@@ -112,6 +135,7 @@ class Sampler:
         """
         max_tokens = self._limits.max_tokens(item)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
+        self._num_submitted += 1
         request = Request(
             item=item,
             adapter=adapter,
@@ -119,19 +143,24 @@ class Sampler:
             max_tokens=max_tokens,
             streams=streams(item.seed, item.num_samples),
             scores=PromptScores(item),
+            arrival=self._num_submitted,
         )
         self._requests[item.op_id] = request
-        (self._waiting if item.params.json_schema is None else self._schemed).append(request)
+        if item.params.json_schema is None:
+            self._stages.wait(request)
+        else:
+            self._schemed[request] = None
 
     def cancel(self, op_id: OpId) -> SampleCost:
         """Forget a request and free what it holds; what was computed for it until now. Unknown ids are ignored."""
         request = self._requests.get(op_id)
         if request is None:
             return SampleCost()
-        num_sampled = request.num_sampled + sum(len(s.tokens) for s in self._running if s.request is request)
+        num_sampled = request.num_sampled + sum(len(s.tokens) for s in request.sequences)
+        num_prefilled = max(request.num_prefilled, request.num_prompt if request.num_started else 0)
         with torch.inference_mode():
             self._drop(request)
-        return SampleCost(request.num_prefilled - request.num_cached, request.num_cached, num_sampled)
+        return SampleCost(max(0, num_prefilled - request.num_cached), request.num_cached, num_sampled)
 
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
@@ -139,20 +168,20 @@ class Sampler:
         self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
-            if self._running:
-                self._take(self._decoder.step(self._paused), ended)
-            self._prefill(ended)
+            chunks = self._intake.plan()
+            self._take(self._walk(chunks, ended), ended)
             self._start(ended)
         return ended
 
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         """See `engine.Engine.progress`."""
         pieces: list[SamplePiece] = []
-        for sequence in self._running:
-            op_id = sequence.request.item.op_id
-            start = since[op_id].get(sequence.index, 0) if op_id in since else len(sequence.tokens)
-            if start < len(sequence.tokens):
-                pieces.append(SamplePiece(op_id, sequence.index, start, sequence.result(False, start)))
+        for op_id, known in since.items():
+            request = self._requests.get(op_id)
+            for sequence in () if request is None else request.sequences:
+                start = known.get(sequence.index, 0)
+                if start < len(sequence.tokens):
+                    pieces.append(SamplePiece(op_id, sequence.index, start, sequence.result(False, start)))
         return pieces
 
     def _await_grammars(self, ended: Ended) -> None:
@@ -166,93 +195,100 @@ class Sampler:
                 ended.append((request.item.op_id, found.as_failure()))
             elif found is not None:
                 request.grammar = found
-                self._schemed.remove(request)
-                self._waiting.append(request)
+                del self._schemed[request]
+                self._stages.wait(request)
 
     def _grow(self) -> None:
-        """Sequences at the end of their blocks get one more, oldest first; those that can't have it pause."""
-        self._paused = {s for s in self._running if s.must_grow and not self.memory.grow(s)}
-        self._short |= {s.request.tenant for s in self._paused}
+        """Sequences at the end of their blocks get more, oldest first.
 
-    def _prefill(self, ended: Ended) -> None:
-        may_begin = partial(self._may_begin, self._seats())
-        asking = self._turns.sorted([*self._begun, *self._waiting])
-        chunks = plan_prefill(asking, set(self._begun), self._settings.prefill_chunk_tokens, may_begin)
-        self._short.clear()
-        if not chunks:
-            return
-        self._turns.serve(chunk.request for chunk in chunks)
-        for chunk in self._compute(chunks, ended):
-            if chunk.request.prompt_kv is not None:
-                self._prefixes.keep(chunk.request.item, chunk.request.prompt_kv, chunk.start, chunk.end)
-        self._ready += [request for request in self._begun if request.is_prefilled]
-        self._begun = [request for request in self._begun if not request.is_prefilled]
-
-    def _compute(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Chunk]:
-        """The chunks that could be computed; where not all can be at once, one by one, and requests to blame fail."""
-        try:
-            run_prefill(self._base, chunks)
-        except Exception as error:
-            if len(chunks) > 1:
-                return [done for chunk in chunks for done in self._compute([chunk], ended)]
-            self._fail(chunks[0].request, error, ended)
-            return []
-        return chunks
-
-    def _may_begin(self, seats: Seats, request: Request) -> bool:
-        """Whether seats and memory allow a prompt to be computed; takes its memory if so, and what is known of it.
-
-        While those that came before lack memory, nobody new begins; of another tenant, those who hold less may.
+        Where there is none, somebody gives back; where all is kept, the sequence pauses.
         """
-        coming = [r for r in (*self._begun, *self._ready) if r.tenant == request.tenant]
-        room = seats.room(request.tenant)
-        is_next_of_line = room > 0 and all(r.line != request.line for r in coming)
-        if room <= sum(r.num_unstarted for r in coming) and not is_next_of_line:
+        stages = self._stages
+        stages.paused.clear()
+        for sequence in sorted((s for s in stages.running if s.must_grow), key=lambda s: s.age):
+            take = partial(self.memory.grow, sequence)
+            if not self.memory.keeps_all:
+                if sequence in stages.running:  # it may have given back itself by now
+                    stages.make_room(sequence, take)
+            elif not take():
+                stages.paused.add(sequence)
+                stages.refused.add(sequence.tenant)
+
+    def _walk(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Drawn]:
+        """Compute the step. Where all together fails, prompts are computed one by one; those to blame fail."""
+        stages = self._stages
+        if not chunks and not stages.running:
+            return []
+        try:
+            drawn = self._walker.walk(stages.paused, chunks)
+            done = chunks
+        except Exception:
+            if not chunks:
+                raise
+            drawn = self._walker.walk(stages.paused, ()) if stages.running else []
+            done = [chunk for chunk in chunks if self._is_computed(chunk, ended)]
+        for chunk in done:
+            if chunk.prompt in stages.begun:
+                stages.computed(chunk.prompt, chunk.start, chunk.end)
+        return drawn
+
+    def _is_computed(self, chunk: Chunk, ended: Ended) -> bool:
+        """Compute a chunk by itself; if that can't be done, its request fails."""
+        prompt = chunk.prompt
+        request = prompt if isinstance(prompt, Request) else prompt.sequence.request
+        if request.item.op_id not in self._requests:
+            return False  # another chunk of the same request failed
+        try:
+            self._walker.prefill([chunk])
+        except Exception as error:
+            self._fail(request, error, ended)
             return False
-        held = self.memory.held_by(request.tenant)
-        if any(self.memory.held_by(tenant) <= held for tenant in self._short):
-            return False
-        if not self.memory.open_prompt(request) or request.prompt_kv is None:
-            return False
-        request.num_cached = self._prefixes.fill(request.item, request.prompt_kv, request.num_skippable)
-        request.num_prefilled = request.num_cached
-        self._waiting.remove(request)
-        self._begun.append(request)
         return True
 
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, where seats and memory allow: each gets its first token."""
+        stages = self._stages
+        if not stages.ready:
+            return
         started: list[Sequence] = []
-        seats = self._seats()
-        ready = [request for request in self._ready if not request.is_one_step]
-        for request in self._ready:
+        seats = self._intake.seats()
+        for request in stages.ready:
             while request.is_one_step and request.num_unstarted:
                 started.append(self._begin(request))
-        while (chosen := seats.next_of(ready)) is not None:
+        for chosen in seats.in_turn([request for request in stages.ready if not request.is_one_step]):
+            if chosen not in stages.ready:
+                seats.refuse(chosen)  # it ended, or gave its memory back
+                continue
             sequence = self._begin(chosen)
-            if self.memory.seat(sequence):
+            is_seated = self.memory.seat(sequence, spare_blocks(self.memory.kv.total, len(stages.running)))
+            if not is_seated and not self.memory.keeps_all and stages.is_oldest(chosen):
+                self._draw_first(started, ended)  # so that all who may have to give back have a token
+                is_seated = chosen in stages.ready and stages.make_room(chosen, partial(self.memory.seat, sequence))
+            if is_seated:
                 seats.take(chosen)
-                self._running[sequence] = None
+                stages.run(sequence)
                 started.append(sequence)
             else:
                 chosen.num_started -= 1
-                self._short.add(chosen.tenant)
-                ready.remove(chosen)
-        self._take(self._decoder.draw_first(started), ended)
-        for request in self._ready:
-            if not request.num_unstarted:
-                request.first_logits_V = None
-        self._ready = [request for request in self._ready if request.num_unstarted]
+                chosen.sequences.pop(sequence, None)
+                seats.refuse(chosen)
+                stages.refused.add(chosen.tenant)
+        self._draw_first(started, ended)
+        for request in [request for request in stages.ready if not request.num_unstarted]:
+            request.first_logits_V = None
+            del stages.ready[request]
+
+    def _draw_first(self, started: list[Sequence], ended: Ended) -> None:
+        """And forget the list."""
+        self._take(self._walker.decoder.draw_first(started), ended)
+        started.clear()
 
     def _begin(self, request: Request) -> Sequence:
         sequence = Sequence(request, request.num_started)
         sequence.matcher = None if request.grammar is None else request.grammar.matcher()
         request.num_started += 1
+        request.sequences[sequence] = None
         return sequence
-
-    def _seats(self) -> Seats:
-        """Paused sequences take none: the one that is seated now may be the one that frees memory for them."""
-        return Seats(self._settings.max_resident_samples, (s for s in self._running if s not in self._paused))
 
     def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
         """What goes wrong with one sequence fails its request alone."""
@@ -292,27 +328,21 @@ class Sampler:
             return
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return
-        self._leave(sequence)
+        self._stages.leave(sequence)
         request.finished[sequence.index] = sequence.result(is_stopped)
         if request.is_finished:
             result = request.result()
             self._drop(request)
             ended.append((op_id, result))
 
-    def _leave(self, sequence: Sequence) -> None:
-        self._running.pop(sequence, None)
-        self._paused.discard(sequence)
-        self.memory.leave(sequence)
-
     def _drop(self, request: Request) -> None:
         del self._requests[request.item.op_id]
-        for sequence in [s for s in self._running if s.request is request]:
-            self._leave(sequence)
-        self.memory.close_prompt(request)
+        self._stages.drop(request)
         if request in self._schemed:
+            del self._schemed[request]
             self._grammars.forget(request.item.params.json_schema or "", request.item.scope)
-        for queue in (self._schemed, self._waiting, self._begun, self._ready):
-            if request in queue:
-                queue.remove(request)
         if request.item.adapter is not None:
             self._adapters.release(request.item.adapter)
+        counts = self._stages.counts
+        if not self._requests and counts.num_preempted:
+            log.info("KV memory ran out", preempted=counts.num_preempted, recomputed_tokens=counts.num_recomputed)

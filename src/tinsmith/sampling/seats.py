@@ -7,12 +7,14 @@ each ends up with the same number as seats fall free. Pure counting.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tinsmith.sampling.sequence import Request, Sequence
 
 RATIO = 7
+AHEAD = 4  # requests of a tenant, each of another snapshot, whose prompts are computed while no seat is free
 
 
 def fair_share(total: int) -> int:
@@ -27,6 +29,7 @@ class Seats:
         self._by_tenant: Counter[str] = Counter()
         self._by_line: Counter[tuple[str, str | None]] = Counter()
         self._free = total
+        self._refused: set[Request] = set()
         for sequence in seated:
             self.take(sequence.request)
 
@@ -42,7 +45,48 @@ class Seats:
             return 0
         return max((RATIO * self._free - held) // (RATIO + 1), 0 if held else 1)
 
-    def next_of(self, ready: Iterable[Request]) -> Request | None:
-        """The one whose tenant, then whose snapshot holds least, the oldest of those; of those that may take a seat."""
-        may = [request for request in ready if request.num_unstarted and self.room(request.tenant) > 0]
-        return min(may, key=lambda r: (self._by_tenant[r.tenant], self._by_line[r.line]), default=None)
+    def in_turn(self, ready: Iterable[Request]) -> Iterator[Request]:
+        """Who may begin a sequence next, until nobody may: of those whose tenant, then whose snapshot holds least, the
+        first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
+        heap: list[tuple[int, int, int, Request]] = [
+            (0, 0, order, request) for order, request in enumerate(ready) if request.num_unstarted
+        ]
+        while heap:
+            by_tenant, by_line, order, request = heap[0]
+            held = self._by_tenant[request.tenant], self._by_line[request.line]
+            if self.room(request.tenant) <= 0:
+                heapq.heappop(heap)
+            elif held != (by_tenant, by_line):  # what is held never shrinks here, so others are before it at most
+                heapq.heapreplace(heap, (*held, order, request))
+            else:
+                yield request
+                if request in self._refused or not request.num_unstarted:
+                    heapq.heappop(heap)
+
+    def refuse(self, request: Request) -> None:
+        """It begins no more sequences for now."""
+        self._refused.add(request)
+
+
+class Coming:
+    """Requests on their way to a seat: no more prompts are computed than can be seated, but for the next of a line, of
+    whom a tenant has a few ready for the seats that fall free."""
+
+    def __init__(self, seats: Seats, requests: Iterable[Request]) -> None:
+        self._seats = seats
+        self._unstarted: Counter[str] = Counter()
+        self._num_requests: Counter[str] = Counter()
+        self._lines: set[tuple[str, str | None]] = set()
+        for request in requests:
+            self.add(request)
+
+    def add(self, request: Request) -> None:
+        self._unstarted[request.tenant] += request.num_unstarted
+        self._num_requests[request.tenant] += 1
+        self._lines.add(request.line)
+
+    def may_come(self, request: Request) -> bool:
+        room = self._seats.room(request.tenant)
+        if room > self._unstarted[request.tenant]:
+            return True
+        return request.line not in self._lines and (room > 0 or self._num_requests[request.tenant] < AHEAD)

@@ -1,4 +1,7 @@
-"""The state of one sample request and of each sequence sampled for it. Plain data; the sampler moves it on."""
+"""The state of one sample request and of each sequence sampled for it. Plain data; the sampler moves it on.
+
+A `Prompt` is what a prefill computes: the prompt of a request, or all that a preempted sequence had in its KV.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.rng import UInt64Array
 from tinsmith.sampling.scores import PromptScores, Top
 from tinsmith.sampling.stop import StopRule
-from tinsmith.types import SampledSequence, SampleItem, SampleResult
+from tinsmith.types import SampledSequence, SampleItem, SampleResult, TokenArray
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +25,7 @@ class Request:
     """One sample request: waiting, then in prefill, then with sequences that start as memory allows.
 
     num_cached: tokens at the prompt's beginning that needed no computing.
+    arrival: its number among all requests. sequences: those under way. num_preempted: how often its prompt lost its KV.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
     first_logits_V: float32, the logits after the whole prompt. grammar: of its schema, there before the prefill.
     """
@@ -32,13 +36,30 @@ class Request:
     max_tokens: int
     streams: UInt64Array
     scores: PromptScores
+    arrival: int = 0
     num_prefilled: int = 0
     num_cached: int = 0
     num_started: int = 0
+    num_preempted: int = 0
     prompt_kv: PromptKV | None = None
     first_logits_V: Tensor | None = None
     grammar: Grammar | None = None
+    sequences: dict[Sequence, None] = field(default_factory=dict)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = int(self.item.prompt.shape[0])
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Smaller is older. A prompt whose sequences haven't all started is younger than those that have."""
+        return self.arrival, self.item.num_samples
+
+    @property
+    def tokens(self) -> TokenArray:
+        """What its prefill computes."""
+        return self.item.prompt
 
     @property
     def tenant(self) -> str:
@@ -48,10 +69,6 @@ class Request:
     def line(self) -> tuple[str, str | None]:
         """The tenant, and the snapshot that it samples from: the requests of a line are taken in their order."""
         return self.item.scope, self.item.adapter
-
-    @property
-    def num_prompt(self) -> int:
-        return int(self.item.prompt.shape[0])
 
     @property
     def num_unstarted(self) -> int:
@@ -106,7 +123,7 @@ class Sequence:
 
     tops: the likeliest tokens of each position, if they were asked for. matcher: holds the text to a schema, if the
     request has one.
-    num_blocks: its KV length class; 0 before it has KV of its own.
+    num_blocks: the blocks of its KV; 0 while it has no KV of its own. num_preempted: how often it lost them.
     """
 
     request: Request
@@ -116,11 +133,26 @@ class Sequence:
     tops: list[Top] = field(default_factory=list)
     matcher: Matcher | None = None
     num_blocks: int = 0
+    num_preempted: int = 0
+
+    @property
+    def age(self) -> tuple[int, int]:
+        return self.request.arrival, self.index
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
 
     @property
     def num_kv(self) -> int:
         """Positions of the KV that are filled."""
         return self.request.num_prompt + len(self.tokens) - 1
+
+    @property
+    def kv_tokens(self) -> TokenArray:
+        """The tokens whose keys and values are in the KV: the prompt and what was sampled, but for the last."""
+        prompt = self.request.item.prompt
+        return np.concatenate([prompt, np.array(self.tokens[:-1], prompt.dtype)])
 
     @property
     def must_grow(self) -> bool:
@@ -156,3 +188,56 @@ class Sequence:
             topk_tokens=np.array([ids for ids, _ in tops], np.int32).reshape(-1, k),
             topk_logprobs=np.array([logprobs for _, logprobs in tops], np.float32).reshape(-1, k),
         )
+
+
+@dataclass(slots=True, eq=False)
+class Recompute:
+    """The KV of a preempted sequence, computed again: its prompt and what was sampled, but for the last token.
+
+    What was drawn stands; only keys and values are made anew. Rounding may differ from the first time in the last bits.
+    """
+
+    sequence: Sequence
+    tokens: TokenArray
+    num_prefilled: int = 0
+    prompt_kv: PromptKV | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Recompute:
+        return cls(sequence, sequence.kv_tokens)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        return self.sequence.age
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return self.sequence.request.adapter
+
+    @property
+    def tenant(self) -> str:
+        return self.sequence.request.tenant
+
+    @property
+    def line(self) -> tuple[str, str | None]:
+        return self.sequence.request.line
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_skippable(self) -> int:
+        """All: nothing is read off but keys and values. The last is computed, so that every chunk has a row."""
+        return len(self.tokens) - 1
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_prefilled == len(self.tokens)
+
+    def claim(self) -> Claim:
+        """Room for the next token too, so that the sequence finds its place."""
+        return Claim(num_blocks(len(self.tokens) + 1), self.sequence.request.sequence_need)
+
+
+Prompt = Request | Recompute

@@ -9,6 +9,7 @@ Shape letter: P numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,20 @@ from tinsmith.model import RowLayout, init_row
 from tinsmith.types import FloatArray, RunSpec, RunState
 
 PARTS = ("param", "grad", "m", "v")
+BYTES_PER_PARAM = 4 * len(PARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A run's parameters as they once were, on their device; never changed."""
+
+    spec: RunSpec
+    step: int
+    layout: RowLayout
+    row_P: Tensor
+
+    def on_host(self) -> RunState:
+        return RunState(self.spec, self.step, self.layout.row_to_tensors("param", self.row_P, copy=False))
 
 
 class RunSlot:
@@ -67,10 +82,8 @@ class RunSlot:
                 tensors |= self.layout.row_to_tensors(part, self.rows[part], copy=copy)
         return RunState(self.spec, self.step, tensors)
 
-    @property
-    def max_bytes(self) -> int:
-        """What it holds at most: all four rows."""
-        return len(PARTS) * 4 * self.layout.num_params
+    def copy_weights(self) -> Weights:
+        return Weights(self.spec, self.step, self.layout, self.rows["param"].clone())
 
 
 class Staging:
@@ -86,6 +99,15 @@ class Staging:
         self._row_P = torch.zeros_like(slot.rows["param"]) if accumulated_P is None else accumulated_P.clone()
         self.views = slot.layout.views(self._row_P)
         self._marks: dict[str, tuple[Tensor, ...]] = {}
+
+    def restart(self) -> None:
+        """The accumulator as it is, again; all that was added is forgotten."""
+        accumulated_P = self._slot.rows.get("grad")
+        if accumulated_P is None:
+            self._row_P.zero_()
+        else:
+            self._row_P.copy_(accumulated_P)
+        self._marks.clear()
 
     def begin_op(self) -> None:
         """The op before is complete and will not be taken back."""

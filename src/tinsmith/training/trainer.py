@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
+from tinsmith.training.budget import Budget
+from tinsmith.training.footprint import measure
 from tinsmith.training.head import Head
 from tinsmith.training.optimizer import optim_steps
-from tinsmith.training.runs import PARTS, RunSlot
+from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
 from tinsmith.training.training_pass import TorchPass
-from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
+from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, Targets, TrainItem
 
 
 class Trainer:
@@ -19,29 +21,54 @@ class Trainer:
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
         self._head = Head(base.head, settings.loss_chunk_tokens, deterministic=settings.deterministic)
+        self._chunk_tokens = settings.loss_chunk_tokens
         self._deterministic = settings.deterministic
+        self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
+        self._layouts: dict[tuple[Targets, int], RowLayout] = {}
+        self.num_bytes = 0  # what the runs may take at most, between passes
+
+    def start(self) -> None:
+        """Measure what a pass takes, and go by the memory that is free from now on."""
+        self.budget.start(measure(self._base, self._chunk_tokens))
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
 
     def create_run(self, spec: RunSpec) -> None:
-        self._slots[spec.run_id] = RunSlot.fresh(spec, self._layout(spec), self._base.device)
+        self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
 
-    def import_run(self, spec: RunSpec, state: RunState) -> None:
-        self._slots[spec.run_id] = RunSlot.restored(spec, self._layout(spec), state, self._base.device)
+    def run_bytes(self, spec: RunSpec) -> int:
+        return self._layout(spec).num_params * BYTES_PER_PARAM
 
-    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS) -> RunState:
-        return self._slots[run_id].export(parts)
+    def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
+        self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
+
+    def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
+        return self._slots[run_id].export(parts, copy=copy)
+
+    def copy_weights(self, run_id: RunId) -> Weights:
+        """The run's weights as they are now, where they are."""
+        return self._slots[run_id].copy_weights()
 
     def drop_run(self, run_id: RunId) -> None:
-        self._slots.pop(run_id, None)
+        slot = self._slots.pop(run_id, None)
+        if slot is not None:
+            self.num_bytes -= self.run_bytes(slot.spec)
+
+    def _put(self, slot: RunSlot) -> None:
+        self.drop_run(slot.spec.run_id)
+        self._slots[slot.spec.run_id] = slot
+        self.num_bytes += self.run_bytes(slot.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
+        return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
-        return RowLayout(self._base.linears, spec.targets, spec.rank)
+        key = (spec.targets, spec.rank)
+        if key not in self._layouts:
+            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank)
+        return self._layouts[key]

@@ -8,15 +8,13 @@ the next worker tries again (a backup may have been restored).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import structlog
 
 from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import read_state
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NotFoundError, TinsmithError, UserError
@@ -24,42 +22,57 @@ from tinsmith.recovery import Logged, plan_recovery
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import Failure, OpId, RunId, RunStatus
-from tinsmith.worker.memory import FreeMemory
+from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
+from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import HeldRun, Snapshots
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
 
-MAX_COPIES = 2  # states that wait to be written, when runs leave memory
+MAX_IDLE = 4096  # runs whose lease is kept though they aren't in memory
 
 
 class HeldRuns:
+    """ahead: where states are read beside the loop."""
+
     def __init__(
-        self, me: WorkerId, base: str, store: Store, blobs: Blobs, engine: Engine, settings: Settings, writer: Writer
+        self,
+        me: WorkerId,
+        base: str,
+        store: Store,
+        blobs: Blobs,
+        engine: Engine,
+        settings: Settings,
+        writer: Writer,
+        ahead: ReadAhead,
     ) -> None:
         self._me = me
         self._base = base
         self._store = store
-        self._blobs = blobs
         self._engine = engine
-        self._settings = settings
         self._writer = writer
-        self._snapshots = Snapshots(me, store, blobs, engine, settings, writer)
+        self._ahead = ahead
+        self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, self._on_disk)
+        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go)
         self._held: dict[RunId, HeldRun] = {}
-        self._memory = FreeMemory()
+        self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
+        self._in_debt: dict[RunId, HeldRun] = {}  # those whose state has changed since it was looked for snapshots
+        self._idle: dict[RunId, HeldRun] = {}  # leased, not in the engine; the longest ago first
 
     def __getitem__(self, run_id: RunId) -> HeldRun:
         return self._held[run_id]
 
-    def lease(self) -> None:
-        """Take the runs of this base that have work and no living holder."""
-        for row in self._store.runs.lease(self._me, self._base, limit=1024):
+    def lease(self) -> bool:
+        """Take the runs of this base that have work and no living holder; whether there were any."""
+        rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        for row in rows:
             self._adopt(row)
+        return bool(rows)
 
-    @property
-    def num_resident(self) -> int:
-        return sum(self._engine.has_run(run_id) for run_id in self._held)
+    def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
+        """See `Residency.choose`."""
+        return self.residency.choose(candidates, self._held, served)
 
     def replay_candidates(self, suspects: AbstractSet[OpId]) -> list[Candidate]:
         return [
@@ -67,24 +80,23 @@ class HeldRuns:
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=SUSPECT if op.id in suspects else 0, is_replay=True, is_resident=self._engine.has_run(run_id),
             )
-            for run_id, held in self._held.items()
+            for run_id, held in self._replaying.items()
             for op in held.replays.values()
         ]  # fmt: skip
 
     def replayed_op(self, run_id: RunId, seq_id: int) -> OpRow:
         return self._held[run_id].replays[seq_id]
 
-    def restore(self, run_id: RunId) -> bool:
+    def _restore(self, held: HeldRun) -> bool:
         """Bring the run's snapshot into the engine if it isn't there. False: nothing is on disk to start from."""
-        held = self._held[run_id]
-        held.used_at = time.monotonic()
-        if self._engine.has_run(run_id):
-            return True
-        if held.snapshot is None:
-            return False
-        state = self._blobs.load(held.snapshot, read_state)
-        self._engine.import_run(held.row.spec, state)
-        log.info("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
+        run_id = held.row.run_id
+        if not self._engine.has_run(run_id):
+            if held.snapshot is None:
+                return False
+            self._engine.import_run(held.row.spec, self._ahead.take(held.snapshot), may_keep=True)
+            self._idle.pop(run_id, None)
+            log.debug("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
+        self.residency.used(held)
         return True
 
     def need(self, run_id: RunId | None) -> HeldRun:
@@ -98,7 +110,7 @@ class HeldRuns:
             raise UserError("this request needs a run")
         held = self._held[run_id]
         try:
-            is_there = held.given_up is None and self.restore(run_id)
+            is_there = held.given_up is None and self._restore(held)
         except TinsmithError as error:
             what = "is gone" if isinstance(error, NotFoundError) else "is damaged"
             log.error("snapshot unreadable", run_id=run_id, snapshot=held.snapshot, error=error.message)
@@ -130,7 +142,9 @@ class HeldRuns:
         log.error("run given up", run_id=run_id, why=why)
         held.given_up = CorruptError(message).as_failure()
         held.replays.clear()
-        self._engine.drop_run(run_id)
+        self._replaying.pop(run_id, None)
+        self.residency.drop(run_id)
+        self._idle[run_id] = held
         self._set_status(held, RunStatus.CORRUPTED)
 
     def _set_status(self, held: HeldRun, status: RunStatus) -> None:
@@ -143,6 +157,11 @@ class HeldRuns:
         if held is None or held.given_up is not None:
             return
         held.replays.pop(op.seq_id, None)
+        if not held.replays:
+            self._replaying.pop(held.row.run_id, None)
+        if self._engine.has_run(held.row.run_id):
+            self._idle.pop(held.row.run_id, None)
+            self.residency.used(held)
         if held.row.status is RunStatus.CORRUPTED and not held.replays:
             self._set_status(held, RunStatus.READY)
         held.applied_seq = max(held.applied_seq, op.seq_id)
@@ -150,20 +169,25 @@ class HeldRuns:
             reads_a_file = op.meta.get("blob") is not None  # which stays until a snapshot covers the op
             held.debt_bytes += op.payload_bytes + reads_a_file
             held.debt_s += seconds
+            held.debt_ops += 1
+            self._in_debt[held.row.run_id] = held
 
     def forget(self, run_ids: Iterable[RunId]) -> None:
         """Drop the runs' tensors and read their logs again: after an error that may have left them half changed."""
         self._writer.flush()
         for run_id in set(run_ids):
-            self._engine.drop_run(run_id)
+            self.residency.drop(run_id)
             held = self._held[run_id]
             if held.given_up is None:
                 self._adopt(self._store.runs.get(held.row.tenant_id, run_id))
 
     def snapshot_due(self) -> None:
         """Start a snapshot of each run whose debt has grown past the settings."""
-        for held in self._held.values():
-            if self._snapshots.is_due(held):
+        for run_id, held in list(self._in_debt.items()):
+            if not self._snapshots.is_over(held) or held.given_up is not None:
+                del self._in_debt[run_id]
+            elif self._snapshots.can_start(held):
+                del self._in_debt[run_id]
                 self._snapshots.start(held)
 
     def snapshot_all(self) -> None:
@@ -172,28 +196,36 @@ class HeldRuns:
             if held.debt_bytes and self._snapshots.can_start(held):
                 self._snapshots.start(held)
 
-    def evict(self, busy: frozenset[RunId]) -> None:
-        """Let go of the least recently used runs beyond the settings' number, those in `busy` excepted."""
-        surplus = len(self._held) - self._settings.max_resident_runs
-        if surplus <= 0:
-            return
-        idle = sorted((h for r, h in self._held.items() if r not in busy), key=lambda h: h.used_at)
-        for held in idle[:surplus]:
-            run_id = held.row.run_id
-            if held.num_saves or held.is_snapshotting or held.replays:
-                continue
-            if held.given_up is None and held.debt_bytes:  # without any, it is made again as fast as it is read
-                if self._writer.num_pending < MAX_COPIES and self._snapshots.can_start(held):
-                    self._snapshots.start(held)
-                continue
-            self._engine.drop_run(run_id)
+    def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> None:
+        """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle."""
+        self.residency.make_room(busy, computing)
+        if len(self._idle) > MAX_IDLE:
+            longest = [run_id for run_id in self._idle if run_id not in busy][: MAX_IDLE // 4]
+            self._release(longest)
+
+    def _let_go(self, held: HeldRun) -> None:
+        """A run has left memory. One whose file lacks something (no payload, so quickly done) is read anew."""
+        run_id = held.row.run_id
+        self._in_debt.pop(run_id, None)
+        if held.debt_ops:
+            self._release([run_id])
+        else:
+            self._idle[run_id] = held
+
+    def _release(self, run_ids: Sequence[RunId]) -> None:
+        for run_id in run_ids:
+            self._idle.pop(run_id, None)
             del self._held[run_id]
-            self._store.runs.release(self._me, [run_id])
-            self._memory.freed()
+        self._store.runs.release(self._me, run_ids)
+
+    def _on_disk(self, key: BlobKey, state: RunState) -> None:
+        if not self._engine.is_on_host:
+            self._ahead.keep(key, state)
 
     def release_all(self) -> None:
         self._store.runs.release(self._me, list(self._held))
         self._held.clear()
+        self._idle.clear()
 
     def _adopt(self, row: RunRow) -> None:
         log_rows = self._store.ops.replayable(row.run_id, row.snapshot_seq)
@@ -207,12 +239,14 @@ class HeldRuns:
             self._give_up(held, error.message)
             return
         by_seq = {op.seq_id: op for op in log_rows}
-        self._held[row.run_id] = HeldRun(
+        held = HeldRun(
             row=row,
             snapshot=recovery.snapshot,
             snapshot_seq=row.snapshot_seq,
             applied_seq=recovery.applied_seq,
             replays={seq: by_seq[seq] for seq in recovery.replays},
         )
+        self._held[row.run_id] = self._idle[row.run_id] = held
         if recovery.replays:
+            self._replaying[row.run_id] = held
             log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))

@@ -10,6 +10,7 @@ What stays true:
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,7 +22,7 @@ from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import BlobKey, Failure, RunId
+from tinsmith.types import BlobKey, Failure, RunId, RunState
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -31,6 +32,7 @@ log = structlog.get_logger("tinsmith.worker")
 class HeldRun:
     """A leased run. `replays` are finished ops above the snapshot that have not been computed again yet, by seq.
 
+    debt: of the ops that changed the state in memory since the snapshot.
     given_up: why its state can't be had from its log and files.
     """
 
@@ -39,6 +41,7 @@ class HeldRun:
     snapshot_seq: int
     applied_seq: int
     replays: dict[int, OpRow]
+    debt_ops: int = 0
     debt_bytes: int = 0
     debt_s: float = 0.0
     num_saves: int = 0
@@ -49,56 +52,67 @@ class HeldRun:
 
 class Snapshots:
     def __init__(
-        self, me: WorkerId, store: Store, blobs: Blobs, engine: Engine, settings: Settings, writer: Writer
+        self,
+        me: WorkerId,
+        store: Store,
+        blobs: Blobs,
+        engine: Engine,
+        settings: Settings,
+        writer: Writer,
+        on_disk: Callable[[BlobKey, RunState], None],
     ) -> None:
+        """`on_disk` is told of each state whose file is recorded."""
         self._me = me
         self._store = store
         self._blobs = blobs
         self._engine = engine
         self._settings = settings
         self._writer = writer
+        self._on_disk = on_disk
 
-    def is_due(self, held: HeldRun) -> bool:
-        """Its debt is past the settings, and a snapshot can be taken now."""
-        over = held.debt_bytes >= self._settings.snapshot_debt_bytes or held.debt_s >= self._settings.snapshot_debt_s
-        return over and self.can_start(held)
+    def is_over(self, held: HeldRun) -> bool:
+        """Its debt is past the settings."""
+        return held.debt_bytes >= self._settings.snapshot_debt_bytes or held.debt_s >= self._settings.snapshot_debt_s
 
     def can_start(self, held: HeldRun) -> bool:
         settled = not (held.num_saves or held.is_snapshotting or held.replays)
         return settled and self._engine.has_run(held.row.run_id)
 
-    def start(self, held: HeldRun) -> None:
-        """Copy the state now; write and record it beside the loop. A failure is logged, and the log kept."""
+    def start(self, held: HeldRun, *, is_still: bool = False) -> None:
+        """Copy the state now; write and record it beside the loop. A failure is logged, and the log kept.
+
+        is_still: the run won't be touched until `is_snapshotting` ends, so nothing has to be copied.
+        """
         run_id = held.row.run_id
-        state = self._engine.export_run(run_id)
-        seq, debt_bytes, debt_s = held.applied_seq, held.debt_bytes, held.debt_s
+        state = self._engine.export_run(run_id, copy=not is_still)
+        seq, debt_ops, debt_bytes, debt_s = held.applied_seq, held.debt_ops, held.debt_bytes, held.debt_s
         key = snapshot_key(held.row.tenant_id, run_id, seq)
         held.is_snapshotting = True
 
-        def write() -> BlobInfo:
-            return self._blobs.put(key, state_pieces(state))
-
-        def recorded(stored: BlobInfo | BaseException) -> None:
+        def recorded(stored: BlobInfo | BaseException | None) -> None:
             held.is_snapshotting = False
             if isinstance(stored, BaseException):
                 log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(stored))
-                return
-            held.debt_bytes -= debt_bytes
-            held.debt_s -= debt_s
-            self._record(held, run_id, seq, stored)
+            elif stored is not None:
+                held.debt_ops -= debt_ops
+                held.debt_bytes -= debt_bytes
+                held.debt_s -= debt_s
+                held.snapshot, held.snapshot_seq = stored.key, seq
+                self._on_disk(stored.key, state)
 
-        self._writer.submit(write, recorded)
+        self._writer.submit(lambda: self._write(run_id, seq, key, state), recorded)
 
-    def _record(self, held: HeldRun, run_id: RunId, seq: int, stored: BlobInfo) -> None:
-        key, size = stored.key, stored.size
+    def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState) -> BlobInfo | None:
+        """The file and its record, in the writer's thread. None: the run has another holder now."""
+        stored = self._blobs.put(key, state_pieces(state))
         try:
-            previous = self._store.runs.record_snapshot(self._me, run_id, seq, key, size, time.time())
+            previous = self._store.runs.record_snapshot(self._me, run_id, seq, stored.key, stored.size, time.time())
         except FencedError:
             log.warning("snapshot dropped: the run has another holder now", run_id=run_id, seq_id=seq)
-            self._blobs.delete(key)
-            return
-        held.snapshot, held.snapshot_seq = key, seq
+            self._blobs.delete(stored.key)
+            return None
         stale = self._store.ops.prune_payloads(run_id, seq)
-        for old in [*stale, *([previous] if previous and previous != key else [])]:
+        for old in [*stale, *([previous] if previous and previous != stored.key else [])]:
             self._blobs.delete(old)
-        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=size, payloads_dropped=len(stale))
+        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
+        return stored

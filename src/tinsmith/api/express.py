@@ -1,0 +1,229 @@
+"""The express lane: the requests that a training loop is made of, answered without the framework in between.
+
+Sending a pass or a step and asking for a result are nearly all that a busy server is asked, and the framework's part of
+each costs more than ours. What stays true: whoever comes this way gets the answer that the routes give, to the byte
+(the request's id and the date aside), under the same bounds; whatever isn't plain goes the long way, untouched: a key
+that was not seen good a moment ago, a body of another kind or size, a custom loss, a result that lies in a file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+import structlog
+import zstandard
+
+from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.auth import KeyCache
+from tinsmith.api.body import inflate
+from tinsmith.api.errors import fault, refusal
+from tinsmith.api.futures import come_to, failure_of, try_again
+from tinsmith.api.gaps import MAX_AHEAD
+from tinsmith.api.intake import Budget
+from tinsmith.api.marks import SECURITY_HEADERS, log_request, request_id_of
+from tinsmith.api.places import CALLER
+from tinsmith.api.plain_http import PlainRequest, read_plain
+from tinsmith.api.services import Services
+from tinsmith.api.training import draft_on, fill_optim_step, fill_training
+from tinsmith.errors import TinsmithError
+from tinsmith.store.rows import OpRow, Principal, RunRow
+from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
+from tinsmith.validate import CUSTOM
+from tinsmith.wire.bounds import read_address
+from tinsmith.wire.media import JSON, WireError, decode_json, encode_json
+from tinsmith.wire.requests import RetrieveFuture, RunAddress
+from tinsmith.wire.results import failure_result
+
+MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
+MAX_RUNS = 4096
+SECURITY = b"".join(b"%s: %s\r\n" % header for header in SECURITY_HEADERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    body: bytes
+    media: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer to a request, with the id that both bear."""
+
+    answer: Answer
+    request_id: str
+
+    @property
+    def closes(self) -> bool:
+        """The connection has to be closed after it."""
+        return self.answer.headers.get("connection") == "close"
+
+    def to_bytes(self, dated: bytes, *, is_last: bool) -> bytes:
+        """As it goes over the wire. dated: headers that the server adds to each; is_last: the connection is closed."""
+        answer = self.answer
+        headers = {**answer.headers, "connection": "close"} if is_last else answer.headers
+        extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = (
+            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\ncontent-type: {answer.media}\r\n"
+            f"content-length: {len(answer.body)}\r\n{extra}x-request-id: {self.request_id}\r\n"
+        )
+        return b"".join((head.encode("latin-1"), dated, SECURITY, b"\r\n", answer.body))
+
+
+Handler: TypeAlias = Callable[[Principal, PlainRequest], Awaitable[Answer | None]]
+
+
+class Express:
+    """For the event loop's own thread.
+
+    Args:
+        keys: those that were seen good, shared with the routes.
+        budget: of bodies held at one time, shared with the routes.
+    """
+
+    def __init__(self, services: Services, keys: KeyCache, budget: Budget) -> None:
+        self._services = services
+        self._keys = keys
+        self._budget = budget
+        self._handlers: dict[bytes, Handler] = {
+            b"/api/v1/retrieve_future": self._retrieve,
+            b"/api/v1/forward_backward": self._forward_backward,
+            b"/api/v1/optim_step": self._optim_step,
+        }
+        self._paths = frozenset(self._handlers)
+        self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
+
+    def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
+        """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
+        later, and nothing has happened then."""
+        request = read_plain(data, self._paths)
+        if request is None:
+            return None
+        principal = self._keys.known(_secret_of(request))
+        return None if principal is None else self._answered(request, principal)
+
+    async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
+        request_id = request_id_of(request.headers.get(b"x-request-id", b""))
+        path = request.path.decode()
+        started = time.monotonic()
+        CALLER.set(principal.tenant_id)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                answer = await self._handlers[request.path](principal, request)
+            except TinsmithError as error:
+                status, headers, problem = refusal(path, error)
+                answer = Answer(status, encode_json(problem), headers=headers)
+            except Exception as error:  # the HTTP edge
+                answer = Answer(500, encode_json(fault(path, request_id, error)))
+            if answer is None:
+                return None
+            log_request("POST", path, answer.status, time.monotonic() - started, principal)
+        return Answered(answer, request_id)
+
+    async def _retrieve(self, principal: Principal, request: PlainRequest) -> Answer | None:
+        if not request.headers.get(b"content-type", b"").startswith(b"application/json"):
+            return None
+        try:
+            asked = decode_json(request.body, RetrieveFuture)
+        except WireError:
+            return None
+        op = await come_to(self._services, principal.tenant_id, OpId(asked.request_id))
+        if not op.state.is_final:
+            return Answer(408, await try_again(self._services, op))
+        if op.state is not OpState.DONE:
+            return Answer(200, failure_result(failure_of(op)))
+        return None if op.result_blob is not None else Answer(200, op.result or b"", op.result_media or JSON)
+
+    async def _forward_backward(self, principal: Principal, request: PlainRequest) -> Answer | None:
+        with _Held(self._budget, principal.tenant_id) as held:
+            body = self._body(request, held)
+            address = None if body is None else read_address(body)
+            if body is None or address is None or CUSTOM.encode() in body:
+                return None
+            where = RunAddress(*address)
+            run = await self._run(principal, where)
+            draft = draft_on(run, OpKind.FORWARD_BACKWARD, where)
+            return await self._admit(principal, attempt(draft, partial(fill_training, self._services, principal, body)))
+
+    async def _optim_step(self, principal: Principal, request: PlainRequest) -> Answer | None:
+        with _Held(self._budget, principal.tenant_id) as held:
+            body = self._body(request, held)
+            if body is None:
+                return None
+            try:
+                where = decode_json(body, RunAddress)
+            except WireError:
+                return None
+            draft = draft_on(await self._run(principal, where), OpKind.OPTIM_STEP, where)
+            return await self._admit(principal, attempt(draft, partial(fill_optim_step, body)))
+
+    async def _admit(self, principal: Principal, draft: Draft) -> Answer:
+        row: OpRow = await admit(self._services, principal, draft)
+        return Answer(200, encode_json(Promise(request_id=row.id, model_id=row.run_id)))
+
+    def _body(self, request: PlainRequest, held: _Held) -> bytes | None:
+        """The body, inflated if it came as zstd that says how large it is; None if that is another's task."""
+        encoding, most = request.headers.get(b"content-encoding", b"identity"), MAX_INFLATED_BYTES
+        if len(request.body) > self._services.settings.max_body_bytes:
+            return None
+        held.take(len(request.body))
+        if encoding == b"identity":
+            return request.body
+        if encoding != b"zstd":
+            return None
+        try:
+            stated = zstandard.frame_content_size(request.body)
+        except zstandard.ZstdError:
+            return None
+        if not 0 <= stated <= min(most, self._services.settings.max_body_bytes):
+            return None
+        return inflate(request.body, most, held.take)
+
+    async def _run(self, principal: Principal, where: RunAddress) -> RunRow:
+        """The run as it once was: its base and kind never change, and its head only grows.
+
+        Raises:
+            NotFoundError: no such run of this tenant.
+        """
+        key = principal.tenant_id, RunId(where.model_id)
+        run = self._runs.get(key)
+        if run is None or where.seq_id > run.head_seq + MAX_AHEAD:
+            run = await self._services.work(self._services.store.runs.get, *key)
+            if len(self._runs) >= MAX_RUNS:
+                self._runs.clear()
+            self._runs[key] = run
+        return run
+
+
+class _Held:
+    """What one request holds of the budget, until its block ends."""
+
+    def __init__(self, budget: Budget, tenant_id: TenantId) -> None:
+        self._budget, self._tenant_id = budget, tenant_id
+        self._num_bytes = 0
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give_back(self._tenant_id, self._num_bytes)
+
+    def take(self, num_bytes: int) -> None:
+        """Raises: CapacityError: there is no room now."""
+        self._budget.take(self._tenant_id, num_bytes, self._num_bytes)
+        self._num_bytes += num_bytes
+
+
+def _secret_of(request: PlainRequest) -> str:
+    """The key or token, as the routes find it; empty if there's none."""
+    secret = request.headers.get(b"x-api-key", b"").decode("latin-1")
+    if secret:
+        return secret
+    scheme, _, token = request.headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

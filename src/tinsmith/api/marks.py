@@ -1,0 +1,33 @@
+"""What every answer bears and every request leaves behind: an id, security headers, a line in the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+from uuid import uuid4
+
+import structlog
+
+from tinsmith.store.rows import Principal
+
+log = structlog.get_logger("tinsmith.api")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+def request_id_of(header: bytes) -> str:
+    """The id that a client gave its request, if it is sane, or a new one."""
+    sent = header.decode("latin-1")
+    return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
+
+
+def log_request(method: str, path: str, status: int, seconds: float, caller: Principal | None) -> None:
+    is_routine = status < 400 or status == 408 or path.endswith("/healthz")
+    level = logging.DEBUG if is_routine else logging.INFO
+    who = {} if caller is None else {"tenant": caller.tenant_name}
+    log.log(level, "request", method=method, path=path, status=status, ms=round(seconds * 1e3, 1), **who)

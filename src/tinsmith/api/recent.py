@@ -1,0 +1,56 @@
+"""Requests that this process took in a moment ago, and what they have come to.
+
+Nearly every request is asked for within moments of its arrival and of its end, by the process that took it in. That
+poll needs no look at the database: that the request is there was seen when it was recorded, and its final row when the
+watcher looked. What stays true: only rows that were read from the store or written to it are told, each to its own
+tenant; a final one is told once, soon, and then forgotten. Everything else is the store's to answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+
+from tinsmith.store.rows import OpRow
+from tinsmith.types import OpId, TenantId
+
+MAX_OPEN = 256
+MAX_ENDED = 256
+TTL_S = 1.0
+
+
+class Recent:
+    """For the event loop's own thread."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[OpId, tuple[OpRow, float]] = OrderedDict()
+        self._ended: OrderedDict[OpId, tuple[OpRow, float]] = OrderedDict()
+
+    def opened(self, row: OpRow) -> None:
+        """A request was recorded, and the watcher has begun no look since before that: the next one includes it."""
+        self._open[row.id] = row, time.monotonic()
+        if len(self._open) > MAX_OPEN:
+            self._open.popitem(last=False)
+
+    def open_ids(self) -> list[OpId]:
+        """Those whose end is worth looking for before anybody asks."""
+        return list(self._open)
+
+    def ended(self, row: OpRow) -> None:
+        """The watcher saw a final row."""
+        if self._open.pop(row.id, None) is not None:
+            self._ended[row.id] = row, time.monotonic()
+            if len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
+
+    def find(self, tenant_id: TenantId, op_id: OpId) -> OpRow | None:
+        """The request of this tenant: final, or as it was when it was recorded. None: look into the store."""
+        row, at = self._ended.get(op_id) or self._open.get(op_id) or (None, 0.0)
+        if row is None or row.tenant_id != tenant_id or time.monotonic() - at > TTL_S:
+            return None
+        self._ended.pop(op_id, None)
+        return row
+
+    def forget(self, op_id: OpId) -> None:
+        """It is waited for now, or it never will be."""
+        self._open.pop(op_id, None)

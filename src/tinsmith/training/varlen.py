@@ -1,0 +1,112 @@
+"""Causal attention over packed sequences on an NVIDIA GPU: one flash kernel for sequences of any lengths, unpadded.
+
+The interface is that of `attention.PackedAttention`, which takes its place where there is no such kernel.
+Shape letters: T rows of the pass, S sequences, H and G heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.model.lora.tables import to_device
+from tinsmith.training.attention import PackedAttention
+
+log = structlog.get_logger("tinsmith.worker")
+
+MIN_CAPABILITY = (8, 0)  # of torch's flash kernels
+VarlenKernel = Callable[..., Any]
+
+
+class Attention(Protocol):
+    """Attention of one pass."""
+
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
+
+
+AttentionMaker = Callable[[Sequence[int], torch.device], Attention]
+
+
+class VarlenAttention:
+    """The layout of one pass: where its sequences begin.
+
+    Args:
+        lengths: of the sequences, in the order of their rows; they cover all T rows.
+        kernel: torch's varlen_attn, or `plain_varlen`.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, kernel: VarlenKernel) -> None:
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        self._starts = to_device(starts, device)
+        self._longest = max(lengths)
+        self._kernel = kernel
+        self._accepted = frozenset(inspect.signature(kernel).parameters)
+
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """[T, H, D]: each sequence attends to itself, causally; differentiable."""
+        q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
+        options: dict[str, Any] = {}
+        if "window_size" in self._accepted:  # torch 2.12 and later spell causality so
+            options["window_size"] = (-1, 0)
+        else:
+            options["is_causal"] = True
+        if "enable_gqa" in self._accepted:
+            options["enable_gqa"] = q_HTD.shape[0] != k_GTD.shape[0]
+        if "scale" in self._accepted:
+            options["scale"] = scale
+        else:
+            q_THD = q_THD * (scale * q_THD.shape[-1] ** 0.5)
+        starts, longest = self._starts, self._longest
+        out_THD: Tensor = self._kernel(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)
+        return out_THD
+
+
+def plain_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What varlen_attn computes, sequence by sequence: its reference."""
+    starts = cu_seq_q.tolist()
+    outs = []
+    for start, end in pairwise(starts):
+        q_HND, k_GND, v_GND = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        out_HND = F.scaled_dot_product_attention(
+            q_HND, k_GND, v_GND, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
+        )[0]
+        outs.append(out_HND.transpose(0, 1))
+    return torch.cat(outs)
+
+
+@lru_cache
+def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionMaker:
+    """The attention of passes on a device. Where a GPU has no flash kernel for this dtype the log says so, once."""
+    if device.type != "cuda":
+        return PackedAttention
+    kernel = _find_kernel()
+    lacks = [
+        *(["torch has no varlen_attn"] if kernel is None else []),
+        *([f"it has no {dtype} kernel"] if dtype not in (torch.bfloat16, torch.float16) else []),
+        *(["the GPU is older than Ampere"] if torch.cuda.get_device_capability(device) < MIN_CAPABILITY else []),
+    ]
+    if kernel is None or lacks:
+        log.warning("attention is padded by length class, not packed", device=str(device), because=", ".join(lacks))
+        return PackedAttention
+    return lambda lengths, where: VarlenAttention(lengths, where, kernel)
+
+
+def _find_kernel() -> VarlenKernel | None:
+    try:
+        found: VarlenKernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    return found

@@ -1,0 +1,72 @@
+"""Compiles the kernels for an H200 and prints what instructions they have, as JSON. Run by `test_compiled`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tinsmith.model.lora import kernels
+from tinsmith.training import adamw_kernels
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    "wide": "*bf16", "weights": "*bf16", "narrow": "*bf16", "tiles": "*i32", "at": "*i64", "bands": "*i32",
+    "blocks": "*i32", "scales": "*fp32", "grads": "*fp32", "pieces": "*i32", "spans": "*i32",
+    "anchor": "*fp32", "copies": "*bf16", "copy_at": "*i64", "sizes": "*i64", "numbers": "*fp32", "factors": "*fp32",
+    "takes_step": "*i32", "sums": "*fp32",
+}  # fmt: skip
+PATTERNS = {
+    "wgmma": r"wgmma\.mma", "mma.sync": r"mma\.sync", "cp.async": r"cp\.async\.c[ag]",
+    "vector loads": r"ld\.global(\.\w+)*\.v[24]", "single bf16 loads": r"ld\.global\.b16",
+    "vector stores": r"st\.global(\.\w+)*\.v[24]", "single bf16 stores": r"st\.global\.b16",
+}  # fmt: skip
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int) -> dict[str, int]:
+    """As the launchers call it: pointers and strides are multiples of 16."""
+    types, values, hints = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name], values[(index,)] = "constexpr", constants[name]
+            continue
+        types[name] = POINTERS.get(name, "i32")
+        if name in POINTERS or name.endswith("stride"):
+            hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constexprs=values, attrs=hints)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    ptx = triton.compile(source, target=HOPPER, options=options).asm["ptx"]
+    return {name: len(re.findall(pattern, ptx)) for name, pattern in PATTERNS.items()}
+
+
+def main() -> None:
+    found: dict[str, dict[str, int]] = {}
+    common = {"UNIT": 16, "ALIGNED": True, "PRECISION": "tf32", "BT": kernels.BLOCK_ROWS}
+    for rank in (8, 32, 128):
+        sides = {
+            "A": {"STRIDE_W": 1, "STRIDE_N": 4096, "NUM_NARROW": 3 * rank},
+            "B": {"STRIDE_W": rank, "STRIDE_N": 1, "NUM_NARROW": rank},
+        }
+        for name, side in sides.items():
+            narrow = kernels.narrow_block(side["NUM_NARROW"])
+            cases = {
+                kernels._shrink: ({"EVEN": True, "BW": kernels.BLOCK_SUM, "BN": narrow}, 3),
+                kernels._expand: ({"BW": kernels.BLOCK_WIDE, "BN": min(64, narrow)}, 2),
+                kernels._outer: ({"SOLE": False, "BW": kernels.BLOCK_WIDE, "BN": min(64, narrow)}, 3),
+            }
+            for kernel, (own, stages) in cases.items():
+                label = f"{kernel.__name__} {name} rank {rank}"
+                found[label] = compile_kernel(kernel, {**common, **side, **own}, 4, stages)
+    norm = {"UNIT": 16, "EVEN": True, "BLOCK": adamw_kernels.NORM_BLOCK, "BLOCKS": adamw_kernels.BLOCKS_A_PROGRAM}
+    found["_square_sums"] = compile_kernel(adamw_kernels._square_sums, norm, 8, 3)
+    step = {"UNIT": 16, "COPY_UNIT": 16, "EVEN": True, "HAS_COPY": True, "BLOCK": adamw_kernels.STEP_BLOCK}
+    found["_adamw"] = compile_kernel(adamw_kernels._adamw, step, 4, 3)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
