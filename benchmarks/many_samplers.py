@@ -2,11 +2,11 @@
 
     python benchmarks/many_samplers.py
 
-10,000 samplers of one base, each with a file of its own (hard links of 64 files that a run's saves wrote: what is looked
-up, opened, read and checked is the same). Cold: nothing of the sampler is in the worker's memory, and the file was not
-read before by this process; one token is asked for, so that the weights' way is what is timed. Published: an optimizer
-step is taken, the weights are saved without a name, and one token is sampled from them. All through the worker, store
-(synchronous=FULL) and files; medians and 95th percentiles of wall time.
+10,000 samplers of one base, each with a file of its own (hard links of 64 files that a run's saves wrote: what is
+looked up, opened, read and checked is the same). Cold: nothing of the sampler is in the worker's memory, and its file
+was not read before by this process; one token is asked for, so that the weights' way is what is timed. Published: an
+optimizer step is taken, the weights are saved without a name, and one token is sampled from them. All through the
+worker, store (synchronous=FULL) and files; medians and 95th percentiles of wall time.
 """
 
 from __future__ import annotations
