@@ -101,9 +101,7 @@ def compare(layout: RowLayout, args: argparse.Namespace, clip: float, what: str)
 
 def make_layout() -> RowLayout:
     linears = [
-        LinearInfo(
-            f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape, f"model.layers.{layer}.{name}"
-        )
+        LinearInfo(path := f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape, lead=path)
         for layer in range(LAYERS)
         for name, shape in SHAPES.items()
     ]

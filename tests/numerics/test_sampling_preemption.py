@@ -24,7 +24,7 @@ def assert_nothing_is_held(sampler: Sampler) -> None:
     stages = sampler._stages
     assert sampler.num_samples == 0
     assert sampler.memory.num_held_blocks == sampler.memory.kv.num_allocated_blocks == 0
-    assert not (stages.running or stages.begun or stages.ready or stages.preempted or stages.num_waiting)
+    assert not any((stages.running, stages.begun, stages.ready, stages.preempted, stages.num_waiting))
 
 
 def assert_like(found: SampleResult, alone: SampleResult) -> None:

@@ -120,12 +120,12 @@ def test_an_adapter_with_b_zero_is_the_base(base):
 
 def test_a_snapshot_keeps_its_own_weights(base):
     state = state_of(base, spec("run", 8))
-    sampler = make_sampler(base, {"v1": state})
+    sampler = make_sampler(base, {"v1": state}, deterministic=True)
     request = sample("before", prompt(9, 20), "v1", max_tokens=20)
     sampler.submit(request)
     for _ in range(5):
         sampler.step()
-    untouched = run_all(make_sampler(base, {"v1": state}), [request])["before"]
+    untouched = run_all(make_sampler(base, {"v1": state}, deterministic=True), [request])["before"]
     for tensor in state.tensors.values():
         tensor *= -3
     sampler.add_adapter("v2", state)

@@ -115,7 +115,7 @@ def test_requests_join_while_others_decode(base):
 
 def test_cancelling_frees_what_a_request_holds(base):
     states = mixed_states(base, 2)
-    sampler = make_sampler(base, states, prefill_chunk_tokens=64, max_resident_samples=4)
+    sampler = make_sampler(base, states, prefill_chunk_tokens=64, max_resident_samples=4, deterministic=True)
     items = [sample(f"r{i}", prompt(i, 150), f"a{i % 2}", num_samples=2, max_tokens=50) for i in range(6)]
     for item in items:
         sampler.submit(item)
@@ -128,7 +128,8 @@ def test_cancelling_frees_what_a_request_holds(base):
     assert sampler.cancel(items[0].op_id) == SampleCost()
     left = run_all(sampler)
     assert list(left) == ["r5"]
-    assert_same_sample(left["r5"], run_all(make_sampler(base, states, prefill_chunk_tokens=64), [items[5]])["r5"])
+    alone = make_sampler(base, states, prefill_chunk_tokens=64, deterministic=True)
+    assert_same_sample(left["r5"], run_all(alone, [items[5]])["r5"])
     assert_nothing_is_held(sampler)
 
 
@@ -161,7 +162,7 @@ def test_three_hundred_requests_flow_through_the_seats(base):
     """
     seats = 32
     states = mixed_states(base, 40)
-    sampler = make_sampler(base, states, kv_cache_mib=8, max_resident_samples=seats)
+    sampler = make_sampler(base, states, kv_cache_mib=8, max_resident_samples=seats, deterministic=True)
     total = sampler.memory.kv.total
     items = [
         sample(f"r{i:03}", prompt(i, 1 + (i * 37) % 60), f"a{i % 40}", seed=i, max_tokens=2 + (i * 29) % 39)
@@ -184,7 +185,8 @@ def test_three_hundred_requests_flow_through_the_seats(base):
     for item in items:
         assert len(results[item.op_id].sequences[0].tokens) == item.params.max_tokens
     for item in items[::75]:
-        assert_same_sample(results[item.op_id], run_all(make_sampler(base, states), [item])[item.op_id])
+        alone = make_sampler(base, states, deterministic=True)
+        assert_same_sample(results[item.op_id], run_all(alone, [item])[item.op_id])
     assert_nothing_is_held(sampler)
 
 
@@ -217,7 +219,7 @@ def test_no_two_requests_wait_for_each_other(base, total):
         )
         for i in range(12)
     ]
-    expected = run_all(make_sampler(base, states), items)
+    expected = run_all(make_sampler(base, states, deterministic=True), items)
     sampler = with_blocks(base, total, deterministic=True)
     for key, state in states.items():
         sampler.add_adapter(key, state)

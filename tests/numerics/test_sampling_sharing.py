@@ -35,7 +35,7 @@ def steps_until(sampler: Any, name: str, at_most: int) -> Any:
 @pytest.mark.parametrize("length", [5, 150])
 def test_one_request_of_many_samples_keeps_nobody_waiting(base, length):
     states = mixed_states(base, 2)
-    sampler = make_sampler(base, states, max_resident_samples=32, prefill_chunk_tokens=64)
+    sampler = make_sampler(base, states, max_resident_samples=32, prefill_chunk_tokens=64, deterministic=True)
     crowd = by("alice", "crowd", prompt(1, 20), "a0", num_samples=60, seed=1, max_tokens=30)
     short = by("bob", "short", prompt(2, length), "a1", num_samples=2, seed=2, max_tokens=4)
     sampler.submit(crowd)
@@ -44,7 +44,7 @@ def test_one_request_of_many_samples_keeps_nobody_waiting(base, length):
     assert len(sampler._stages.running) == 28
     sampler.submit(short)
     _, result = steps_until(sampler, "short", 6 if length < 64 else 12)
-    alone = make_sampler(base, states, prefill_chunk_tokens=64)
+    alone = make_sampler(base, states, prefill_chunk_tokens=64, deterministic=True)
     assert_same_sample(result, run_all(alone, [short])["short"])
     assert_same_sample(run_all(sampler)["crowd"], run_all(alone, [crowd])["crowd"])
 

@@ -40,6 +40,31 @@ def test_the_uniform_number_chooses_by_cumulative_probability():
     assert one(logits, 0.5)[1] == pytest.approx(np.log(0.3), abs=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [5, 1024, 1025, 5000])
+def test_the_running_sum_is_inverted_across_pieces(vocab):
+    """Against the plain running sum in double precision; a draw on the very edge may fall to either side."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(400, vocab, generator=generator) * 2
+    uniforms = torch.rand(400, dtype=torch.float64, generator=generator)
+    tokens, _, _ = draw(logits, Warp.of([SamplingParams()] * 400, vocab, CPU), uniforms)
+    running = torch.softmax(logits.double(), -1).cumsum(-1)
+    above = running.gather(1, tokens[:, None])[:, 0]
+    below = torch.where(tokens > 0, running.gather(1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert bool((above > uniforms - 1e-6).all())
+    assert bool((below <= uniforms + 1e-6).all())
+    assert (tokens == torch.searchsorted(running, uniforms[:, None], right=True)[:, 0]).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("at", [0, 1023, 1024, 2999])
+def test_whatever_the_number_a_lone_token_is_drawn(at):
+    logits = torch.full((3, 3000), float("-inf"))
+    logits[:, at] = 1.0
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-52], dtype=torch.float64)
+    tokens, logprobs, _ = draw(logits, Warp.of([SamplingParams()] * 3, 3000, CPU), uniforms)
+    assert tokens.tolist() == [at] * 3
+    assert logprobs.tolist() == [0.0] * 3
+
+
 def test_a_token_without_probability_is_never_drawn():
     inf = float("-inf")
     assert one([inf, 0.0, inf, 0.0, inf], 0.0)[0] == 1
@@ -108,7 +133,10 @@ def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(37, vocab, generator=generator) * 3
     uniforms = torch.rand(37, dtype=torch.float64, generator=generator)
-    tokens, logprobs, all_logprobs = draw(logits, Warp.of(params, vocab, CPU), uniforms)
+    warp = Warp.of(params, vocab, CPU)
+    tokens, logprobs, norms = draw(logits, warp, uniforms)
+    all_logprobs = warp.scaled(logits) - norms
+    torch.testing.assert_close(all_logprobs, torch.log_softmax(warp.scaled(logits), -1), atol=5e-6, rtol=0)
     for i in range(37):
         token, logprob, _ = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
         assert torch.equal(token[0], tokens[i])

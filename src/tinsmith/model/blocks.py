@@ -31,12 +31,12 @@ class GatedMLP(nn.Module):
 
     def __init__(self, gate_up: LinearGroup, down: GroupedLinear, *, stable: bool) -> None:
         super().__init__()
-        self._gate_up = gate_up
+        self.gate_up = gate_up
         self.down_proj = down
-        self._stable = stable
+        self.stable = stable
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(gated_silu(self._gate_up(x), stable=self._stable))
+        out: Tensor = self.down_proj(gated_silu(self.gate_up(x), stable=self.stable))
         return out
 
 
@@ -45,11 +45,11 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, module: nn.Module, qkv: LinearGroup, holder: PassHolder) -> None:
         super().__init__()
-        self._qkv = qkv
+        self.qkv = qkv
         self._holder = holder
         self.layer_idx = cast(int, module.layer_idx)
-        self._head_dim = cast(int, module.head_dim)
-        self._scaling = cast(float, module.scaling)
+        self.head_dim = cast(int, module.head_dim)
+        self.scaling = cast(float, module.scaling)
         self.o_proj = cast(GroupedLinear, module.o_proj)
         self.q_norm = getattr(module, "q_norm", None)
         self.k_norm = getattr(module, "k_norm", None)
@@ -63,16 +63,16 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         if attention_mask is not None:
             raise UnsupportedError("a mask came to attention, where only plain causal attention is served")
-        qkv_TX = self._qkv(hidden_states)[0]
+        qkv_TX = self.qkv(hidden_states)[0]
         q_THD, k_TGD, v_TGD = (
-            part.view(len(qkv_TX), -1, self._head_dim) for part in torch.split(qkv_TX, self._qkv.widths, 1)
+            part.view(len(qkv_TX), -1, self.head_dim) for part in torch.split(qkv_TX, self.qkv.widths, 1)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0]
         q_THD, k_TGD = rotate(q_THD, cos_TD, sin_TD), rotate(k_TGD, cos_TD, sin_TD)
         out_THD = self._holder.context.attend(
-            self.layer_idx, q_THD.transpose(0, 1), k_TGD.transpose(0, 1), v_TGD.transpose(0, 1), self._scaling
+            self.layer_idx, q_THD.transpose(0, 1), k_TGD.transpose(0, 1), v_TGD.transpose(0, 1), self.scaling
         )
         return self.o_proj(out_THD.reshape(1, len(out_THD), -1)), None
 

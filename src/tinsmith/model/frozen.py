@@ -32,6 +32,10 @@ class FrozenMatrix:
         self._packed: Tensor | None = _pack(weight_OI) if can_pack(weight_OI) else None
         self._packed_transpose: Tensor | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
     def times(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x Wᵀ + b, a new tensor [T, O]."""
         if self._packed is None:

@@ -7,7 +7,7 @@ Shape letters: B sequences, T rows (B and others after them), D hidden size, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import HEAD, BaseModel, padded_rows
+from tinsmith.model import HEAD, BaseModel
 from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw, penalise, restrict
@@ -45,12 +45,14 @@ class Drawn(NamedTuple):
 class Decoder:
     """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas; for `context`."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence]) -> None:
+    def __init__(self, base: BaseModel, kv: KVCache[Sequence], num_rows: Callable[[int], int], is_exact: bool) -> None:
+        """num_rows: of a product that computes so many. is_exact: a row's bits don't depend on the others."""
         self._base = base
+        self._num_rows = num_rows
         self._kv = kv
         self._version = -1
         self._sequences: list[Sequence] = []
-        self._lora = DecodeLora(base.device)
+        self._lora = DecodeLora(base.device, is_exact)
         self._rules: Rules | None = None  # of `_sequences`, made when they are needed
         self._must_look = True  # tokens and positions aren't what the last step left
         self.context = DecodeContext((), self._lora)
@@ -75,7 +77,7 @@ class Decoder:
         """A token for every sequence that isn't paused. The sequences' rows come first, any others after them."""
         sequences = self._sequences
         num = len(sequences)
-        hidden_TD = hidden_TD[: padded_rows(num)]
+        hidden_TD = hidden_TD[: self._num_rows(num)]
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
         counts_B = np.array([len(s.tokens) for s in sequences], np.int64) if self._must_look else self._counts_B
@@ -167,9 +169,9 @@ def _draw(logits_BV: Tensor, sequences: Seq[Sequence], rules: Rules, counts_B: I
         matchers = {row: sequences[row].matcher for row in rules.matched}
         allowed = {row: matcher.allowed() for row, matcher in matchers.items() if matcher is not None}
         penalised_BV = restrict(logits_BV if penalised_BV is None else penalised_BV, allowed)
-    tokens_B, logprobs_B, logprobs_BV = draw(logits_BV, rules.warp, uniforms_B, penalised_BV)
+    tokens_B, logprobs_B, norms_B1 = draw(logits_BV, rules.warp, uniforms_B, penalised_BV)
     tokens, logprobs = tokens_B.tolist(), logprobs_B.tolist()
     if not rules.tops:
         return [Drawn(*each) for each in zip(sequences, tokens, logprobs, strict=True)]
-    tops = likeliest(logprobs_BV, rules.tops)
+    tops = likeliest(rules.warp.scaled(logits_BV) - norms_B1, rules.tops)
     return [Drawn(*each) for each in zip(sequences, tokens, logprobs, tops, strict=True)]

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 
-MAX_GROWTH_SLOTS = 16
 LONG_BLOCKS = 16
 
 Owner = TypeVar("Owner", bound=Hashable)
@@ -179,10 +178,11 @@ class KVCache(Generic[Owner]):
             arena = self._arenas[size] = Arena(self.shape, size)
         if len(arena.owners) < arena.num_slots:
             return arena
-        wanted = min(max(1, arena.num_slots), MAX_GROWTH_SLOTS)
+        wanted = max(1, arena.num_slots // 2)  # so that filling it copies each of its sequences a few times
         if self.num_allocated_blocks + wanted * size > self.total:
             self._make_room(size)
-            wanted = 1
+            left = self.total - self.num_allocated_blocks
+            wanted = max(1, min(wanted, left // 4 // size))
         arena.resize(arena.num_slots + wanted)
         return arena
 

@@ -3,7 +3,7 @@
 Logprobs are those of the full distribution at the row's temperature; top-k, top-p, min-p and penalties only decide what
 can be drawn, and how often. A token is drawn by inverting the cumulative distribution in the order of the vocabulary at
 a given uniform number.
-Shape letters: B rows, V vocabulary, T positions.
+Shape letters: B rows, V vocabulary, P pieces of it, W tokens of a piece, T positions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.types import SamplingParams
 
+PIECE = 1024  # tokens summed at once
 MIN_TEMPERATURE = 1e-6  # smaller ones would overflow; they are computed at this one
 
 
@@ -52,6 +54,9 @@ class Warp:
             min_p=torch.tensor([params[row].min_p for row in truncated], dtype=torch.float32, device=device)[:, None],
         )
 
+    def scaled(self, logits_BV: Tensor) -> Tensor:
+        return logits_BV / self.temperatures_B1 if self.has_temperature else logits_BV
+
 
 def draw(
     logits_BV: Tensor, warp: Warp, uniforms_B: Tensor, penalised_BV: Tensor | None = None
@@ -64,21 +69,54 @@ def draw(
         uniforms_B: float64 in [0, 1).
 
     Returns:
-        tokens int64 [B], their logprobs float32 [B], and those of all tokens [B, V]; a logprob is NaN where the logits
-        are not finite.
+        tokens int64 [B], their logprobs float32 [B], and what is to be taken off the scaled logits of each row to get
+        all logprobs, float32 [B, 1]; NaN where the logits are not finite.
     """
-    scaled_BV = logits_BV / warp.temperatures_B1 if warp.has_temperature else logits_BV
-    drawn_by_BV = logits_BV if penalised_BV is None else penalised_BV
-    probs_BV = torch.softmax(scaled_BV if penalised_BV is None else penalised_BV / warp.temperatures_B1, dim=-1)
+    scaled_BV = warp.scaled(logits_BV)
+    largest_B1 = scaled_BV.amax(-1, keepdim=True)
+    weights_BV = (scaled_BV - largest_B1).exp_()
+    sums_BP = _piece_sums(weights_BV)
+    norms_B1 = largest_B1 + sums_BP.sum(-1, keepdim=True).log_().float()
+    if penalised_BV is not None:
+        other_BV = warp.scaled(penalised_BV)
+        weights_BV = other_BV.sub(other_BV.amax(-1, keepdim=True)).exp_()
     if len(warp.truncated):
-        probs_BV[warp.truncated] = truncate(probs_BV[warp.truncated], warp.top_k, warp.top_p, warp.min_p)
-    cumulative_BV = torch.cumsum(probs_BV, dim=-1, dtype=torch.float64)
-    targets_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    tokens_B = torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[1] - 1)
+        weights_BV[warp.truncated] = truncate(weights_BV[warp.truncated], warp.top_k, warp.top_p, warp.min_p)
+    if penalised_BV is not None or len(warp.truncated):
+        sums_BP = _piece_sums(weights_BV)
+    tokens_B = _invert(weights_BV, sums_BP, uniforms_B[:, None])
     if len(warp.greedy):
+        drawn_by_BV = logits_BV if penalised_BV is None else penalised_BV
         tokens_B[warp.greedy] = drawn_by_BV[warp.greedy].argmax(dim=-1)
-    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0], logprobs_BV
+    return tokens_B, (scaled_BV.gather(1, tokens_B[:, None]) - norms_B1)[:, 0], norms_B1
+
+
+def _invert(weights_BV: Tensor, sums_BP: Tensor, uniforms_B1: Tensor) -> Tensor:
+    """int64 [B]: the token at which the running sum of a row first exceeds its share of the whole.
+
+    Only the piece into which the share falls is run through token by token.
+    """
+    vocab = weights_BV.shape[1]
+    shares_B1 = uniforms_B1 * sums_BP.sum(-1, keepdim=True)
+    running_BP, piece_B1 = _find(sums_BP, shares_B1)
+    before_B1 = F.pad(running_BP, (1, 0)).gather(1, piece_B1)
+    at_BW = piece_B1 * PIECE + torch.arange(min(PIECE, vocab), device=weights_BV.device)
+    piece_BW = weights_BV.gather(1, at_BW.clamp(max=vocab - 1)).masked_fill_(at_BW >= vocab, 0.0)
+    _, place_B1 = _find(piece_BW.double(), shares_B1 - before_B1)
+    return (piece_B1 * PIECE + place_B1)[:, 0].clamp_(max=vocab - 1)
+
+
+def _find(weights_BN: Tensor, shares_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The running sums [B, N], and the first that exceeds the share; never one that adds nothing."""
+    running_BN = weights_BN.cumsum(-1)
+    whole_B1 = running_BN[:, -1:]
+    below_B1 = torch.minimum(shares_B1, torch.nextafter(whole_B1, torch.zeros_like(whole_B1)))
+    return running_BN, torch.searchsorted(running_BN, below_B1, right=True).clamp_(max=weights_BN.shape[1] - 1)
+
+
+def _piece_sums(weights_BV: Tensor) -> Tensor:
+    """float64 [B, P]. A piece is too short to be split over threads, which would depend on the number of rows."""
+    return torch.stack([piece.sum(-1) for piece in torch.split(weights_BV, PIECE, -1)], -1).double()
 
 
 def draw_many(logits_NV: Tensor, temperature: float, uniforms_NK: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class) for each group of layers
 with one input, so that a group's LoRA is one batched product, and one more for each of its layers, whatever the number
-of adapters. Each stacked adapter serves a tile of 4 to 16 rows: batched products give the same bits for any number of
-matrices and of rows from 2 up (measured; a single row, and a product of fewer than 400 multiplications, take other
-kernels), so a row's numbers depend on its own adapter alone. Rows without adapter are not touched.
+of adapters. Each stacked adapter serves a tile of up to 16 rows. In deterministic mode a tile has at least 4: batched
+products give the same bits for any number of matrices and of rows from 2 up (measured; a single row, and a product of
+fewer than 400 multiplications, take other kernels), so a row's numbers depend on its own adapter alone. Otherwise tiles
+of one row are used, which take half the time, and a batch of one adapter needs no stack. Rows without adapter are not
+touched.
 Shape letters: T rows, I inputs, O outputs, R rank, L layers of a group, K = L · R or more, S slots of a stack, M rows
 of a tile.
 """
@@ -53,10 +55,10 @@ class Adapter:
             add_adapter(weights, x_TI, y_TO, self.scale)
 
 
-def tile_rows(num_rows: int, num_adapters: int) -> int:
-    """Rows of a tile: the mean number of rows of an adapter, rounded up to a power of two, within 4..16."""
+def tile_rows(num_rows: int, num_adapters: int, least: int = MIN_TILE) -> int:
+    """Rows of a tile: the mean number of rows of an adapter, rounded up to a power of two, within `least`..16."""
     mean = -(-num_rows // num_adapters)
-    return min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
+    return min(MAX_TILE, max(least, 1 << (mean - 1).bit_length()))
 
 
 def padded_columns(num_columns: int) -> int:
@@ -85,17 +87,18 @@ class AdapterStack:
     only the adapters that are new.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, min_tile: int) -> None:
+        self._min_tile = min_tile
         self._held: list[Adapter | None] = []
         self._a_SIK: dict[str, Tensor] = {}
         self._bs: dict[str, list[Tensor]] = {}
         self._num_slots = 0
-        self._tile = MIN_TILE
+        self._tile = min_tile
 
     def arrange(self, rows: Mapping[Adapter, Sequence[int]], device: torch.device) -> None:
         """Take the rows of each adapter of the batch."""
         num_rows = sum(len(of_adapter) for of_adapter in rows.values())
-        self._tile = tile_rows(num_rows, len(rows))
+        self._tile = tile_rows(num_rows, len(rows), self._min_tile)
         tiles = [
             (adapter, of_adapter[at : at + self._tile])
             for adapter, of_adapter in rows.items()
@@ -116,7 +119,8 @@ class AdapterStack:
             places.extend(range(start, start + len(tile)))
             targets.extend(tile)
         self._gather = torch.tensor(gather, device=device)
-        self._places = torch.tensor(places, device=device)
+        is_dense = places == list(range(len(gather)))
+        self._places = None if is_dense else torch.tensor(places, device=device)
         self._targets = torch.tensor(targets, device=device)
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
@@ -130,7 +134,9 @@ class AdapterStack:
         rank = bs[0].shape[1]
         parts = [torch.bmm(u_SMK[:, :, i * rank : (i + 1) * rank], b_SRO[:used]) for i, b_SRO in enumerate(bs)]
         delta_SMO = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        delta_NO = delta_SMO.view(-1, y_TO.shape[1]).index_select(0, self._places)
+        delta_NO = delta_SMO.view(-1, y_TO.shape[1])
+        if self._places is not None:
+            delta_NO = delta_NO.index_select(0, self._places)
         y_TO.index_add_(0, self._targets, delta_NO)
 
     def _load(self, slots: Sequence[int], wanted: Sequence[Adapter]) -> None:
@@ -171,23 +177,36 @@ class AdapterStack:
 
 
 class DecodeLora:
-    """The LoRA of a decode batch: which stack serves which rows."""
+    """The LoRA of a decode batch: which stack serves which rows.
 
-    def __init__(self, device: torch.device) -> None:
+    is_exact: a row's bits don't depend on the other rows.
+    """
+
+    def __init__(self, device: torch.device, is_exact: bool = True) -> None:
         self._device = device
+        self._is_exact = is_exact
+        self._sole: tuple[Adapter, int] | None = None  # the adapter of all rows, and their number
         self._stacks: dict[tuple[Targets, int], AdapterStack] = {}
 
     def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
         """Take a new batch: the adapter of each row. Rows past the end are padding."""
+        sole = adapters_B[0] if adapters_B and len(set(adapters_B)) == 1 and not self._is_exact else None
+        self._sole = None if sole is None else (sole, len(adapters_B))
+        if sole is not None:
+            return
         rows: dict[tuple[Targets, int], dict[Adapter, list[int]]] = {}
         for row, adapter in enumerate(adapters_B):
             if adapter is not None:
                 of_stack = rows.setdefault((adapter.targets, adapter.rank_class), {})
                 of_stack.setdefault(adapter, []).append(row)
-        self._stacks = {key: self._stacks.get(key) or AdapterStack() for key in rows}
+        self._stacks = {key: self._stacks.get(key) or AdapterStack(MIN_TILE if self._is_exact else 1) for key in rows}
         for key, of_stack in rows.items():
             self._stacks[key].arrange(of_stack, self._device)
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        if self._sole is not None:
+            adapter, num = self._sole
+            adapter.add(group, x_TI[:num], y_TO[:num])
+            return
         for stack in self._stacks.values():
             stack.add(group, x_TI, y_TO)

@@ -68,7 +68,8 @@ class Memory:
         sequence = recompute.sequence
         size = num_blocks(recompute.num_prompt + 1)
         is_granted = self._blocks.try_update({recompute: None, sequence: sequence.claim(size)}, sequence.tenant)
-        assert is_granted and recompute.prompt_kv is not None, "it was opened with room for its next token"
+        assert is_granted, "it was opened with room for its next token"
+        assert recompute.prompt_kv is not None, "and computed there"
         self.kv.place(sequence, recompute.prompt_kv, size)
         sequence.num_blocks = size
         self.close_prompt(recompute)

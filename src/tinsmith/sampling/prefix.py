@@ -1,10 +1,10 @@
 """Keys and values of beginnings, kept for later prompts that begin alike.
 
-They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, the weights and the scope that they came
-with. Where the grid is the size of the chunks in which prompts are computed, and only prompts are kept, what is found is
-what would be computed again, to the bit. On a finer grid, and with what was sampled kept as well, so that the next turn
-of a conversation finds it, the last bits may differ. The least recently used go first. Holds memory of its own, beside
-that of the prompts and sequences under way.
+They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, the weights and the scope that they
+came with. Where the grid is the size of the chunks in which prompts are computed, and only prompts are kept, what is
+found is what would be computed again, to the bit. On a finer grid, and with what was sampled kept as well, so that
+the next turn of a conversation finds it, the last bits may differ. The least recently used go first. Holds memory of
+its own, beside that of the prompts and sequences under way.
 """
 
 from __future__ import annotations

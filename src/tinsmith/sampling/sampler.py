@@ -21,11 +21,12 @@ from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import Chunk, Turns, plan_prefill
+from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.blocks import BLOCK_TOKENS
 from tinsmith.sampling.contexts import probe_kv_shape
-from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.decode import Drawn
 from tinsmith.sampling.grammar import Grammars
+from tinsmith.sampling.intake import Intake
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
@@ -33,11 +34,10 @@ from tinsmith.sampling.preemption import PreemptionCounts, spare_blocks
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
-from tinsmith.sampling.seats import Coming, Seats
-from tinsmith.sampling.sequence import Prompt, Request, Sequence
+from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stages import Stages
 from tinsmith.sampling.stop import Detokenizer, StopRule
-from tinsmith.sampling.walk import prefill_alone, walk
+from tinsmith.sampling.walk import Walker
 from tinsmith.training.runs import Weights
 from tinsmith.types import Failure, OpId, RunState, SampleCost, SampleItem, SamplePiece, SampleResult
 
@@ -90,11 +90,11 @@ class Sampler:
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
-        self._decoder = Decoder(base, self.memory.kv)
+        self._walker = Walker(base, self.memory.kv, is_exact=settings.deterministic)
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
-        self._turns = Turns()
+        self._intake = Intake(self._stages, settings)
 
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
@@ -168,7 +168,7 @@ class Sampler:
         self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
-            chunks = self._plan()
+            chunks = self._intake.plan()
             self._take(self._walk(chunks, ended), ended)
             self._start(ended)
         return ended
@@ -214,58 +214,18 @@ class Sampler:
                 stages.paused.add(sequence)
                 stages.refused.add(sequence.tenant)
 
-    def _plan(self) -> Seq[Chunk]:
-        """The chunks of this step. Memory of prompts that begin is taken."""
-        stages = self._stages
-        seats, recomputes = self._seats(), stages.recomputes
-        asking = [*stages.begun, *recomputes, *(() if seats.is_full else stages.asking())]
-        if not asking:
-            stages.refused.clear()
-            return []
-        coming = Coming(seats, (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)))
-        stages.refused |= {recompute.tenant for recompute in recomputes}
-        may_begin = partial(self._may_begin, coming)
-        chunk_tokens = self._settings.prefill_chunk_tokens
-        chunks = plan_prefill(self._turns.sorted(asking), set(stages.begun), chunk_tokens, may_begin)
-        stages.refused.clear()
-        self._turns.serve(chunk.prompt for chunk in chunks)
-        return chunks
-
-    def _may_begin(self, coming: Coming, prompt: Prompt) -> bool:
-        """Whether seats and memory allow a prompt to be computed; takes its memory if so.
-
-        While those that came before lack memory, nobody new begins; of another tenant, those who hold less may.
-        """
-        held = self.memory.held_by(prompt.tenant)
-        is_new = isinstance(prompt, Request)
-        lacking = [t for t in self._stages.refused if is_new or t != prompt.tenant]
-        if any(self.memory.held_by(t) < held + is_new for t in lacking):
-            return False
-        if isinstance(prompt, Request) and not coming.may_come(prompt):
-            return False
-        if not self.memory.open_prompt(prompt, self._spare(prompt)):
-            return False
-        if isinstance(prompt, Request):
-            coming.add(prompt)
-        self._stages.begin(prompt)
-        return True
-
-    def _spare(self, prompt: Prompt) -> int:
-        holder = prompt if isinstance(prompt, Request) else prompt.sequence
-        return spare_blocks(self.memory.kv.total, len(self._stages.running), holder.num_preempted)
-
     def _walk(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Drawn]:
         """Compute the step. Where all together fails, prompts are computed one by one; those to blame fail."""
         stages = self._stages
         if not chunks and not stages.running:
             return []
         try:
-            drawn = walk(self._base, self._decoder, stages.paused, chunks)
+            drawn = self._walker.walk(stages.paused, chunks)
             done = chunks
         except Exception:
             if not chunks:
                 raise
-            drawn = walk(self._base, self._decoder, stages.paused, ()) if stages.running else []
+            drawn = self._walker.walk(stages.paused, ()) if stages.running else []
             done = [chunk for chunk in chunks if self._is_computed(chunk, ended)]
         for chunk in done:
             if chunk.prompt in stages.begun:
@@ -279,7 +239,7 @@ class Sampler:
         if request.item.op_id not in self._requests:
             return False  # another chunk of the same request failed
         try:
-            prefill_alone(self._base, [chunk])
+            self._walker.prefill([chunk])
         except Exception as error:
             self._fail(request, error, ended)
             return False
@@ -288,8 +248,10 @@ class Sampler:
     def _start(self, ended: Ended) -> None:
         """Begin sequences of computed prompts, where seats and memory allow: each gets its first token."""
         stages = self._stages
+        if not stages.ready:
+            return
         started: list[Sequence] = []
-        seats = self._seats()
+        seats = self._intake.seats()
         for request in stages.ready:
             while request.is_one_step and request.num_unstarted:
                 started.append(self._begin(request))
@@ -318,7 +280,7 @@ class Sampler:
 
     def _draw_first(self, started: list[Sequence], ended: Ended) -> None:
         """And forget the list."""
-        self._take(self._decoder.draw_first(started), ended)
+        self._take(self._walker.decoder.draw_first(started), ended)
         started.clear()
 
     def _begin(self, request: Request) -> Sequence:
@@ -327,12 +289,6 @@ class Sampler:
         request.num_started += 1
         request.sequences[sequence] = None
         return sequence
-
-    def _seats(self) -> Seats:
-        """Who waits for memory takes none: the one that is seated now may be the one that frees it. So those who come
-        back may be some too many for a while."""
-        stages = self._stages
-        return Seats(self._settings.max_resident_samples, (s for s in stages.running if s not in stages.paused))
 
     def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
         """What goes wrong with one sequence fails its request alone."""

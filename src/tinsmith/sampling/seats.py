@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from tinsmith.sampling.sequence import Request, Sequence
 
 RATIO = 7
+AHEAD = 4  # requests of a tenant, each of another snapshot, whose prompts are computed while no seat is free
 
 
 def fair_share(total: int) -> int:
@@ -44,10 +45,6 @@ class Seats:
             return 0
         return max((RATIO * self._free - held) // (RATIO + 1), 0 if held else 1)
 
-    @property
-    def is_full(self) -> bool:
-        return self._free <= 0
-
     def in_turn(self, ready: Iterable[Request]) -> Iterator[Request]:
         """Who may begin a sequence next, until nobody may: of those whose tenant, then whose snapshot holds least, the
         first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
@@ -72,19 +69,24 @@ class Seats:
 
 
 class Coming:
-    """Requests on their way to a seat: no more prompts are computed than can be seated, and the next of each line."""
+    """Requests on their way to a seat: no more prompts are computed than can be seated, but for the next of a line, of
+    whom a tenant has a few ready for the seats that fall free."""
 
     def __init__(self, seats: Seats, requests: Iterable[Request]) -> None:
         self._seats = seats
-        self._by_tenant: Counter[str] = Counter()
+        self._unstarted: Counter[str] = Counter()
+        self._num_requests: Counter[str] = Counter()
         self._lines: set[tuple[str, str | None]] = set()
         for request in requests:
             self.add(request)
 
     def add(self, request: Request) -> None:
-        self._by_tenant[request.tenant] += request.num_unstarted
+        self._unstarted[request.tenant] += request.num_unstarted
+        self._num_requests[request.tenant] += 1
         self._lines.add(request.line)
 
     def may_come(self, request: Request) -> bool:
         room = self._seats.room(request.tenant)
-        return room > self._by_tenant[request.tenant] or (room > 0 and request.line not in self._lines)
+        if room > self._unstarted[request.tenant]:
+            return True
+        return request.line not in self._lines and (room > 0 or self._num_requests[request.tenant] < AHEAD)

@@ -18,6 +18,7 @@ from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.sequence import Prompt, Recompute, Request, Sequence
 
 MAX_ASKING = 64  # of one line, of whom it is looked whether they may begin in this step
+MAX_LINES = 256  # likewise; a line whose turn it was goes to the end
 
 
 class Stages:
@@ -41,6 +42,11 @@ class Stages:
         return sum(len(line) for line in self._waiting.values())
 
     @property
+    def num_lines(self) -> int:
+        """Lines in which anybody waits."""
+        return len(self._waiting)
+
+    @property
     def recomputes(self) -> list[Recompute]:
         """Those that don't compute yet, oldest first."""
         return sorted((r for r in self.preempted.values() if r not in self.begun), key=lambda r: r.age)
@@ -49,8 +55,9 @@ class Stages:
         self._waiting.setdefault(request.line, {})[request] = None
 
     def asking(self) -> Iterator[Request]:
-        """The first that wait in each line."""
-        return chain.from_iterable(islice(line, MAX_ASKING) for line in self._waiting.values())
+        """The first that wait in each of the first lines."""
+        lines = islice(self._waiting.values(), MAX_LINES)
+        return chain.from_iterable(islice(line, MAX_ASKING) for line in lines)
 
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""
@@ -121,10 +128,11 @@ class Stages:
 
     def _unwait(self, request: Request) -> None:
         line = self._waiting.get(request.line)
-        if line is not None:
-            line.pop(request, None)
-            if not line:
-                del self._waiting[request.line]
+        if line is None or request not in line:
+            return
+        del line[request], self._waiting[request.line]
+        if line:
+            self._waiting[request.line] = line
 
     def _holders(self) -> list[Holder]:
         return [*self.running, *self.begun, *self.ready]

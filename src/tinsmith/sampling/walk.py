@@ -1,4 +1,4 @@
-"""One walk over the base for everything that a step computes: a row for each sequence that is decoded, then the prompts.
+"""One walk over the base for all that a step computes: a row for each sequence that is decoded, then the prompts.
 
 The rows share every product with the base's weights; attention and adapters are each sequence's own. So a prompt that
 comes in costs those who decode the time of its chunk, and no second reading of the weights.
@@ -14,43 +14,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import BaseModel, PassContext, padded_rows
+from tinsmith.model import MIN_ROWS, ROW_GRID, BaseModel, PassContext, padded_rows
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.kv import KVCache
+from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.prefill import Prefill
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.types import IntArray
 
 
-def walk(base: BaseModel, decoder: Decoder, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:
-    """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends.
+class Walker:
+    """is_exact: a row's bits don't depend on the others. Otherwise few rows stay few, and adapters take the
+    shortest way."""
 
-    Paused sequences are carried along and nothing comes of it.
-    """
-    num_decoded = decoder.prepare(paused)
-    if not chunks:
-        hidden_TD = _hidden(base, decoder.tokens, decoder.positions, decoder.context)
+    def __init__(self, base: BaseModel, kv: KVCache[Sequence], is_exact: bool) -> None:
+        self._base = base
+        self._hidden = (lean_layers(base) or base).hidden
+        self._min_rows = MIN_ROWS if is_exact or not base.head.is_packed else ROW_GRID
+        self.decoder = Decoder(base, kv, self._num_rows, is_exact)
+
+    def walk(self, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:
+        """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends.
+
+        Paused sequences are carried along and nothing comes of it.
+        """
+        decoder = self.decoder
+        num_decoded = decoder.prepare(paused)
+        if not chunks:
+            return decoder.draw(self._run(decoder.tokens, decoder.positions, decoder.context), paused)
+        prefill = Prefill(self._base, chunks)
+        if not num_decoded:
+            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
+            return []
+        tokens = np.concatenate([decoder.tokens, prefill.tokens])
+        positions = np.concatenate([decoder.positions, prefill.positions])
+        hidden_TD = self._run(tokens, positions, MixedContext(decoder.context, num_decoded, prefill.context))
+        prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
-    prefill = Prefill(base, chunks)
-    if not num_decoded:
-        prefill.finish(_hidden(base, prefill.tokens, prefill.positions, prefill.context))
-        return []
-    tokens = np.concatenate([decoder.tokens, prefill.tokens])
-    positions = np.concatenate([decoder.positions, prefill.positions])
-    context = MixedContext(decoder.context, num_decoded, prefill.context)
-    hidden_TD = _hidden(base, tokens, positions, context)
-    prefill.finish(hidden_TD[num_decoded:])
-    return decoder.draw(hidden_TD, paused)
 
+    def prefill(self, chunks: Seq[Chunk]) -> None:
+        """The same for chunks alone."""
+        prefill = Prefill(self._base, chunks)
+        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
 
-def prefill_alone(base: BaseModel, chunks: Seq[Chunk]) -> None:
-    """The same for chunks alone."""
-    prefill = Prefill(base, chunks)
-    prefill.finish(_hidden(base, prefill.tokens, prefill.positions, prefill.context))
+    def _run(self, tokens: IntArray, positions: IntArray, context: PassContext) -> Tensor:
+        missing = self._num_rows(len(tokens)) - len(tokens)
+        tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
+        return self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
 
-
-def _hidden(base: BaseModel, tokens: IntArray, positions: IntArray, context: PassContext) -> Tensor:
-    missing = padded_rows(len(tokens)) - len(tokens)
-    tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
-    return base.hidden(tokens_T.to(base.device), positions_T.to(base.device), context)
+    def _num_rows(self, num: int) -> int:
+        """oneDNN's packed products give a row the same bits for any number of rows from two up."""
+        if num >= MIN_ROWS:
+            return padded_rows(num)
+        return max(self._min_rows, -(-num // ROW_GRID) * ROW_GRID)

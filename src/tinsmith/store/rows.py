@@ -45,6 +45,8 @@ class WorkerRow:
     lease_until: float  # before this moment nobody takes its runs
     is_ready: bool  # its base model is loaded
     role: Role
+    busy_s: float  # of computing, from its registration until `measured_at`
+    measured_at: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,8 @@ workers = Table(
     Column("lease_until", Float, nullable=False),
     Column("is_ready", Boolean, nullable=False),  # its base model is loaded
     Column("role", Text, nullable=False),
+    Column("busy_s", Float, nullable=False, server_default="0"),  # of computing, since it was registered
+    Column("measured_at", Float),  # when `busy_s` was
 )
 
 runs = Table(

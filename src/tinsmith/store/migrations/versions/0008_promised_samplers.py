@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0007_promised_samplers"
-down_revision = "0006_worker_roles"
+revision = "0008_promised_samplers"
+down_revision = "0007_busy_workers"
 branch_labels = None
 depends_on = None
 
