@@ -116,7 +116,7 @@ def _find(weights_BN: Tensor, shares_B1: Tensor) -> tuple[Tensor, Tensor]:
 
 def _piece_sums(weights_BV: Tensor) -> Tensor:
     """float64 [B, P]. A piece is too short to be split over threads, which would depend on the number of rows."""
-    return torch.stack([piece.sum(-1) for piece in weights_BV.split(PIECE, -1)], -1).double()
+    return torch.stack([piece.sum(-1) for piece in torch.split(weights_BV, PIECE, -1)], -1).double()
 
 
 def draw_many(logits_NV: Tensor, temperature: float, uniforms_NK: Tensor) -> Tensor:
