@@ -5,9 +5,9 @@
 64 runs of rank 16 on the model of train_vs_peft.py: 1.245 million parameters each, in 112 tensors. `ours` computes each
 run's global norm and applies and drops its gradients; the peer's `step` computes no norm. A second pair clips as well,
 the peer by `clip_grad_norm_(foreach=True)`. Both in this process, interleaved, medians, with the allocator set as in a
-worker. Two threads, wall time: torch shares flat rows among threads, and the peer's small tensors not (each is below its
-grain of 32,768 numbers). `--threads 1` shows what is left without that. Both arms end with the same weights, which is
-checked.
+worker. Two threads, wall time: torch shares flat rows among threads, and the peer's small tensors not (each is below
+its grain of 32,768 numbers). `--threads 1` shows what is left without that. Both arms end with the same weights, which
+is checked.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from typing import Any
 
 from tinsmith.cpu import math_env
 
-WORKER = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # read by the C library
-if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**math_env(), **WORKER, **os.environ})
+os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
 import rows
 import torch
@@ -42,6 +40,7 @@ SHAPES = {
     "mlp.down_proj": (INTER, HIDDEN),
 }  # fmt: skip
 CPU = torch.device("cpu")
+WORKER = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 def main() -> None:
@@ -51,6 +50,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     rows.add_flag(parser)
     args = parser.parse_args()
+    if not os.environ.keys() >= WORKER.keys():  # read by the C library when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**WORKER, **os.environ})
     torch.set_num_threads(args.threads)
     layout = make_layout()
     print(
@@ -100,7 +101,7 @@ def compare(layout: RowLayout, args: argparse.Namespace, clip: float, what: str)
 
 def make_layout() -> RowLayout:
     linears = [
-        LinearInfo(f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape)
+        LinearInfo(path := f"model.layers.{layer}.{name}", "attn" if "attn" in name else "mlp", *shape, lead=path)
         for layer in range(LAYERS)
         for name, shape in SHAPES.items()
     ]
@@ -123,7 +124,7 @@ def make_peer(layout: RowLayout, slot: RunSlot, params: AdamParams, grad: torch.
 
 
 def flat_views(layout: RowLayout, row_P: torch.Tensor) -> list[torch.Tensor]:
-    return [view for pair in layout.views(row_P).values() for view in pair]
+    return [view for place in layout.places.values() for view in place.views(row_P)]
 
 
 def timed(arm: Callable[[], object]) -> float:

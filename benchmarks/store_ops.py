@@ -48,7 +48,7 @@ def main() -> None:
         rounds = 10
         started = time.perf_counter()
         for _ in range(rounds):
-            store.ops.runnable(worker, BASE, 4096)
+            store.waiting.all(worker, BASE, 4096)
         print(f"  runnable, {NUM_OPS} queued: {(time.perf_counter() - started) / rounds * 1e3:.1f} ms a call")
         _measure("claim, one by one", lambda: [store.ops.claim(worker, [i], time.time()) for i in ids])
         _measure("finish, one by one", lambda: [_finish(store, worker, [i]) for i in ids])

@@ -197,6 +197,12 @@ def checkpoint_key(tenant: TenantId) -> BlobKey:
     return _key(tenant, "checkpoints", secrets.token_hex(16))
 
 
+def stem(key: BlobKey) -> BlobKey:
+    """A file's key without the digest: what it was written under, and known before it is."""
+    directory, _, name = key.rpartition("/")
+    return BlobKey(f"{directory}/{name.partition('.')[0]}")
+
+
 def loss_key(tenant: TenantId) -> BlobKey:
     """Of a custom loss. Unique at each call."""
     return _key(tenant, "losses", secrets.token_hex(16))

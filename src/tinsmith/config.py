@@ -94,7 +94,18 @@ class Settings:
         "a restart, on the same hardware, versions and number of threads; a worker that can't keep this doesn't start.",
         group="engine",
     )
-    pass_max_tokens: int = setting(8192, "Most tokens in one forward and backward.", unit="tokens", group="engine")
+    pass_max_tokens: int = setting(
+        0,
+        "Most tokens in one forward and backward; 0 finds it from the memory that is free.",
+        unit="tokens",
+        group="engine",
+    )
+    activation_checkpointing: str = setting(
+        "auto",
+        "Compute layers a second time in place of keeping what backward needs of them: auto (for sequences that don't "
+        "fit otherwise), always or never.",
+        group="engine",
+    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",
@@ -256,9 +267,9 @@ class Settings:
 
     def _check(self) -> None:
         positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens", "pass_max_tokens", "loss_chunk_tokens",
-            "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib",
-             "max_resident_samples", "kv_cache_mib",
+            "lora_max_rank", "max_body_bytes", "max_request_tokens", "loss_chunk_tokens",
+            "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
+            "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
@@ -266,8 +277,9 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        if self.prefix_cache_mib < 0:
-            raise ConfigError(f"--prefix-cache-mib must be 0 or more, not {self.prefix_cache_mib}")
+        for name in ("prefix_cache_mib", "pass_max_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:
@@ -277,6 +289,7 @@ class Settings:
             "log_level": ("debug", "info", "warning", "error"),
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
+            "activation_checkpointing": ("auto", "always", "never"),
             "device": ("auto", "cpu", "fake"),
             "sampler_device": ("", "auto", "cpu", "fake"),
         }

@@ -16,6 +16,8 @@ NAMES = frozenset(
     {
         "blob.before_rename",
         "blob.after_rename",
+        "sampler.before_file",
+        "sampler.after_file",
         "store.before_enqueue_commit",
         "store.after_enqueue_commit",
         "store.after_claim",

@@ -41,7 +41,8 @@ class PassStats:
 class TrainingPass(Protocol):
     """One atomic piece of training over any number of runs, computed in packs of bounded size.
 
-    Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it.
+    Gradients go to staging rows; nothing of a run changes before `commit`, and nothing at all without it. Running out
+    of memory fails no item that could be computed in smaller packs.
     """
 
     def advance(self, max_work: int) -> PassStats | None:
@@ -64,6 +65,11 @@ class Engine(Protocol):
 
     @property
     def info(self) -> BaseInfo: ...
+
+    @property
+    def pass_max_tokens(self) -> int:
+        """How much work a pack may have at present; it follows the memory that is free."""
+        ...
 
     def has_run(self, run_id: RunId) -> bool: ...
 

@@ -38,6 +38,7 @@ from tinsmith.wire.pieces import cut_sequence
 MODULE = "fake.lora_A"
 PARTS = ("param", "grad", "m", "v")
 TOKENS_PER_STEP = 8
+USEFUL_TOKENS = 8192
 
 
 @dataclass(slots=True)
@@ -81,12 +82,14 @@ class FakePass:
 class FakeEngine:
     """See `engine.Engine`. `num_forwards` counts packs, as the torch engine's base counts its forward calls."""
 
-    def __init__(self, info: BaseInfo) -> None:
+    def __init__(self, info: BaseInfo, pass_max_tokens: int = 0) -> None:
+        """`pass_max_tokens`: 0 stands for as much as is of use, since nothing here takes memory."""
         self._info = info
         self._runs: dict[RunId, _Run] = {}
         self._adapters: dict[str, FloatArray] = {}
         self._samples: dict[OpId, tuple[SampleItem, int]] = {}
         self.num_forwards = 0
+        self.pass_max_tokens = pass_max_tokens or USEFUL_TOKENS
 
     @property
     def info(self) -> BaseInfo:

@@ -16,7 +16,7 @@ from tinsmith.types import BlobKey, OpKind, RunId
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """One finished op of the log that changed the state."""
+    """One finished op of the log that changed the state, or made a sampler that is to be made again."""
 
     seq_id: int
     kind: OpKind
@@ -36,12 +36,12 @@ def plan_recovery(run_id: RunId, snapshot_seq: int, snapshot: BlobKey | None, lo
 
     Args:
         snapshot_seq: the highest op that the snapshot holds; -1 without one.
-        log: finished ops with an effect, in any order.
+        log: finished ops to be carried out again, in any order.
 
     Raises:
         CorruptError: neither a snapshot nor the op that created the run is there.
     """
-    replays = tuple(sorted(entry.seq_id for entry in log if entry.kind.has_effect and entry.seq_id > snapshot_seq))
+    replays = tuple(sorted(entry.seq_id for entry in log if entry.kind.is_replayed and entry.seq_id > snapshot_seq))
     if snapshot is None and snapshot_seq >= 0:
         raise CorruptError(f"run {run_id}: its snapshot up to request {snapshot_seq} has no file; restore a backup")
     if snapshot is None and replays and replays[0] != 0:

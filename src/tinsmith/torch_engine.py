@@ -60,6 +60,7 @@ class TorchEngine:
         )
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
+        self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
@@ -83,6 +84,10 @@ class TorchEngine:
     def num_forwards(self) -> int:
         """Walks through the base so far, as `FakeEngine` counts them."""
         return self._base.num_forwards
+
+    @property
+    def pass_max_tokens(self) -> int:
+        return self._trainer.budget.tokens
 
     def has_run(self, run_id: RunId) -> bool:
         return self._trainer.has_run(run_id)

@@ -59,6 +59,11 @@ class OpKind(StrEnum):
         """Changes the state of its run, and so is replayed when a run is recovered."""
         return self in (OpKind.CREATE, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP, OpKind.LOAD)
 
+    @property
+    def is_replayed(self) -> bool:
+        """May have to be carried out again when its run is recovered."""
+        return self.has_effect or self is OpKind.SAVE_SAMPLER
+
 
 class Role(StrEnum):
     """What a worker process of a base model does: everything, or half of it beside another worker."""

@@ -88,7 +88,7 @@ class HandWorker:
     def step(self) -> int:
         """Finish all that is runnable now; how many ops."""
         self._store.runs.lease(self._me, self._base, 100)
-        runnable = self._store.ops.runnable(self._me, self._base, 1000)
+        runnable = self._store.waiting.all(self._me, self._base, 1000).ops
         ops = self._store.ops.claim(self._me, [op.id for op in runnable], time.time())
         ops.sort(key=lambda op: (op.run_id or "", op.seq_id))
         if ops:

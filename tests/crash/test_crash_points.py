@@ -21,6 +21,7 @@ STEPS = 4
 FLAGS = ("--device", "fake", "--inline-bytes", "64", "--snapshot-debt-bytes", "2000")
 # Every process of the server dies at the Nth passage; N is such that one or two of them do.
 NTH = dict.fromkeys(NAMES, 8) | {"store.before_finish_commit": 6, "store.after_finish_commit": 6}
+NTH |= dict.fromkeys(("sampler.before_file", "sampler.after_file"), 2)  # of two samplers; the next worker makes one
 
 
 def everything(service: Service) -> list[Any]:
@@ -32,6 +33,7 @@ def everything(service: Service) -> list[Any]:
         passed = run.forward_backward([datum(step)], "cross_entropy")
         stepped = run.optim_step(types.AdamParams(learning_rate=0.01))
         answers += [passed.result().loss_fn_outputs[0]["logprobs"].tolist(), stepped.result().metrics]
+    run.save_weights_and_get_sampling_client()
     path = run.save_state("middle").result().path
     run.forward_backward([datum(9)], "cross_entropy").result()
     run.load_state_with_optimizer(path).result()

@@ -47,7 +47,7 @@ class House:
         self.be("alice")
         self._num_runs = 0
         self._open: list[Bell | Ringer] = []
-        self.engine = FakeEngine(BASE)
+        self.engine = FakeEngine(BASE, self.settings.pass_max_tokens)
 
     def be(self, name: str) -> None:
         """What is asked for from now on is asked by a new tenant, in a session of its own."""
@@ -57,7 +57,7 @@ class House:
         ).session_id
 
     def worker(self, slot: str = "fake/base#0", line: TokenSender | None = None) -> Worker:
-        self.engine = FakeEngine(BASE)
+        self.engine = FakeEngine(BASE, self.settings.pass_max_tokens)
         me = self.store.workers.register(slot, BASE.name, self.settings.lease_s, time.time())
         path = self.root / f"b{len(self._open)}"
         bell, wake, api = Bell(path), Ringer(path), Ringer(self.root / "api")
@@ -198,8 +198,10 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
     while time.monotonic() < until:
         worker._heard_at = float("-inf")
         worker._must_look = True
-        is_idle = not worker.step() and not worker._must_look
+        worker._queue.distrust()
+        is_idle = not worker.step() and not (worker._must_look or worker._must_plan)
         num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
+        num_pending += worker._samples.num_coming + len(worker._publisher._due)
         if is_idle and not num_pending:
             return
         if num_pending:

@@ -139,7 +139,9 @@ def test_replays_and_deaths_meter_nothing_twice(house: House) -> None:
     dead = house.worker()
     house.forward_backward(run, 6, [1, 2, 3])
     dead._store.runs.lease(dead._me, "fake/base", 10)
-    claimed = dead._store.ops.claim(dead._me, [op.id for op in house.store.ops.runnable(dead._me, "fake/base", 9)], 1.0)
+    claimed = dead._store.ops.claim(
+        dead._me, [op.id for op in house.store.waiting.all(dead._me, "fake/base", 9).ops], 1.0
+    )
     assert len(claimed) == 1
     settle(house.worker())
     assert metered(house) == {(run, UsageKind.TRAINING): 18}

@@ -30,6 +30,18 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def deep_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Many layers."""
+    return make_base("deep", tmp_path_factory.mktemp("deep"))
+
+
+@pytest.fixture(scope="session")
+def long_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Two layers, a context of 128k tokens."""
+    return make_base("long", tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="session")
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Wide and shallow: matrix products large enough to be split over threads."""
     return make_base("wide", tmp_path_factory.mktemp("wide"))

@@ -33,6 +33,18 @@ CONFIGS: dict[str, Any] = {
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=1, attention_bias=True,
         mlp_bias=True, tie_word_embeddings=False, **COMMON,
     )),
+    "deep": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 12, "max_position_embeddings": 40_000},
+    )),
+    "long": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "max_position_embeddings": 131_072},
+    )),
+    "thick": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=1024, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 8, "max_position_embeddings": 40_000},
+    )),
     "wide": (Qwen3ForCausalLM, Qwen3Config(
         hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         **{**COMMON, "vocab_size": 4001, "num_hidden_layers": 1},
@@ -145,7 +157,6 @@ class PeftTwin:
             self.params[f"{state_name}.lora_B"] = layer.lora_B["default"].weight
         for name, parameter in self.params.items():
             parameter.data.copy_(torch.from_numpy(state.tensors[f"param/{name}"]))
-        self.model.double()
 
     def loss(self, data: Sequence[Datum], loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         total, logprobs = torch.zeros((), dtype=torch.float64), []

@@ -141,6 +141,7 @@ def test_value_and_gradient(base, loss, plain):
     )
     (result,) = run_pass(trainer, [TrainItem(OpId("o"), RunId("a"), 2, data, loss, True)])
     twin = PeftTwin(base, trainer.export_run(RunId("a")))
+    twin.model.double()
     total = torch.zeros((), dtype=torch.float64)
     for d in data:
         logits = twin.model(input_ids=torch.from_numpy(d.tokens.astype(np.int64))[None]).logits[0]

@@ -80,7 +80,7 @@ class World:
         return list(self.store.runs.lease(worker or self.worker, BASE, 100, self.now))
 
     def runnable(self, limit: int = 100) -> list[OpRow]:
-        return self.store.ops.runnable(self.worker, BASE, limit)
+        return self.store.waiting.all(self.worker, BASE, limit).ops
 
     def claim(self, *op_ids: OpId) -> list[OpRow]:
         return self.store.ops.claim(self.worker, op_ids, self.tick())

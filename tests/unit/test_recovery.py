@@ -24,8 +24,13 @@ def test_only_what_lies_above_the_snapshot_is_replayed() -> None:
 
 
 def test_ops_without_an_effect_are_not_replayed() -> None:
-    log = [Logged(0, OpKind.CREATE), Logged(1, OpKind.FORWARD), Logged(2, OpKind.SAVE), Logged(3, OpKind.SAVE_SAMPLER)]
+    log = [Logged(0, OpKind.CREATE), Logged(1, OpKind.FORWARD), Logged(2, OpKind.SAVE)]
     assert plan_recovery(RUN, -1, None, log).replays == (0,)
+
+
+def test_a_sampler_whose_file_is_missing_is_made_again() -> None:
+    log = [Logged(0, OpKind.CREATE), Logged(1, OpKind.SAVE_SAMPLER), Logged(2, OpKind.OPTIM_STEP)]
+    assert plan_recovery(RUN, -1, None, log).replays == (0, 1, 2)
 
 
 def test_replays_come_in_order() -> None:

@@ -140,7 +140,7 @@ def test_head_is_the_contiguous_prefix_in_any_order(order: list[int], rejected: 
             head = next(n for n in range(10) if n + 1 not in arrived)
             assert store.runs.get(tenant, run).head_seq == head
             expected = [n for n in range(head + 1) if n not in rejected]
-            assert [row.seq_id for row in store.ops.runnable(worker, BASE, 100)] == expected
+            assert [row.seq_id for row in store.waiting.all(worker, BASE, 100).ops] == expected
         store.close()
 
 
@@ -162,13 +162,15 @@ def test_runnable_has_leased_runs_and_all_samples_without_payload(world: Any) ->
     rows = world.runnable()
     assert [(op.run_id, op.seq_id) for op in rows] == [(run, 0), (run, 1), (None, 0)]
     assert all(op.payload is None for op in rows)
-    assert world.store.ops.runnable(world.worker, "other", 10)[-1].run_id == run
-    assert {op.kind for op in world.store.ops.runnable(world.worker, BASE, 10, Role.SAMPLE)} == {OpKind.SAMPLE}
-    assert [op.seq_id for op in world.store.ops.runnable(world.worker, BASE, 10, Role.TRAIN) if op.run_id == run] == [
+    assert world.store.waiting.all(world.worker, "other", 10).ops[-1].run_id == run
+    assert {op.kind for op in world.store.waiting.all(world.worker, BASE, 10, Role.SAMPLE).ops} == {OpKind.SAMPLE}
+    assert [
+        op.seq_id for op in world.store.waiting.all(world.worker, BASE, 10, Role.TRAIN).ops if op.run_id == run
+    ] == [
         0,
         1,
     ]
-    assert len(world.store.ops.runnable(world.worker, BASE, 10, Role.TRAIN)) == 2
+    assert len(world.store.waiting.all(world.worker, BASE, 10, Role.TRAIN).ops) == 2
 
 
 def test_runnable_beyond_the_limit_serves_every_run_and_tenant(world: Any) -> None:

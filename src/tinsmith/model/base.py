@@ -26,6 +26,7 @@ from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import LoraBackend, SegmentsLora
+from tinsmith.model.recompute import open_layers
 from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
@@ -75,19 +76,20 @@ class BaseModel:
         with torch.no_grad():
             return cast(Tensor, self._embedding(tokens_T))
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext, *, recompute: bool = False) -> Tensor:
         """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
 
         Args:
             tokens_T, positions_T: int64; positions start at 0 in each sequence. T as `padded_rows` says.
             context: called for each attention and each linear layer. With autograd on it must be a GradContext, and
                 backward from the result calls its `add_lora_grad`.
+            recompute: keep only the layers' inputs for backward, which computes each layer a second time.
         """
         self.num_forwards += 1
         embeds_TD = self.embed(tokens_T)
         if torch.is_grad_enabled():
             embeds_TD = embeds_TD.requires_grad_()
-        self._holder.enter(context)
+        self._holder.enter(context, recomputes=recompute)
         try:
             out = self.backbone(
                 inputs_embeds=embeds_TD[None], position_ids=positions_T[None], use_cache=False, return_dict=True
@@ -119,6 +121,7 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deter
     replace_silu(model)
     _hook_attention(model, holder)
     base = BaseModel(model, info, infos, groups, head, holder)
+    open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
     return base

@@ -18,22 +18,28 @@ from tinsmith.model.frozen import FrozenMatrix
 
 
 class PassHolder:
-    """Where the layers of one base find the context of the pass that is running."""
+    """Where the layers of one base find the context of the pass that is running.
+
+    recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`.
+    """
 
     def __init__(self) -> None:
         self._context: PassContext | None = None
+        self.recomputes = False
 
     @property
     def context(self) -> PassContext:
         assert self._context is not None, "a layer of the base was called outside a pass"
         return self._context
 
-    def enter(self, context: PassContext) -> None:
+    def enter(self, context: PassContext, *, recomputes: bool = False) -> None:
         assert self._context is None, "a pass is already running over this base"
         self._context = context
+        self.recomputes = recomputes
 
     def leave(self) -> None:
         self._context = None
+        self.recomputes = False
 
 
 class LinearGroup:

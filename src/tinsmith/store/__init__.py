@@ -25,6 +25,7 @@ from tinsmith.store.session_search import SessionSearch
 from tinsmith.store.sessions import Sessions
 from tinsmith.store.tenants import Tenants
 from tinsmith.store.traces import Traces
+from tinsmith.store.waiting import Waiting
 from tinsmith.store.workers import Workers
 
 DATABASE_FILE = "tinsmith.db"
@@ -37,6 +38,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database)
+        self.waiting = Waiting(database)
         self.endings = Endings(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)

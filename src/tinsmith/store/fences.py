@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, bindparam, exists, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, exists, literal_column, or_, select, update
 
 from tinsmith.errors import FencedError
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import WorkerId
-from tinsmith.store.schema import ops, runs, workers
+from tinsmith.store.schema import ops, runs, samplers, workers
 from tinsmith.types import RunId
 
 # Literals, not parameters: a partial index is used only where its condition is in the text of the statement.
 IS_QUEUED: ColumnElement[bool] = ops.c.state == literal_column("'queued'")
 IS_RUNNING: ColumnElement[bool] = ops.c.state == literal_column("'running'")
+IS_PROMISED: ColumnElement[bool] = samplers.c.promised_seq.is_not(None)
 HAS_RUNNABLE = exists().where(ops.c.run_id == runs.c.run_id, IS_QUEUED, ops.c.seq_id <= runs.c.head_seq).correlate(runs)
+HAS_PROMISED = exists().where(samplers.c.run_id == runs.c.run_id, IS_PROMISED).correlate(runs)
+WANTS_WORKER = or_(HAS_RUNNABLE, HAS_PROMISED)
 
 _INCARNATION = Prepared(select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update())
 _OWNER = Prepared(select(runs.c.lease_owner).where(runs.c.run_id == bindparam("run_id")))
 _REQUEUE = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(state="queued", started_at=None)
-_FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=HAS_RUNNABLE)
+_FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=WANTS_WORKER)
 
 
 def require_current(conn: Connection, worker: WorkerId) -> None:

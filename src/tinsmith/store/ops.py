@@ -14,9 +14,8 @@ others are forgotten as soon as the op is final.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
-from sqlalchemy import JSON, Connection, Integer, Select, and_, bindparam, func, literal_column, or_, select, update
+from sqlalchemy import JSON, and_, bindparam, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError, NotFoundError
@@ -24,12 +23,12 @@ from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import LIGHT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
+from tinsmith.store.op_rows import WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
-from tinsmith.store.schema import ops, runs
-from tinsmith.types import BlobKey, OpId, OpKind, OpState, Role, RunId, TenantId
+from tinsmith.store.schema import ops, runs, samplers
+from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
 EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
@@ -37,21 +36,14 @@ EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
 _GET = Prepared(
     select(*WHOLE, ops.c.is_expired).where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
 )
-_RUNNABLE_IN_RUNS = (
-    select(*LIGHT)
-    .join(runs, runs.c.run_id == ops.c.run_id)
-    .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id <= runs.c.head_seq)
-)
-_WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)
+# A run is looked up for each op, and not the ops of each run: a worker may hold thousands that are idle.
+_IS_HELD = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
 _CLAIM = Prepared(
     update(ops)
     .where(
         ops.c.op_id == bindparam("id"),
         IS_QUEUED,
-        or_(
-            ops.c.run_id.is_(None),
-            ops.c.run_id.in_(select(runs.c.run_id).where(runs.c.lease_owner == bindparam("slot"))),
-        ),
+        or_(ops.c.run_id.is_(None), _IS_HELD),
     )
     .values(
         state=OpState.RUNNING.value, owner=bindparam("slot"), attempts=ops.c.attempts + 1, started_at=bindparam("now")
@@ -62,6 +54,9 @@ _UNCLAIM = (
     update(ops)
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
+)
+_MADE_A_PROMISE = (ops.c.kind == OpKind.SAVE_SAMPLER.value) & exists().where(
+    samplers.c.run_id == ops.c.run_id, samplers.c.promised_seq == ops.c.seq_id
 )
 _FINAL_AMONG = Prepared(
     select(ops.c.op_id).where(
@@ -76,7 +71,7 @@ _REPLAYABLE = (
         ops.c.run_id == bindparam("run_id"),
         ops.c.seq_id > bindparam("above"),
         ops.c.state == OpState.DONE.value,
-        ops.c.kind.in_(EFFECTS),
+        or_(ops.c.kind.in_(EFFECTS), _MADE_A_PROMISE),
     )
     .order_by(ops.c.seq_id)
 )
@@ -114,32 +109,6 @@ _EXPIRE = (
     .where(ops.c.num.in_(bindparam("nums", expanding=True)))
     .values(is_expired=True, result=None, result_blob=None)
 )
-
-
-class _Fair:
-    """A query in an order; where that is cut by the limit, the first rows of every share instead, still in order."""
-
-    def __init__(self, query: Select[Any], order: tuple[Any, ...], share: Any) -> None:
-        self._all = Prepared(query.order_by(*order).limit(bindparam("most", type_=Integer)))
-        turn = func.row_number().over(partition_by=share, order_by=order)
-        ranked = query.add_columns(*(c.label(f"order_{i}") for i, c in enumerate(order)), turn.label("turn")).subquery()
-        keys = [ranked.c[f"order_{i}"] for i in range(len(order))]
-        most = bindparam("most", type_=Integer)
-        chosen = select(ranked).order_by(ranked.c.turn, *keys).limit(most).subquery()
-        width = len(LIGHT)
-        self._shared = Prepared(
-            select(*list(chosen.c)[:width]).order_by(*(chosen.c[f"order_{i}"] for i in range(len(order))))
-        )
-
-    def first_ones(self, conn: Connection, values: dict[str, Any], limit: int) -> list[OpRow]:
-        rows = self._all.all(conn, {**values, "most": limit + 1})
-        if len(rows) > limit:
-            rows = self._shared.all(conn, {**values, "most": limit})
-        return [to_op(row) for row in rows]
-
-
-_OF_RUNS = _Fair(_RUNNABLE_IN_RUNS, (ops.c.run_id, ops.c.seq_id), ops.c.run_id)
-_SAMPLES = _Fair(_WAITING_SAMPLES, (ops.c.num,), ops.c.tenant_id)
 
 
 class Ops:
@@ -214,18 +183,6 @@ class Ops:
             GoneError("unknown or expired request id") if row is None or row[-1] else to_op(row[:-1]) for row in rows
         ]
 
-    def runnable(self, worker: WorkerId, base_model: str, limit: int, role: Role = Role.ALL) -> list[OpRow]:
-        """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
-        waiting samples of the base, oldest first. At most `limit` of either.
-
-        Where there are more, every run has its first ones among them, and every tenant its oldest samples. Of what the
-        worker's role excludes there are none.
-        """
-        with self._database.read() as conn:
-            of_runs = _OF_RUNS.first_ones(conn, {"slot": worker.slot}, limit) if role.trains else []
-            samples = _SAMPLES.first_ones(conn, {"base": base_model}, limit) if role.samples else []
-        return [*of_runs, *samples]
-
     def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
         """QUEUED ▸ RUNNING in one transaction; those that were claimed, with payload, in the order of `op_ids`.
 
@@ -286,7 +243,8 @@ class Ops:
             return {op_id: to_op(_OUTCOME.first(conn, {"op_id": op_id})) for (op_id,) in final}
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
-        """DONE ops that changed the run's state and lie above `above_seq`, by seq, with payload."""
+        """DONE ops above `above_seq` that changed the run's state, or made a sampler whose file isn't written yet; by
+        seq, with payload."""
         with self._database.read() as conn:
             return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
 

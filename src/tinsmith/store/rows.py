@@ -45,6 +45,8 @@ class WorkerRow:
     lease_until: float  # before this moment nobody takes its runs
     is_ready: bool  # its base model is loaded
     role: Role
+    busy_s: float  # of computing, from its registration until `measured_at`
+    measured_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,7 @@ class NewSampler:
     """`blob` None: the plain base. `run_id` and `spec` are those of the run whose weights it samples.
 
     is_inflight: it and the run's earlier inflight samplers sample these weights from now on.
+    promised_seq: the file isn't written yet; these are the run's weights after that op.
     """
 
     tenant_id: TenantId
@@ -284,6 +287,19 @@ class NewSampler:
     blob: BlobKey | None = None
     spec: RunSpec | None = None
     is_inflight: bool = False
+    promised_seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerWeights:
+    """What a sampler samples from; blob None: the plain base.
+
+    is_promised: the file isn't written yet. is_lost: nor can it be, as its run's state can't be rebuilt.
+    """
+
+    blob: BlobKey | None
+    is_promised: bool
+    is_lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +313,7 @@ class SamplerRow:
     blob: BlobKey | None
     spec: RunSpec | None
     created_at: float
+    promised_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

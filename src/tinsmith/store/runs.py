@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, func, or_, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
-from tinsmith.store.fences import HAS_RUNNABLE, IS_RUNNING, dispossess, require_current, require_leased
+from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
 from tinsmith.store.graveyard import bury
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
@@ -85,7 +85,7 @@ _HAND_BACK = (
 _RELEASE = (
     update(runs)
     .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot"))
-    .values(lease_owner=None, wants_worker=HAS_RUNNABLE)
+    .values(lease_owner=None, wants_worker=WANTS_WORKER)
 )
 _SNAPSHOT = select(runs.c.snapshot_seq, runs.c.snapshot_blob).where(runs.c.run_id == bindparam("run_id"))
 _SET_SNAPSHOT = (
@@ -137,7 +137,7 @@ class Runs:
             silent = _SILENT.first(conn, watch)
             if silent is None and _WANTING.first(conn, {"base": base_model, "limit": 1}) is None:
                 return []
-        with self._database.write() as conn:
+        with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             for (slot,) in _SILENT.all(conn, watch):
                 dispossess(conn, slot)
@@ -159,7 +159,7 @@ class Runs:
         """
         if not run_ids:
             return
-        with self._database.write() as conn:
+        with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             values = {"run_ids": list(run_ids), "slot": worker.slot}
             conn.execute(_HAND_BACK, values)

@@ -6,22 +6,24 @@ the weights of its newest inflight save.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
+from tinsmith.store.fences import require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.rows import NewSampler, SamplerRow
+from tinsmith.store.rows import NewSampler, SamplerRow, SamplerWeights, WorkerId
 from tinsmith.store.runs import to_spec
-from tinsmith.store.schema import ops, samplers, sessions
-from tinsmith.types import SamplerId, TenantId
+from tinsmith.store.schema import ops, runs, samplers, sessions
+from tinsmith.types import BlobKey, RunStatus, SamplerId, TenantId
 
 _COLUMNS = (
     samplers.c.sampler_id, samplers.c.tenant_id, samplers.c.session_id, samplers.c.base_model, samplers.c.model_path,
     samplers.c.run_id, samplers.c.blob, samplers.c.spec, samplers.c.created_at,
+    samplers.c.promised_seq,
 )  # fmt: skip
 _GET_ANY = select(*_COLUMNS).where(samplers.c.sampler_id == bindparam("sampler_id"))
 _GET = _GET_ANY.where(samplers.c.tenant_id == bindparam("tenant_id"))
@@ -33,8 +35,17 @@ _OLD_TARGETS = select(samplers.c.blob).where(samplers.c.run_id == bindparam("of_
 _RETARGET = (
     update(samplers)
     .where(samplers.c.run_id == bindparam("of_run"), samplers.c.is_inflight)
-    .values(blob=bindparam("new_blob"))
+    .values(blob=bindparam("new_blob"), promised_seq=bindparam("new_promised_seq"))
 )
+_WEIGHTS = (
+    select(samplers.c.sampler_id, samplers.c.blob, samplers.c.promised_seq, runs.c.status)
+    .outerjoin(runs, runs.c.run_id == samplers.c.run_id)
+    .where(samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True)))
+)
+_REDEEM = (
+    update(samplers).where(samplers.c.blob == bindparam("promised")).values(blob=bindparam("made"), promised_seq=None)
+)
+_USED = select(samplers.c.sampler_id).where(samplers.c.blob == bindparam("made")).limit(1)
 _JOIN = (
     update(samplers)
     .where(samplers.c.sampler_id == bindparam("id"), samplers.c.tenant_id == bindparam("of_tenant"))
@@ -82,6 +93,32 @@ class Samplers:
             row = conn.execute(_GET_ANY, {"sampler_id": sampler_id}).first()
         return _found(row, sampler_id)
 
+    def weights(self, sampler_ids: Collection[SamplerId]) -> dict[SamplerId, SamplerWeights]:
+        """What these samplers sample from; those that don't exist are left out. Give at most some 10000 at once."""
+        if not sampler_ids:
+            return {}
+        with self._database.read() as conn:
+            rows = conn.execute(_WEIGHTS, {"sampler_ids": list(sampler_ids)}).all()
+        return {
+            row.sampler_id: SamplerWeights(
+                row.blob,
+                is_promised=row.promised_seq is not None,
+                is_lost=row.promised_seq is not None and row.status == RunStatus.CORRUPTED,
+            )
+            for row in rows
+        }
+
+    def redeem(self, worker: WorkerId, promised: BlobKey, made: BlobKey) -> bool:
+        """The file that was promised is `made`. False: no sampler needs it.
+
+        Raises:
+            FencedError: the worker's place was taken.
+        """
+        with self._database.write() as conn:
+            require_current(conn, worker)
+            conn.execute(_REDEEM, {"promised": promised, "made": made})
+            return conn.execute(_USED, {"made": made}).first() is not None
+
     def join(self, tenant_id: TenantId, sampler_id: SamplerId) -> int:
         """A number for one more client of the sampler, from 1; never given twice.
 
@@ -122,7 +159,7 @@ def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
         raise NotFoundError(f"no session {new.session_id}")
     if new.is_inflight:
         replaced = conn.execute(_OLD_TARGETS, {"of_run": new.run_id}).scalars().all()
-        conn.execute(_RETARGET, {"of_run": new.run_id, "new_blob": new.blob})
+        conn.execute(_RETARGET, {"of_run": new.run_id, "new_blob": new.blob, "new_promised_seq": new.promised_seq})
         bury(conn, replaced, now)
     conn.execute(
         _INSERT,
@@ -137,6 +174,7 @@ def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
             "spec": new.spec,
             "created_at": now,
             "is_inflight": new.is_inflight,
+            "promised_seq": new.promised_seq,
         },
     )
     return SamplerRow(
@@ -149,6 +187,7 @@ def put_sampler(conn: Connection, new: NewSampler, now: float) -> SamplerRow:
         blob=new.blob,
         spec=new.spec,
         created_at=now,
+        promised_seq=new.promised_seq,
     )
 
 
@@ -159,7 +198,7 @@ def _found(row: Sequence[Any] | None, sampler_id: SamplerId) -> SamplerRow:
 
 
 def _to_sampler(row: Sequence[Any]) -> SamplerRow:
-    sampler_id, tenant_id, session_id, base_model, model_path, run_id, blob, spec, created_at = row
+    sampler_id, tenant_id, session_id, base_model, model_path, run_id, blob, spec, created_at, promised_seq = row
     return SamplerRow(
         sampler_id=sampler_id,
         tenant_id=tenant_id,
@@ -170,4 +209,5 @@ def _to_sampler(row: Sequence[Any]) -> SamplerRow:
         blob=blob,
         spec=None if spec is None else to_spec(spec),
         created_at=created_at,
+        promised_seq=promised_seq,
     )

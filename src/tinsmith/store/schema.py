@@ -42,6 +42,7 @@ QUEUED = text("state = 'queued'")
 PINNED = text("pin_blob IS NOT NULL")
 STARTED = text("started_at IS NOT NULL")
 HAS_ENDED = text("ended_num IS NOT NULL")
+PROMISED = text("promised_seq IS NOT NULL")
 INFLIGHT = text("is_inflight = 1")
 INFLIGHT_PG = text("is_inflight")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
@@ -96,6 +97,8 @@ workers = Table(
     Column("lease_until", Float, nullable=False),
     Column("is_ready", Boolean, nullable=False),  # its base model is loaded
     Column("role", Text, nullable=False),
+    Column("busy_s", Float, nullable=False, server_default="0"),  # of computing, since it was registered
+    Column("measured_at", Float),  # when `busy_s` was
 )
 
 runs = Table(
@@ -187,8 +190,10 @@ samplers = Table(
     Column("num_ended", BigInteger, nullable=False, server_default="0"),  # of its requests
     Column("num_joined", BigInteger, nullable=False, server_default="0"),  # clones that got a number of their own
     Column("is_inflight", Boolean, nullable=False, server_default=false()),  # follows the run's inflight saves
+    Column("promised_seq", BigInteger),  # `blob` isn't written yet: the run's weights after this op
     Index(None, "session_id"),
     Index(None, "blob"),
+    Index("ix_samplers_promised", "run_id", sqlite_where=PROMISED, postgresql_where=PROMISED),
     Index("ix_samplers_inflight", "run_id", sqlite_where=INFLIGHT, postgresql_where=INFLIGHT_PG),
 )
 

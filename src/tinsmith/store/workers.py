@@ -19,7 +19,7 @@ from tinsmith.types import Role
 
 _COLUMNS = (
     workers.c.slot, workers.c.incarnation, workers.c.base_model, workers.c.registered_at,
-    workers.c.lease_until, workers.c.is_ready, workers.c.role,
+    workers.c.lease_until, workers.c.is_ready, workers.c.role, workers.c.busy_s, workers.c.measured_at,
 )  # fmt: skip
 _LIST = select(*_COLUMNS).order_by(workers.c.slot)
 _INCARNATION = select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update()
@@ -29,11 +29,15 @@ _REPLACE = (
     .where(workers.c.slot == bindparam("of_slot"))
     .values(
         incarnation=bindparam("new_incarnation"), base_model=bindparam("base"), registered_at=bindparam("now"),
-        lease_until=bindparam("until"), is_ready=False, role=bindparam("new_role"),
+        lease_until=bindparam("until"), is_ready=False, role=bindparam("new_role"), busy_s=0.0, measured_at=None,
     )
 )  # fmt: skip
 _IS_ME = (workers.c.slot == bindparam("of_slot")) & (workers.c.incarnation == bindparam("mine"))
-_RENEW = update(workers).where(_IS_ME).values(lease_until=bindparam("until"))
+_RENEW = (
+    update(workers)
+    .where(_IS_ME)
+    .values(lease_until=bindparam("until"), busy_s=bindparam("busy"), measured_at=bindparam("now"))
+)
 _SET_READY = update(workers).where(_IS_ME).values(is_ready=True)
 _READY = select(workers.c.base_model, workers.c.role).where(
     workers.c.is_ready, workers.c.lease_until > bindparam("now")
@@ -84,14 +88,17 @@ class Workers:
             )
         return worker
 
-    def renew(self, worker: WorkerId, lease_s: float, now: float) -> None:
+    def renew(self, worker: WorkerId, lease_s: float, now: float, busy_s: float = 0.0) -> None:
         """Keep the runs until `now + lease_s`. A lease that is over can be renewed until somebody took the runs.
+
+        `busy_s` is how long the worker has computed since it was registered.
 
         Raises:
             FencedError: the worker's place was taken.
         """
         with self._database.write(is_durable=False) as conn:
-            values = {"of_slot": worker.slot, "mine": worker.incarnation, "until": now + lease_s}
+            until = now + lease_s
+            values = {"of_slot": worker.slot, "mine": worker.incarnation, "until": until, "now": now, "busy": busy_s}
             if not conn.execute(_RENEW, values).rowcount:
                 raise FencedError(f"worker {worker.slot} is no longer incarnation {worker.incarnation}")
 
@@ -130,5 +137,7 @@ class Workers:
 
 
 def _to_worker(row: Sequence[Any]) -> WorkerRow:
-    slot, incarnation, base_model, registered_at, lease_until, is_ready, role = row
-    return WorkerRow(slot, incarnation, base_model, registered_at, lease_until, is_ready, Role(role))
+    slot, incarnation, base_model, registered_at, lease_until, is_ready, role, busy_s, measured_at = row
+    return WorkerRow(
+        slot, incarnation, base_model, registered_at, lease_until, is_ready, Role(role), busy_s, measured_at
+    )

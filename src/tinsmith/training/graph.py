@@ -16,6 +16,7 @@ from torch import Tensor
 from tinsmith.errors import UserError
 from tinsmith.loss_graph import Arg, Dtype, LossCall, LossGraph, Ref, Span
 from tinsmith.training.graph_ops import FUNCTIONS, MAX_NUMBER, GraphError
+from tinsmith.training.shortage import is_out_of_memory
 from tinsmith.wire.loss_ops import CALLS, Signature
 
 DATUM_ELEMENTS = 2**25  # of all values of a datum, counted as float32: 128 MiB
@@ -117,9 +118,9 @@ class _Call:
         self._filled = ([], {})
         try:
             return _checked(self._fn(*args, **kwargs))
-        except torch.OutOfMemoryError:
-            raise
         except ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             raise self._refusal(error) from None
 
     def _refusal(self, error: Exception) -> UserError:

@@ -2,25 +2,25 @@
 
 Works through the rows a chunk at a time: logits, log-probabilities, losses and gradient are all made while the chunk's
 logits are there, so memory grows with chunk x vocabulary. A datum whose loss ties its tokens together is a chunk of its
-own up to a bound; beyond it the logits are made twice. What stays true: a chunk holds whole pieces, a piece depends
-on its datum alone, and every elementwise kernel whose rounding depends on where an array ends runs on one piece.
-Shape letters: T rows of the pack, C rows of a chunk, M rows with a gradient, N rows of a piece, K targets a position,
+own up to a bound; beyond it the logits are made twice. What stays true: a chunk holds whole pieces, and every
+elementwise kernel whose rounding depends on where an array ends runs on one block (`training/blocks.py`).
+Shape letters: T rows of the pack, C rows of a chunk, M rows with a gradient, N rows of a block, K targets a position,
 D hidden size, V vocabulary, R rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.errors import UserError
 from tinsmith.model import HEAD, FrozenMatrix, padded_rows
 from tinsmith.model.lora.segments import add_adapter, add_adapter_grads
+from tinsmith.training.blocks import Block, Piece, evaluate, is_finite, make_blocks
 from tinsmith.training.lanes import Lane
 from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
@@ -29,47 +29,12 @@ from tinsmith.types import Failure
 WHOLE_BYTES = 256 * 2**20
 
 
-@dataclass(slots=True)
-class Piece:
-    """Rows `start..end` of a lane's datum, which are rows `row..` of the chunk it lies in."""
-
-    lane: Lane
-    start: int
-    end: int
-    row: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + self.end - self.start)
-
-    @property
-    def is_first_of_op(self) -> bool:
-        return self.lane.ref.datum == 0 and self.start == 0
-
-    @property
-    def is_last_of_op(self) -> bool:
-        ref = self.lane.ref
-        return ref.datum == len(self.lane.op.item.data) - 1 and self.end == ref.num_tokens
-
-    @property
-    def targets(self) -> Tensor:
-        return self.lane.inputs[TARGETS][self.start : self.end]
-
-    def evaluate(self, lp: Tensor) -> Evaluation | Failure:
-        """The loss on these rows, which are all of the datum unless it goes token by token."""
-        if not self.lane.op.loss_fn.is_tokenwise:
-            return evaluate(self.lane, lp)
-        return evaluate(self.lane, lp, self._inputs())
-
-    def _inputs(self) -> dict[str, Tensor]:
-        return {name: tensor[self.start : self.end] for name, tensor in self.lane.inputs.items()}
-
-
 class Head:
     """The head of one base. `chunk_tokens` bounds the rows whose logits are held at once."""
 
-    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int) -> None:
+    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int, *, deterministic: bool) -> None:
         self._matrix = matrix
+        self._may_merge = not deterministic
         self._chunk_tokens = chunk_tokens
         self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (matrix.out_features * matrix.dtype.itemsize))
 
@@ -120,7 +85,7 @@ class Head:
         return self._whole_tokens if is_whole else self._chunk_tokens
 
     def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
-        return _ChunkPass(self._matrix, h_CD, chunk)
+        return _ChunkPass(self._matrix, h_CD, make_blocks(chunk, may_merge=self._may_merge))
 
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
@@ -129,44 +94,44 @@ class Head:
             rows = slice(lane.start + start, lane.start + end)
             piece = Piece(lane, start, end, 0)
             parts.append(self._pass(h_TD[rows], [piece]).logprobs[0])
-        return evaluate(lane, torch.cat(parts))
+        return evaluate(lane, torch.cat(parts), lane.inputs)
 
 
 class _ChunkPass:
     """One chunk: its logits and what follows from them.
 
-    `logprobs` are those of the targets of each piece, [N, K] or [N]. One tensor holds the logits, then the
+    `logprobs` are those of the targets of each block, [N, K] or [N]. One tensor holds the logits, then the
     probabilities, then the gradient of the logits.
     """
 
-    def __init__(self, matrix: FrozenMatrix, h_CD: Tensor, chunk: Sequence[Piece]) -> None:
+    def __init__(self, matrix: FrozenMatrix, h_CD: Tensor, blocks: Sequence[Block]) -> None:
         self._matrix = matrix
         self._h_CD = h_CD
-        self._chunk = chunk
+        self._blocks = blocks
         self._shrunk: dict[int, Tensor] = {}
         logits_CV = self._make_logits()
         top_C = logits_CV.amax(-1)
-        target_logits = [logits_CV[piece.rows].gather(1, _rows_by_k(piece.targets)) for piece in chunk]
+        target_logits = [logits_CV[block.rows].gather(1, _rows_by_k(block.targets)) for block in blocks]
         self._probs_CV = torch.softmax(
             logits_CV, -1, out=logits_CV
         )  # each element of a row is read before it's written
         top_prob_C = self._probs_CV.amax(-1)
         self.logprobs = [
-            _logprobs(logits_NK, top_C[piece.rows], top_prob_C[piece.rows]).view(piece.targets.shape)
-            for piece, logits_NK in zip(chunk, target_logits, strict=True)
+            _logprobs(logits_NK, top_C[block.rows], top_prob_C[block.rows]).view(block.targets.shape)
+            for block, logits_NK in zip(blocks, target_logits, strict=True)
         ]
 
     def run(self, dh_CD: Tensor, whole: Mapping[int, Evaluation | Failure]) -> None:
-        """Losses of all pieces first, then gradients of those whose op stands."""
+        """Losses of all blocks first, then gradients of those whose op stands."""
         coefs: list[Tensor | None] = []
-        for piece, lp in zip(self._chunk, self.logprobs, strict=True):
-            if piece.is_first_of_op and piece.lane.op.staging is not None:
-                piece.lane.op.staging.begin_op()
-            coefs.append(self._evaluate(piece, lp, whole.get(id(piece.lane))))
+        for block, lp in zip(self._blocks, self.logprobs, strict=True):
+            if block.is_first_of_op and block.op.staging is not None:
+                block.op.staging.begin_op()
+            coefs.append(self._evaluate(block, lp, whole.get(id(block.pieces[0].lane))))
         live = [
-            (piece, coef)
-            for piece, coef in zip(self._chunk, coefs, strict=True)
-            if coef is not None and piece.lane.op.failure is None
+            (block, coef)
+            for block, coef in zip(self._blocks, coefs, strict=True)
+            if coef is not None and block.op.failure is None
         ]
         if live:
             self._backward(live, dh_CD)
@@ -176,37 +141,42 @@ class _ChunkPass:
         h_CD = F.pad(self._h_CD, (0, 0, 0, padded_rows(num_rows) - num_rows))
         self._padded_CV = self._matrix.times(h_CD)
         logits_CV = self._padded_CV[:num_rows]
-        for piece in self._chunk:
-            slot = piece.lane.op.slot
+        for block in self._blocks:
+            slot = block.op.slot
             if HEAD in slot.views:
-                rows = piece.rows
-                self._shrunk[id(piece)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows], slot.scale)
+                rows = block.rows
+                self._shrunk[id(block)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows], slot.scale)
         return logits_CV
 
-    def _evaluate(self, piece: Piece, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
-        """Book the piece's log-probabilities and loss; its coefficients [N, K], or None if there's nothing to add."""
-        lane, op = piece.lane, piece.lane.op
+    def _evaluate(self, block: Block, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
+        """Book the block's log-probabilities and loss; its coefficients [N, K], or None if there's nothing to add.
+
+        whole: what was found for the whole datum, if this is but a piece of one whose loss ties its tokens together.
+        """
+        op, first = block.op, block.pieces[0]
         if op.failure is not None:
             return None
-        found = piece.evaluate(lp) if whole is None else whole
+        found = block.evaluate(lp) if whole is None else whole
         if isinstance(found, Failure):
             op.fail(found)
             return None
-        loss, coef = found.loss, found.coef if whole is None else found.coef[piece.start : piece.end]
-        if not (np.isfinite(loss) and bool(torch.isfinite(coef).all()) and bool(torch.isfinite(lp).all())):
-            op.fail(_not_finite(lane.ref.datum, op.item.loss.name))
+        if whole is not None:
+            found = replace(found, coef=found.coef[first.start : first.end])
+        if not is_finite(found, lp):
+            op.fail(_not_finite(first.lane.ref.datum if whole else block.first_not_finite(lp), op.item.loss.name))
             return None
-        op.logprobs[lane.ref.datum][piece.start : piece.end] = lp.cpu().numpy()
-        if whole is None or piece.start == 0:
-            op.book(loss, found.metrics)
-        if op.staging is None or not bool(coef.any()):
+        block.book_logprobs(lp)
+        if whole is None or first.start == 0:
+            op.book(found.loss, found.metrics)
+        coef_NK = _rows_by_k(found.coef)
+        if op.staging is None or not bool(coef_NK.any()):
             return None
-        lane.is_live = True
-        return coef.view(len(coef), -1)
+        block.mark_live(coef_NK)
+        return coef_NK
 
-    def _backward(self, live: Sequence[tuple[Piece, Tensor]], dh_CD: Tensor) -> None:
+    def _backward(self, live: Sequence[tuple[Block, Tensor]], dh_CD: Tensor) -> None:
         """dlogits = Σ_k coef_k (onehot_k - p), dh = dlogits W, for the rows that have a coefficient."""
-        rows = [piece.row + coef_NK.any(-1).nonzero()[:, 0] for piece, coef_NK in live]
+        rows = [block.row + coef_NK.any(-1).nonzero()[:, 0] for block, coef_NK in live]
         rows_M = torch.cat(rows)
         num_rows = padded_rows(len(rows_M))
         if len(rows_M) == len(self._h_CD):
@@ -215,35 +185,31 @@ class _ChunkPass:
             dlogits_MV = self._probs_CV.index_select(0, F.pad(rows_M, (0, num_rows - len(rows_M))))
         offset = 0
         spans: list[slice] = []
-        for (piece, coef_NK), rows_N in zip(live, rows, strict=True):
-            inner_N = rows_N - piece.row
+        for (block, coef_NK), rows_N in zip(live, rows, strict=True):
+            inner_N = rows_N - block.row
             span = slice(offset, offset + len(rows_N))
-            _to_dlogits(dlogits_MV[span], coef_NK[inner_N], piece.targets[inner_N])
+            _to_dlogits(dlogits_MV[span], coef_NK[inner_N], block.targets[inner_N])
             spans.append(span)
             offset = span.stop
         dh_MD = self._matrix.times_transpose(dlogits_MV)
-        for (piece, _), rows_N, span in zip(live, rows, spans, strict=True):
-            self._add_lora_grad(piece, rows_N, dlogits_MV[span], dh_MD[span])
+        ending = {id(block.op) for block in self._blocks if block.is_last_of_op}
+        for (block, _), rows_N, span in zip(live, rows, spans, strict=True):
+            if HEAD in block.op.slot.views:
+                may_fail = id(block.op) not in ending
+                self._add_lora_grad(block, rows_N, dlogits_MV[span], dh_MD[span], may_fail=may_fail)
         dh_CD.index_copy_(0, rows_M, dh_MD[: len(rows_M)])
 
-    def _add_lora_grad(self, piece: Piece, rows_N: Tensor, dlogits_NV: Tensor, dh_ND: Tensor) -> None:
-        op = piece.lane.op
-        if op.staging is None or HEAD not in op.slot.views:
-            return
-        if not any(other.lane.op is op and other.is_last_of_op for other in self._chunk):
-            op.staging.mark(HEAD)  # later pieces may yet fail it
-        u_NR = self._shrunk[id(piece)][rows_N - piece.row]
+    def _add_lora_grad(
+        self, block: Block, rows_N: Tensor, dlogits_NV: Tensor, dh_ND: Tensor, *, may_fail: bool
+    ) -> None:
+        """may_fail: pieces of its op are yet to come, with which it may fail."""
+        op = block.op
+        assert op.staging is not None
+        if may_fail:
+            op.staging.mark(HEAD)
+        u_NR = self._shrunk[id(block)][rows_N - block.row]
         grads = op.staging.views[HEAD]
         add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
-
-
-def evaluate(lane: Lane, lp: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Evaluation | Failure:
-    """The lane's loss on log-probabilities of it; `inputs`: those of these rows, if they aren't the whole datum."""
-    try:
-        return lane.op.loss_fn.evaluate(lp, lane.inputs if inputs is None else inputs)
-    except UserError as error:
-        message = f"datum {lane.ref.datum}: {error.message}"
-        return Failure(code=error.code, category=error.category, message=message)
 
 
 def _to_dlogits(probs_NV: Tensor, coef_NK: Tensor, targets: Tensor) -> None:

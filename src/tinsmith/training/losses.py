@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinsmith.errors import TinsmithError, UserError
 from tinsmith.training.graph import ERRORS, GraphProgram
+from tinsmith.training.shortage import is_out_of_memory
 from tinsmith.types import LossSpec
 
 Config = Mapping[str, float | str]
@@ -166,9 +167,9 @@ class CustomLoss:
             value, metrics = self._program.run(leaf, inputs)
             try:
                 (coef,) = torch.autograd.grad(value, leaf)
-            except torch.OutOfMemoryError:
-                raise
             except ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
                 raise UserError(f"custom loss: it has no gradient: {str(error)[:300]}") from None
         return Evaluation(float(value.detach()), coef, {key: _metric(key, metrics[key]) for key in metrics})
 

@@ -100,6 +100,15 @@ class Staging:
         self.views = slot.layout.views(self._row_P)
         self._marks: dict[str, tuple[Tensor, ...]] = {}
 
+    def restart(self) -> None:
+        """The accumulator as it is, again; all that was added is forgotten."""
+        accumulated_P = self._slot.rows.get("grad")
+        if accumulated_P is None:
+            self._row_P.zero_()
+        else:
+            self._row_P.copy_(accumulated_P)
+        self._marks.clear()
+
     def begin_op(self) -> None:
         """The op before is complete and will not be taken back."""
         self._marks.clear()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
+from tinsmith.training.budget import Budget
+from tinsmith.training.footprint import measure
 from tinsmith.training.head import Head
 from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
@@ -18,11 +20,17 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head, settings.loss_chunk_tokens)
+        self._head = Head(base.head, settings.loss_chunk_tokens, deterministic=settings.deterministic)
+        self._chunk_tokens = settings.loss_chunk_tokens
         self._deterministic = settings.deterministic
+        self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
         self._layouts: dict[tuple[Targets, int], RowLayout] = {}
         self.num_bytes = 0  # what the runs may take at most, between passes
+
+    def start(self) -> None:
+        """Measure what a pass takes, and go by the memory that is free from now on."""
+        self.budget.start(measure(self._base, self._chunk_tokens))
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
@@ -54,7 +62,7 @@ class Trainer:
         self.num_bytes += self.run_bytes(slot.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
-        return TorchPass(self._base, self._head, self._slots, items, deterministic=self._deterministic)
+        return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         return optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])

@@ -1,27 +1,31 @@
 """Carries out the ops that stand between passes: create, load, save, optimizer steps.
 
-Each touches one run. Creating, loading and stepping act at once; a save copies the run and leaves the file to the
-writer, so its outcome comes later, through `settle`. A failed op leaves its run as it was.
+Each touches one run. Creating, loading, stepping and making a sampler without a name act at once; another save copies
+the run and leaves the file to the writer, so its outcome comes later, through `settle`. A failed op leaves its run as
+it was.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 import structlog
 
 from tinsmith.adapter_files import pack_external
-from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key
+from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key, stem
 from tinsmith.checkpoint_file import read_state, state_pieces
 from tinsmith.engine import Engine
-from tinsmith.errors import TinsmithError, UserError
+from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.store import Store
 from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
-from tinsmith.types import BlobKey, CheckpointKind, Failure, OpKind, OptimItem, RunState
+from tinsmith.types import BlobKey, CheckpointKind, Failure, OpId, OpKind, OptimItem, Role, RunState, SamplerId
 from tinsmith.wire import results
 from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, read_meta
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.writer import Writer
 
@@ -32,36 +36,45 @@ class Barriers:
     def __init__(
         self,
         engine: Engine,
+        store: Store,
         blobs: Blobs,
         payloads: Payloads,
         runs: HeldRuns,
         writer: Writer,
+        publisher: Publisher,
         settle: Callable[[Outcome], None],
+        role: Role,
     ) -> None:
-        """`settle` is called from the loop's thread with the outcome of each save, once its file is on disk."""
+        """`settle` is called from the loop's thread with the outcome of each save, once its file is on disk.
+
+        A worker whose role is to train alone has samplers settled like that too: another process is to read the file.
+        """
         self._engine = engine
+        self._store = store
         self._blobs = blobs
         self._payloads = payloads
         self._runs = runs
         self._writer = writer
+        self._publisher = publisher
         self._settle = settle
+        self._role = role
 
-    def carry_out(self, ops: Sequence[OpRow]) -> list[Outcome]:
-        """The outcomes of all ops but saves, which are settled later. At most one op a run."""
+    def carry_out(self, ops: Sequence[OpRow], replays: AbstractSet[OpId]) -> list[Outcome]:
+        """The outcomes of all ops but those saves that are settled later. At most one op a run."""
         finished: list[Outcome] = []
         steps = [op for op in ops if op.kind is OpKind.OPTIM_STEP]
         for op in ops:
             if op.kind is OpKind.OPTIM_STEP:
                 continue
             try:
-                outcome = self._carry_out_one(op)
+                outcome = self._carry_out_one(op, is_replay=op.id in replays)
             except TinsmithError as error:
                 outcome = failed(op, error.as_failure())
             if outcome is not None:
                 finished.append(outcome)
         return finished + self._step(steps)
 
-    def _carry_out_one(self, op: OpRow) -> Outcome | None:
+    def _carry_out_one(self, op: OpRow, *, is_replay: bool) -> Outcome | None:
         if op.kind is OpKind.CREATE and op.run_id is not None:
             return self._create(op, self._runs[op.run_id].row)
         run = self._runs.need(op.run_id).row
@@ -73,8 +86,7 @@ class Barriers:
             self._save(op, run)
             return None
         if op.kind is OpKind.SAVE_SAMPLER:
-            self._save_sampler(op, run)
-            return None
+            return self._save_sampler(op, run, is_replay=is_replay)
         if op.kind is OpKind.SAVE_EXTERNAL:
             self._save_external(op, run)
             return None
@@ -134,8 +146,10 @@ class Barriers:
 
         self._write(op, run, state, outcome)
 
-    def _save_sampler(self, op: OpRow, run: RunRow) -> None:
+    def _save_sampler(self, op: OpRow, run: RunRow, *, is_replay: bool) -> Outcome | None:
         save = read_meta(op.meta, SaveSamplerMeta)
+        if save.sampler_id is not None and (is_replay or (save.name is None and self._role.samples)):
+            return self._publish(op, run, save, save.sampler_id, is_replay=is_replay)
         state = self._engine.export_run(run.run_id, ("param",))
 
         def outcome(info: BlobInfo) -> Outcome:
@@ -170,6 +184,35 @@ class Barriers:
             return succeeded(op, body, checkpoint=checkpoint, sampler=sampler)
 
         self._write(op, run, state, outcome)
+        return None
+
+    def _publish(
+        self, op: OpRow, run: RunRow, save: SaveSamplerMeta, sampler_id: SamplerId, *, is_replay: bool
+    ) -> Outcome:
+        """A sampler without a name can be used at once; again under the same key, if this was done before."""
+        key = self._promised(op, sampler_id) if is_replay else checkpoint_key(run.tenant_id)
+        if key is not None:
+            self._publisher.publish(self._runs[run.run_id], key)
+        sampler = NewSampler(
+            tenant_id=run.tenant_id,
+            session_id=run.session_id,
+            sampler_id=sampler_id,
+            base_model=run.spec.base_model,
+            run_id=run.run_id,
+            blob=key,
+            spec=run.spec,
+            is_inflight=save.is_inflight,
+            promised_seq=op.seq_id,
+        )
+        return succeeded(op, results.sampler_result(None, sampler_id), sampler=sampler)
+
+    def _promised(self, op: OpRow, sampler_id: SamplerId) -> BlobKey | None:
+        """The key under which the op's file is still to come; None if nobody waits for it any more."""
+        try:
+            sampler = self._store.samplers.get_any(sampler_id)
+        except NotFoundError:
+            return None
+        return sampler.blob if sampler.promised_seq == op.seq_id else None
 
     def _save_external(self, op: OpRow, run: RunRow) -> None:
         save = read_meta(op.meta, SaveExternalMeta)
@@ -218,7 +261,7 @@ class Barriers:
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return
             if op.kind is OpKind.SAVE_SAMPLER:
-                self._engine.add_adapter(info.key, state)
+                self._engine.add_adapter(stem(info.key), state)
             self._settle(outcome(info))
 
         self._writer.submit(write, written)

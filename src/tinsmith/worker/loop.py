@@ -26,9 +26,12 @@ from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
 from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
+from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.publishing import Publisher
+from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
@@ -39,7 +42,6 @@ from tinsmith.worker.writer import Writer
 log = structlog.get_logger("tinsmith.worker")
 
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
-LOOK_AT_MOST = 4096
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
@@ -62,6 +64,7 @@ class Worker:
         wake: Callable[[], None],
         line: TokenSender | None = None,
         role: Role = Role.ALL,
+        busy: Busy | None = None,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
         of samples under way."""
@@ -72,15 +75,23 @@ class Worker:
         self._bell = bell
         self._base = engine.info.name
         self._role = role
+        self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._ahead)
-        self._barriers = Barriers(engine, blobs, self._payloads, self.runs, self._writer, self._settle_save)
+        self._publisher = Publisher(me, store, blobs, engine, self._writer)
+        self._barriers = Barriers(
+            engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._settle_save, role
+        )
         self._shares = Shares()
-        self._samples = Samples(engine, store, blobs, self._payloads, self._shares.charge, Telling(engine, line))
+        self._samples = Samples(
+            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
+            Telling(engine, line),
+        )  # fmt: skip
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
+        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
         self._suspects: set[OpId] = set()
         self._busy: frozenset[RunId] = frozenset()
@@ -89,6 +100,7 @@ class Worker:
         self._heard_at = float("-inf")
         self._has_news = False
         self._must_look = True
+        self._must_plan = True
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; the batch under way is finished and recorded.
@@ -106,16 +118,18 @@ class Worker:
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if self._must_look and not self._is_isolating else None
+        batch = self._look() if (self._must_look or self._must_plan) and not self._is_isolating else None
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
         barriers_s = time.monotonic() - started if batch is not None and batch.barriers else 0.0
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
+        self._publisher.write()
         self.runs.snapshot_due()
         computing = self._passes.runs
         self.runs.evict(self._busy | computing, computing)
-        return worked or batch is not None or len(self._passes) > 0 or self._engine.num_samples > 0
+        is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
+        return worked or batch is not None or is_at_work or self._must_plan
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
@@ -123,6 +137,7 @@ class Worker:
         self._store.ops.unclaim(self._me, [op.id for op in self._samples.abandon()])
         while self._passes:
             self._advance()
+        self._publisher.write()
         self._writer.flush()
         self.runs.snapshot_all()
         self._writer.flush()
@@ -147,16 +162,18 @@ class Worker:
             self._persist(lambda: self._store.endings.meter(self._me, used, time.time()))
 
     def _look(self) -> Batch | None:
-        self._must_look = False
-        self._looked_at = time.monotonic()
-        if self._role.trains:
-            self.runs.lease()
+        if self._must_look:
+            self._looked_at = time.monotonic()
+            if self._role.trains and self.runs.lease():
+                self._queue.distrust()
+            self._queue.look()
+        self._must_look = self._must_plan = False
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
+            for op in self._runnable()
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
@@ -164,6 +181,11 @@ class Worker:
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
         served = self._shares.enter(tenants)
         return plan(self.runs.choose(candidates, served), self._limits(), served)
+
+    def _runnable(self) -> list[OpRow]:
+        """Queued ops; of the samples those whose weights are here."""
+        samples = self._samples.ready([op for op in self._queue.ops if op.kind is OpKind.SAMPLE])
+        return [op for op in self._queue.ops if op.kind is not OpKind.SAMPLE] + samples
 
     def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
@@ -178,7 +200,7 @@ class Worker:
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._settings.pass_max_tokens,
+            self._engine.pass_max_tokens,
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
@@ -200,7 +222,7 @@ class Worker:
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
-        self._must_look = True
+        self._must_plan = True
         claimed, replays = self._claim(batch)
         self._admit([op for op in claimed if op.kind is OpKind.SAMPLE])
         ops = [op for op in claimed if op.kind is not OpKind.SAMPLE]
@@ -218,7 +240,9 @@ class Worker:
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
         replays = {c.op_id for c in batch.ops if c.is_replay}
-        claimed = self._store.ops.claim(self._me, [c.op_id for c in batch.ops if not c.is_replay], time.time())
+        new = [c.op_id for c in batch.ops if not c.is_replay]
+        claimed = self._store.ops.claim(self._me, new, time.time())
+        self._queue.remove(new)
         poison = [op for op in claimed if op.attempts > MAX_ATTEMPTS]
         self._commit([failed(op, TinsmithError(POISON).as_failure()) for op in poison])
         rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
@@ -232,7 +256,9 @@ class Worker:
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         self._saving |= {op.id for op in ops if op.kind.is_save}
         started = time.perf_counter()
-        outcomes = self._barriers.carry_out(ops)
+        with self._busy_clock:
+            outcomes = self._barriers.carry_out(ops, replays)
+        self._saving -= {outcome.op.id for outcome in outcomes}
         seconds = time.perf_counter() - started
         self._barriers_s += seconds
         self._settle(outcomes, replays, seconds / max(1, len(ops)))
@@ -245,18 +271,19 @@ class Worker:
         before = current.seconds
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
-            if not current.advance(self._passes.pack_work(current, self._settings.pass_max_tokens, cap_s)):
-                outcomes = current.commit()
+            with self._busy_clock:
+                is_whole = not current.advance(self._passes.pack_work(current, cap_s))
+                outcomes = current.commit() if is_whole else []
+            if is_whole:
                 self._passes.end(current)
                 self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
-                self._must_look = True
+                self._must_plan = True
         except (FencedError, CapacityError, CorruptError):
             raise
         except Exception:
             log.exception("pass failed", ops=[op.id for op in current.ops])
             self._passes.end(current)
             self._contain(current.ops, current.replays)
-            self._must_look = True
         seconds = current.seconds - before
         self._passes.spent(current, seconds)
         return seconds
@@ -273,7 +300,8 @@ class Worker:
 
     def _step_samples(self) -> None:
         try:
-            outcomes = self._samples.step()
+            with self._busy_clock:
+                outcomes = self._samples.step()
         except Exception:
             abandoned = self._samples.abandon()
             log.exception("sampler step failed", ops=[op.id for op in abandoned])
@@ -282,16 +310,16 @@ class Worker:
             else:
                 outcomes = []
                 self._suspects |= {op.id for op in abandoned}
-                self._store.ops.unclaim(self._me, [op.id for op in abandoned])
-                self._must_look = True
+                self._unclaim([op.id for op in abandoned])
         self._commit(outcomes)
         self._suspects -= {outcome.op.id for outcome in outcomes}
 
     def _admit_samples(self) -> None:
         self._must_look = True
+        self._queue.look()
         waiting = [
             Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
-            for op in self._store.ops.runnable(self._me, self._base, LOOK_AT_MOST, self._role)
+            for op in self._runnable()
             if op.kind is OpKind.SAMPLE
         ]
         if self._is_isolating or any(sample.is_suspect for sample in waiting):
@@ -337,7 +365,7 @@ class Worker:
         if not outcomes:
             return
         self._persist(lambda: self._recorder.record(outcomes))
-        self._must_look = True
+        self._must_plan = True
 
     def _persist(self, write: Callable[[], object]) -> None:
         """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
@@ -367,6 +395,12 @@ class Worker:
                 if op.id in replays:
                     self.runs.give_up_after(op, failure)
         else:
-            self._store.ops.unclaim(self._me, [op.id for op in new])
+            self._unclaim([op.id for op in new])
             self._suspects |= {op.id for op in ops}
         self.runs.forget(op.run_id for op in ops if op.run_id is not None)
+        self._must_look = True
+
+    def _unclaim(self, op_ids: Sequence[OpId]) -> None:
+        self._store.ops.unclaim(self._me, op_ids)
+        self._queue.distrust()
+        self._must_look = True

@@ -24,6 +24,7 @@ from tinsmith.store import Store, open_store
 from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo, Role
+from tinsmith.worker.busy import Busy
 from tinsmith.worker.loop import Worker
 
 log = structlog.get_logger("tinsmith.worker")
@@ -87,8 +88,11 @@ def _serve(
     line: TokenSender,
     stop: threading.Event,
 ) -> None:
+    busy = Busy()
     me = store.workers.register(slot, base.name, settings.lease_s, time.time(), role)
-    renewing = threading.Thread(target=_renew, args=(store, me, settings.lease_s, stop), name="lease", daemon=True)
+    renewing = threading.Thread(
+        target=_renew, args=(store, me, settings.lease_s, busy, stop), name="lease", daemon=True
+    )
     renewing.start()
     started = time.monotonic()
     engine = make_engine(describe(base), settings)
@@ -97,7 +101,7 @@ def _serve(
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
-    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role).run(stop)
+    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role, busy).run(stop)
     store.workers.deregister(me)
 
 
@@ -108,15 +112,15 @@ def make_engine(info: BaseInfo, settings: Settings) -> Engine:
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
-    engine: Engine = made(info) if settings.device == "fake" else made(info, settings)
+    engine: Engine = made(info, settings.pass_max_tokens if settings.device == "fake" else settings)
     return engine
 
 
-def _renew(store: Store, me: WorkerId, lease_s: float, stop: threading.Event) -> None:
+def _renew(store: Store, me: WorkerId, lease_s: float, busy: Busy, stop: threading.Event) -> None:
     """Keep the lease while the loop is inside a long pass; end the process at once if it is lost."""
     while not stop.wait(lease_s / 3):
         try:
-            store.workers.renew(me, lease_s, time.time())
+            store.workers.renew(me, lease_s, time.time(), busy.seconds)
         except FencedError as error:
             log.error("lease lost", slot=me.slot, error=error.message)
             os._exit(EXIT_FENCED)

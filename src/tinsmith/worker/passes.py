@@ -150,8 +150,9 @@ class Passes:
             self._open.remove(one)
             self._speed = one.speed
 
-    def pack_work(self, one: OpenPass, budget: int, cap_s: float) -> int:
-        """A pack's bound: the budget, and what can be computed until others should get their turn."""
+    def pack_work(self, one: OpenPass, cap_s: float) -> int:
+        """A pack's bound: the engine's budget, and what can be computed until others should get their turn."""
+        budget = self._engine.pass_max_tokens
         if not one.speed:
             return budget
         seconds = min(cap_s, IDLE_PACK_S / len(self._open))

@@ -1,4 +1,4 @@
-"""States in host memory on their way into the engine: read, checked and decoded beside the loop, before they are needed.
+"""States in host memory on their way into the engine: read, checked and decoded beside the loop, ahead of their use.
 
 Between the engine's memory and the disk. Where the engine's memory is the host's, a state stays here only until it is
 taken, and the engine then holds those very arrays; where it isn't, states of runs that left come back from here.

@@ -63,10 +63,12 @@ class HeldRuns:
     def __getitem__(self, run_id: RunId) -> HeldRun:
         return self._held[run_id]
 
-    def lease(self) -> None:
-        """Take the runs of this base that have work and no living holder."""
-        for row in self._store.runs.lease(self._me, self._base, limit=1024):
+    def lease(self) -> bool:
+        """Take the runs of this base that have work and no living holder; whether there were any."""
+        rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        for row in rows:
             self._adopt(row)
+        return bool(rows)
 
     def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
         """See `Residency.choose`."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
 from google.protobuf.message import EncodeError
 
-from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import read_state
+from tinsmith.blobs import Blobs, stem
 from tinsmith.engine import Engine
-from tinsmith.errors import TinsmithError, UserError
+from tinsmith.errors import CorruptError, TinsmithError, UserError
 from tinsmith.store import Store
-from tinsmith.store.rows import OpRow
+from tinsmith.store.rows import OpRow, SamplerWeights
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import Failure, OpId, SampleResult, TenantId
+from tinsmith.types import BlobKey, Failure, OpId, SampleResult, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.publishing import Publisher
+from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.telling import Telling
 
 log = structlog.get_logger("tinsmith.worker")
@@ -32,6 +34,8 @@ class Samples:
         store: Store,
         blobs: Blobs,
         payloads: Payloads,
+        publisher: Publisher,
+        ahead: ReadAhead,
         charge: Callable[[TenantId, int], None],
         telling: Telling,
     ) -> None:
@@ -40,7 +44,10 @@ class Samples:
         self._store = store
         self._blobs = blobs
         self._payloads = payloads
+        self._publisher = publisher
+        self._ahead = ahead
         self._charge = charge
+        self.num_coming = 0
         self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
@@ -48,6 +55,44 @@ class Samples:
     @property
     def resident(self) -> Collection[OpRow]:
         return self._resident.values()
+
+    def ready(self, ops: Sequence[OpRow]) -> list[OpRow]:
+        """Those of the waiting requests whose weights are here, or can be taken in without waiting for a disk.
+
+        The others' weights are read meanwhile, each tenant's oldest first; for unwritten ones, their run is computed.
+        """
+        weights = self._store.samplers.weights({op.sampler_id for op in ops if op.sampler_id is not None})
+        counts: Counter[TenantId] = Counter()
+        turns: list[tuple[int, int]] = []
+        for index, op in enumerate(ops):
+            turns.append((counts[op.tenant_id], index))
+            counts[op.tenant_id] += 1
+        chosen: set[int] = set()
+        new_bytes: dict[BlobKey, int] = {}
+        for _, index in sorted(turns):
+            sampler_id = ops[index].sampler_id
+            found = weights.get(sampler_id) if sampler_id is not None else None
+            if found is None or self._is_ready(found, new_bytes):
+                chosen.add(index)
+        self.num_coming = len(ops) - len(chosen)
+        return [op for index, op in enumerate(ops) if index in chosen]
+
+    def _is_ready(self, found: SamplerWeights, new_bytes: dict[BlobKey, int]) -> bool:
+        """new_bytes: the files that are to be taken in with the requests chosen so far; this one's is added."""
+        if found.blob is None or self._engine.has_adapter(stem(found.blob)) or found.blob in new_bytes:
+            return True
+        if found.is_promised:
+            return found.is_lost or self._publisher.holds(found.blob)
+        if not self._ahead.want(found.blob):
+            return False
+        try:
+            size = self._blobs.size(found.blob)
+        except TinsmithError:
+            return True  # `admit` says what is wrong
+        if not self._engine.has_adapter_room(size + sum(new_bytes.values())):
+            return False
+        new_bytes[found.blob] = size
+        return True
 
     def admit(self, op: OpRow) -> Outcome | None:
         """Hand a claimed request to the engine; its outcome, if it is refused."""
@@ -114,9 +159,15 @@ class Samples:
         sampler = self._store.samplers.get_any(op.sampler_id)
         if sampler.blob is None:
             return None
-        if not self._engine.has_adapter(sampler.blob):
-            self._engine.add_adapter(sampler.blob, self._blobs.load(sampler.blob, read_state))
-        return sampler.blob
+        key = stem(sampler.blob)
+        if not self._engine.has_adapter(key) and not self._publisher.restore(key):
+            if sampler.promised_seq is not None:
+                raise CorruptError(
+                    f"the weights of the sampler {sampler.sampler_id} are lost with the state of its run: restore the "
+                    "data directory from a backup, or make a new sampler"
+                )
+            self._engine.add_adapter(key, self._ahead.take(sampler.blob), may_keep=True)
+        return key
 
 
 def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:

@@ -1,0 +1,152 @@
+"""Does memory stay flat? Many runs train and sample on a real server for as long as you like.
+
+Starts `tinsmith serve` of the shipped model with small caches, so that they are full soon and runs come and go between
+memory and disk, and drives it through the SDK: each run trains on ragged sequences, steps, and now and then
+publishes its weights and samples from them. Prints the memory of each process over time, and a verdict: after a
+warm-up of the first third, the median slope between all pairs of readings, times the time that was observed, must stay
+below 3 % of the process's memory, or below 8 MiB.
+
+    python benchmarks/soak.py --minutes 60 --runs 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tinker
+from served import Server, serving
+from tinker import types
+
+from tinsmith.config import point_sdk_at
+
+BASE = "tinsmith/tiny"
+VOCAB = 256
+READINGS = 60  # in all
+WARM_UP = 1 / 3
+MAX_GROWTH_SHARE = 0.03
+MAX_GROWTH_MIB = 8.0
+SAMPLE_EVERY = 8  # steps
+FLAGS = (
+    "--max-resident-runs", "24", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
+    "--result-ttl-s", "60",
+)  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as root, serving(Path(root, "data"), *FLAGS, *args.flag) as server:
+        point_sdk_at(server.url, server.key)
+        stop = threading.Event()
+        done: Counter[str] = Counter()
+        client = tinker.ServiceClient()
+        drivers = [
+            threading.Thread(target=drive, args=(client, seed, stop, done), name=f"run {seed}")
+            for seed in range(args.runs)
+        ]
+        for driver in drivers:
+            driver.start()
+        readings = watch(server, args.minutes * 60, done)
+        stop.set()
+        for driver in drivers:
+            driver.join()
+        print(f"\n{dict(done)}\n")
+        verdicts = [report(name, values) for name, values in readings.items()]
+        is_flat = all(verdicts)
+        print(f"\nmemory is {'flat' if is_flat and not done['errors'] else '**not flat**'}")
+    raise SystemExit(0 if is_flat and not done["errors"] else 1)
+
+
+def drive(client: Any, seed: int, stop: threading.Event, done: Counter[str]) -> None:
+    """One run, from its creation until `stop`."""
+    rng = np.random.default_rng(seed)
+    run = client.create_lora_training_client(BASE, rank=int(rng.choice([4, 8, 16, 32])))
+    step = 0
+    while not stop.is_set():
+        try:
+            train(run, rng)
+            step += 1
+            done["steps"] += 1
+            if step % SAMPLE_EVERY == seed % SAMPLE_EVERY:
+                sample(run, rng, f"step{step}")
+                done["samples"] += 1
+        except tinker.TinkerError as error:
+            done["errors"] += 1
+            print(f"run {seed}: {error!r}", flush=True)
+
+
+def train(run: Any, rng: np.random.Generator) -> None:
+    data = []
+    for length in rng.integers(8, 160, 3):
+        tokens = rng.integers(0, VOCAB, length + 1)
+        inputs = {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)}
+        data.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1].tolist()), loss_fn_inputs=inputs))
+    passed = run.forward_backward(data, "cross_entropy")
+    stepped = run.optim_step(types.AdamParams(learning_rate=1e-4))
+    passed.result()
+    stepped.result()
+
+
+def sample(run: Any, rng: np.random.Generator, name: str) -> None:
+    sampler = run.save_weights_and_get_sampling_client(name)
+    prompt = types.ModelInput.from_ints(rng.integers(0, VOCAB, int(rng.integers(4, 200))).tolist())
+    params = types.SamplingParams(max_tokens=16, temperature=1.0)
+    sampler.sample(prompt, num_samples=2, sampling_params=params).result()
+
+
+def watch(server: Server, seconds: float, done: Counter[str]) -> dict[str, list[tuple[float, float]]]:
+    """(minutes, MiB) by process."""
+    pids = {"api": server.api_pid} | {f"worker {i}": pid for i, pid in enumerate(server.worker_pids)}
+    readings: dict[str, list[tuple[float, float]]] = {name: [] for name in pids}
+    print(f"| minute | steps | {' | '.join(f'{name}, MiB' for name in pids)} |")
+    print("|---|---|" + "---|" * len(pids))
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        for name, pid in pids.items():
+            readings[name].append((passed / 60, resident_mib(pid)))
+        now = " | ".join(f"{values[-1][1]:.1f}" for values in readings.values())
+        print(f"| {passed / 60:.1f} | {done['steps']} | {now} |", flush=True)
+        time.sleep(seconds / READINGS)
+    return readings
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of its own: files that are mapped, such as weights and libraries, come and go as the system likes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"process {pid} has gone")
+
+
+def report(name: str, values: list[tuple[float, float]]) -> bool:
+    """Prints what became of one process; whether it stayed flat."""
+    settled = values[int(len(values) * WARM_UP) :]
+    slope = statistics.median((y - x) / (b - a) for (a, x), (b, y) in combinations(settled, 2))
+    level = statistics.median(mib for _, mib in settled)
+    growth = slope * (settled[-1][0] - settled[0][0])
+    is_flat = growth < max(MAX_GROWTH_MIB, MAX_GROWTH_SHARE * level)
+    print(
+        f"{name}: {level:.0f} MiB, most {max(mib for _, mib in settled):.0f}; {slope:+.3f} MiB a minute, "
+        f"{growth:+.1f} MiB in {settled[-1][0] - settled[0][0]:.1f} minutes: {'flat' if is_flat else '**not flat**'}"
+    )
+    return is_flat
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--runs", type=int, default=64)
+    parser.add_argument("--flag", nargs="*", default=[], help="more flags of the server, such as --threads=1")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

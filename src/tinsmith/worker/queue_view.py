@@ -1,0 +1,61 @@
+"""What waits to be run, as the worker has seen it: kept between looks, so that a look costs what is new.
+
+The rows are the truth. The view may name an op that isn't queued any more, which the claim then leaves out; it must
+never miss one for long. Hence it is read anew as a whole whenever something may have become runnable other than by
+arriving, and in any case every `scan_interval_s`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+
+from tinsmith.store import Store
+from tinsmith.store.rows import OpRow, WorkerId
+from tinsmith.types import OpId, Role
+
+LOOK_AT_MOST = 4096
+
+
+class QueueView:
+    def __init__(self, me: WorkerId, base: str, store: Store, scan_interval_s: float, role: Role) -> None:
+        self._me = me
+        self._base = base
+        self._store = store
+        self._scan_interval_s = scan_interval_s
+        self._role = role
+        self._ops: dict[OpId, OpRow] = {}
+        self._newest = 0
+        self._read_at = float("-inf")
+
+    @property
+    def ops(self) -> Collection[OpRow]:
+        """Of each run in the order of its log; samples in the order of their arrival."""
+        return self._ops.values()
+
+    def distrust(self) -> None:
+        """Something was queued again, or may run now though it is old: read all at the next look."""
+        self._read_at = float("-inf")
+
+    def remove(self, op_ids: Iterable[OpId]) -> None:
+        """These were claimed, or can't be."""
+        for op_id in op_ids:
+            self._ops.pop(op_id, None)
+
+    def look(self) -> None:
+        """See what has come."""
+        if time.monotonic() - self._read_at > self._scan_interval_s:
+            self._read()
+            return
+        look = self._store.waiting.since(self._me, self._base, self._newest, LOOK_AT_MOST, self._role)
+        if look.has_early or look.is_cut:
+            self._read()
+            return
+        self._newest = look.newest
+        self._ops.update((op.id, op) for op in look.ops)
+
+    def _read(self) -> None:
+        look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role)
+        self._ops = {op.id: op for op in look.ops}
+        self._newest = look.newest
+        self._read_at = float("-inf") if look.has_early or look.is_cut else time.monotonic()
