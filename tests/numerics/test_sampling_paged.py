@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from tests.numerics.sampling_lab import Letters, make_sampler, mixed_states, prompt, run_all, sample
+from tests.numerics.lab import spec
+from tests.numerics.sampling_lab import Letters, make_sampler, mixed_states, prompt, run_all, sample, state_of
 from tinsmith.config import Settings
+from tinsmith.model import load_base
 from tinsmith.sampling import Sampler
 from tinsmith.sampling.kv import KVShape
 from tinsmith.sampling.paged import PagedKV
@@ -48,10 +51,10 @@ def test_pages_give_what_contiguous_memory_gives(base, kv_blocks):
     expected = run_all(make_sampler(base, states, prefill_chunk_tokens=64), items)
     sampler = paged_sampler(base, states, kv_blocks, prefill_chunk_tokens=64)
     results = run_all(sampler, items)
-    for item in items:
-        assert_like(results[item.op_id], expected[item.op_id])
-        if item.prompt_logprobs:
-            found, other = results[item.op_id].prompt_logprobs, expected[item.op_id].prompt_logprobs
+    for asked in items:
+        assert_like(results[asked.op_id], expected[asked.op_id])
+        if asked.prompt_logprobs:
+            found, other = results[asked.op_id].prompt_logprobs, expected[asked.op_id].prompt_logprobs
             np.testing.assert_allclose(found[1:], other[1:], atol=TOLERANCE, rtol=0)
     assert sampler.memory.num_held_blocks == sampler.memory.kv.num_allocated_blocks == 0
     if kv_blocks is not None:
@@ -119,3 +122,23 @@ def test_attention_over_pages_is_attention(base):
             scores = keys[:, head // 3] @ q[row, head].double() * 0.25
             expected = torch.softmax(scores, 0) @ values[:, head // 3]
             torch.testing.assert_close(found[row, head].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_bfloat16_base_gives_float32_logprobs_near_those_of_transformers(base, is_paged):
+    half = load_base(base.info, device=torch.device("cpu"), dtype=torch.bfloat16)
+    sampler = Sampler(half, Settings(), Letters(), is_paged=is_paged)
+    sampler.add_adapter("a", state_of(half, spec("run", 8)))
+    items = [sample(f"r{i}", prompt(i, 20 + 30 * i), (None, "a")[i % 2], seed=i, max_tokens=40) for i in range(4)]
+    results = run_all(sampler, items)
+    model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.bfloat16)
+    for asked in items:
+        (sequence,) = results[asked.op_id].sequences
+        assert sequence.logprobs.dtype == np.float32
+        assert np.isfinite(sequence.logprobs).all()
+        if asked.adapter is None:
+            tokens = torch.from_numpy(np.concatenate([asked.prompt, sequence.tokens]).astype(np.int64))
+            with torch.no_grad():
+                rows = model(input_ids=tokens[None]).logits[0, len(asked.prompt) - 1 : -1].float().log_softmax(-1)
+            expected = rows.gather(1, tokens[len(asked.prompt) :, None])[:, 0].numpy()
+            assert np.abs(expected - sequence.logprobs).mean() < 2e-2
