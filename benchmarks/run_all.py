@@ -1,7 +1,8 @@
-"""Runs the CPU benchmarks one after another, prints one table and writes it to docs/benchmarks.md.
+"""Runs the CPU benchmarks, prints one table and writes it to docs/benchmarks.md.
 
-Every script runs in a process of its own, with the environment that `tinsmith serve` gives its workers. About ten
-minutes on two cores that are otherwise idle.
+Every script runs in a process of its own, with the environment that `tinsmith serve` gives its workers. Those that
+measure the CPU time of one thread run two at a time, those that measure wall time alone. Under twenty minutes on two
+cores that are otherwise idle.
 
     python benchmarks/run_all.py [--out docs/benchmarks.md] [--only service]
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,11 +29,30 @@ from tinsmith.serve import WORKER_DEFAULTS
 from tinsmith.supervisor import available_cores
 
 HERE = Path(__file__).parent
-COMMANDS = (
-    "train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 3",
+SMALL = "--layers 2 --vocab 4000"  # what would take minutes a round on the larger model
+BESIDE = (  # the longest first
+    "train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5",
+    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALL}",
     "train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5",
-    "sample_vs_generate.py --cases 1:1 8:8 32:32 --repeats 3",
-    "custom_loss.py --layers 4 --cases 16x64 4x512 --repeats 3",
+    "train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5",
+    "training_rows.py --case 64x1x32-64 --repeats 5",
+    "sample_vs_generate.py --cases 1:1 32:32 --repeats 5",
+    "sampler.py --only runs group --repeats 5",
+    f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL}",
+    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
+    "training_rows.py --case 64x1x32-64 --repeats 5 --defaults",
+    "sampler.py --only runs --repeats 5 --rank 32",
+    "custom_loss.py --layers 2 --cases 16x64 4x512 --repeats 5",
+    "training_rows.py --short --repeats 5",
+)
+ALONE = (
+    "optimizer.py",
+    "many_runs.py",
+    "many_samplers.py",
+    "load_state.py",
+    "whole_service.py",
+    "latency.py",
+    "control_plane.py",
     "service.py",
     "store_ops.py",
 )
@@ -60,14 +81,21 @@ def main() -> int:
     args = parser.parse_args()
     before = machine()
     started = time.monotonic()
-    details = []
     with tempfile.TemporaryDirectory() as scratch:
-        rows_file = Path(scratch, "rows")
-        for command in [c for c in COMMANDS if args.only in c]:
-            print(f"== python benchmarks/{command}", flush=True)
-            output = run(command, rows_file)
-            details.append(f"`python benchmarks/{command}`\n\n{as_markdown(output)}")
-        found = rows.load(rows_file)
+        jobs = [
+            (command, Path(scratch, f"rows{number}"))
+            for number, command in enumerate((*BESIDE, *ALONE))
+            if args.only in command
+        ]
+        beside = [job for job in jobs if job[0] in BESIDE]
+        with ThreadPoolExecutor(min(2, available_cores())) as pool:
+            outputs = list(pool.map(run, *zip(*beside, strict=True))) if beside else []
+        outputs += [run(*job) for job in jobs if job[0] in ALONE]
+        found = [row for _, rows_file in jobs for row in rows.load(rows_file)]
+    details = [
+        f"`python benchmarks/{command}`\n\n{as_markdown(output)}"
+        for (command, _), output in zip(jobs, outputs, strict=True)
+    ]
     table = "\n".join([rows.HEAD, *map(str, found)])
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     minutes = (time.monotonic() - started) / 60
@@ -80,19 +108,17 @@ def main() -> int:
 
 
 def run(command: str, rows_file: Path) -> str:
-    """Its standard output, shown as it comes."""
+    """Its standard output, which is shown at its end."""
     script, *flags = command.split()
     argv = [sys.executable, str(HERE / script), *flags, "--rows", str(rows_file)]
     env = {**os.environ, **math_env(), **WORKER_DEFAULTS, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    lines = []
-    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        raise SystemExit(f"{script} ended with status {process.returncode}; run it alone to see why")
-    return "".join(lines)
+    started = time.monotonic()
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - started
+    print(f"== python benchmarks/{command} ({seconds:.0f} s)\n{done.stdout}", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{script} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 def as_markdown(output: str) -> str:
