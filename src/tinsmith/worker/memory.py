@@ -6,20 +6,20 @@ another matter.
 
 from __future__ import annotations
 
-import ctypes
 import time
+
+from tinsmith import host_memory
 
 TRIM_INTERVAL_S = 5.0
 
 
 class FreeMemory:
     def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others needn't be told
         self._trimmed_at = float("-inf")
 
     def freed(self) -> None:
         """Something large was let go of. Costs some milliseconds, at most every `TRIM_INTERVAL_S`."""
         now = time.monotonic()
-        if self._trim is not None and now - self._trimmed_at > TRIM_INTERVAL_S:
+        if now - self._trimmed_at > TRIM_INTERVAL_S:
             self._trimmed_at = now
-            self._trim(0)
+            host_memory.give_back()
