@@ -49,7 +49,7 @@ class Alone:
 
     def step(self) -> None:
         training_pass = self._engine.start_pass(self._items)
-        while training_pass.advance(Settings().pass_max_tokens):
+        while training_pass.advance(self._engine.pass_max_tokens):
             pass
         training_pass.commit()
         params = AdamParams(LEARNING_RATE)
