@@ -4,7 +4,8 @@ Both sides run the same weights in float32 with the same thread count, each requ
 table says so (peft's `set_adapter` on the side of transformers). Timings are CPU time of the process; the sides
 alternate and the median of the repeats is shown.
 
-    python benchmarks/sample_vs_generate.py [--model DIR] [--threads 1] [--tokens 64] [--repeats 3] [--cases 32:32]
+    python benchmarks/sample_vs_generate.py [--model DIR] [--random 512x8x32000] [--rank 16] [--threads 1] [--tokens 64]
+        [--repeats 3] [--cases 32:32]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ import numpy as np
 import rows
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 import tinsmith
@@ -36,11 +38,10 @@ from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout, init_row, load_base
 from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.sampling import Sampler
-from tinsmith.types import OpId, RunId, RunSpec, RunState, SampleItem, SamplingParams
+from tinsmith.types import BaseInfo, OpId, RunId, RunSpec, RunState, SampleItem, SamplingParams
 
 TINY = Path(tinsmith.__file__).parent / "assets" / "tiny"
 PROMPT_TOKENS = 32
-RANK = 16
 
 
 class NoText:
@@ -55,13 +56,29 @@ class Case:
 
 
 CASES = ("1:0", "8:0", "32:0", "1:1", "8:8", "32:4", "32:32")
-TARGETS_X = {32: ">= 6"}  # by adapters
+TARGETS_X = {"1:1": ">= 1", "32:32": ">= 10"}  # by case, on the shipped model
 
 
-def make_states(base: BaseModel, count: int) -> list[RunState]:
+def random_base(size: str, folder: Path) -> BaseModel:
+    """A random Qwen3 of HIDDENxLAYERSxVOCABULARY in float32, saved in `folder` on the way."""
+    hidden, layers, vocab = map(int, size.split("x"))
+    config = Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=16384, initializer_range=0.05,
+    )  # fmt: skip
+    path = folder / size
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return load_base(
+        BaseInfo(size, str(path), "qwen3", vocab, 16384, ()), device=torch.device("cpu"), dtype=torch.float32
+    )
+
+
+def make_states(base: BaseModel, count: int, rank: int) -> list[RunState]:
     states = []
     for index in range(count):
-        spec = RunSpec(RunId(f"run{index}"), base.info.name, rank=RANK, seed=index)
+        spec = RunSpec(RunId(f"run{index}"), base.info.name, rank=rank, seed=index)
         layout = RowLayout(base.linears, spec.targets, spec.rank)
         row = init_row(layout, spec)
         row += 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(index))
@@ -69,13 +86,13 @@ def make_states(base: BaseModel, count: int) -> list[RunState]:
     return states
 
 
-def make_peft(base: BaseModel, states: Sequence[RunState]) -> torch.nn.Module:
+def make_peft(base: BaseModel, states: Sequence[RunState], rank: int) -> torch.nn.Module:
     """The same adapters in peft, by the names run0, run1, ..."""
     model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float32)
     if not states:
         return model
     names = [info.name for info in base.linears]
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=names)
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(model, config, adapter_name="run0")
@@ -125,6 +142,8 @@ def run_generate(model: torch.nn.Module, case: Case, vocab_size: int, num_tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY), help="a Hugging Face model directory")
+    parser.add_argument("--random", default="", help="instead of a model: random weights, HIDDENxLAYERSxVOCABULARY")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each request")
     parser.add_argument("--repeats", type=int, default=3)
@@ -133,21 +152,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
-    base = load_base(describe(parse(args.model)), device=torch.device("cpu"), dtype=torch.float32)
+    scratch = tempfile.TemporaryDirectory()
+    if args.random:
+        base = random_base(args.random, Path(scratch.name))
+    else:
+        base = load_base(describe(parse(args.model)), device=torch.device("cpu"), dtype=torch.float32)
     vocab_size = base.info.vocab_size
     print(
         f"{base.info.name}: {base.num_layers} layers, hidden {base.head.in_features}, vocabulary {vocab_size}; "
-        f"{PROMPT_TOKENS} prompt and {args.tokens} new tokens, LoRA rank {RANK} on every linear, "
+        f"{PROMPT_TOKENS} prompt and {args.tokens} new tokens, LoRA rank {args.rank} on every linear, "
         f"{args.threads} thread(s), median of {args.repeats}\n"
     )
     print("| sequences | adapters | ms a step | tok/s | generate, one by one: tok/s | ratio |")
     print("|---|---|---|---|---|---|")
     for case in (Case(*map(int, text.split(":"))) for text in args.cases):
-        states = make_states(base, case.num_adapters)
+        states = make_states(base, case.num_adapters, args.rank)
         sampler = Sampler(base, Settings(), NoText())
         for state in states:
             sampler.add_adapter(state.spec.run_id, state)
-        model = make_peft(base, states)
+        model = make_peft(base, states, args.rank)
         run_sampler(sampler, case, vocab_size, 4)
         run_generate(model, Case(1, min(1, case.num_adapters)), vocab_size, 4)
         ours, theirs = [], []
@@ -164,9 +187,10 @@ def main() -> None:
             flush=True,
         )
         what = (
-            f"sampling, {case.num_sequences} request(s) with {case.num_adapters} adapter(s): ours / generate, CPU time"
+            f"sampling, {case.num_sequences} request(s) with {case.num_adapters} adapter(s) of rank {args.rank}, "
+            f"{base.info.name}: ours / generate, CPU time"
         )
-        target = TARGETS_X.get(case.num_adapters, "")
+        target = "" if args.random else TARGETS_X.get(f"{case.num_sequences}:{case.num_adapters}", "")
         rows.save(args.rows, [rows.Row(what, speed / reference, "x", target, args.repeats)])
 
 

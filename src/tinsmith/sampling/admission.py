@@ -56,17 +56,19 @@ def plan_prefill(
     has_begun: Container[Prompt],
     chunk_tokens: int,
     may_begin: Callable[[Prompt], bool],
+    max_tokens: int | None = None,
 ) -> list[Chunk]:
-    """The chunks of this step, at most `chunk_tokens` in all.
+    """The chunks of this step.
 
     Args:
+        max_tokens: of all chunks together; as many as one has, unless given.
         prompts: in the order in which they should be served; the first of a line that has to wait holds back those
             of the line behind it.
         has_begun: those in prefill.
         may_begin: asked just before a prompt would begin; a True is acted on. It may move `num_prefilled` on.
     """
     chunks: list[Chunk] = []
-    left = chunk_tokens
+    left = max_tokens or chunk_tokens
     held_back: set[object] = set()
     for prompt in prompts:
         if not left:

@@ -21,11 +21,12 @@ from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
-from tinsmith.sampling.admission import Chunk, Turns, plan_prefill
+from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.blocks import BLOCK_TOKENS
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Drawn
 from tinsmith.sampling.grammar import Grammars
+from tinsmith.sampling.intake import Intake
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
@@ -33,8 +34,7 @@ from tinsmith.sampling.preemption import PreemptionCounts, spare_blocks
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
-from tinsmith.sampling.seats import Coming, Seats
-from tinsmith.sampling.sequence import Prompt, Request, Sequence
+from tinsmith.sampling.sequence import Request, Sequence
 from tinsmith.sampling.stages import Stages
 from tinsmith.sampling.stop import Detokenizer, StopRule
 from tinsmith.sampling.walk import Walker
@@ -94,7 +94,7 @@ class Sampler:
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
-        self._turns = Turns()
+        self._intake = Intake(self._stages, settings)
 
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
@@ -168,7 +168,7 @@ class Sampler:
         self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
-            chunks = self._plan()
+            chunks = self._intake.plan()
             self._take(self._walk(chunks, ended), ended)
             self._start(ended)
         return ended
@@ -214,49 +214,6 @@ class Sampler:
                 stages.paused.add(sequence)
                 stages.refused.add(sequence.tenant)
 
-    def _plan(self) -> Seq[Chunk]:
-        """The chunks of this step. Memory of prompts that begin is taken."""
-        stages = self._stages
-        recomputes = stages.recomputes
-        asking = [*stages.begun, *recomputes, *stages.asking()]
-        if not asking:
-            stages.refused.clear()
-            return []
-        coming = Coming(
-            self._seats() if stages.num_lines else Seats(0, ()),
-            (p for p in (*stages.begun, *stages.ready) if isinstance(p, Request)),
-        )
-        stages.refused |= {recompute.tenant for recompute in recomputes}
-        may_begin = partial(self._may_begin, coming)
-        chunk_tokens = self._settings.prefill_chunk_tokens
-        chunks = plan_prefill(self._turns.sorted(asking), set(stages.begun), chunk_tokens, may_begin)
-        stages.refused.clear()
-        self._turns.serve(chunk.prompt for chunk in chunks)
-        return chunks
-
-    def _may_begin(self, coming: Coming, prompt: Prompt) -> bool:
-        """Whether seats and memory allow a prompt to be computed; takes its memory if so.
-
-        While those that came before lack memory, nobody new begins; of another tenant, those who hold less may.
-        """
-        held = self.memory.held_by(prompt.tenant)
-        is_new = isinstance(prompt, Request)
-        lacking = [t for t in self._stages.refused if is_new or t != prompt.tenant]
-        if any(self.memory.held_by(t) < held + is_new for t in lacking):
-            return False
-        if isinstance(prompt, Request) and not coming.may_come(prompt):
-            return False
-        if not self.memory.open_prompt(prompt, self._spare(prompt)):
-            return False
-        if isinstance(prompt, Request):
-            coming.add(prompt)
-        self._stages.begin(prompt)
-        return True
-
-    def _spare(self, prompt: Prompt) -> int:
-        holder = prompt if isinstance(prompt, Request) else prompt.sequence
-        return spare_blocks(self.memory.kv.total, len(self._stages.running), holder.num_preempted)
-
     def _walk(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Drawn]:
         """Compute the step. Where all together fails, prompts are computed one by one; those to blame fail."""
         stages = self._stages
@@ -294,7 +251,7 @@ class Sampler:
         if not stages.ready:
             return
         started: list[Sequence] = []
-        seats = self._seats()
+        seats = self._intake.seats()
         for request in stages.ready:
             while request.is_one_step and request.num_unstarted:
                 started.append(self._begin(request))
@@ -332,12 +289,6 @@ class Sampler:
         request.num_started += 1
         request.sequences[sequence] = None
         return sequence
-
-    def _seats(self) -> Seats:
-        """Who waits for memory takes none: the one that is seated now may be the one that frees it. So those who come
-        back may be some too many for a while."""
-        stages = self._stages
-        return Seats(self._settings.max_resident_samples, (s for s in stages.running if s not in stages.paused))
 
     def _take(self, drawn: Seq[Drawn], ended: Ended) -> None:
         """What goes wrong with one sequence fails its request alone."""

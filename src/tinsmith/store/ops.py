@@ -36,15 +36,14 @@ EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
 _GET = Prepared(
     select(*WHOLE, ops.c.is_expired).where(ops.c.op_id == bindparam("op_id"), ops.c.tenant_id == bindparam("tenant_id"))
 )
+# A run is looked up for each op, and not the ops of each run: a worker may hold thousands that are idle.
+_IS_HELD = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
 _CLAIM = Prepared(
     update(ops)
     .where(
         ops.c.op_id == bindparam("id"),
         IS_QUEUED,
-        or_(
-            ops.c.run_id.is_(None),
-            ops.c.run_id.in_(select(runs.c.run_id).where(runs.c.lease_owner == bindparam("slot"))),
-        ),
+        or_(ops.c.run_id.is_(None), _IS_HELD),
     )
     .values(
         state=OpState.RUNNING.value, owner=bindparam("slot"), attempts=ops.c.attempts + 1, started_at=bindparam("now")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Select, bindparam, func, literal_column, or_, select
+from sqlalchemy import Connection, Integer, Select, bindparam, exists, func, literal_column, or_, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
@@ -22,15 +22,14 @@ from tinsmith.store.schema import ops, runs
 from tinsmith.types import OpKind, Role
 
 _MOST = bindparam("most", type_=Integer)
-_RUNNABLE_IN_RUNS = (
-    select(*LIGHT)
-    .join(runs, runs.c.run_id == ops.c.run_id)
-    .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id <= runs.c.head_seq)
+# A run is looked up for each queued op, and not the ops of each run: a worker may hold thousands that are idle.
+_OF_HELD_RUN = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
+_RUNNABLE_IN_RUNS = select(*LIGHT).where(
+    IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq)
 )
 _EARLY = Prepared(
     select(ops.c.op_id)
-    .join(runs, runs.c.run_id == ops.c.run_id)
-    .where(runs.c.lease_owner == bindparam("slot"), IS_QUEUED, ops.c.seq_id > runs.c.head_seq)
+    .where(IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id > runs.c.head_seq))
     .limit(1)
 )
 _WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)

@@ -1,11 +1,14 @@
 """The CPU's backend: segment by segment, in place. Nothing is padded, and no product is made of more than it needs.
 
-Shape letters: T rows of the pass, N rows of a segment, I inputs, O outputs of a group, R rank, K = layers · R.
+With many short segments, views of tensors cost as much as the products: rows and columns are split once a group.
+Shape letters: T rows of the pass, N rows of a segment, I inputs, O outputs of a group and O_l of a layer, R rank,
+K = layers · R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,16 +21,16 @@ class SegmentsLora:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
+        bounds = [0, *(bound for segment in segments for bound in (segment.start, segment.end))]
+        self._sizes = [end - start for start, end in pairwise(bounds)]  # a gap, a segment, a gap, ...
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
-        for segment in self._segments:
+        for segment, x_NI, y_NO in zip(self._segments, self._rows(x_TI), self._rows(y_TO), strict=True):
             weights = segment.weights.get(group)
             if weights is None:
                 continue
-            u_NK = add_adapter(
-                weights, x_TI[segment.start : segment.end], y_TO[segment.start : segment.end], segment.scale
-            )
+            u_NK = add_adapter(weights, x_NI, y_NO, segment.scale)
             if segment.grads is not None:
                 kept.append(u_NK)
         return tuple(kept)
@@ -41,52 +44,56 @@ class SegmentsLora:
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         held = iter(kept)
-        for segment in self._segments:
+        rows = zip(self._rows(x_TI), self._rows(dy_TO), self._rows(dx_TI), strict=True)
+        for segment, (x_NI, dy_NO, dx_NI) in zip(self._segments, rows, strict=True):
             weights = segment.weights.get(group)
             if weights is None or segment.grads is None:
                 continue
-            u_NK = next(held)
+            grads, u_NK, first = segment.grads[group], next(held), segment.start
             for start, end in segment.live:
-                add_adapter_grads(
-                    weights,
-                    segment.grads[group],
-                    x_TI[start:end],
-                    u_NK[start - segment.start : end - segment.start],
-                    dy_TO[start:end],
-                    dx_TI[start:end],
-                    segment.scale,
-                )
+                if end - start == len(u_NK):
+                    add_adapter_grads(weights, grads, x_NI, u_NK, dy_NO, dx_NI, segment.scale)
+                else:
+                    own = slice(start - first, end - first)
+                    add_adapter_grads(weights, grads, x_NI[own], u_NK[own], dy_NO[own], dx_NI[own], segment.scale)
+
+    def _rows(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The rows of each segment, as views."""
+        used = sum(self._sizes)
+        return torch.split(tensor[:used], self._sizes)[1::2]
 
 
 def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor, scale: float) -> Tensor:
     """y += scale · (x Aᵀ) Bᵀ for rows of one adapter, in place. Returns u = x Aᵀ."""
-    u_NK = x_NI @ weights.a_KI.T
+    u_NK = torch.mm(x_NI, weights.a_KI.T)
     if y_NO.dtype != x_NI.dtype:
         us = torch.split(u_NK, weights.rank, 1)
         y_NO += scale * torch.cat([u_NR @ b_OR.T for u_NR, b_OR in zip(us, weights.bs, strict=True)], 1)
         return u_NK
-    if len(weights.bs) == 1:
-        y_NO.addmm_(u_NK, weights.bs[0].T, alpha=scale)
-        return u_NK
-    column = 0
-    for b_OR, u_NR in zip(weights.bs, torch.split(u_NK, weights.rank, 1), strict=True):
-        y_NO[:, column : column + len(b_OR)].addmm_(u_NR, b_OR.T, alpha=scale)
-        column += len(b_OR)
+    for y_NOl, b_OR, u_NR in _by_layer(weights, y_NO, u_NK):
+        y_NOl.addmm_(u_NR, b_OR.T, alpha=scale)
     return u_NK
 
 
 def add_adapter_grads(
     weights: LoraWeights, grads: LoraWeights, x_NI: Tensor, u_NK: Tensor, dy_NO: Tensor, dx_NI: Tensor, scale: float
 ) -> None:
-    """Backward of `add_adapter`: adds to dx, and to the gradients of A and the Bs, in place."""
-    rank = weights.rank
-    g_NK = u_NK.new_empty(u_NK.shape)
-    column = 0
-    for layer, (b_OR, db_OR) in enumerate(zip(weights.bs, grads.bs, strict=True)):
-        dy = dy_NO[:, column : column + len(b_OR)]
-        part = slice(layer * rank, (layer + 1) * rank)
-        g_NK[:, part].addmm_(dy, b_OR, beta=0, alpha=scale)
-        db_OR.addmm_(dy.T, u_NK[:, part], alpha=scale)
-        column += len(b_OR)
-    dx_NI.addmm_(g_NK, weights.a_KI)
-    grads.a_KI.addmm_(g_NK.T, x_NI)
+    """Backward of `add_adapter`: adds to dx, and to the gradients of A and the Bs, in place.
+
+    With g = dy B: dx += scale · g A, dA += scale · gᵀ x, dB += scale · dyᵀ u.
+    """
+    parts = []
+    for db_OR, (dy_NOl, b_OR, u_NR) in zip(grads.bs, _by_layer(weights, dy_NO, u_NK), strict=True):
+        parts.append(torch.mm(dy_NOl, b_OR))
+        db_OR.addmm_(dy_NOl.T, u_NR, alpha=scale)
+    g_NK = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    dx_NI.addmm_(g_NK, weights.a_KI, alpha=scale)
+    grads.a_KI.addmm_(g_NK.T, x_NI, alpha=scale)
+
+
+def _by_layer(weights: LoraWeights, y_NO: Tensor, u_NK: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each layer: its columns of y, its B, its columns of u."""
+    if len(weights.bs) == 1:
+        return iter([(y_NO, weights.bs[0], u_NK)])
+    ys = torch.split(y_NO, [len(b_OR) for b_OR in weights.bs], 1)
+    return zip(ys, weights.bs, torch.split(u_NK, weights.rank, 1), strict=True)

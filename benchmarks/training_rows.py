@@ -1,0 +1,187 @@
+"""How close is a training pass to the machine's limit, and what do adapters, company and determinism cost?
+
+    python benchmarks/training_rows.py --case 64x1x32-64
+    python benchmarks/training_rows.py --case 64x1x32-64 --defaults
+
+A case is runs x data x tokens of a datum. CPU seconds of one forward and backward on random weights, medians; the arms
+take turns in one process, with the allocator set as in a worker (`run_all.py` does that):
+
+    ours            one pass over all runs
+    frozen          the same pass without adapters in the layers: the floor
+    one run         the same data, all of one run
+    deterministic   `ours` in deterministic mode
+
+The share of sgemm is (4 N + 6 N_lora) · tokens + attention, over the time of `ours`, as a share of what a product of
+2048 x 2048 x 2048 reaches on a packed weight in the same process. N: weights of the layers and the output head, each
+multiplied with every token once forward and once backward; N_lora: an adapter's parameters, with the gradient thrice;
+attention: 6 · tokens² · heads · head size a sequence and layer, the causal half of the square. `--defaults`: the SDK's
+own settings, rank 32 on all layers and the output head; else rank 16 on the layers, as peft is usually set.
+`--short` instead: what a datum of three tokens costs beyond its tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinsmith.cpu import math_env
+
+os.environ.update({**math_env(), **os.environ})  # read when torch loads
+
+import numpy as np
+import rows
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tinsmith.config import Settings
+from tinsmith.model import BaseModel, FrozenMatrix, load_base
+from tinsmith.training import Trainer
+from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, Targets, TrainItem
+
+HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 512, 1536, 8, 4, 64, 32000
+SQUARE = 2048
+Arm = Callable[[], Any]
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as path:
+        info = make_model(path, args.layers)
+        what = "rank 32 on all layers and the head" if args.defaults else "rank 16 on the layers"
+        print(f"hidden {HIDDEN} x {args.layers} layers, vocabulary {VOCAB}, {what}, {args.threads} thread(s)\n")
+        if args.short:
+            report_short(info, args)
+        else:
+            report(info, args)
+
+
+def report(info: BaseInfo, args: argparse.Namespace) -> None:
+    runs, data, tokens = args.case.split("x")
+    low, high = ([int(n) for n in tokens.split("-")] * 2)[:2]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(low, high + 1, int(runs))
+    work = [[make_datum(rng, n) for _ in range(int(data))] for n in lengths]
+    base, stable = (load_base(info, device=torch.device("cpu"), dtype=torch.float32, deterministic=d) for d in (0, 1))
+    rank, targets = (32, Targets()) if args.defaults else (16, Targets(unembed=False))
+    arms = {
+        "ours": arm(base, work, rank, targets),
+        "frozen": arm(base, work, 1, Targets(attn=False, mlp=False)),
+        "one run": arm(base, [[datum for own in work for datum in own]], rank, targets),
+        "deterministic": arm(stable, work, rank, targets, deterministic=True),
+        "sgemm": square_product(),
+    }
+    s = measure(arms, args.repeats)
+    num_tokens = sum(lengths) * int(data)
+    flops = sum(int(data) * flops_of(base, int(n), rank, targets) for n in lengths)
+    speed, limit = flops / s["ours"] / 1e9, 2 * SQUARE**3 / s["sgemm"] / 1e9
+    print(f"{num_tokens} tokens, {flops / 1e9:.0f} GFLOP: {speed:.1f} of {limit:.1f} GFLOP/s\n")
+    print("| arm | CPU s |\n|---|---|")
+    print("\n".join(f"| {name} | {value:.3f} |" for name, value in s.items()))
+    case = f"training, {runs} run(s) of {data} x {tokens} tokens" + (", SDK's defaults" if args.defaults else "")
+    aim = (lambda text: "") if args.defaults else (lambda text: text)
+    made = [
+        rows.Row(f"{case}: share of sgemm", speed / limit, "", aim(">= 0.75"), args.repeats),
+        rows.Row(f"{case}: CPU time / frozen base alone", s["ours"] / s["frozen"], "x", aim("< 1.12"), args.repeats),
+        rows.Row(f"{case}: speed / one run with all data", s["one run"] / s["ours"], "x", aim(">= 0.95"), args.repeats),
+        rows.Row(f"{case}: deterministic / default", s["deterministic"] / s["ours"], "x", aim("< 1.4"), args.repeats),
+    ]
+    print("\n" + "\n".join([rows.HEAD, *map(str, made)]))
+    rows.save(args.rows, made)
+
+
+def report_short(info: BaseInfo, args: argparse.Namespace) -> None:
+    """1,030 data of three tokens in one request, against 10 data of 309."""
+    rng = np.random.default_rng(0)
+    base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+    rank, targets = (32, Targets()) if args.defaults else (16, Targets(unembed=False))
+    shapes = {"short": (1030, 3), "long": (10, 309)}
+    arms = {
+        name: arm(base, [[make_datum(rng, length) for _ in range(count)]], rank, targets)
+        for name, (count, length) in shapes.items()
+    }
+    s = measure(arms, args.repeats)
+    print("\n".join(f"{name}: {s[name]:.3f} CPU s" for name in shapes))
+    what = "training, 1030 data of 3 tokens / 10 of 309" + (", SDK's defaults" if args.defaults else "")
+    rows.save(args.rows, [rows.Row(what, s["short"] / s["long"], "x", "", args.repeats)])
+
+
+def measure(arms: Mapping[str, Arm], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each arm; the first two rounds, in which memory is taken, don't count."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(-2, repeats):
+        for name, run in arms.items():
+            started = time.process_time()
+            run()
+            if repeat >= 0:
+                times[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def arm(
+    base: BaseModel, work: Sequence[Sequence[Datum]], rank: int, targets: Targets, *, deterministic: bool = False
+) -> Arm:
+    """One pass over all runs."""
+    settings = Settings(deterministic=deterministic)
+    trainer = Trainer(base, settings)
+    items = []
+    for index, own in enumerate(work):
+        run = RunId(f"r{index:03}")
+        trainer.create_run(RunSpec(run, base.info.name, rank, index, targets))
+        items.append(TrainItem(OpId(run), run, 1, tuple(own), LossSpec("cross_entropy"), backward=True))
+
+    def step() -> None:
+        training_pass = trainer.start_pass(items)
+        while training_pass.advance(settings.pass_max_tokens):
+            pass
+        training_pass.commit()
+
+    return step
+
+
+def square_product() -> Arm:
+    x, matrix = torch.randn(SQUARE, SQUARE), FrozenMatrix(torch.randn(SQUARE, SQUARE))
+    return lambda: matrix.times(x)
+
+
+def flops_of(base: BaseModel, length: int, rank: int, targets: Targets) -> float:
+    """Of one sequence, forward and backward."""
+    frozen = sum(linear.in_features * linear.out_features for linear in base.linears)
+    lora = sum(rank * (x.in_features + x.out_features) for x in base.linears if x.is_targeted(targets))
+    return (4 * frozen + 6 * lora) * length + 6 * length**2 * HEADS * HEAD_DIM * base.num_layers
+
+
+def make_model(path: str, layers: int) -> BaseInfo:
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return BaseInfo("bench", path, "qwen3", VOCAB, 4096, ())
+
+
+def make_datum(rng: np.random.Generator, length: int) -> Datum:
+    tokens = rng.integers(0, VOCAB, length + 1)
+    return Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default="64x1x32-64", help="runs x data x tokens, such as 4x4x128")
+    parser.add_argument("--short", action="store_true", help="many data of three tokens instead of a case")
+    parser.add_argument("--defaults", action="store_true", help="rank 32 on all layers and the output head")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    rows.add_flag(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
