@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.blocks import replace_blocks
-from tinsmith.model.context import MIN_ROWS, PassContext
+from tinsmith.model.context import PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
@@ -32,6 +32,7 @@ from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
+CHECK_ROWS = 16
 MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -121,7 +122,7 @@ def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = F
     head = check_head(model)
     linears = find_linears(model, head)
     check_rope(model)
-    tokens_T = torch.arange(MIN_ROWS, device=model.device) % info.vocab_size
+    tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
     with SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 

@@ -61,11 +61,15 @@ class FrozenMatrix:
         return _multiply(y_TO, self._packed_transpose, None)
 
 
+def has_packed_layout() -> bool:
+    """Whether float32 weights on this machine's processor can have oneDNN's layout."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return platform.machine() in X86 and has_onednn
+
+
 def can_pack(weight_OI: Tensor) -> bool:
     """Whether oneDNN's layout is there for this weight."""
-    is_plain = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_plain and platform.machine() in X86 and has_onednn
+    return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and has_packed_layout()
 
 
 def _pack(weight_OI: Tensor) -> Tensor:
