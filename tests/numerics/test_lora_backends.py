@@ -59,6 +59,8 @@ def test_forward_and_backward(backend: LoraBackend, group: str):
     y_before, dx_before = y_TO.clone(), dx_TI.clone()
     lora = backend(segments)
     kept = lora.add(group, x_TI, y_TO)
+    for again, before in zip(lora.keep(group, x_TI), kept, strict=True):
+        torch.testing.assert_close(again, before)
     lora.add_grads(group, x_TI, kept, dy_TO, dx_TI)
     want_y, want_dx = y_before.double(), dx_before.double()
     for segment in segments:
