@@ -53,14 +53,16 @@ class TorchEngine:
             results and products round differently in a crowd.
     """
 
-    def __init__(self, info: BaseInfo, settings: Settings) -> None:
+    def __init__(self, info: BaseInfo, settings: Settings, *, trains: bool = True) -> None:
+        """`trains`: whether passes will come, for which the memory is measured now."""
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         self._base = load_base(
             info, device=torch.device("cpu"), dtype=torch.float32, deterministic=settings.deterministic
         )
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
-        self._trainer.start()
+        if trains:
+            self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
