@@ -54,7 +54,8 @@ class TorchEngine:
             results and products round differently in a crowd.
     """
 
-    def __init__(self, info: BaseInfo, settings: Settings) -> None:
+    def __init__(self, info: BaseInfo, settings: Settings, *, trains: bool = True) -> None:
+        """`trains`: whether passes will come, for which the memory is measured now."""
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         device = choose_device(settings.device)
         if settings.deterministic and device.type != "cpu":
@@ -67,7 +68,8 @@ class TorchEngine:
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
-        self._trainer.start()
+        if trains:
+            self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:

@@ -192,6 +192,22 @@ def test_without_checkpointing_such_a_sequence_fails(base: BaseModel, small_memo
     assert [isinstance(one, Failure) for one in outcomes] == [False, True]
 
 
+def test_at_the_start_of_a_pass(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the copies of the accumulated gradients: what isn't needed is given back, and it is tried once more."""
+    trainer = begun(base)
+    clone = torch.Tensor.clone
+    errors = iter([ERRORS[1]()])
+
+    def runs_out_once(self: torch.Tensor) -> torch.Tensor:
+        for one in errors:
+            raise one
+        return clone(self)
+
+    monkeypatch.setattr(torch.Tensor, "clone", runs_out_once)
+    assert_undisturbed(base, trainer, run_pass(trainer, mixed_items()))
+    assert next(errors, None) is None
+
+
 @pytest.mark.parametrize("place", ["forward", "head", "backward"])
 def test_what_the_failed_pack_held_is_free_before_the_next_try(
     deep_base: BaseModel, shortage: Any, monkeypatch: pytest.MonkeyPatch, place: str

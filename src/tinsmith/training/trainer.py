@@ -12,6 +12,7 @@ from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
 from tinsmith.training.heads import chunk_tokens, make_head
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
+from tinsmith.training.shortage import is_out_of_memory, reclaim
 from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, Targets, TrainItem
@@ -67,6 +68,15 @@ class Trainer:
         self.num_bytes += self.run_bytes(slot.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+        try:
+            return self._pass(items)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        reclaim()  # no memory for the staging rows
+        return self._pass(items)
+
+    def _pass(self, items: Sequence[TrainItem]) -> TorchPass:
         return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:

@@ -95,7 +95,7 @@ def _serve(
     )
     renewing.start()
     started = time.monotonic()
-    engine = make_engine(describe(base), settings)
+    engine = make_engine(describe(base), settings, role)
     heap.settle()
     store.workers.set_ready(me)
     api.ring()
@@ -105,14 +105,17 @@ def _serve(
     store.workers.deregister(me)
 
 
-def make_engine(info: BaseInfo, settings: Settings) -> Engine:
-    """The engine of the settings' device.
+def make_engine(info: BaseInfo, settings: Settings, role: Role = Role.ALL) -> Engine:
+    """The engine of the settings' device; one that never trains measures no passes.
 
     Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
-    engine: Engine = made(info, settings.pass_max_tokens if settings.device == "fake" else settings)
+    if settings.device == "fake":
+        fake: Engine = made(info, settings.pass_max_tokens)
+        return fake
+    engine: Engine = made(info, settings, trains=role is not Role.SAMPLE)
     return engine
 
 
