@@ -36,7 +36,10 @@ class Service:
         command = [sys.executable, "-m", "tinsmith", "serve", "--data-dir", str(self.data_dir)]
         with self.log.open("ab") as out:
             return subprocess.Popen(
-                [*command, "--port", "0", "--deterministic", *self.flags], stdout=out, stderr=out, stdin=subprocess.DEVNULL
+                [*command, "--port", "0", "--deterministic", *self.flags],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
             )
 
     def info(self) -> dict[str, Any]:
