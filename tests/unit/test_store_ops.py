@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
 
 from tinsmith.errors import FencedError, GoneError, NotFoundError
-from tinsmith.store import DATABASE_FILE, Store, open_store, ops
+from tinsmith.store import DATABASE_FILE, Store, open_store, ops, waiting
 from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler
 from tinsmith.types import (
     BlobKey,
@@ -389,7 +389,7 @@ def test_empty_calls_do_nothing(store: Store, world: Any) -> None:
     store.runs.release(world.worker, [])
 
 
-@pytest.mark.parametrize("statement", [ops._RUNNABLE_IN_RUNS, ops._CLAIM._statement], ids=["runnable", "claim"])
+@pytest.mark.parametrize("statement", [waiting._RUNNABLE_IN_RUNS, ops._CLAIM._statement], ids=["runnable", "claim"])
 def test_idle_runs_are_not_looked_at(world: Any, tmp_path: Path, statement: Any) -> None:
     """The plan goes from the queue to the runs of what is in it; a worker may hold thousands of others."""
     text = str(statement.compile(dialect=sqlite.dialect()))

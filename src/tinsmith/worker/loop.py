@@ -28,7 +28,7 @@ from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, Recorder, failed
+from tinsmith.worker.outcomes import Outcome, Recorder, failed, persist
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
@@ -45,8 +45,6 @@ MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the c
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
-STORAGE_RETRY_S = 0.5
-STORAGE_PATIENCE_S = 60.0
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
 INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
@@ -127,7 +125,8 @@ class Worker:
         self._publisher.write()
         self.runs.snapshot_due()
         computing = self._passes.runs
-        self.runs.evict(self._busy | computing, computing)
+        if self.runs.evict(self._busy | computing, computing):
+            self._must_look = self._must_plan = True
         is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
         return worked or batch is not None or is_at_work or self._must_plan
 
@@ -159,7 +158,7 @@ class Worker:
     def _drop_cancelled(self) -> None:
         used = self._samples.drop_cancelled()
         if used:
-            self._persist(lambda: self._store.endings.meter(self._me, used, time.time()))
+            persist(lambda: self._store.endings.meter(self._me, used, time.time()))
 
     def _look(self) -> Batch | None:
         if self._must_look:
@@ -364,25 +363,8 @@ class Worker:
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         if not outcomes:
             return
-        self._persist(lambda: self._recorder.record(outcomes))
+        persist(lambda: self._recorder.record(outcomes))
         self._must_plan = True
-
-    def _persist(self, write: Callable[[], object]) -> None:
-        """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
-
-        Raises:
-            CapacityError, CorruptError, OSError: the storage didn't come back.
-        """
-        deadline = time.monotonic() + STORAGE_PATIENCE_S
-        while True:
-            try:
-                write()
-                return
-            except (CapacityError, CorruptError, OSError) as error:
-                if time.monotonic() > deadline:
-                    raise
-                log.error("outcomes can't be recorded; trying again", error=str(error))
-                time.sleep(STORAGE_RETRY_S)
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import structlog
 
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs, result_key
+from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import Store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpState
 from tinsmith.wire.media import JSON
+
+log = structlog.get_logger("tinsmith.worker")
+
+STORAGE_RETRY_S = 0.5
+STORAGE_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,24 @@ def succeeded(
 
 def failed(op: OpRow, failure: Failure) -> Outcome:
     return Outcome(op, Finished(op_id=op.id, state=OpState.FAILED, media=JSON, failure=failure))
+
+
+def persist(write: Callable[[], object]) -> None:
+    """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+
+    Raises:
+        CapacityError, CorruptError, OSError: the storage didn't come back.
+    """
+    deadline = time.monotonic() + STORAGE_PATIENCE_S
+    while True:
+        try:
+            write()
+            return
+        except (CapacityError, CorruptError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise
+            log.error("outcomes can't be recorded; trying again", error=str(error))
+            time.sleep(STORAGE_RETRY_S)
 
 
 class Recorder:
