@@ -13,7 +13,7 @@ from sqlalchemy.dialects import sqlite
 
 from tinsmith.errors import FencedError, GoneError, NotFoundError
 from tinsmith.store import DATABASE_FILE, Store, open_store, ops, waiting
-from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler
+from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler, OpRow
 from tinsmith.types import (
     BlobKey,
     CheckpointKind,
@@ -387,6 +387,25 @@ def test_empty_calls_do_nothing(store: Store, world: Any) -> None:
     assert store.ops.final_among([]) == set()
     store.ops.unclaim(world.worker, [])
     store.runs.release(world.worker, [])
+
+
+def test_requests_of_one_batch_stand_by_themselves(world: Any) -> None:
+    run = world.run()
+
+    def new(name: str, seq_id: int, run_id: RunId = run) -> NewOp:
+        return NewOp(
+            tenant_id=world.tenant, kind=OpKind.OPTIM_STEP, base_model=BASE, id=OpId(name), seq_id=seq_id, run_id=run_id
+        )
+
+    good, bad = [new("b2", 2), new("b1", 1), new("b2 again", 2)], new("bad", 1, RunId("nobody"))
+    first, refused, second, again = world.store.ops.enqueue_all([good[0], bad, good[1], good[2]], 5.0)
+    assert isinstance(refused, NotFoundError)
+    assert (first.is_new, second.is_new, again.is_new) == (True, True, False)
+    assert again.row.id == "b2"
+    assert world.store.runs.get(world.tenant, run).head_seq == 2
+    found = world.store.ops.get_all([(world.tenant, OpId("b1")), (world.tenant, OpId("bad"))])
+    assert isinstance(found[0], OpRow)
+    assert isinstance(found[1], GoneError)
 
 
 @pytest.mark.parametrize("statement", [waiting._RUNNABLE_IN_RUNS, ops._CLAIM._statement], ids=["runnable", "claim"])

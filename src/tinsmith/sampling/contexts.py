@@ -4,13 +4,14 @@ A prefill pass packs chunks of several prompts; attention and LoRA are computed 
 numbers are those it has alone. A decode pass has one row for each sequence, ordered as the arenas hold them;
 attention is one call for each length class.
 Shape letters: T rows, H query heads, G key/value heads, Q query heads of one key/value head, D head size, W positions
-of a class, N sequences of a class, I inputs, O outputs, V vocabulary.
+of a class, E positions up to an end, N sequences of a class, I inputs, O outputs, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
-from tinsmith.sampling.kv import Arena, KVShape, PromptKV
+from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter, DecodeLora
+from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
 from tinsmith.sampling.sequence import Sequence
 
 
@@ -31,7 +33,7 @@ class Segment:
     last: int
     start: int
     adapter: Adapter | None
-    kv: PromptKV
+    kv: PromptKV | PagedPrompt
 
 
 class PrefillContext:
@@ -46,14 +48,11 @@ class PrefillContext:
         out_THD = q_HTD.new_zeros(rows, heads, size)
         for segment, mask in zip(self._segments, self._masks, strict=True):
             part = slice(segment.first, segment.last)
-            end = segment.start + segment.last - segment.first
-            k_GPD, v_GPD = segment.kv.layers[layer]
-            k_GPD[:, segment.start : end] = k_GTD[:, part]
-            v_GPD[:, segment.start : end] = v_GTD[:, part]
+            k_GED, v_GED = segment.kv.put(layer, segment.start, k_GTD[:, part], v_GTD[:, part])
             out_HND = F.scaled_dot_product_attention(
                 q_HTD[None, :, part],
-                k_GPD[None, :, :end],
-                v_GPD[None, :, :end],
+                k_GED[None],
+                v_GED[None],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
@@ -80,6 +79,7 @@ class DecodeGroup:
         self.arena = arena
         self.first = first
         self.last = first + len(arena.owners)
+        self.owners = arena.owners
         self._columns_W = torch.arange(arena.num_positions, device=device)
         self._slots_N1 = torch.arange(len(arena.owners), device=device)[:, None]
         self._positions_N = torch.empty(0, dtype=torch.int64, device=device)
@@ -128,10 +128,34 @@ class DecodeGroup:
         return index
 
 
-class DecodeContext:
-    """One token of every sequence in the arenas; rows past the last group are padding."""
+class Group(Protocol):
+    """Sequences in rows first..last-1 of a pass, in the order of `owners`, whose attention is computed together."""
 
-    def __init__(self, groups: Seq[DecodeGroup], lora: DecodeLora) -> None:
+    owners: list[Sequence]
+    first: int
+    last: int
+
+    def seek(self, positions_N: Tensor, dtype: torch.dtype) -> None: ...
+
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor: ...
+
+
+def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.device) -> list[Group]:
+    """All sequences of a layout."""
+    if isinstance(kv, PagedKV):
+        return [PagedGroup(kv, device)]
+    groups: list[Group] = []
+    first = 0
+    for arena in kv.arenas:
+        groups.append(DecodeGroup(arena, first, device))
+        first = groups[-1].last
+    return groups
+
+
+class DecodeContext:
+    """One token of every sequence in the groups; rows past the last group are padding."""
+
+    def __init__(self, groups: Seq[Group], lora: DecodeLora) -> None:
         self.groups = groups
         self._lora = lora
 
@@ -200,8 +224,8 @@ def pad_rows(x_ND: Tensor) -> Tensor:
 
 
 def head_logits(base: BaseModel, hidden_TD: Tensor) -> Tensor:
-    """The base's logits [T, V], without any adapter; T as `padded_rows` says."""
-    return base.head.times(hidden_TD)
+    """The base's float32 logits [T, V], without any adapter; T as `padded_rows` says."""
+    return base.head.times_float32(hidden_TD)
 
 
 def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import HEAD, BaseModel
-from tinsmith.sampling.contexts import DecodeContext, DecodeGroup, head_logits
+from tinsmith.sampling.contexts import DecodeContext, decode_groups, head_logits
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw, penalise, restrict
 from tinsmith.sampling.lora import DecodeLora
+from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.rng import UInt64Array, uniforms
 from tinsmith.sampling.scores import Top, likeliest
 from tinsmith.sampling.sequence import Sequence
@@ -45,7 +46,9 @@ class Drawn(NamedTuple):
 class Decoder:
     """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas; for `context`."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence], num_rows: Callable[[int], int], is_exact: bool) -> None:
+    def __init__(
+        self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], num_rows: Callable[[int], int], is_exact: bool
+    ) -> None:
         """num_rows: of a product that computes so many. is_exact: a row's bits don't depend on the others."""
         self._base = base
         self._num_rows = num_rows
@@ -99,11 +102,8 @@ class Decoder:
         return drawn
 
     def _arrange(self) -> None:
-        groups: list[DecodeGroup] = []
-        self._sequences = []
-        for arena in self._kv.arenas:
-            groups.append(DecodeGroup(arena, len(self._sequences), self._base.device))
-            self._sequences += arena.owners
+        groups = decode_groups(self._kv, self._base.device)
+        self._sequences = [owner for group in groups for owner in group.owners]
         self.context = DecodeContext(groups, self._lora)
         self._lora.arrange([s.request.adapter for s in self._sequences])
         self._rules = None

@@ -60,6 +60,23 @@ class PromptKV:
             for heads, size in shape.heads
         ]
 
+    def put(self, layer: int, start: int, k_GND: Tensor, v_GND: Tensor) -> tuple[Tensor, Tensor]:
+        """Write N positions from `start` on; keys and values of all up to there, [G, start + N, D] each."""
+        end = start + k_GND.shape[1]
+        k_GPD, v_GPD = self.layers[layer]
+        k_GPD[:, start:end] = k_GND
+        v_GPD[:, start:end] = v_GND
+        return k_GPD[:, :end], v_GPD[:, :end]
+
+    def load(self, start: int, layers: Sequence[Tensor]) -> None:
+        """Write positions from `start` on in all layers, from [2, G, N, D] each."""
+        for layer, kept in zip(self.layers, layers, strict=True):
+            layer[:, :, start : start + kept.shape[2]] = kept
+
+    def save(self, start: int, end: int) -> list[Tensor]:
+        """Copies of positions start..end-1, each [2, G, N, D]."""
+        return [layer[:, :, start:end].clone() for layer in self.layers]
+
 
 class Arena(Generic[Owner]):
     """All sequences of one length class. layers: each [2, C, G, W, D]; owners[i] holds slot i."""
@@ -142,13 +159,14 @@ class KVCache(Generic[Owner]):
     def close_prompt(self, owner: Hashable) -> None:
         self._prompts.pop(owner, None)
 
-    def layers_of(self, owner: Owner, size: int) -> list[Tensor]:
-        """A sequence's keys and values, each [2, G, W, D]: views, until anything moves."""
+    def save(self, owner: Owner, size: int, start: int, end: int) -> list[Tensor]:
+        """Copies of positions start..end-1 of a sequence, each [2, G, N, D]."""
         arena = self._arenas[size]
-        return arena.slot(arena.owners.index(owner))
+        return [layer[:, :, start:end].clone() for layer in arena.slot(arena.owners.index(owner))]
 
-    def place(self, owner: Owner, prompt: PromptKV, size: int) -> None:
-        """Give a new sequence a slot of `size` blocks that begins with its prompt."""
+    def place(self, owner: Owner, prompt_owner: Hashable, size: int) -> None:
+        """Give a new sequence a slot of `size` blocks that begins with an open prompt."""
+        prompt = self._prompts[prompt_owner]
         arena = self._arena_with_room(size)
         arena.fill(len(arena.owners), prompt.layers, prompt.num_tokens)
         arena.owners.append(owner)

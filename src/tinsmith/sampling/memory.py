@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tinsmith.sampling.blocks import BlockManager, FreeBlocks, Ledger, num_blocks
 from tinsmith.sampling.kv import KVCache, wider
+from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.seats import fair_share
 from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
 
@@ -15,7 +16,7 @@ from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
 class Memory:
     """keeps_all: nothing is ever taken back (the banker's ledger); otherwise what is free is granted."""
 
-    def __init__(self, kv: KVCache[Sequence], max_need: int, keeps_all: bool = False) -> None:
+    def __init__(self, kv: KVCache[Sequence] | PagedKV[Sequence], max_need: int, keeps_all: bool = False) -> None:
         """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
         self.keeps_all = keeps_all
@@ -56,8 +57,7 @@ class Memory:
         claims = {request: request.claim(), sequence: sequence.claim(size)}
         if not self._blocks.try_update(claims, request.tenant, spare if request.num_unstarted else 0):
             return False
-        assert request.prompt_kv is not None, "a computed prompt keeps its memory until all its sequences started"
-        self.kv.place(sequence, request.prompt_kv, size)
+        self.kv.place(sequence, request, size)
         sequence.num_blocks = size
         if not request.num_unstarted:
             self.close_prompt(request)
@@ -69,8 +69,7 @@ class Memory:
         size = num_blocks(recompute.num_prompt + 1)
         is_granted = self._blocks.try_update({recompute: None, sequence: sequence.claim(size)}, sequence.tenant)
         assert is_granted, "it was opened with room for its next token"
-        assert recompute.prompt_kv is not None, "and computed there"
-        self.kv.place(sequence, recompute.prompt_kv, size)
+        self.kv.place(sequence, recompute, size)
         sequence.num_blocks = size
         self.close_prompt(recompute)
 

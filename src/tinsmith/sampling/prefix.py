@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -31,23 +31,22 @@ class PrefixCache:
         self._pieces: OrderedDict[bytes, Layers] = OrderedDict()
         self.num_bytes = 0
 
-    def fill(self, line: Line, tokens: TokenArray, layers: Layers, end: int) -> int:
-        """Write what is known of a beginning of `tokens` into `layers`, never beyond position `end`; how many tokens
-        that was."""
+    def fill(self, line: Line, tokens: TokenArray, load: Callable[[int, Layers], None], end: int) -> int:
+        """Hand what is known of a beginning of `tokens` to `load`, with the position at which it begins, never beyond
+        position `end`; how many tokens that was."""
         found: list[bytes] = []
         for key in self._keys(line, tokens, end // self._grid if self._pieces else 0):
             if key not in self._pieces:
                 break
             found.append(key)
         for index, key in enumerate(found):
-            part = slice(index * self._grid, (index + 1) * self._grid)
-            for layer, kept in zip(layers, self._pieces[key], strict=True):
-                layer[:, :, part] = kept
+            load(index * self._grid, self._pieces[key])
         self._use(found)
         return len(found) * self._grid
 
-    def keep(self, line: Line, tokens: TokenArray, layers: Layers, start: int, end: int) -> None:
-        """Positions start..end-1 of `tokens` have been computed, and those before them are there."""
+    def keep(self, line: Line, tokens: TokenArray, save: Callable[[int, int], Layers], start: int, end: int) -> None:
+        """Positions start..end-1 of `tokens` have been computed, and those before them are there. save: copies of some
+        positions, first and past the last."""
         if not self._max_bytes:
             return
         first, last = start // self._grid, end // self._grid
@@ -57,8 +56,7 @@ class PrefixCache:
         for index, key in enumerate(keys):
             if index < first or key in self._pieces:
                 continue
-            part = slice(index * self._grid, (index + 1) * self._grid)
-            kept = [layer[:, :, part].clone() for layer in layers]
+            kept = save(index * self._grid, (index + 1) * self._grid)
             self._pieces[key] = kept
             self.num_bytes += _num_bytes(kept)
         self._use(keys)

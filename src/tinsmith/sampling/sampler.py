@@ -30,6 +30,7 @@ from tinsmith.sampling.intake import Intake
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
 from tinsmith.sampling.memory import Memory
+from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.preemption import PreemptionCounts, spare_blocks
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.rng import streams
@@ -68,9 +69,14 @@ class Sampler:
     """
 
     def __init__(
-        self, base: BaseModel, settings: Settings, tokenizer: Detokenizer, kv_blocks: int | None = None
+        self,
+        base: BaseModel,
+        settings: Settings,
+        tokenizer: Detokenizer,
+        kv_blocks: int | None = None,
+        is_paged: bool | None = None,
     ) -> None:
-        """`kv_blocks`: instead of what the setting comes to.
+        """`kv_blocks`: instead of what the setting comes to. `is_paged`: instead of what suits the device.
 
         Raises:
             ConfigError: the KV memory holds not even one block.
@@ -84,7 +90,9 @@ class Sampler:
         self._limits = SampleLimits(base.info, total, shape.block_bytes)
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
-        self.memory = Memory(KVCache(shape, total), self._limits.max_need, keeps_all=settings.deterministic)
+        layout = PagedKV if (base.device.type == "cuda" if is_paged is None else is_paged) else KVCache
+        kv: PagedKV[Sequence] | KVCache[Sequence] = layout(shape, total)
+        self.memory = Memory(kv, self._limits.max_need, keeps_all=settings.deterministic)
         grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
         self._prefixes = PrefixCache(grid, settings.prefix_cache_mib * 2**20)
         self._stages = Stages(self.memory, self._prefixes)

@@ -14,6 +14,7 @@ from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
+from tinsmith.sampling.paged import PagedPrompt
 from tinsmith.sampling.rng import UInt64Array
 from tinsmith.sampling.scores import PromptScores, Top
 from tinsmith.sampling.stop import StopRule
@@ -41,7 +42,7 @@ class Request:
     num_cached: int = 0
     num_started: int = 0
     num_preempted: int = 0
-    prompt_kv: PromptKV | None = None
+    prompt_kv: PromptKV | PagedPrompt | None = None
     first_logits_V: Tensor | None = None
     grammar: Grammar | None = None
     sequences: dict[Sequence, None] = field(default_factory=dict)
@@ -200,7 +201,7 @@ class Recompute:
     sequence: Sequence
     tokens: TokenArray
     num_prefilled: int = 0
-    prompt_kv: PromptKV | None = None
+    prompt_kv: PromptKV | PagedPrompt | None = None
 
     @classmethod
     def of(cls, sequence: Sequence) -> Recompute:

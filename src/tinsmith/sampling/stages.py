@@ -10,6 +10,7 @@ Owns these lists and moves things between them together with their memory. Who m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 
 from tinsmith.sampling.memory import Memory
@@ -62,7 +63,7 @@ class Stages:
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""
         assert prompt.prompt_kv is not None, "memory is opened first"
-        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.layers, prompt.num_skippable)
+        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.load, prompt.num_skippable)
         prompt.num_prefilled = known
         self.begun[prompt] = None
         if isinstance(prompt, Request):
@@ -75,7 +76,7 @@ class Stages:
     def computed(self, prompt: Prompt, start: int, end: int) -> None:
         """Positions start..end-1 of a prompt that has begun were computed."""
         assert prompt.prompt_kv is not None, "a prompt in prefill has its memory"
-        self._prefixes.keep(prompt.line, prompt.tokens, prompt.prompt_kv.layers, start, end)
+        self._prefixes.keep(prompt.line, prompt.tokens, prompt.prompt_kv.save, start, end)
         if not prompt.is_prefilled:
             return
         del self.begun[prompt]
@@ -157,6 +158,5 @@ class Stages:
             self._waiting[holder.line] = {holder: None, **line}
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        layers = self.memory.kv.layers_of(sequence, sequence.num_blocks)
-        request = sequence.request
-        self._prefixes.keep(request.line, sequence.kv_tokens, layers, request.num_prompt, sequence.num_kv)
+        request, save = sequence.request, partial(self.memory.kv.save, sequence, sequence.num_blocks)
+        self._prefixes.keep(request.line, sequence.kv_tokens, save, request.num_prompt, sequence.num_kv)

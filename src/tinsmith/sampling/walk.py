@@ -20,6 +20,7 @@ from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.layers import lean_layers
+from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.prefill import Prefill
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.types import IntArray
@@ -29,7 +30,7 @@ class Walker:
     """is_exact: a row's bits don't depend on the others. Otherwise few rows stay few, and adapters take the
     shortest way."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence], is_exact: bool) -> None:
+    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], is_exact: bool) -> None:
         self._base = base
         self._hidden = (lean_layers(base) or base).hidden
         self._min_rows = MIN_ROWS if is_exact or not base.head.is_packed else ROW_GRID

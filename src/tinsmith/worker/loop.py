@@ -20,7 +20,7 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
-from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
+from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
@@ -28,7 +28,7 @@ from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, Recorder, failed, persist
+from tinsmith.worker.outcomes import Outcome, Recorder, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
@@ -36,6 +36,7 @@ from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
+from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.writer import Writer
 
@@ -91,7 +92,7 @@ class Worker:
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
-        self._suspects: set[OpId] = set()
+        self._suspects = Suspects()
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0
         self._looked_at = float("-inf")
@@ -116,7 +117,11 @@ class Worker:
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if (self._must_look or self._must_plan) and not self._is_isolating else None
+        batch = (
+            self._look()
+            if (self._must_look or self._must_plan) and not self._suspects.are_among(self._samples.resident)
+            else None
+        )
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
@@ -158,7 +163,7 @@ class Worker:
     def _drop_cancelled(self) -> None:
         used = self._samples.drop_cancelled()
         if used:
-            persist(lambda: self._store.endings.meter(self._me, used, time.time()))
+            self._recorder.meter(used)
 
     def _look(self) -> Batch | None:
         if self._must_look:
@@ -170,13 +175,13 @@ class Worker:
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
+                attempts=self._suspects.attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
             for op in self._runnable()
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
-        candidates = self._beside_passes(waiting)
+        candidates = self._passes.beside(waiting)
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
         served = self._shares.enter(tenants)
         return plan(self.runs.choose(candidates, served), self._limits(), served)
@@ -186,20 +191,10 @@ class Worker:
         samples = self._samples.ready([op for op in self._queue.ops if op.kind is OpKind.SAMPLE])
         return [op for op in self._queue.ops if op.kind is not OpKind.SAMPLE] + samples
 
-    def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
-        if not self._passes:
-            return candidates
-        if any(c.is_suspect and c.run_id is None for c in candidates):
-            return []
-        is_closed = self._passes.is_closed or any(c.is_suspect for c in candidates)
-        busy = self._passes.tenants
-        return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
-
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._engine.pass_max_tokens,
+            self._passes.pass_work(self._settings),
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
@@ -207,17 +202,6 @@ class Worker:
             max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
-
-    def _attempts(self, op: OpRow) -> int:
-        """Deaths under the op, and what makes it a suspect if the engine raised while it was computed."""
-        return op.attempts + (
-            (SAMPLE_SUSPECT if op.kind is OpKind.SAMPLE else SUSPECT) if op.id in self._suspects else 0
-        )
-
-    @property
-    def _is_isolating(self) -> bool:
-        """A suspect is being sampled: nothing else should run beside it."""
-        return any(op.attempts > SAMPLE_SUSPECT or op.id in self._suspects for op in self._samples.resident)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
@@ -317,11 +301,11 @@ class Worker:
         self._must_look = True
         self._queue.look()
         waiting = [
-            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
+            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._suspects.attempts(op))
             for op in self._runnable()
             if op.kind is OpKind.SAMPLE
         ]
-        if self._is_isolating or any(sample.is_suspect for sample in waiting):
+        if self._suspects.are_among(self._samples.resident) or any(sample.is_suspect for sample in waiting):
             return
         batch = plan(waiting, self._limits(), self._shares.of(c.tenant_id for c in waiting))
         if batch is not None:
@@ -347,14 +331,10 @@ class Worker:
         for outcome in outcomes:
             if outcome.op.id in replays and outcome.finished.failure is not None:
                 self.runs.give_up_after(outcome.op, outcome.finished.failure)
-        self._commit([self._as_it_stands(o) for o in outcomes if o.op.id not in replays])
+        self._commit([self.runs.as_it_stands(o) for o in outcomes if o.op.id not in replays])
         for outcome in outcomes:
             self.runs.applied(outcome.op, seconds)
             self._suspects.discard(outcome.op.id)
-
-    def _as_it_stands(self, outcome: Outcome) -> Outcome:
-        failure = self.runs.given_up(outcome.op.run_id)
-        return outcome if failure is None else failed(outcome.op, failure)
 
     def _settle_save(self, outcome: Outcome) -> None:
         self._saving.discard(outcome.op.id)
@@ -363,7 +343,7 @@ class Worker:
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         if not outcomes:
             return
-        persist(lambda: self._recorder.record(outcomes))
+        self._recorder.record(outcomes)
         self._must_plan = True
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
