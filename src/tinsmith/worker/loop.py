@@ -130,7 +130,8 @@ class Worker:
         self._publisher.write()
         self.runs.snapshot_due()
         computing = self._passes.runs
-        self.runs.evict(self._busy | computing, computing)
+        if self.runs.evict(self._busy | computing, computing):
+            self._must_look = self._must_plan = True
         is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
         return worked or batch is not None or is_at_work or self._must_plan
 

@@ -72,8 +72,9 @@ class HeldRuns:
         return bool(rows)
 
     def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
-        """See `Residency.choose`."""
-        return self.residency.choose(candidates, self._held, served)
+        """See `Residency.choose`. Of runs that were given back there is none."""
+        held = [c for c in candidates if c.run_id is None or c.run_id in self._held]
+        return self.residency.choose(held, self._held, served)
 
     def replay_candidates(self, suspects: AbstractSet[OpId]) -> list[Candidate]:
         return [
@@ -202,12 +203,20 @@ class HeldRuns:
             if held.debt_bytes and self._snapshots.can_start(held):
                 self._snapshots.start(held)
 
-    def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> None:
-        """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle."""
+    def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> bool:
+        """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle.
+
+        Returns:
+            Whether there is room now for others that wait, or any was given back, which is to be leased again if there
+            is work for it.
+        """
+        num_held, num_resident = len(self._held), len(self.residency)
         self.residency.make_room(busy, computing)
         if len(self._idle) > MAX_IDLE:
             longest = [run_id for run_id in self._idle if run_id not in busy][: MAX_IDLE // 4]
             self._release(longest)
+        has_room = self.residency.num_coming > 0 and len(self.residency) < num_resident
+        return has_room or len(self._held) < num_held
 
     def _let_go(self, held: HeldRun) -> None:
         """A run has left memory. One whose file lacks something (no payload, so quickly done) is read anew."""
