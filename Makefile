@@ -7,10 +7,10 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz bench docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz bench bench-gpu docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 init: ## .venv with everything that tests and linters need
 	@$(PYTHON) scripts/install.py --venv $(VENV) --extras demo,test,dev
@@ -47,6 +47,9 @@ fuzz: init ## requests and bodies that nobody thought of, hundreds for each rout
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
+
+bench-gpu: init ## the table of one NVIDIA GPU; writes docs/benchmarks-gpu.md. ROWS="train-8b ..." for some, within ten minutes
+	@$(BIN)/python benchmarks/bench_gpu.py $(if $(ROWS),--only $(ROWS))
 
 docs: init ## the pages that are generated from the code
 	@$(BIN)/python scripts/make_settings_page.py

@@ -77,12 +77,19 @@ class House:
         self._wake.ring()
         quiet = 0
         while quiet < 5:
-            is_busy = self.worker.step()
+            is_busy = self.turn()
             if until is not None and all(op in self.answered for op in until):
                 return
             if not is_busy:
                 quiet += until is None and not self.worker._writer.num_pending
-                self.worker._bell.wait(0.01)
+
+    def turn(self) -> bool:
+        """One turn of the worker's loop, and a short sleep if it found nothing to do."""
+        if self.worker.step():
+            return True
+        if self.worker._bell.wait(0.01):
+            self.worker._must_look = True
+        return False
 
     def create_run(self, number: int, rank: int) -> RunId:
         run_id = RunId(f"{self.session}:train:{number}")

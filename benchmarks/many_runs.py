@@ -95,8 +95,7 @@ class Arm:
         started = time.perf_counter()
         house._wake.ring()
         while not all(step in house.answered for step in steps):
-            if not house.worker.step():
-                house.worker._bell.wait(0.01)
+            house.turn()
             self.peak = max(self.peak, house.engine.runs_bytes)
             self.peak_ahead = max(self.peak_ahead, house.worker._ahead.num_bytes)
         if is_timed:

@@ -16,22 +16,18 @@ from tinsmith.cpu import math_env
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
 import argparse
-import contextlib
-import json
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rows
 import tinker
+from served import Server, serving
 from tinker import types
 
 from tinsmith.bases import describe, parse
@@ -42,8 +38,6 @@ from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, 
 BASE = "tinsmith/tiny"
 RANK = 32
 LEARNING_RATE = 1e-4
-POLL_S = 0.02
-TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 GEMM = """
 import statistics, time, torch
 x, w = torch.randn(32, 512), torch.randn(1536, 512)
@@ -54,65 +48,6 @@ while time.monotonic() < end:
     times.append(time.perf_counter() - started)
 print(statistics.median(times[20:]) * 1e3)
 """
-
-
-class Server:
-    """A `tinsmith serve` and its processes. seconds: from start to ready."""
-
-    def __init__(self, data_dir: Path, synchronous: str) -> None:
-        command = [sys.executable, "-m", "tinsmith", "serve", "--port", "0", "--data-dir", str(data_dir)]
-        command += ["--sqlite-synchronous", synchronous]
-        started = time.perf_counter()
-        with (data_dir.parent / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        self._data_dir = data_dir
-        while not self._is_ready():
-            if self._process.poll() is not None:
-                raise SystemExit((data_dir.parent / "server.log").read_text()[-2000:])
-            time.sleep(POLL_S)
-        self.seconds = time.perf_counter() - started
-        self.key = (data_dir / "admin.key").read_text().strip()
-        info = self._info()
-        self.url: str = info["url"]
-        self.pids: list[int] = [self._process.pid, info["api_pid"], *info["worker_pids"].values()]
-
-    def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = json.loads((self._data_dir / "server.json").read_text())
-        return info
-
-    def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self._info()['url']}/api/v1/healthz", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (OSError, ValueError):
-            return False
-
-    def memory_mib(self, kind: str) -> float:
-        """Sum over the processes; `Rss` counts shared pages in each, `Pss` once."""
-        total = 0
-        for pid in self.pids:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith(f"{kind}:"):
-                    total += int(line.split()[1])
-        return total / 1024
-
-    def cpu_s(self) -> float:
-        """CPU seconds of all processes so far."""
-        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids]
-        return sum(int(stat[11]) + int(stat[12]) for stat in stats) * TICK_S
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(60)
-
-
-@contextlib.contextmanager
-def serving(data_dir: Path, synchronous: str) -> Iterator[Server]:
-    server = Server(data_dir, synchronous)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 class Engine:
@@ -144,9 +79,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         starts = []
         for index in range(args.starts - 1):
-            with serving(Path(root, f"start{index}"), args.synchronous) as server:
+            with serving(Path(root, f"start{index}"), "--sqlite-synchronous", args.synchronous) as server:
                 starts.append(server.seconds)
-        with serving(Path(root, "data"), args.synchronous) as server:
+        with serving(Path(root, "data"), "--sqlite-synchronous", args.synchronous) as server:
             starts.append(server.seconds)
             table.add("ready after the start", starts, "s", "< 10")
             time.sleep(2.0)

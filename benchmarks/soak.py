@@ -1,10 +1,10 @@
 """Does memory stay flat? Many runs train and sample on a real server for as long as you like.
 
 Starts `tinsmith serve` of the shipped model with small caches, so that they are full soon and runs come and go between
-memory and disk, and drives it through the SDK: each run trains on ragged sequences, steps, and now and then
-publishes its weights and samples from them. Prints the memory of each process over time, and a verdict: after a
-warm-up of the first third, the median slope between all pairs of readings, times the time that was observed, must stay
-below 3 % of the process's memory, or below 8 MiB.
+memory and disk, and drives it through the SDK: each run trains on ragged sequences, steps, and now and then publishes
+its weights and samples from them. Prints the memory of each process over time, and a verdict: after a warm-up of the
+first third (caches fill; oneDNN's of prepared kernels takes some 300 passes) the median slope between all pairs of
+readings, times the time that was observed, must stay below 3 % of the process's memory, or below 8 MiB.
 
     python benchmarks/soak.py --minutes 60 --runs 64
 """
@@ -36,7 +36,7 @@ MAX_GROWTH_SHARE = 0.03
 MAX_GROWTH_MIB = 8.0
 SAMPLE_EVERY = 8  # steps
 FLAGS = (
-    "--max-resident-runs", "24", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
+    "--max-resident-runs", "48", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
     "--result-ttl-s", "60",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def main() -> None:
 def drive(client: Any, seed: int, stop: threading.Event, done: Counter[str]) -> None:
     """One run, from its creation until `stop`."""
     rng = np.random.default_rng(seed)
-    run = client.create_lora_training_client(BASE, rank=int(rng.choice([4, 8, 16, 32])))
+    run = client.create_lora_training_client(BASE, rank=int(rng.choice([2, 4, 8])))
     step = 0
     while not stop.is_set():
         try:

@@ -18,7 +18,10 @@ READY_WITHIN_S = 120.0
 
 
 class Service:
-    """A running server. `info()` is its server.json, which changes when a child is restarted."""
+    """A running server. `info()` is its server.json, which changes when a child is restarted.
+
+    It is deterministic, since tests compare bits; the flag `--no-deterministic` gives one as users have it by default.
+    """
 
     def __init__(self, data_dir: Path, *flags: str, ready_within_s: float = READY_WITHIN_S) -> None:
         self.data_dir = data_dir
@@ -33,7 +36,10 @@ class Service:
         command = [sys.executable, "-m", "tinsmith", "serve", "--data-dir", str(self.data_dir)]
         with self.log.open("ab") as out:
             return subprocess.Popen(
-                [*command, "--port", "0", *self.flags], stdout=out, stderr=out, stdin=subprocess.DEVNULL
+                [*command, "--port", "0", "--deterministic", *self.flags],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
             )
 
     def info(self) -> dict[str, Any]:

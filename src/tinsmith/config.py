@@ -8,6 +8,7 @@ back from `as_env()`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self, get_type_hints
 from tinsmith.errors import ConfigError
 
 ENV_PREFIX = "TINSMITH_"
+DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -85,7 +87,14 @@ class Settings:
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
     device: str = setting(
         "auto",
-        "Where the base model lives: auto and cpu mean the CPU; fake computes nothing real, for tests of clients.",
+        "Where the base model lives: cpu, cuda, cuda:N, or auto (a GPU if there is one); fake computes nothing real, "
+        "for tests of clients.",
+        group="engine",
+    )
+    dtype: str = setting(
+        "auto",
+        "What the base model computes in: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on the CPU). Losses, "
+        "gradients and optimizer states are float32.",
         group="engine",
     )
     deterministic: bool = setting(
@@ -106,6 +115,19 @@ class Settings:
         "fit otherwise), always or never.",
         group="engine",
     )
+    pass_target_ms: float = setting(
+        100.0,
+        "A pass takes in what is computed in about this time, or pass_min_tokens if that is more; what else waits goes "
+        "into the next one, so that results come back bit by bit.",
+        unit="ms",
+        group="engine",
+    )
+    pass_min_tokens: int = setting(
+        512,
+        "Tokens that a pass takes in whatever it takes to compute them, if they wait.",
+        unit="tokens",
+        group="engine",
+    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",
@@ -113,7 +135,10 @@ class Settings:
         group="engine",
     )
     loss_chunk_tokens: int = setting(
-        512, "Tokens whose logits are held at once by losses.", unit="tokens", group="engine"
+        0,
+        "Tokens whose logits are held at once by losses; 0 means 512 on the CPU, and on a GPU what its memory allows.",
+        unit="tokens",
+        group="engine",
     )
     sampling_share: float = setting(
         1.0,
@@ -267,19 +292,23 @@ class Settings:
 
     def _check(self) -> None:
         positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens", "loss_chunk_tokens",
+            "lora_max_rank", "max_body_bytes", "max_request_tokens",
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
+            "pass_cap_ms", "pass_target_ms", "pass_min_tokens", "download_ttl_s", "chunk_max_datums",
+            "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens"):
+        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
+        for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
+            if not DEVICE.fullmatch(value):
+                raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:
@@ -289,9 +318,8 @@ class Settings:
             "log_level": ("debug", "info", "warning", "error"),
             "log_format": ("auto", "json", "text"),
             "tokenizer_id": ("auto", "path", "name"),
+            "dtype": ("auto", "float32", "bfloat16"),
             "activation_checkpointing": ("auto", "always", "never"),
-            "device": ("auto", "cpu", "fake"),
-            "sampler_device": ("", "auto", "cpu", "fake"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

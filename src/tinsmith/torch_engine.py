@@ -16,6 +16,7 @@ from tinsmith.checkpoint_file import aligned_row
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
+from tinsmith.model.device import choose_device, choose_dtype
 from tinsmith.model.row_probe import uneven_products
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
@@ -55,16 +56,24 @@ class TorchEngine:
 
     def __init__(self, info: BaseInfo, settings: Settings) -> None:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        self._base = load_base(
-            info, device=torch.device("cpu"), dtype=torch.float32, deterministic=settings.deterministic
-        )
+        device = choose_device(settings.device)
+        if settings.deterministic and device.type != "cpu":
+            raise UnsupportedError(
+                "--deterministic is kept on the CPU alone: on a GPU torch's products and its attention pick kernels by "
+                "the number of rows; start with --device cpu, or without --deterministic"
+            )
+        dtype = choose_dtype(settings.dtype, device)
+        self._base = load_base(info, device=device, dtype=dtype, deterministic=settings.deterministic)
+        log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
         self._trainer.start()
         self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
-        """Try whether a row of the base's products has the same bits in a crowd."""
+        """Try whether a row of the base's products has the same bits in a crowd; on a GPU that isn't promised."""
+        if self._base.device.type != "cpu":
+            return
         uneven = uneven_products(self._base.matrices())
         threads = torch.get_num_threads()
         if uneven and is_promised:

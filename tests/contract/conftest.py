@@ -208,7 +208,7 @@ class House:
             blobs=self.blobs,
             bases={BASE: ServedBase(describe(ref), files)},
             waiters=Waiters(self.api_bell, self.settings.scan_interval_s),
-            ringers={BASE: Ringer(self.root / "worker.sock")},
+            ringers={BASE: [Ringer(self.root / "worker.sock")]},
             ready_bases=lambda: self.ready,
             signer=Signer(DataDir(self.settings.data_dir).signing_secret()),
             pieces=Pieces(self.line),

@@ -11,14 +11,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tinsmith.model.lora import kernels
-from tinsmith.training import adamw_kernels
+from tinsmith.training import adamw_kernels, logit_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     "wide": "*bf16", "weights": "*bf16", "narrow": "*bf16", "tiles": "*i32", "at": "*i64", "bands": "*i32",
     "blocks": "*i32", "scales": "*fp32", "grads": "*fp32", "pieces": "*i32", "spans": "*i32",
     "anchor": "*fp32", "copies": "*bf16", "copy_at": "*i64", "sizes": "*i64", "numbers": "*fp32", "factors": "*fp32",
-    "takes_step": "*i32", "sums": "*fp32",
+    "takes_step": "*i32", "sums": "*fp32", "logits": "*fp32", "lse": "*fp32", "first": "*i32", "targets": "*i64",
+    "coefs": "*fp32", "rows": "*i64",
 }  # fmt: skip
 PATTERNS = {
     "wgmma": r"wgmma\.mma", "mma.sync": r"mma\.sync", "cp.async": r"cp\.async\.c[ag]",
@@ -27,15 +28,18 @@ PATTERNS = {
 }  # fmt: skip
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int) -> dict[str, int]:
-    """As the launchers call it: pointers and strides are multiples of 16."""
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int, pointers: dict[str, str] | None = None
+) -> dict[str, int]:
+    """As the launchers call it: pointers, strides and the vocabulary are multiples of 16."""
+    known = {**POINTERS, **(pointers or {})}
     types, values, hints = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             types[name], values[(index,)] = "constexpr", constants[name]
             continue
-        types[name] = POINTERS.get(name, "i32")
-        if name in POINTERS or name.endswith("stride"):
+        types[name] = known.get(name, "i32")
+        if name in known or name.endswith(("stride", "width")):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constexprs=values, attrs=hints)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -65,6 +69,14 @@ def main() -> None:
     found["_square_sums"] = compile_kernel(adamw_kernels._square_sums, norm, 8, 3)
     step = {"UNIT": 16, "COPY_UNIT": 16, "EVEN": True, "HAS_COPY": True, "BLOCK": adamw_kernels.STEP_BLOCK}
     found["_adamw"] = compile_kernel(adamw_kernels._adamw, step, 4, 3)
+    block = {"BLOCK": logit_kernels.BLOCK}
+    found["_logsumexp"] = compile_kernel(logit_kernels._logsumexp, block, 8, 3, {"out": "*fp32"})
+    found["_gradient"] = compile_kernel(logit_kernels._gradient, block, 8, 3, {"out": "*bf16"})
+    odd = {**common, "UNIT": 1, "ALIGNED": False, "PRECISION": "ieee", "SOLE": True, "BW": kernels.BLOCK_WIDE, "BN": 16}
+    exact = dict.fromkeys(("wide", "narrow"), "*fp32")
+    found["odd _outer"] = compile_kernel(
+        kernels._outer, {**odd, "STRIDE_W": 3, "STRIDE_N": 1, "NUM_NARROW": 3}, 4, 3, exact
+    )
     print(json.dumps(found))
 
 

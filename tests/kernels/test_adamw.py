@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from tests.kernels.lab import DEVICE
+from tinsmith.model import LinearInfo, RowLayout
 from tinsmith.training.adamw_kernels import StepRows, global_norms, step_runs
-from tinsmith.types import AdamParams
+from tinsmith.training.optimizer import optim_steps
+from tinsmith.training.runs import RunSlot
+from tinsmith.training.steps import launched_steps
+from tinsmith.types import AdamParams, Failure, RunId, RunSpec, Targets
 
 SIZES = (5, 1000, 4096, 70_001)
 PARAMS = (
@@ -66,6 +70,36 @@ def test_a_run_whose_gradients_are_not_finite_is_left_alone():
     for part in ("param", "m", "v", "copy"):
         assert torch.equal(bad[part], before[part])
     assert good["m"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_step_as_on_the_cpu(dtype: torch.dtype):
+    """Slots with and without gradients and moments, one of them not finite: outcomes, parameters and step counts."""
+    sides = []
+    for steps in (launched_steps, optim_steps):
+        slots = [make_slot(index, dtype) for index in range(3)]
+        slots[0].rows["grad"] = torch.linspace(-1, 1, slots[0].layout.num_params, device=DEVICE)
+        slots[2].rows["grad"] = torch.full((slots[2].layout.num_params,), float("inf"), device=DEVICE)
+        params = [AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5)] * 3
+        outcomes = [steps(slots, params) for _ in range(2)]
+        sides.append((slots, outcomes))
+    (ours, found), (theirs, expected) = sides
+    for got, want in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        if isinstance(want, Failure):
+            assert got == want
+        else:
+            assert got.metrics == pytest.approx(want.metrics, rel=1e-6)
+    for slot, twin in zip(ours, theirs, strict=True):
+        assert slot.step == twin.step
+        assert ("grad" in slot.rows) == ("grad" in twin.rows)
+        torch.testing.assert_close(slot.rows["param"], twin.rows["param"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(slot.compute_P.float(), twin.compute_P.float(), rtol=2**-6, atol=0)
+
+
+def make_slot(seed: int, dtype: torch.dtype) -> RunSlot:
+    linear = LinearInfo("l", "attn", 33, 17, "l")
+    layout = RowLayout([linear], Targets(), 4 + seed, dtype)
+    return RunSlot.fresh(RunSpec(RunId(f"r{seed}"), "base", layout.rank, seed, Targets()), layout, DEVICE)
 
 
 def test_a_long_norm_is_exact():

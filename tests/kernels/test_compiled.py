@@ -29,7 +29,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]
 
 
 def test_every_case_compiles(counts: dict[str, dict[str, int]]):
-    assert len(counts) == 3 * 2 * 3 + 2, list(counts)
+    assert len(counts) == 3 * 2 * 3 + 2 + 2 + 1, list(counts)
 
 
 def test_lora_kernels_use_tensor_cores_and_vectors(counts: dict[str, dict[str, int]]):
@@ -39,6 +39,12 @@ def test_lora_kernels_use_tensor_cores_and_vectors(counts: dict[str, dict[str, i
         assert found["single bf16 loads"] == found["single bf16 stores"] == 0, name
         if not name.startswith("_expand"):
             assert found["cp.async"] > 0, name
+
+
+def test_logits_are_read_and_written_in_vectors(counts: dict[str, dict[str, int]]):
+    assert counts["_logsumexp"]["vector loads"] > 0
+    assert counts["_gradient"]["vector loads"] > 0
+    assert counts["_gradient"]["vector stores"] > 0
 
 
 def test_adamw_loads_vectors(counts: dict[str, dict[str, int]]):

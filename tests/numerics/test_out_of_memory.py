@@ -19,7 +19,6 @@ from tinsmith.training.budget import Budget
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.footprint import PeakMeter
 from tinsmith.training.head import Head
-from tinsmith.training.lanes import Lane
 from tinsmith.training.shortage import is_out_of_memory
 from tinsmith.types import Failure, Targets, TrainItem
 
@@ -31,7 +30,7 @@ ERRORS: tuple[Callable[[], BaseException], ...] = (
     MemoryError,
 )
 PLACES = {
-    "inputs": (Lane, "load_inputs"),
+    "inputs": (training_pass, "load_inputs"),
     "forward": (BaseModel, "hidden"),
     "head": (Head, "run"),
     "backward": (TrainingContext, "add_lora_grad"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects import sqlite
 
 from tinsmith.errors import FencedError, GoneError, NotFoundError
-from tinsmith.store import Store, open_store
-from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler
+from tinsmith.store import DATABASE_FILE, Store, open_store, ops, waiting
+from tinsmith.store.rows import Finished, NewCheckpoint, NewOp, NewRun, NewSampler, OpRow
 from tinsmith.types import (
     BlobKey,
     CheckpointKind,
@@ -384,3 +387,33 @@ def test_empty_calls_do_nothing(store: Store, world: Any) -> None:
     assert store.ops.final_among([]) == set()
     store.ops.unclaim(world.worker, [])
     store.runs.release(world.worker, [])
+
+
+def test_requests_of_one_batch_stand_by_themselves(world: Any) -> None:
+    run = world.run()
+
+    def new(name: str, seq_id: int, run_id: RunId = run) -> NewOp:
+        return NewOp(
+            tenant_id=world.tenant, kind=OpKind.OPTIM_STEP, base_model=BASE, id=OpId(name), seq_id=seq_id, run_id=run_id
+        )
+
+    good, bad = [new("b2", 2), new("b1", 1), new("b2 again", 2)], new("bad", 1, RunId("nobody"))
+    first, refused, second, again = world.store.ops.enqueue_all([good[0], bad, good[1], good[2]], 5.0)
+    assert isinstance(refused, NotFoundError)
+    assert (first.is_new, second.is_new, again.is_new) == (True, True, False)
+    assert again.row.id == "b2"
+    assert world.store.runs.get(world.tenant, run).head_seq == 2
+    found = world.store.ops.get_all([(world.tenant, OpId("b1")), (world.tenant, OpId("bad"))])
+    assert isinstance(found[0], OpRow)
+    assert isinstance(found[1], GoneError)
+
+
+@pytest.mark.parametrize("statement", [waiting._RUNNABLE_IN_RUNS, ops._CLAIM._statement], ids=["runnable", "claim"])
+def test_idle_runs_are_not_looked_at(world: Any, tmp_path: Path, statement: Any) -> None:
+    """The plan goes from the queue to the runs of what is in it; a worker may hold thousands of others."""
+    text = str(statement.compile(dialect=sqlite.dialect()))
+    with contextlib.closing(sqlite3.connect(next(tmp_path.rglob(DATABASE_FILE)))) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", ["0"] * text.count("?"))]
+    of_runs = [step for step in plan if " runs " in step]
+    assert of_runs
+    assert all("run_id=?" in step for step in of_runs), plan

@@ -11,6 +11,7 @@ import pytest
 from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError, UnsupportedError
 from tinsmith.store.rows import WorkerId
 from tinsmith.worker import main as worker
+from tinsmith.worker.busy import Busy
 
 
 @pytest.mark.parametrize(
@@ -44,12 +45,12 @@ def test_a_lease_is_renewed_again_after_the_storage_failed() -> None:
     class Store:
         class workers:
             @staticmethod
-            def renew(me: WorkerId, lease_s: float, now: float) -> None:
+            def renew(me: WorkerId, lease_s: float, now: float, busy_s: float) -> None:
                 calls.append(now)
                 if len(calls) < 3:
                     raise CapacityError("busy")
                 stop.set()
 
     store: Any = Store()
-    worker._renew(store, WorkerId("0", 1), 0.01, stop)
+    worker._renew(store, WorkerId("0", 1), 0.01, Busy(), stop)
     assert len(calls) == 3

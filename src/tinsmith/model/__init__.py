@@ -1,6 +1,6 @@
 """The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
 
-from tinsmith.model.base import BaseModel, load_base
+from tinsmith.model.base import BaseModel, load_base, open_base
 from tinsmith.model.context import MIN_ROWS, ROW_GRID, GradContext, PassContext, padded_rows
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
@@ -18,5 +18,6 @@ __all__ = [
     "RowLayout",
     "init_row",
     "load_base",
+    "open_base",
     "padded_rows",
 ]

@@ -21,16 +21,18 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.blocks import replace_blocks
-from tinsmith.model.context import MIN_ROWS, PassContext
+from tinsmith.model.context import PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
-from tinsmith.model.lora import LoraBackend, SegmentsLora
+from tinsmith.model.lora import LoraBackend
+from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
 from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
+CHECK_ROWS = 16
 MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -53,7 +55,7 @@ class BaseModel:
         self.num_forwards = 0
         self.backbone: nn.Module = getattr(model, model.base_model_prefix)
         self._embedding: nn.Module = model.get_input_embeddings()
-        self.lora: LoraBackend = SegmentsLora
+        self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
         self._holder = holder
 
@@ -106,12 +108,22 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deter
         UserError: the directory lacks weights.
         UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
-    model = _load(info, device, dtype)
+    return open_base(_load(info, device, dtype), info, deterministic=deterministic)
+
+
+@torch.no_grad()
+def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False) -> BaseModel:
+    """Open a model that is in memory. It is changed, and shares its weights with the base.
+
+    Raises:
+        UnsupportedError: as `load_base`.
+    """
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
     linears = find_linears(model, head)
     check_rope(model)
-    tokens_T = torch.arange(MIN_ROWS, device=device) % info.vocab_size
-    with torch.no_grad(), SiblingWatch(linears) as watch:
+    tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
+    with SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
@@ -130,15 +142,20 @@ def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deter
 def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+            info.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
         )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ImportError, OSError, ValueError) as error:
         raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
-    return cast(PreTrainedModel, model.to(device).eval().requires_grad_(False))
+    return cast(PreTrainedModel, model.to(device))
 
 
 def _group_linears(

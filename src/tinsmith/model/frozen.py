@@ -42,6 +42,15 @@ class FrozenMatrix:
             return F.linear(x_TI, cast(Tensor, self._weight_OI), bias_O)
         return _multiply(x_TI, self._packed, bias_O)
 
+    def times_float32(self, x_TI: Tensor) -> Tensor:
+        """x Wᵀ added up and kept in float32, a new tensor [T, O], whatever W's dtype is."""
+        if self.dtype == torch.float32:
+            return self.times(x_TI)
+        weight_OI = cast(Tensor, self._weight_OI)
+        if self.device.type == "cuda":
+            return torch.mm(x_TI, weight_OI.T, out_dtype=torch.float32)
+        return x_TI.float() @ weight_OI.float().T
+
     def times_transpose(self, y_TO: Tensor) -> Tensor:
         """y W, a new tensor [T, I]."""
         if self._packed is None:
@@ -52,11 +61,15 @@ class FrozenMatrix:
         return _multiply(y_TO, self._packed_transpose, None)
 
 
+def has_packed_layout() -> bool:
+    """Whether float32 weights on this machine's processor can have oneDNN's layout."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return platform.machine() in X86 and has_onednn
+
+
 def can_pack(weight_OI: Tensor) -> bool:
     """Whether oneDNN's layout is there for this weight."""
-    is_plain = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_plain and platform.machine() in X86 and has_onednn
+    return weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and has_packed_layout()
 
 
 def _pack(weight_OI: Tensor) -> Tensor:

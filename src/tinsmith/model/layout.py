@@ -49,9 +49,17 @@ class RowLayout:
     """The places of one adapter's matrices in its row, for the layers that `targets` choose.
 
     Layers with the same input lie together, first the A of all, then the B of each, so that their A is one matrix.
+    Rows are float32; `compute_dtype` is what passes compute in.
     """
 
-    def __init__(self, linears: Iterable[LinearInfo], targets: Targets, rank: int) -> None:
+    def __init__(
+        self,
+        linears: Iterable[LinearInfo],
+        targets: Targets,
+        rank: int,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.compute_dtype = compute_dtype
         chosen = [linear for linear in linears if linear.is_targeted(targets)]
         groups: dict[str, list[LinearInfo]] = {}
         for linear in chosen:

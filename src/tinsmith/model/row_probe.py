@@ -14,7 +14,7 @@ from tinsmith.model.context import MIN_ROWS
 from tinsmith.model.frozen import FrozenMatrix
 
 MOST_ROWS = 272
-ROWS = (MIN_ROWS, 32, 64, 128)
+ROWS = (MIN_ROWS, 16, 32, 64, 128)
 
 
 def uneven_products(matrices: Iterable[FrozenMatrix]) -> list[tuple[int, int]]:

@@ -224,8 +224,8 @@ def pad_rows(x_ND: Tensor) -> Tensor:
 
 
 def head_logits(base: BaseModel, hidden_TD: Tensor) -> Tensor:
-    """The base's logits [T, V], without any adapter; T as `padded_rows` says."""
-    return base.head.times(hidden_TD)
+    """The base's float32 logits [T, V], without any adapter; T as `padded_rows` says."""
+    return base.head.times_float32(hidden_TD)
 
 
 def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) -> Tensor:

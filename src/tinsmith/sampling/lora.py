@@ -137,7 +137,7 @@ class AdapterStack:
         delta_NO = delta_SMO.view(-1, y_TO.shape[1])
         if self._places is not None:
             delta_NO = delta_NO.index_select(0, self._places)
-        y_TO.index_add_(0, self._targets, delta_NO)
+        y_TO.index_add_(0, self._targets, delta_NO.to(y_TO.dtype))
 
     def _load(self, slots: Sequence[int], wanted: Sequence[Adapter]) -> None:
         num_slots = max(*slots, len(self._held) - 1) + 1

@@ -42,6 +42,10 @@ class Piece:
         ref = self.lane.ref
         return ref.datum == len(self.lane.op.item.data) - 1 and self.end == ref.num_tokens
 
+    @property
+    def targets(self) -> Tensor:
+        return self.lane.inputs[TARGETS][self.start : self.end]
+
     def inputs(self) -> dict[str, Tensor]:
         return {name: tensor[self.start : self.end] for name, tensor in self.lane.inputs.items()}
 

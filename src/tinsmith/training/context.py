@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from tinsmith.model.lora import LoraBackend, Segment
-from tinsmith.training.attention import PackedAttention
 from tinsmith.training.lanes import Lane, OpProgress
+from tinsmith.training.varlen import Attention
 
 
 class TrainingContext:
@@ -25,7 +25,7 @@ class TrainingContext:
     """
 
     def __init__(
-        self, lanes: Sequence[Lane], attention: PackedAttention, backend: LoraBackend, *, deterministic: bool
+        self, lanes: Sequence[Lane], attention: Attention, backend: LoraBackend, *, deterministic: bool
     ) -> None:
         self._attention = attention
         num_settled = next((i for i, lane in enumerate(lanes) if lane.op.num_left), len(lanes))

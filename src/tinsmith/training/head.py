@@ -10,8 +10,9 @@ D hidden size, V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,12 +30,34 @@ from tinsmith.types import Failure
 WHOLE_BYTES = 256 * 2**20
 
 
-class Head:
-    """The head of one base. `chunk_tokens` bounds the rows whose logits are held at once."""
+class AnyChunkPass(Protocol):
+    """One chunk of rows: its log-probabilities on being made, its losses and gradients on `run`."""
 
-    def __init__(self, matrix: FrozenMatrix, chunk_tokens: int, *, deterministic: bool) -> None:
+    logprobs: list[Tensor]
+
+    def run(self, dh_CD: Tensor, whole: Mapping[int, Evaluation | Failure]) -> None:
+        """Fill in the chunk's rows of dh; `whole`: losses of data that span chunks, by id of their lane."""
+        ...
+
+
+ChunkPassMaker = Callable[[Tensor, Sequence[Piece]], AnyChunkPass]
+
+
+class Head:
+    """The head of one base. `chunk_tokens` bounds the rows whose logits are held at once; `make_pass` computes a chunk,
+    another one than this module's on other devices and in other dtypes."""
+
+    def __init__(
+        self,
+        matrix: FrozenMatrix,
+        chunk_tokens: int,
+        *,
+        deterministic: bool,
+        make_pass: ChunkPassMaker | None = None,
+    ) -> None:
         self._matrix = matrix
         self._may_merge = not deterministic
+        self._pass = make_pass or self._blockwise
         self._chunk_tokens = chunk_tokens
         self._whole_tokens = max(chunk_tokens, WHOLE_BYTES // (matrix.out_features * matrix.dtype.itemsize))
 
@@ -84,7 +107,7 @@ class Head:
         is_whole = not lane.op.loss_fn.is_tokenwise and lane.ref.num_tokens <= self._whole_tokens
         return self._whole_tokens if is_whole else self._chunk_tokens
 
-    def _pass(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
+    def _blockwise(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
         return _ChunkPass(self._matrix, h_CD, make_blocks(chunk, may_merge=self._may_merge))
 
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
@@ -163,7 +186,7 @@ class _ChunkPass:
         if whole is not None:
             found = replace(found, coef=found.coef[first.start : first.end])
         if not is_finite(found, lp):
-            op.fail(_not_finite(first.lane.ref.datum if whole else block.first_not_finite(lp), op.item.loss.name))
+            op.fail(not_finite(first.lane.ref.datum if whole else block.first_not_finite(lp), op.item.loss.name))
             return None
         block.book_logprobs(lp)
         if whole is None or first.start == 0:
@@ -228,7 +251,7 @@ def _rows_by_k(targets: Tensor) -> Tensor:
     return targets.view(len(targets), -1)
 
 
-def _not_finite(datum: int, loss: str) -> Failure:
+def not_finite(datum: int, loss: str) -> Failure:
     return Failure(
         code="non_finite_loss",
         category="user",

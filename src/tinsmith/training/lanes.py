@@ -5,12 +5,15 @@ Plain state that the head, the linear layers and the pass share; no computing he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.model.lora.tables import to_device
 from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
 from tinsmith.training.runs import RunSlot, Staging
@@ -75,6 +78,20 @@ class Lane:
     def datum(self) -> Datum:
         return self.op.item.data[self.ref.datum]
 
-    def load_inputs(self, device: torch.device) -> None:
-        """The loss's inputs as tensors, in their dtypes: targets int64, those of native losses float32."""
-        self.inputs = {name: torch.from_numpy(array).to(device) for name, array in self.datum.inputs.items()}
+
+def load_inputs(lanes: Sequence[Lane], device: torch.device) -> None:
+    """The losses' inputs as tensors, in their dtypes: targets int64, those of native losses float32. To another device
+    those of one name and dtype go in one copy, which nothing waits for."""
+    alike: dict[tuple[str, np.dtype[Any]], list[Lane]] = {}
+    for lane in lanes:
+        for name, array in lane.datum.inputs.items():
+            if device.type == "cpu":
+                lane.inputs[name] = torch.from_numpy(array)
+            else:
+                alike.setdefault((name, array.dtype), []).append(lane)
+    for (name, _), own in alike.items():
+        arrays = [lane.datum.inputs[name] for lane in own]
+        flat = to_device(np.concatenate([array.reshape(-1) for array in arrays]), device)
+        parts = torch.split(flat, [array.size for array in arrays])
+        for lane, array, part in zip(own, arrays, parts, strict=True):
+            lane.inputs[name] = part.view(array.shape)

@@ -29,7 +29,8 @@ LOW, HIGH = "clip_low_threshold", "clip_high_threshold"
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`fn(lp, inputs, config)` -> scalar; lp float64 [N, K] or [N], as the datum's targets are, and so are the inputs.
+    """`fn(lp, inputs, config)` -> the terms to be summed; lp float64 [N, K] or [N], as the datum's targets are, and so
+    are the inputs and the terms.
 
     is_tokenwise: a sum of terms of one token each, so that it may be evaluated on parts of a datum.
     """
@@ -65,12 +66,12 @@ class OpLoss(Protocol):
 def cross_entropy(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
     """-Σ w·lp; weights of any sign, 1 if absent."""
     weights = inputs.get("weights")
-    return -(lp if weights is None else weights * lp).sum()
+    return -(lp if weights is None else weights * lp)
 
 
 def importance_sampling(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
     """-Σ exp(lp - q)·A, with q the sampler's log-probabilities and A the advantages."""
-    return -(torch.exp(lp - inputs["logprobs"]) * inputs["advantages"]).sum()
+    return -(torch.exp(lp - inputs["logprobs"]) * inputs["advantages"])
 
 
 def ppo(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
@@ -85,14 +86,14 @@ def cispo(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
     arXiv 2506.13585, eq. 4.
     """
     ratio = torch.exp(lp.detach() - inputs["logprobs"])
-    return -(_clip(ratio, inputs, config, 0.0, 4.0) * lp * inputs["advantages"]).sum()
+    return -(_clip(ratio, inputs, config, 0.0, 4.0) * lp * inputs["advantages"])
 
 
 def dro(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
     """-Σ (lp·A - ½·beta·(lp - q)²): a quadratic pull to the sampler's policy in place of clipping. arXiv 2405.19107."""
     beta = float(config.get("beta", 0.05))
     distance = lp - inputs["logprobs"]
-    return -(lp * inputs["advantages"] - 0.5 * beta * distance**2).sum()
+    return -(lp * inputs["advantages"] - 0.5 * beta * distance**2)
 
 
 def gspo(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
@@ -108,7 +109,7 @@ def gspo(lp: Tensor, inputs: Mapping[str, Tensor], config: Config) -> Tensor:
 
 def _clipped_objective(ratio: Tensor, inputs: Mapping[str, Tensor], config: Config, low: float, high: float) -> Tensor:
     advantages = inputs["advantages"]
-    return -torch.minimum(ratio * advantages, _clip(ratio, inputs, config, low, high) * advantages).sum()
+    return -torch.minimum(ratio * advantages, _clip(ratio, inputs, config, low, high) * advantages)
 
 
 def _clip(ratio: Tensor, inputs: Mapping[str, Tensor], config: Config, low: float, high: float) -> Tensor:
@@ -133,21 +134,27 @@ LOSSES: Mapping[str, Loss] = {
 
 
 class NativeLoss:
-    """One of LOSSES with a request's settings."""
+    """One of LOSSES with a request's settings. Those with the same `key` are the same function."""
 
     def __init__(self, loss: Loss, config: Config) -> None:
+        self.key = (loss.fn, tuple(sorted(config.items())))
         self._loss = loss
         self._config = config
         self.is_tokenwise = loss.is_tokenwise
 
     def evaluate(self, lp: Tensor, inputs: Mapping[str, Tensor]) -> Evaluation:
         """In double precision: terms of either sign cancel, and a sum of scalars costs nothing beside the logits."""
+        terms, coef = self.evaluate_terms(lp, inputs)
+        return Evaluation(float(terms.sum()), coef)
+
+    def evaluate_terms(self, lp: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The terms of the sum, float64, and the derivative of the sum with respect to each log-probability."""
         exact = {name: array.double() if array.is_floating_point() else array for name, array in inputs.items()}
         with torch.enable_grad():
             leaf = lp.detach().requires_grad_()
-            value = self._loss.fn(leaf.double(), exact, self._config)
-            (coef,) = torch.autograd.grad(value, leaf)
-        return Evaluation(float(value.detach()), coef)
+            terms = self._loss.fn(leaf.double(), exact, self._config)
+            (coef,) = torch.autograd.grad(terms.sum(), leaf)
+        return terms.detach(), coef
 
     def work(self, num_tokens: int) -> int:
         return num_tokens

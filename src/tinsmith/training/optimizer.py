@@ -53,6 +53,13 @@ def _step_group(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[
             alike.setdefault((own, divisor), []).append(slot)
     for (own, divisor), group in alike.items():
         _adamw(group, own, divisor)
+    return outcomes_of(slots, params, norms)
+
+
+def outcomes_of(
+    slots: Sequence[RunSlot], params: Sequence[AdamParams], norms: Sequence[float]
+) -> list[OptimResult | Failure]:
+    """After the steps: what each came to; a run whose norm isn't finite took none."""
     return [
         OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": own.learning_rate})
         if math.isfinite(norm)
@@ -68,11 +75,9 @@ def _step_group(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[
 
 def _adamw(slots: Sequence[RunSlot], params: AdamParams, divisor: float) -> None:
     """One call for runs with the same hyperparameters, whose gradients are divided by the same number."""
+    for slot in slots:
+        slot.fill_rows()
     rows = [slot.rows for slot in slots]
-    for own in rows:
-        for part in ("grad", "m", "v"):
-            if part not in own:
-                own[part] = torch.zeros_like(own["param"])
     device = rows[0]["param"].device
     torch._fused_adamw_(
         [own["param"] for own in rows],
@@ -93,6 +98,7 @@ def _adamw(slots: Sequence[RunSlot], params: AdamParams, divisor: float) -> None
     )
     for slot in slots:
         slot.step += 1
+        slot.refresh()
         del slot.rows["grad"]
 
 

@@ -45,7 +45,8 @@ class RunSlot:
         self.rows = rows
         self.step = step
         self.scale = spec.alpha / spec.rank
-        self.views = layout.views(rows["param"])
+        self.compute_P = rows["param"].to(layout.compute_dtype)  # the row itself, where that is float32
+        self.views = layout.views(self.compute_P)
 
     @classmethod
     def fresh(cls, spec: RunSpec, layout: RowLayout, device: torch.device) -> RunSlot:
@@ -74,6 +75,17 @@ class RunSlot:
             if part in parts
         }
         return cls(spec, layout, rows, step=state.step if state.has_optimizer else 0)
+
+    def fill_rows(self) -> None:
+        """Zeros for the rows that aren't there."""
+        for part in PARTS:
+            if part not in self.rows:
+                self.rows[part] = torch.zeros_like(self.rows["param"])
+
+    def refresh(self) -> None:
+        """The parameters have changed: so does what passes compute with."""
+        if self.compute_P is not self.rows["param"]:
+            self.compute_P.copy_(self.rows["param"])
 
     def export(self, parts: Sequence[str], *, copy: bool = True) -> RunState:
         tensors: dict[str, FloatArray] = {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout
 from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
-from tinsmith.training.head import Head
-from tinsmith.training.optimizer import optim_steps
+from tinsmith.training.heads import chunk_tokens, make_head
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
+from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, Targets, TrainItem
 
@@ -20,8 +22,9 @@ class Trainer:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self._base = base
-        self._head = Head(base.head, settings.loss_chunk_tokens, deterministic=settings.deterministic)
-        self._chunk_tokens = settings.loss_chunk_tokens
+        self._chunk_tokens = chunk_tokens(base, settings.loss_chunk_tokens)
+        self._head = make_head(base, self._chunk_tokens, deterministic=settings.deterministic)
+        self._optim_steps = optim_steps_for(base.device)
         self._deterministic = settings.deterministic
         self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
@@ -39,7 +42,9 @@ class Trainer:
         self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
 
     def run_bytes(self, spec: RunSpec) -> int:
-        return self._layout(spec).num_params * BYTES_PER_PARAM
+        """With the copy that passes compute with, where that isn't float32."""
+        copy = 0 if self._base.dtype == torch.float32 else self._base.dtype.itemsize
+        return self._layout(spec).num_params * (BYTES_PER_PARAM + copy)
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
@@ -65,10 +70,10 @@ class Trainer:
         return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
-        return optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
+        return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
         key = (spec.targets, spec.rank)
         if key not in self._layouts:
-            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank)
+            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank, self._base.dtype)
         return self._layouts[key]

@@ -17,7 +17,7 @@ from tinsmith.engine import PassStats
 from tinsmith.model import BaseModel
 from tinsmith.training.budget import Budget
 from tinsmith.training.head import Head
-from tinsmith.training.lanes import Lane, OpProgress
+from tinsmith.training.lanes import Lane, OpProgress, load_inputs
 from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import DatumRef, list_data, num_fitting
 from tinsmith.training.runs import RunSlot, Staging
@@ -194,8 +194,8 @@ class TorchPass:
         for ref in refs:
             start = lanes[-1].end if lanes else 0
             lane = Lane(self._ops[ref.item], ref, start, start + ref.num_tokens)
-            lane.load_inputs(self._base.device)
             lanes.append(lane)
+        load_inputs(lanes, self._base.device)
         for lane in lanes:
             lane.op.num_left -= 1
         after = self._data.index(refs[-1], self._next) + 1

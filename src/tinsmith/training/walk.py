@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, padded_rows
-from tinsmith.training.attention import PackedAttention
+from tinsmith.model.lora.tables import to_device
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.lanes import Lane
+from tinsmith.training.varlen import attention_for
 
 
 def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: bool, deterministic: bool) -> Tensor:
@@ -28,11 +29,10 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
     num_tokens = lanes[-1].end
     num_filler = padded_rows(num_tokens) - num_tokens  # rows of a sequence that nobody asked for
     lengths = [lane.ref.num_tokens for lane in lanes] + [num_filler] * (num_filler > 0)
-    tokens_T = torch.from_numpy(
-        np.concatenate([lane.datum.tokens for lane in lanes] + [np.zeros(num_filler)]).astype(np.int64)
-    )
-    positions_T = torch.cat([torch.arange(length) for length in lengths])
-    attention = PackedAttention(lengths, base.device)
+    tokens = np.concatenate([lane.datum.tokens for lane in lanes] + [np.zeros(num_filler)]).astype(np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    tokens_T, positions_T = (to_device(table, base.device) for table in (tokens, positions))
+    attention = attention_for(base.device, base.dtype)(lengths, base.device)
     context = TrainingContext(lanes, attention, base.lora, deterministic=deterministic)
     with torch.set_grad_enabled(backward):
-        return base.hidden(tokens_T.to(base.device), positions_T.to(base.device), context, recompute=recompute)
+        return base.hidden(tokens_T, positions_T, context, recompute=recompute)

@@ -20,7 +20,7 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
-from tinsmith.scheduler import SAMPLE_SUSPECT, SUSPECT, Batch, Candidate, Limits, Shares, plan
+from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
@@ -36,6 +36,7 @@ from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
+from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.writer import Writer
 
@@ -45,8 +46,6 @@ MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the c
 MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
-STORAGE_RETRY_S = 0.5
-STORAGE_PATIENCE_S = 60.0
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
 INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
@@ -93,7 +92,7 @@ class Worker:
         self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
-        self._suspects: set[OpId] = set()
+        self._suspects = Suspects()
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0
         self._looked_at = float("-inf")
@@ -118,7 +117,11 @@ class Worker:
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
-        batch = self._look() if (self._must_look or self._must_plan) and not self._is_isolating else None
+        batch = (
+            self._look()
+            if (self._must_look or self._must_plan) and not self._suspects.are_among(self._samples.resident)
+            else None
+        )
         started = time.monotonic()
         if batch is not None:
             self._run(batch)
@@ -159,7 +162,7 @@ class Worker:
     def _drop_cancelled(self) -> None:
         used = self._samples.drop_cancelled()
         if used:
-            self._persist(lambda: self._store.endings.meter(self._me, used, time.time()))
+            self._recorder.meter(used)
 
     def _look(self) -> Batch | None:
         if self._must_look:
@@ -171,13 +174,13 @@ class Worker:
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=self._attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
+                attempts=self._suspects.attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
             )
             for op in self._runnable()
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
-        candidates = self._beside_passes(waiting)
+        candidates = self._passes.beside(waiting)
         tenants = {c.tenant_id for c in candidates} | self._passes.tenants
         served = self._shares.enter(tenants)
         return plan(self.runs.choose(candidates, served), self._limits(), served)
@@ -187,20 +190,10 @@ class Worker:
         samples = self._samples.ready([op for op in self._queue.ops if op.kind is OpKind.SAMPLE])
         return [op for op in self._queue.ops if op.kind is not OpKind.SAMPLE] + samples
 
-    def _beside_passes(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Those that may begin while passes are under way: samples, and other tenants' requests, but no suspects."""
-        if not self._passes:
-            return candidates
-        if any(c.is_suspect and c.run_id is None for c in candidates):
-            return []
-        is_closed = self._passes.is_closed or any(c.is_suspect for c in candidates)
-        busy = self._passes.tenants
-        return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
-
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._engine.pass_max_tokens,
+            self._passes.pass_work(self._settings),
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
@@ -208,17 +201,6 @@ class Worker:
             max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
-
-    def _attempts(self, op: OpRow) -> int:
-        """Deaths under the op, and what makes it a suspect if the engine raised while it was computed."""
-        return op.attempts + (
-            (SAMPLE_SUSPECT if op.kind is OpKind.SAMPLE else SUSPECT) if op.id in self._suspects else 0
-        )
-
-    @property
-    def _is_isolating(self) -> bool:
-        """A suspect is being sampled: nothing else should run beside it."""
-        return any(op.attempts > SAMPLE_SUSPECT or op.id in self._suspects for op in self._samples.resident)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
@@ -318,11 +300,11 @@ class Worker:
         self._must_look = True
         self._queue.look()
         waiting = [
-            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._attempts(op))
+            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._suspects.attempts(op))
             for op in self._runnable()
             if op.kind is OpKind.SAMPLE
         ]
-        if self._is_isolating or any(sample.is_suspect for sample in waiting):
+        if self._suspects.are_among(self._samples.resident) or any(sample.is_suspect for sample in waiting):
             return
         batch = plan(waiting, self._limits(), self._shares.of(c.tenant_id for c in waiting))
         if batch is not None:
@@ -348,14 +330,10 @@ class Worker:
         for outcome in outcomes:
             if outcome.op.id in replays and outcome.finished.failure is not None:
                 self.runs.give_up_after(outcome.op, outcome.finished.failure)
-        self._commit([self._as_it_stands(o) for o in outcomes if o.op.id not in replays])
+        self._commit([self.runs.as_it_stands(o) for o in outcomes if o.op.id not in replays])
         for outcome in outcomes:
             self.runs.applied(outcome.op, seconds)
             self._suspects.discard(outcome.op.id)
-
-    def _as_it_stands(self, outcome: Outcome) -> Outcome:
-        failure = self.runs.given_up(outcome.op.run_id)
-        return outcome if failure is None else failed(outcome.op, failure)
 
     def _settle_save(self, outcome: Outcome) -> None:
         self._saving.discard(outcome.op.id)
@@ -364,25 +342,8 @@ class Worker:
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         if not outcomes:
             return
-        self._persist(lambda: self._recorder.record(outcomes))
+        self._recorder.record(outcomes)
         self._must_plan = True
-
-    def _persist(self, write: Callable[[], object]) -> None:
-        """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
-
-        Raises:
-            CapacityError, CorruptError, OSError: the storage didn't come back.
-        """
-        deadline = time.monotonic() + STORAGE_PATIENCE_S
-        while True:
-            try:
-                write()
-                return
-            except (CapacityError, CorruptError, OSError) as error:
-                if time.monotonic() > deadline:
-                    raise
-                log.error("outcomes can't be recorded; trying again", error=str(error))
-                time.sleep(STORAGE_RETRY_S)
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import structlog
 
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs, result_key
+from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import Store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import Failure, OpState
+from tinsmith.types import Failure, OpId, OpState
 from tinsmith.wire.media import JSON
+
+log = structlog.get_logger("tinsmith.worker")
+
+STORAGE_RETRY_S = 0.5
+STORAGE_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,17 @@ class Recorder:
         self._inline_bytes = inline_bytes
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
-        """Raises: FencedError: this worker's place was taken; nothing was recorded."""
+        """Raises:
+        FencedError: this worker's place was taken; nothing was recorded.
+        CapacityError, CorruptError, OSError: the storage didn't come back.
+        """
+        _patiently(lambda: self._record(outcomes))
+
+    def meter(self, used: Mapping[OpId, Usage]) -> None:
+        """What was computed for requests that were cancelled meanwhile. Raises: the same."""
+        _patiently(lambda: self._store.endings.meter(self._me, used, time.time()))
+
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
         self._store.ops.finish(self._me, [self._spill(outcome) for outcome in outcomes], time.time())
         self._api.ring()
 
@@ -68,3 +86,17 @@ class Recorder:
             return finished
         key = result_key(outcome.op.tenant_id, outcome.op.id)
         return replace(finished, result=None, result_blob=self._blobs.put(key, finished.result).key)
+
+
+def _patiently(write: Callable[[], object]) -> None:
+    """What was computed isn't lost to a full disk or a busy database: it is tried for a while."""
+    deadline = time.monotonic() + STORAGE_PATIENCE_S
+    while True:
+        try:
+            write()
+            return
+        except (CapacityError, CorruptError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise
+            log.error("outcomes can't be recorded; trying again", error=str(error))
+            time.sleep(STORAGE_RETRY_S)

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
+from tinsmith.scheduler import Candidate
 from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
@@ -128,6 +130,16 @@ class Passes:
             self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
         self._open.insert(0, one)
 
+    def beside(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those that may begin while these are under way: samples, and other tenants' requests, but no suspects."""
+        if not self._open:
+            return candidates
+        if any(c.is_suspect and c.run_id is None for c in candidates):
+            return []
+        is_closed = self.is_closed or any(c.is_suspect for c in candidates)
+        busy = self.tenants
+        return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
+
     def next(self) -> OpenPass | None:
         """The one whose turn it is; of equals, the newest."""
         if not self._open:
@@ -149,6 +161,13 @@ class Passes:
         if one in self._open:
             self._open.remove(one)
             self._speed = one.speed
+
+    def pass_work(self, settings: Settings) -> int:
+        """What a new pass may take in. Clients that are served together would come back together, and leave the engine
+        idle meanwhile: so a pass is no larger than makes the engine efficient."""
+        most = self._engine.pass_max_tokens
+        wanted = max(settings.pass_min_tokens, int(self._speed * settings.pass_target_ms / 1000))
+        return min(most, wanted) if self._speed else most
 
     def pack_work(self, one: OpenPass, cap_s: float) -> int:
         """A pack's bound: the engine's budget, and what can be computed until others should get their turn."""

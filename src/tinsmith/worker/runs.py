@@ -23,6 +23,7 @@ from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
 from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
+from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import HeldRun, Snapshots
@@ -125,6 +126,11 @@ class HeldRuns:
         """Why the run was given up; None for a good one."""
         held = self._held.get(run_id) if run_id else None
         return None if held is None else held.given_up
+
+    def as_it_stands(self, outcome: Outcome) -> Outcome:
+        """The outcome, or a failure if its run was given up meanwhile."""
+        failure = self.given_up(outcome.op.run_id)
+        return outcome if failure is None else failed(outcome.op, failure)
 
     def give_up_after(self, op: OpRow, failure: Failure) -> None:
         """A finished op of the run's log fails now that it is computed again: what would follow isn't its state."""

@@ -77,6 +77,10 @@ class LoraPass(Protocol):
         """
         ...
 
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        """What `add` would return, made anew: for rows that are differentiated apart from their forward pass."""
+        ...
+
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         """Add to dx and to the segments' gradients, in place. x and kept as in a call of `add`; all contiguous."""
         ...

@@ -76,16 +76,20 @@ class GroupedLora:
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
         for crowd in self._crowds(group):
-            rows = _Rows.of([(s.scale, (s.start, s.end)) for s in crowd], x_TI.device)
-            stack = _Stack.of([s.weights[group] for s in crowd])
-            u_NK = _times(x_TI[rows.index_N], stack.a_SKI.transpose(1, 2), rows)
-            u_NK = (u_NK * rows.scales_N1).to(x_TI.dtype)
+            rows, stack, u_NK = _shrunk(crowd, group, x_TI)
             parts = zip(torch.split(u_NK, stack.rank, 1), stack.bs, strict=True)
             delta = [_times(u_NR.contiguous(), b_SOR.transpose(1, 2), rows) for u_NR, b_SOR in parts]
-            y_TO.index_add_(0, rows.index_N, torch.cat(delta, 1))
+            y_TO.index_add_(0, rows.index_N, torch.cat(delta, 1).to(y_TO.dtype))
             if any(segment.grads is not None for segment in crowd):
-                u_TK = u_NK.new_zeros(len(x_TI), u_NK.shape[1])
-                kept.append(u_TK.index_copy_(0, rows.index_N, u_NK))
+                kept.append(_spread(u_NK, rows, len(x_TI)))
+        return tuple(kept)
+
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        kept = []
+        for crowd in self._crowds(group):
+            if any(segment.grads is not None for segment in crowd):
+                rows, _, u_NK = _shrunk(crowd, group, x_TI)
+                kept.append(_spread(u_NK, rows, len(x_TI)))
         return tuple(kept)
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
@@ -121,6 +125,19 @@ class GroupedLora:
             if group in segment.weights:
                 by_rank.setdefault(segment.weights[group].rank, []).append(segment)
         return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _shrunk(crowd: Sequence[Segment], group: str, x_TI: Tensor) -> tuple[_Rows, _Stack, Tensor]:
+    """With u = scale · x Aᵀ of the crowd's rows, [N, K]."""
+    rows = _Rows.of([(s.scale, (s.start, s.end)) for s in crowd], x_TI.device)
+    stack = _Stack.of([s.weights[group] for s in crowd])
+    u_NK = _times(x_TI[rows.index_N], stack.a_SKI.transpose(1, 2), rows)
+    return rows, stack, (u_NK * rows.scales_N1).to(x_TI.dtype)
+
+
+def _spread(u_NK: Tensor, rows: _Rows, num_rows: int) -> Tensor:
+    """[T, K], at the rows' own places."""
+    return u_NK.new_zeros(num_rows, u_NK.shape[1]).index_copy_(0, rows.index_N, u_NK)
 
 
 def _times(x_NK: Tensor, w_SKM: Tensor, rows: _Rows) -> Tensor:

@@ -32,6 +32,13 @@ class LoopLora:
                 kept.append(u_NK)
         return tuple(kept)
 
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            x_TI[segment.start : segment.end] @ segment.weights[group].a_KI.T
+            for segment in self._segments
+            if segment.grads is not None and group in segment.weights
+        )
+
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         own = [s for s in self._segments if s.grads is not None and group in s.weights]
         for segment, u_NK in zip(own, kept, strict=True):

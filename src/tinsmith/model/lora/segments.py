@@ -35,6 +35,13 @@ class SegmentsLora:
                 kept.append(u_NK)
         return tuple(kept)
 
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            x_TI[segment.start : segment.end] @ segment.weights[group].a_KI.T
+            for segment in self._segments
+            if segment.grads is not None and group in segment.weights
+        )
+
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         held = iter(kept)
         rows = zip(self._rows(x_TI), self._rows(dy_TO), self._rows(dx_TI), strict=True)
@@ -59,6 +66,10 @@ class SegmentsLora:
 def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor, scale: float) -> Tensor:
     """y += scale · (x Aᵀ) Bᵀ for rows of one adapter, in place. Returns u = x Aᵀ."""
     u_NK = torch.mm(x_NI, weights.a_KI.T)
+    if y_NO.dtype != x_NI.dtype:
+        us = torch.split(u_NK, weights.rank, 1)
+        y_NO += scale * torch.cat([u_NR @ b_OR.T for u_NR, b_OR in zip(us, weights.bs, strict=True)], 1)
+        return u_NK
     for y_NOl, b_OR, u_NR in _by_layer(weights, y_NO, u_NK):
         y_NOl.addmm_(u_NR, b_OR.T, alpha=scale)
     return u_NK

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,13 +64,14 @@ class TritonLora:
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
         for crowd in self._find(group, x_TI.device, wants_grads=False):
-            near, far = _sides(crowd, group, "weights")
-            u_TK = x_TI.new_empty(len(x_TI), near.num_narrow)
-            kernels.shrink(x_TI, near, crowd.tiles, crowd.scales, u_TK)
-            kernels.expand(u_TK, far, crowd.tiles, y_TO)
+            u_TK = _shrunk(crowd, group, x_TI)
+            kernels.expand(u_TK, _sides(crowd, group, "weights")[1], crowd.tiles, y_TO)
             if any(segment.grads is not None for segment in crowd.segments):
                 kept.append(u_TK)
         return tuple(kept)
+
+    def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_shrunk(crowd, group, x_TI) for crowd in self._find(group, x_TI.device, wants_grads=True))
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         for crowd, u_TK in zip(self._find(group, x_TI.device, wants_grads=True), kept, strict=True):
@@ -122,6 +124,14 @@ class TritonLora:
         return crowd.live_tiles, crowd.pieces
 
 
+def _shrunk(crowd: _Crowd, group: str, x_TI: Tensor) -> Tensor:
+    """u = scale · x Aᵀ, [T, K]."""
+    near, _ = _sides(crowd, group, "weights")
+    u_TK = x_TI.new_empty(len(x_TI), near.num_narrow)
+    kernels.shrink(x_TI, near, crowd.tiles, crowd.scales, u_TK)
+    return u_TK
+
+
 def _tiles(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tiles:
     table = tile_table(spans, kernels.BLOCK_ROWS)
     return Tiles(table.shape[1], to_device(table, device))
@@ -154,6 +164,10 @@ def _matrices(crowd: _Crowd, group: str, part: str) -> list[LoraWeights]:
 def _side(matrices: list[list[Tensor]], bands: tuple[Band, ...], strides: tuple[int, int], num_narrow: int) -> Side:
     anchor = matrices[0][0]
     at, unit = addresses(matrices, anchor)
-    table = np.array([(band.start, band.width, band.narrow) for band in bands], np.int32)
     device = anchor.device
-    return Side(anchor, to_device(at, device), unit, bands, to_device(table, device), strides, num_narrow)
+    return Side(anchor, to_device(at, device), unit, bands, _band_table(bands, device), strides, num_narrow)
+
+
+@lru_cache(maxsize=4096)
+def _band_table(bands: tuple[Band, ...], device: torch.device) -> Tensor:
+    return to_device(np.array([(band.start, band.width, band.narrow) for band in bands], np.int32), device)

@@ -1,0 +1,50 @@
+"""Sampler snapshots in memory: bounded in number and bytes, the least recently used go, what is needed stays."""
+
+import pytest
+
+from tests.numerics.sampling_lab import mixed_states
+from tinsmith.errors import UserError
+from tinsmith.sampling.adapters import AdapterCache
+
+
+def num_bytes(state):
+    return sum(tensor.nbytes for name, tensor in state.tensors.items() if name.startswith("param/"))
+
+
+@pytest.fixture
+def states(base):
+    """Five of the same size."""
+    state = mixed_states(base, 1)["a0"]
+    return {f"a{number}": state for number in range(5)}
+
+
+def test_bytes_are_bounded(base, states):
+    size = num_bytes(states["a0"])
+    cache = AdapterCache(base, 100, 2 * size)
+    for key, state in states.items():
+        cache.add(key, state)
+        assert cache.num_bytes <= 2 * size
+    assert [key in cache for key in states] == [False, False, False, True, True]
+
+
+def test_one_that_is_larger_than_the_bound_is_held_alone(base, states):
+    cache = AdapterCache(base, 100, num_bytes(states["a0"]) // 2)
+    cache.add("a0", states["a0"])
+    cache.add("a1", states["a1"])
+    assert [key in cache for key in ("a0", "a1")] == [False, True]
+
+
+def test_what_is_needed_stays_and_others_have_to_wait(base, states):
+    size = num_bytes(states["a0"])
+    cache = AdapterCache(base, 100, 2 * size)
+    for key in ("a0", "a1"):
+        assert cache.has_room(size)
+        cache.add(key, states[key])
+        cache.acquire(key)
+    assert not cache.has_room(size)
+    cache.release("a0")
+    assert cache.has_room(size)
+    cache.add("a2", states["a2"])
+    assert [key in cache for key in ("a0", "a1", "a2")] == [False, True, True]
+    with pytest.raises(UserError, match="aren't loaded"):
+        cache.acquire("a0")
