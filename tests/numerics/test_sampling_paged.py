@@ -50,7 +50,12 @@ def test_pages_give_what_contiguous_memory_gives(base, kv_blocks):
     ]  # fmt: skip
     expected = run_all(make_sampler(base, states, prefill_chunk_tokens=64), items)
     sampler = paged_sampler(base, states, kv_blocks, prefill_chunk_tokens=64)
-    results = run_all(sampler, items)
+    results: dict[str, Any] = {}
+    for asked in items:
+        sampler.submit(asked)
+    while sampler.num_samples:
+        results.update(sampler.step())
+        assert sampler.memory.kv.num_allocated_blocks == sampler.memory.num_held_blocks
     for asked in items:
         assert_like(results[asked.op_id], expected[asked.op_id])
         if asked.prompt_logprobs:
@@ -67,6 +72,7 @@ def test_a_group_shares_the_whole_blocks_of_its_prompt(base):
     sampler.step()
     assert len(sampler._stages.running) == 8
     assert sampler.memory.kv.num_allocated_blocks == 2 + 8  # two whole blocks for all, a third for each
+    assert sampler.memory.num_held_blocks == 2 + 8
     tables = list(sampler.memory.kv.tables.values())
     assert len({table[0] for table in tables}) == len({table[1] for table in tables}) == 1
     assert len({table[2] for table in tables}) == 8

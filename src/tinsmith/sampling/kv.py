@@ -150,6 +150,10 @@ class KVCache(Generic[Owner]):
         prompts = sum(num_blocks(prompt.num_tokens) for prompt in self._prompts.values())
         return prompts + sum(arena.num_allocated_blocks for arena in self._arenas.values())
 
+    def num_shared(self, num_tokens: int) -> int:
+        """Blocks of a prompt that its sequences have in common."""
+        return 0
+
     def open_prompt(self, owner: Hashable, num_tokens: int) -> PromptKV:
         self._make_room(num_blocks(num_tokens))
         prompt = PromptKV(self.shape, num_tokens)

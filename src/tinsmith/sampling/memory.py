@@ -6,11 +6,27 @@ nothing. A tenant leaves some for others, unless one of its requests needs all.
 
 from __future__ import annotations
 
-from tinsmith.sampling.blocks import BlockManager, FreeBlocks, Ledger, num_blocks
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from tinsmith.sampling.blocks import BlockManager, Claim, FreeBlocks, Ledger, num_blocks
 from tinsmith.sampling.kv import KVCache, wider
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.seats import fair_share
 from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """Blocks that sequences of a prompt have in common. is_claimed: their prompt is closed, they count themselves."""
+
+    num_blocks: int
+    num_users: int = 0
+    is_claimed: bool = False
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(self.num_blocks, self.num_blocks)
 
 
 class Memory:
@@ -20,6 +36,8 @@ class Memory:
         """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
         self.keeps_all = keeps_all
+        self._shared: dict[Prompt, Shared] = {}  # of open prompts
+        self._uses: dict[Sequence, Shared] = {}
         ledger = BlockManager if keeps_all else FreeBlocks
         self._blocks: Ledger = ledger(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
 
@@ -43,23 +61,40 @@ class Memory:
         return True
 
     def close_prompt(self, prompt: Prompt) -> None:
+        """Its memory is free again, but for what its sequences have in common."""
+        shared = self._shared.pop(prompt, None)
         self.kv.close_prompt(prompt)
-        self._blocks.release(prompt, prompt.tenant)
         prompt.prompt_kv = None
+        if shared is None or not shared.num_users:
+            self._blocks.release(prompt, prompt.tenant)
+            return
+        is_granted = self._blocks.try_update({prompt: None, shared: shared.claim}, prompt.tenant)
+        assert is_granted, "what is shared is a part of the prompt"
+        shared.is_claimed = True
 
     def seat(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a new sequence, counted in `num_started`, its copy of the prompt and room for the first decode step.
 
-        The last one takes over the prompt's memory.
+        What sequences of a prompt have in common counts once. The last one takes over the prompt's memory.
         """
         request = sequence.request
         size = num_blocks(request.num_prompt + 1)
-        claims = {request: request.claim(), sequence: sequence.claim(size)}
-        if not self._blocks.try_update(claims, request.tenant, spare if request.num_unstarted else 0):
+        num_shared = 0 if self.keeps_all else self.kv.num_shared(request.num_prompt)
+        shared = self._shared.get(request) or Shared(num_shared)
+        is_last = not request.num_unstarted
+        claims: dict[Hashable, Claim | None] = {request: request.claim(), sequence: sequence.claim(size - num_shared)}
+        if is_last and num_shared:
+            claims[shared] = shared.claim
+        if not self._blocks.try_update(claims, request.tenant, 0 if is_last else spare):
             return False
         self.kv.place(sequence, request, size)
         sequence.num_blocks = size
-        if not request.num_unstarted:
+        if num_shared:
+            shared.num_users += 1
+            self._shared[request] = self._uses[sequence] = shared
+        if is_last:
+            self._shared.pop(request, None)
+            shared.is_claimed = True
             self.close_prompt(request)
         return True
 
@@ -76,8 +111,10 @@ class Memory:
     def grow(self, sequence: Sequence) -> bool:
         """Room for one more token: several blocks at once for a long sequence, if there are so many."""
         last = sequence.num_blocks + 1
+        shared = self._uses.get(sequence)
+        num_shared = shared.num_blocks if shared is not None else 0
         for size in sorted({last, min(wider(last), sequence.request.sequence_need)}, reverse=True):
-            if self._blocks.try_update({sequence: sequence.claim(size)}, sequence.tenant):
+            if self._blocks.try_update({sequence: sequence.claim(size - num_shared)}, sequence.tenant):
                 self.kv.move(sequence, sequence.num_blocks, size, sequence.num_kv)
                 sequence.num_blocks = size
                 return True
@@ -89,3 +126,8 @@ class Memory:
             self.kv.release(sequence, sequence.num_blocks)
             sequence.num_blocks = 0
         self._blocks.release(sequence, sequence.tenant)
+        shared = self._uses.pop(sequence, None)
+        if shared is not None:
+            shared.num_users -= 1
+            if shared.is_claimed and not shared.num_users:
+                self._blocks.release(shared, sequence.tenant)

@@ -111,6 +111,10 @@ class PagedKV(Generic[Owner]):
     def num_allocated_blocks(self) -> int:
         return self.pool.num_held
 
+    def num_shared(self, num_tokens: int) -> int:
+        """Whole blocks of a prompt, which its sequences have in common."""
+        return num_tokens // BLOCK_TOKENS
+
     def open_prompt(self, owner: Hashable, num_tokens: int) -> PagedPrompt:
         prompt = self._prompts[owner] = PagedPrompt(self.pool, num_tokens)
         return prompt
