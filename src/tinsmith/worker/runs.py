@@ -72,8 +72,9 @@ class HeldRuns:
         return bool(rows)
 
     def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
-        """See `Residency.choose`."""
-        return self.residency.choose(candidates, self._held, served)
+        """See `Residency.choose`. A run that came up after the leases were taken waits for the next look."""
+        known = [c for c in candidates if c.run_id is None or c.run_id in self._held]
+        return self.residency.choose(known, self._held, served)
 
     def replay_candidates(self, suspects: AbstractSet[OpId]) -> list[Candidate]:
         return [
