@@ -50,12 +50,16 @@ def main() -> None:
         done: Counter[str] = Counter()
         client = tinker.ServiceClient()
         drivers = [
-            threading.Thread(target=drive, args=(client, seed, stop, done), name=f"run {seed}")
+            threading.Thread(target=drive, args=(client, seed, stop, done), name=f"run {seed}", daemon=True)
             for seed in range(args.runs)
         ]
         for driver in drivers:
             driver.start()
-        readings = watch(server, args.minutes * 60, done)
+        try:
+            readings = watch(server, args.minutes * 60, done)
+        except (ProcessLookupError, FileNotFoundError):
+            log = Path(root, "server.log").read_text(errors="replace").splitlines()
+            raise SystemExit("\n".join([line for line in log if '"level": "debug"' not in line][-30:])) from None
         stop.set()
         for driver in drivers:
             driver.join()
@@ -121,10 +125,11 @@ def watch(server: Server, seconds: float, done: Counter[str]) -> dict[str, list[
 
 def resident_mib(pid: int) -> float:
     """Memory of its own: files that are mapped, such as weights and libraries, come and go as the system likes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    for line in lines:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
-    raise SystemExit(f"process {pid} has gone")
+    raise ProcessLookupError(pid)  # it ended and was not waited for
 
 
 def report(name: str, values: list[tuple[float, float]]) -> bool:
