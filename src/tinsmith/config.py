@@ -115,19 +115,6 @@ class Settings:
         "fit otherwise), always or never.",
         group="engine",
     )
-    pass_target_ms: float = setting(
-        100.0,
-        "A pass takes in what is computed in about this time, or pass_min_tokens if that is more; what else waits goes "
-        "into the next one, so that results come back bit by bit.",
-        unit="ms",
-        group="engine",
-    )
-    pass_min_tokens: int = setting(
-        512,
-        "Tokens that a pass takes in whatever it takes to compute them, if they wait.",
-        unit="tokens",
-        group="engine",
-    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",
@@ -296,7 +283,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "pass_cap_ms", "pass_target_ms", "pass_min_tokens", "download_ttl_s", "chunk_max_datums",
+            "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
             "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip

@@ -28,7 +28,7 @@ def connect(url: str, key: str, **options: Any) -> anthropic.Anthropic:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("anthropic") / "data") as service:
+    with running(tmp_path_factory.mktemp("anthropic") / "data", "--no-deterministic") as service:
         yield service
 
 

@@ -12,7 +12,8 @@ import pytest
 import tinker
 from tinker import _base_client, types
 
-from tinsmith.api import training
+from tinsmith.api import express, training
+from tinsmith.api.plain_http import PlainRequest
 
 # The SDK never closes its connections; the collector finds them during or after a test.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -156,6 +157,16 @@ def test_clients_compress_training_requests_if_they_are_told_to(
         return await read(call, *args)
 
     monkeypatch.setattr(training, "read_body", noting)
+    read_plain = express.read_plain
+
+    def noting_plain(data: bytes, paths: frozenset[bytes]) -> PlainRequest | None:
+        request = read_plain(data, paths)
+        if request is not None and request.path.endswith(b"/forward_backward"):
+            encoding = request.headers.get(b"content-encoding")
+            encodings.append(None if encoding is None else encoding.decode())
+        return request
+
+    monkeypatch.setattr(express, "read_plain", noting_plain)
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     worker.start()
     client = tinker.ServiceClient(base_url=live.url, api_key=house.key)

@@ -279,7 +279,7 @@ def test_a_trace_takes_time_in_proportion_to_its_requests() -> None:
 
     for step in (None, 1e6):
         cost_s(500, step)
-        assert cost_s(8000, step) < 16 * 3 * cost_s(500, step)
+        assert cost_s(8000, step) < 16 * 3 * min(cost_s(500, step) for _ in range(3)) + 0.5
 
 
 def test_a_slice_names_some_of_many_runs_beside_it() -> None:

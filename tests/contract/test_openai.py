@@ -28,7 +28,7 @@ TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("openai") / "data") as service:
+    with running(tmp_path_factory.mktemp("openai") / "data", "--no-deterministic") as service:
         yield service
 
 

@@ -31,7 +31,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("examples") / "data") as service, pytest.MonkeyPatch.context() as patch:
+    with (
+        running(tmp_path_factory.mktemp("examples") / "data", "--no-deterministic") as service,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("TINKER_BASE_URL", service.url)
         patch.setenv("TINKER_API_KEY", service.key)
         yield service

@@ -11,7 +11,7 @@ import torch
 
 from tests.numerics.lab import CONFIGS, make_base
 from tests.numerics.sampling_lab import assert_same_sample, make_sampler, mixed_states, prompt, run_all, sample
-from tinsmith.sampling import kv, walk
+from tinsmith.sampling import kv
 from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.lora import DecodeLora
 from tinsmith.types import SampleResult
@@ -132,16 +132,6 @@ def test_adapters_of_a_batch_are_those_of_each_row(base, is_exact, owners):
                     adapter.add(group.name, x_TI[row : row + 1], expected_TO[row : row + 1])
             lora.add(group.name, x_TI, y_TO)
             torch.testing.assert_close(y_TO, expected_TO, atol=1e-5, rtol=1e-5)
-
-
-def test_few_rows_stay_few_outside_deterministic_mode(base):
-    rows = {
-        is_exact: [walk.Walker(base, kv.KVCache(make_sampler(base).memory.kv.shape, 4), is_exact)._num_rows(n)
-                   for n in (1, 4, 5, 16, 40)]
-        for is_exact in (False, True)
-    }  # fmt: skip
-    assert rows[True] == [16, 16, 16, 16, 40]
-    assert rows[False] == ([4, 4, 8, 16, 40] if base.head.is_packed else rows[True])
 
 
 def test_answers_are_found_again_by_the_next_turn(base):

@@ -7,7 +7,7 @@ Shape letters: B sequences, T rows (B and others after them), D hidden size, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import HEAD, BaseModel
+from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, decode_groups, head_logits
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw, penalise, restrict
@@ -46,12 +46,9 @@ class Drawn(NamedTuple):
 class Decoder:
     """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas; for `context`."""
 
-    def __init__(
-        self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], num_rows: Callable[[int], int], is_exact: bool
-    ) -> None:
-        """num_rows: of a product that computes so many. is_exact: a row's bits don't depend on the others."""
+    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], is_exact: bool) -> None:
+        """is_exact: a row's bits don't depend on the others."""
         self._base = base
-        self._num_rows = num_rows
         self._kv = kv
         self._version = -1
         self._sequences: list[Sequence] = []
@@ -80,7 +77,7 @@ class Decoder:
         """A token for every sequence that isn't paused. The sequences' rows come first, any others after them."""
         sequences = self._sequences
         num = len(sequences)
-        hidden_TD = hidden_TD[: self._num_rows(num)]
+        hidden_TD = hidden_TD[: padded_rows(num)]
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
         counts_B = np.array([len(s.tokens) for s in sequences], np.int64) if self._must_look else self._counts_B

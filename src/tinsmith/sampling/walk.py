@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import MIN_ROWS, ROW_GRID, BaseModel, PassContext, padded_rows
+from tinsmith.model import BaseModel, PassContext, padded_rows
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
@@ -33,8 +33,7 @@ class Walker:
     def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], is_exact: bool) -> None:
         self._base = base
         self._hidden = (lean_layers(base) or base).hidden
-        self._min_rows = MIN_ROWS if is_exact or not base.head.is_packed else ROW_GRID
-        self.decoder = Decoder(base, kv, self._num_rows, is_exact)
+        self.decoder = Decoder(base, kv, is_exact)
 
     def walk(self, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:
         """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends.
@@ -61,12 +60,6 @@ class Walker:
         prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
 
     def _run(self, tokens: IntArray, positions: IntArray, context: PassContext) -> Tensor:
-        missing = self._num_rows(len(tokens)) - len(tokens)
+        missing = padded_rows(len(tokens)) - len(tokens)
         tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
         return self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
-
-    def _num_rows(self, num: int) -> int:
-        """oneDNN's packed products give a row the same bits for any number of rows from two up."""
-        if num >= MIN_ROWS:
-            return padded_rows(num)
-        return max(self._min_rows, -(-num // ROW_GRID) * ROW_GRID)

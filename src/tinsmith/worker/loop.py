@@ -194,7 +194,7 @@ class Worker:
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples
         return Limits(
-            self._passes.pass_work(self._settings),
+            self._passes.pass_work(),
             MAX_SAMPLES - num_samples,
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,

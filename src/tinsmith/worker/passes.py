@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tinsmith.config import Settings
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Candidate
@@ -23,6 +22,7 @@ from tinsmith.wire.training import encode_train_result
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.runs import HeldRuns
+from tinsmith.worker.tempo import Tempo
 
 MAX_OPEN = 16  # each holds a copy of its runs' gradients
 MIN_PACK_WORK = 64
@@ -88,6 +88,7 @@ class Passes:
         self._given: dict[TenantId, float] = {}  # seconds of computing
         self._now = 0.0  # what the least served had when it was looked last
         self._speed = 0.0
+        self._tempo = Tempo()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -124,11 +125,20 @@ class Passes:
         ready = [(op, item) for op, item in ready if self._runs.given_up(op.run_id) is None]
         for op, item in ready:
             self._charge(op.tenant_id, item.work)
+        self._note_begin([(op, item) for op, item in ready if op.id not in replays])
         training = self._engine.start_pass([item for _, item in ready])
         one = OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed)
         for tenant in one.tenants:
             self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
         self._open.insert(0, one)
+
+    def _note_begin(self, ready: Sequence[tuple[OpRow, TrainItem]]) -> None:
+        now = time.time()
+        by_run: dict[RunId, list[tuple[OpRow, TrainItem]]] = {}
+        for op, item in ready:
+            by_run.setdefault(item.run_id, []).append((op, item))
+        for run_id, own in by_run.items():
+            self._tempo.begun(run_id, sum(item.work for _, item in own), min(op.created_at for op, _ in own), now)
 
     def beside(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that may begin while these are under way: samples, and other tenants' requests, but no suspects."""
@@ -161,13 +171,14 @@ class Passes:
         if one in self._open:
             self._open.remove(one)
             self._speed = one.speed
+            now = time.time()
+            for _, item in one.ready:
+                self._tempo.ended(item.run_id, now)
 
-    def pass_work(self, settings: Settings) -> int:
-        """What a new pass may take in. Clients that are served together would come back together, and leave the engine
-        idle meanwhile: so a pass is no larger than makes the engine efficient."""
-        most = self._engine.pass_max_tokens
-        wanted = max(settings.pass_min_tokens, int(self._speed * settings.pass_target_ms / 1000))
-        return min(most, wanted) if self._speed else most
+    def pass_work(self) -> int:
+        """What a new pass may take in: the engine's budget, or less where that keeps the engine busy (`Tempo`)."""
+        most = self._tempo.most_work(self._speed, time.time())
+        return self._engine.pass_max_tokens if most is None else min(most, self._engine.pass_max_tokens)
 
     def pack_work(self, one: OpenPass, cap_s: float) -> int:
         """A pack's bound: the engine's budget, and what can be computed until others should get their turn."""
