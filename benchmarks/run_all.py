@@ -30,26 +30,26 @@ from tinsmith.supervisor import available_cores
 
 HERE = Path(__file__).parent
 SMALL = "--layers 2 --vocab 4000"  # what would take minutes a round on the larger model
+SMALLEST = "--layers 1 --vocab 2000"
 BESIDE = (  # the longest first
+    "training_rows.py --case 64x1x32-64 --repeats 5 --layers 8",
     "train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5",
-    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALL}",
-    "train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5",
-    "train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5",
-    "training_rows.py --case 64x1x32-64 --repeats 5",
-    "sample_vs_generate.py --cases 1:1 32:32 --repeats 5",
+    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALLEST}",
     "sampler.py --only runs group --repeats 5",
     f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL}",
-    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
-    "training_rows.py --case 64x1x32-64 --repeats 5 --defaults",
+    "train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5",
+    "sample_vs_generate.py --cases 1:1 32:32 --repeats 5",
+    "training_rows.py --case 64x1x32-64 --repeats 5 --defaults --layers 2",
+    "training_rows.py --short --repeats 5 --layers 1",
+    "train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5",
+    "custom_loss.py --layers 2 --cases 16x64 --repeats 5",
     "sampler.py --only runs --repeats 5 --rank 32",
-    "custom_loss.py --layers 2 --cases 16x64 4x512 --repeats 5",
-    "training_rows.py --short --repeats 5",
+    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
 )
 ALONE = (
     "optimizer.py",
     "many_runs.py",
     "many_samplers.py",
-    "load_state.py",
     "whole_service.py",
     "latency.py",
     "control_plane.py",
