@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from tests.numerics.lab import CONFIGS, make_base
@@ -159,3 +160,13 @@ def test_in_deterministic_mode_answers_are_not_kept(base):
     assert second.prompt_cache_hit_tokens == 64
     alone = make_sampler(base, prefill_chunk_tokens=64, deterministic=True, prefix_cache_mib=0)
     assert_same_sample(second, run_all(alone, [item])["second"])
+
+
+def test_a_walk_that_gives_other_numbers_is_left_and_said_so(base, monkeypatch):
+    assert lean_layers(base) is not None
+    monkeypatch.setattr("tinsmith.sampling.layers.MAX_ERROR", dict.fromkeys((torch.float32, torch.bfloat16), -1.0))
+    with structlog.testing.capture_logs() as logs:
+        assert lean_layers(base) is None
+    assert [(entry["log_level"], entry["because"]) for entry in logs] == [
+        ("warning", "the faster walk gives other numbers")
+    ]

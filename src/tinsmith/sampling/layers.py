@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+import structlog
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from tinsmith.model.blocks import GatedMLP, RotaryAttention
 from tinsmith.model.linear import LinearGroup
 from tinsmith.model.norm import RMSNorm
 
+log = structlog.get_logger("tinsmith.worker")
+
+OWN_MODULES = "samples are computed through the model's own modules, which is slower for few sequences"
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest hidden state
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
@@ -81,16 +85,21 @@ class LeanLayers:
 
 
 def lean_layers(base: BaseModel) -> LeanLayers | None:
-    """None if the model isn't made of these parts alone, or computes something else with them."""
+    """None if the model isn't made of these parts alone, or computes something else with them; the log says so then."""
     layers = getattr(base.backbone, "layers", None)
     rotary, norm = getattr(base.backbone, "rotary_emb", None), getattr(base.backbone, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(rotary, nn.Module) or not isinstance(norm, RMSNorm):
+        log.info(OWN_MODULES, base=base.info.name, because="it has other parts")
         return None
     made = [_layer(module) for module in layers]
     if len(made) != base.num_layers or any(layer is None for layer in made):
+        log.info(OWN_MODULES, base=base.info.name, because="its layers have other parts")
         return None
     lean = LeanLayers(base, cast(list[Layer], made), rotary, norm)
-    return lean if _agrees(base, lean) else None
+    if not _agrees(base, lean):
+        log.warning(OWN_MODULES, base=base.info.name, because="the faster walk gives other numbers")
+        return None
+    return lean
 
 
 def _product(group: LinearGroup, x_TI: Tensor, context: PassContext) -> Tensor:
