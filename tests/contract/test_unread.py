@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -108,7 +109,11 @@ def test_an_answer_that_is_complete_is_closed_all_the_same(live: Any, house: Any
     """Its last bytes wait in our own memory, and none of them is taken."""
     head = f"GET /api/v1/auth/apikey/me HTTP/1.1\r\nHost: x\r\nX-API-Key: {house.key}\r\n\r\n".encode()
     with Reader(live.url) as stream:
+        assert until(lambda: len(live.server.server_state.connections) == 1)
+        (served,) = live.server.server_state.connections
+        served.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         stream.send_while_taken(head * 30_000)
+        assert until(lambda: served.flow.write_paused)
         assert until(lambda: not live.server.server_state.connections)
 
 
