@@ -139,7 +139,6 @@ def test_what_waits_while_a_transaction_is_written_shares_the_next(
     turn(worker, lambda: worker._recorder.mark() == len(ops) + 1)
     gate.open()
     settle(worker)
-    worker._recorder.flush()
     worker._recorder.stop()
     assert len(gate.groups) < len(ops)
     assert all(house.get(op).state is OpState.DONE for op in ops)
@@ -267,7 +266,6 @@ def test_the_file_of_a_sampler_is_recorded_after_the_sampler(
     assert worker._writer.num_pending == 1
     gate.open()
     settle(worker)
-    worker._recorder.flush()
     worker._recorder.stop()
     assert [house.get(op).state for op in (saved, stepped)] == [OpState.DONE] * 2
     assert house.store.samplers.get_any(sampler_id).promised_seq is None
@@ -316,3 +314,43 @@ def test_a_clean_stop_records_all(build: Callable[..., House]) -> None:
         until(lambda: house.get(ops[3]).state.is_final)
     assert not errors
     assert not any(house.get(op).state is OpState.RUNNING for op in ops)
+
+
+def test_the_next_is_claimed_before_the_last_is_recorded(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim would wait for the other transaction, and the engine for the claim."""
+    monkeypatch.setattr(recorder, "MOST_HELD_S", SECONDS)
+    house = build()
+    run = house.create_run()
+    settle(house.worker())
+    gate = Gate(house, monkeypatch)
+    gate.open()
+    claimed_after: dict[OpId, int] = {}
+    claim = house.store.ops.claim
+
+    def watched(me: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
+        claimed_after.update(dict.fromkeys(op_ids, sum(map(len, gate.groups))))
+        return claim(me, op_ids, now)
+
+    monkeypatch.setattr(house.store.ops, "claim", watched)
+    ops = train(house, run, range(2))
+    worker = house.worker()
+    worker._recorder.start(worker._wake)
+    settle(worker)
+    worker._recorder.stop()
+    assert [claimed_after[op.id] for op in ops[:3]] == [0, 0, 0]
+    assert all(house.get(op).state is OpState.DONE for op in ops)
+
+
+def test_what_was_computed_is_recorded_soon_though_the_loop_never_says_so(build: Callable[..., House]) -> None:
+    house = build()
+    worker = house.worker()
+    worker._recorder.start(worker._wake)
+    run = house.create_run()
+    ops = train(house, run, range(1))
+    turn(worker, lambda: worker._recorder.mark() > 0)
+    until(lambda: worker._recorder._num_recorded > 0)
+    settle(worker)
+    worker._recorder.stop()
+    assert all(house.get(op).state is OpState.DONE for op in ops)

@@ -141,7 +141,10 @@ class Worker:
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True
         is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
-        return worked or batch is not None or is_at_work or self._must_plan
+        is_busy = worked or batch is not None or is_at_work or self._must_plan
+        if not is_busy:
+            self._recorder.go()
+        return is_busy
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
@@ -260,6 +263,7 @@ class Worker:
         if current is None:
             return 0.0
         before = current.seconds
+        self._recorder.go()
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
             with self._busy_clock:
@@ -290,6 +294,7 @@ class Worker:
                 self._admit_samples()
 
     def _step_samples(self) -> None:
+        self._recorder.go()
         try:
             with self._busy_clock:
                 outcomes = self._samples.step()

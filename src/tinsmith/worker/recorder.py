@@ -9,12 +9,14 @@ While the engine computes, a thread writes what was computed before. What stays 
 * What waits is bounded, in number and bytes; beyond that the loop waits.
 * Once something couldn't be recorded nothing more is, and the loop ends with the same error.
 
-A hand-over costs more than it brings where the loop has nothing else to do: it then records by itself. So does it
-always before `start`.
+The loop claims what it computes next before the thread begins (`go`), since a claim would wait for the transaction.
+Where it has nothing else to do it records by itself, which is quicker than a hand-over; so does it always before
+`start`.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -40,6 +42,8 @@ MAX_WAITING = 1024  # outcomes that aren't recorded yet
 MAX_WAITING_BYTES = 64 * 2**20  # of their results; a single one may be larger
 MAX_GROUP = 256  # outcomes in a transaction
 MAX_GROUP_BYTES = 8 * 2**20
+SWITCH_S = 0.001  # how long this thread waits before it is given the interpreter, some ten times a transaction
+MOST_HELD_S = 0.02  # until it is recorded though the loop isn't computing
 
 
 class Recorder:
@@ -58,9 +62,11 @@ class Recorder:
         self._num_recorded = 0
         self._error: BaseException | None = None
         self._is_stopped = False
+        self._may_go = False
 
     def start(self, wake: Callable[[], None]) -> None:
         """Record on a thread from now on; `wake` rouses the loop if that fails."""
+        sys.setswitchinterval(SWITCH_S)
         self._thread = threading.Thread(target=self._work, args=(wake,), name="recorder", daemon=True)
         self._thread.start()
 
@@ -82,6 +88,13 @@ class Recorder:
                 return
         self._record(outcomes)
 
+    def go(self) -> None:
+        """The loop computes, or waits: what was handed over is recorded now."""
+        if self._waiting:
+            with self._changed:
+                self._may_go = True
+                self._changed.notify_all()
+
     def mark(self) -> int:
         """Stands for all that was handed over until now."""
         return self._num_given
@@ -95,6 +108,8 @@ class Recorder:
         with self._changed:
             while self._num_recorded < mark:
                 self._raise_error()
+                self._may_go = True
+                self._changed.notify_all()
                 self._changed.wait()
 
     def flush(self) -> None:
@@ -121,6 +136,8 @@ class Recorder:
 
     def _give(self, outcome: Outcome) -> None:
         while self._num_given > self._num_recorded and self._is_full(outcome):
+            self._may_go = True
+            self._changed.notify_all()
             self._changed.wait()
             self._raise_error()
         self._waiting.append(outcome)
@@ -161,6 +178,9 @@ class Recorder:
         with self._changed:
             while not self._waiting and not self._is_stopped:
                 self._changed.wait()
+            until = time.monotonic() + MOST_HELD_S
+            while not (self._may_go or self._is_stopped) and self._changed.wait(until - time.monotonic()):
+                pass
             group: list[Outcome] = []
             num_bytes = 0
             while self._waiting and not self._is_stopped and len(group) < MAX_GROUP:
@@ -168,6 +188,7 @@ class Recorder:
                 if group and num_bytes > MAX_GROUP_BYTES:
                     break
                 group.append(self._waiting.popleft())
+            self._may_go = len(self._waiting) > 0
             return group
 
     def _record(self, outcomes: Sequence[Outcome]) -> None:
