@@ -28,6 +28,7 @@ from tinsmith.types import Failure, OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
+from tinsmith.worker.decode_ahead import DecodeAhead
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
 from tinsmith.worker.publishing import Publisher
@@ -91,7 +92,8 @@ class Worker:
             engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
             Telling(engine, line),
         )  # fmt: skip
-        self._passes = Passes(engine, self._payloads, self.runs, self._shares.charge)
+        self._decoded = DecodeAhead(blobs)
+        self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._saving: set[OpId] = set()
         self._suspects = Suspects()
@@ -102,6 +104,7 @@ class Worker:
         self._has_news = False
         self._must_look = True
         self._must_plan = True
+        self._has_looked = False
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; the batch under way is finished and recorded.
@@ -158,6 +161,7 @@ class Worker:
         self._writer.flush()
         self._writer.close()
         self._ahead.close()
+        self._decoded.close()
         self.runs.release_all()
 
     def _is_rung(self) -> bool:
@@ -183,6 +187,7 @@ class Worker:
                 self._queue.distrust()
             self._queue.look()
         self._must_look = self._must_plan = False
+        self._has_looked = True
         open_ops = [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
@@ -264,6 +269,9 @@ class Worker:
             return 0.0
         before = current.seconds
         self._recorder.go()
+        if self._has_looked:
+            self._has_looked = False
+            self._decoded.want(self._queue.ops, self._engine.pass_max_tokens)
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
             with self._busy_clock:

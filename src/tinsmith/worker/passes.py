@@ -21,6 +21,7 @@ from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
 from tinsmith.worker.decode import Payloads
+from tinsmith.worker.decode_ahead import DecodeAhead
 from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.tempo import Tempo
@@ -79,11 +80,17 @@ class OpenPass:
 
 class Passes:
     def __init__(
-        self, engine: Engine, payloads: Payloads, runs: HeldRuns, charge: Callable[[TenantId, int], None]
+        self,
+        engine: Engine,
+        payloads: Payloads,
+        decoded: DecodeAhead,
+        runs: HeldRuns,
+        charge: Callable[[TenantId, int], None],
     ) -> None:
         """`charge` counts work against a tenant."""
         self._engine = engine
         self._payloads = payloads
+        self._decoded = decoded
         self._runs = runs
         self._charge = charge
         self._open: list[OpenPass] = []
@@ -119,7 +126,7 @@ class Passes:
         for op in ops:
             try:
                 self._runs.need(op.run_id)
-                ready.append((op, self._payloads.train_item(op)))
+                ready.append((op, self._decoded.take(op) or self._payloads.train_item(op)))
             except TinsmithError as error:
                 refused.append(failed(op, error.as_failure()))
                 if op.id in replays:
