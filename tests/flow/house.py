@@ -131,6 +131,7 @@ class House:
             sampler_id=sampler,
             cost_tokens=max_tokens,
             payload=encode_json(body),
+            payload_bytes=len(encode_json(body)),
             meta=to_meta(SampleMeta(seed, sampler, 2)),
         )
         return self.enqueue(op)

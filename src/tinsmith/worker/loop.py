@@ -45,7 +45,7 @@ from tinsmith.worker.writer import Writer
 log = structlog.get_logger("tinsmith.worker")
 
 MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
-MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose sequences are decoded together
+MAX_SAMPLES = 8192  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"

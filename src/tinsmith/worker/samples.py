@@ -27,6 +27,9 @@ from tinsmith.worker.telling import Telling
 
 log = structlog.get_logger("tinsmith.worker")
 
+RATIO = 7  # a tenant's bytes to those that stay free
+MAX_BYTES = 256 * 2**20  # of the payloads of what is in the engine; a prompt takes at most twice its bytes there
+
 
 class Samples:
     def __init__(
@@ -52,6 +55,7 @@ class Samples:
         self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
+        self._held_bytes: Counter[TenantId] = Counter()  # of their payloads
 
     @property
     def resident(self) -> Collection[OpRow]:
@@ -60,6 +64,7 @@ class Samples:
     def ready(self, ops: Sequence[OpRow]) -> list[OpRow]:
         """Those of the waiting requests whose weights are here, or can be taken in without waiting for a disk.
 
+        Together with those that are there they stay within `MAX_BYTES`, and no tenant takes all of it.
         The others' weights are read meanwhile, each tenant's oldest first; for unwritten ones, their run is computed.
         """
         weights = self._store.samplers.weights({op.sampler_id for op in ops if op.sampler_id is not None})
@@ -70,11 +75,16 @@ class Samples:
             counts[op.tenant_id] += 1
         chosen: set[int] = set()
         new_bytes: dict[BlobKey, int] = {}
+        held = self._held_bytes.copy()
         for _, index in sorted(turns):
-            sampler_id = ops[index].sampler_id
+            op = ops[index]
+            if not _has_room(held, op):
+                continue
+            sampler_id = op.sampler_id
             found = weights.get(sampler_id) if sampler_id is not None else None
             if found is None or self._is_ready(found, new_bytes):
                 chosen.add(index)
+                held[op.tenant_id] += op.payload_bytes
         self.num_coming = len(ops) - len(chosen)
         return [op for index, op in enumerate(ops) if index in chosen]
 
@@ -103,6 +113,7 @@ class Samples:
         except TinsmithError as error:
             return failed(op, error.as_failure())
         self._resident[op.id] = op
+        self._held_bytes[op.tenant_id] += op.payload_bytes
         self._prompt_tokens[op.id] = int(item.prompt.size)
         self._charge(op.tenant_id, op.cost_tokens)
         if read_meta(op.meta, SampleMeta).stream:
@@ -114,6 +125,7 @@ class Samples:
         outcomes: list[Outcome] = []
         for op_id, result in self._engine.step_samples():
             op = self._resident.pop(op_id)
+            self._let_go(op)
             self._telling.end(op_id)
             num_prompt = self._prompt_tokens.pop(op_id)
             if isinstance(result, Failure):
@@ -131,6 +143,7 @@ class Samples:
         used: dict[OpId, Usage] = {}
         for op_id in self._store.ops.final_among(self._resident):
             op = self._resident.pop(op_id)
+            self._let_go(op)
             del self._prompt_tokens[op_id]
             self._telling.end(op_id)
             cost = self._engine.cancel_sample(op_id)
@@ -148,8 +161,14 @@ class Samples:
             self._telling.end(op.id)
             self._charge(op.tenant_id, -op.cost_tokens)
         self._resident.clear()
+        self._held_bytes.clear()
         self._prompt_tokens.clear()
         return abandoned
+
+    def _let_go(self, op: OpRow) -> None:
+        self._held_bytes[op.tenant_id] -= op.payload_bytes
+        if not self._held_bytes[op.tenant_id]:
+            del self._held_bytes[op.tenant_id]
 
     def _adapter(self, op: OpRow) -> str | None:
         if op.sampler_id is None:
@@ -166,6 +185,14 @@ class Samples:
                 )
             self._engine.add_adapter(key, self._ahead.take(sampler.blob), may_keep=True)
         return key
+
+
+def _has_room(held: Counter[TenantId], op: OpRow) -> bool:
+    """Whether a request's payload fits beside what tenants hold: alone always, else as seats are shared
+    (`sampling.seats`), so that whoever comes finds some room."""
+    free = MAX_BYTES - held.total() - op.payload_bytes
+    own = held[op.tenant_id]
+    return not held or (free >= 0 and (not own or own + op.payload_bytes <= RATIO * free))
 
 
 def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
