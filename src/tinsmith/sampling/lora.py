@@ -9,8 +9,8 @@ numbers depend on its own adapter alone. Otherwise tiles of one row are used, an
 Rows without adapter are not touched.
 
 How matrices lie, and which operand goes first, decides between kernels that differ by a factor of two to six at one
-row (dev/LOG.md, "adapters at the speed of memory"). For tiles of one or two rows they lie as they were trained, A [K, I]
-and B [O, R]; u is A x with x as a column, and the rest u Bᵀ. From 4 rows up they lie turned, [I, K] and [R, O].
+row (dev/LOG.md, "adapters at the speed of memory"). For tiles of one or two rows they lie as they were trained, A
+[K, I] and B [O, R]; u is A x with x as a column, and the rest u Bᵀ. From 4 rows up they lie turned, [I, K] and [R, O].
 Shape letters: T rows, I inputs, O outputs, R rank, L layers of a group, K = L · R or more, S slots of a stack, M rows
 of a tile.
 """
