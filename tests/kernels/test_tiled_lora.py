@@ -17,7 +17,8 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 def linears(inputs: int, inner: int) -> list[LinearInfo]:
     """Three layers with one input, and one with another."""
-    shared = [LinearInfo(f"attn.{name}", "attn", inputs, width, "attn.q") for name, width in zip("qkv", (144, 16, 16))]
+    widths = {"q": 144, "k": 16, "v": 16}
+    shared = [LinearInfo(f"attn.{name}", "attn", inputs, width, "attn.q") for name, width in widths.items()]
     return [*shared, LinearInfo("mlp.down", "mlp", inner, inputs, "mlp.down")]
 
 
@@ -54,9 +55,7 @@ def test_they_are_their_reference(ranks: tuple[int, ...], inputs: int, dtype: to
 
 
 def adapter_in_float32(one: Adapter) -> Adapter:
-    matrices = {
-        name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs)) for name, w in one.matrices.items()
-    }
+    matrices = {name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs)) for name, w in one.matrices.items()}
     return Adapter(one.targets, one.rank, one.scale, matrices)
 
 

@@ -57,8 +57,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Captured:
         with torch.cuda.device(self._device):
@@ -150,8 +150,9 @@ class DecodeGraphs:
         self.num_captured += 1
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
+        took_ms = round(1e3 * (time.perf_counter() - started))
         log.info(
-            "CUDA graph captured", rows=bucket, rank=shape.rank_class, took_ms=round(1e3 * (time.perf_counter() - started)),
+            "CUDA graph captured", rows=bucket, rank=shape.rank_class, took_ms=took_ms,
             mib=round(graph.num_bytes / 2**20, 1), graphs=len(self._graphs), all_mib=round(self.num_bytes / 2**20, 1),
         )  # fmt: skip
         if self.num_bytes >= MAX_BYTES:

@@ -3,7 +3,8 @@
 Rows are filled up to a bucket with padding: token 0 at position 0 of the pool's own padding block. Everything that
 changes from step to step is a number in a buffer; the work is the same for every batch of a bucket, and nothing in it
 waits for the device. Run eagerly it is an ordinary step, which is how it is tested without a GPU.
-Shape letters: N rows there is room for, T rows of a bucket, B blocks of a table, D hidden size, H, G heads, E head size.
+Shape letters: N rows there is room for, T rows of a bucket, B blocks of a table, D hidden size, H and G query and
+key/value heads, E head size.
 """
 
 from __future__ import annotations

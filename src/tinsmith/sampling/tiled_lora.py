@@ -179,7 +179,9 @@ def tiles_of(adapters_B: Sequence[Adapter | None]) -> list[tuple[Adapter, list[i
     for row, adapter in enumerate(adapters_B):
         if adapter is not None:
             rows.setdefault(adapter, []).append(row)
-    return [(adapter, own[at : at + TILE_ROWS]) for adapter, own in rows.items() for at in range(0, len(own), TILE_ROWS)]
+    return [
+        (adapter, own[at : at + TILE_ROWS]) for adapter, own in rows.items() for at in range(0, len(own), TILE_ROWS)
+    ]
 
 
 def add_tiles_plainly(tiles: Iterable[tuple[Adapter, list[int]]], group: str, x_TI: Tensor, y_TO: Tensor) -> None:
