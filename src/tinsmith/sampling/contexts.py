@@ -63,11 +63,11 @@ class PrefillContext:
                 out_THD[part] = out_HND.transpose(0, 1)
                 continue
             for first in range(0, segment.num_rows, len(mask)):
-                rows = slice(first, min(first + len(mask), segment.num_rows))
-                end = segment.start + rows.stop
-                seen = mask[len(mask) - (rows.stop - first) :, mask.shape[1] - end :]
-                out_HMD = _attention(q_HND[:, rows], k_GED[:, :end], v_GED[:, :end], seen, scale)
-                out_THD[part][rows] = out_HMD.transpose(0, 1)
+                last = min(first + len(mask), segment.num_rows)
+                end = segment.start + last
+                seen = mask[len(mask) - (last - first) :, mask.shape[1] - end :]
+                out_HMD = _attention(q_HND[:, first:last], k_GED[:, :end], v_GED[:, :end], seen, scale)
+                out_THD[part][first:last] = out_HMD.transpose(0, 1)
         return out_THD
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
