@@ -1,4 +1,4 @@
-"""A late chunk of a prompt, masked some rows at a time, sees what causal attention over the whole prompt lets it see."""
+"""A late chunk of a prompt, masked by rows, sees what causal attention over the whole lets it see."""
 
 from __future__ import annotations
 
