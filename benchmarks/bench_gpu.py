@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import gpu_arms as arms
+import gpu_moving as moving
 import numpy as np
 import torch
 from gpu_shapes import SHAPES, Machine, decode_limit, num_adapter_params, training_limit
@@ -127,12 +128,27 @@ def against_peft(shape: str, num_runs: int, rank: int) -> Callable[[Machine, int
     return found
 
 
-def decode(machine: Machine, repeats: int) -> Found:
-    base, (config, prompt) = machine.base("8b"), sized(machine, "8b", PROMPT)
-    batch, num_adapters, rank, num_tokens = DECODE[machine.is_smoke]
-    seconds = arms.decode_arm(machine, base, batch, num_adapters, rank, prompt, num_tokens)
-    limit, text = decode_bound(config, machine.is_smoke, machine.dtype.itemsize)
-    return 100 * batch / seconds / limit, f"{batch / seconds:,.0f} of {text}"
+def decode(cuda_graphs: str) -> Callable[[Machine, int], Found]:
+    """Per cent of the limit."""
+
+    def found(machine: Machine, repeats: int) -> Found:
+        base, (config, prompt) = machine.base("8b"), sized(machine, "8b", PROMPT)
+        batch, num_adapters, rank, num_tokens = DECODE[machine.is_smoke]
+        seconds = arms.decode_arm(machine, base, batch, num_adapters, rank, prompt, num_tokens, cuda_graphs)
+        limit, text = decode_bound(config, machine.is_smoke, machine.dtype.itemsize)
+        return 100 * batch / seconds / limit, f"{batch / seconds:,.0f} of {text}"
+
+    return found
+
+
+def graphs_against_none(machine: Machine, repeats: int) -> Found:
+    """A single sequence, where launches weigh most."""
+    base, (_, prompt) = machine.base("8b"), sized(machine, "8b", PROMPT)
+    num_tokens = DECODE[machine.is_smoke][3]
+    with_graphs, without = (
+        arms.decode_arm(machine, base, 1, 1, 32, prompt, num_tokens, mode) for mode in ("auto", "off")
+    )
+    return without / with_graphs, f"{1e3 * with_graphs:.1f} and {1e3 * without:.1f} ms a token"
 
 
 def decode_bound(config: dict[str, int], is_smoke: bool, itemsize: int) -> tuple[float, str]:
@@ -148,8 +164,19 @@ def optimizer(machine: Machine, repeats: int) -> Found:
 
 
 def loading(machine: Machine, repeats: int) -> Found:
-    seconds = arms.measure(machine, {"ours": arms.loading_arm(machine.base("8b"), 32)}, repeats)["ours"]
-    return 1e3 * seconds, "parameters alone, from arrays on the host"
+    arm = moving.loading_arm(machine, machine.base("8b"), 32)
+    return 1e3 * arms.measure(machine, {"ours": arm}, repeats)["ours"], "parameters alone, from pinned memory"
+
+
+def from_disk(machine: Machine, repeats: int) -> Found:
+    with moving.disk_arm(machine, machine.base("8b"), 32) as arm:
+        seconds = arms.measure(machine, {"ours": arm}, repeats)["ours"]
+    return 1e3 * seconds, "a file outside of the page cache, its checksum verified"
+
+
+def publishing(machine: Machine, repeats: int) -> Found:
+    seconds = arms.measure(machine, {"ours": moving.publishing_arm(machine.base("8b"), 32)}, repeats)["ours"]
+    return 1e3 * seconds, "a copy on the device"
 
 
 ROWS: tuple[Row, ...] = (
@@ -169,9 +196,15 @@ ROWS: tuple[Row, ...] = (
     ("peft-0.6b", "64 runs of 1 x 32-64 tokens against peft one after another, 0.6B, rank 16", 20, "x",
      against_peft("0.6b", 64, 16)),
     ("peft-8b", "the same, 8B", 6, "x", against_peft("8b", 64, 16)),
-    ("decode-8b", "decode, 8B, 64 sequences, 32 distinct rank-32 adapters: share of the limit", 60, "%", decode),
+    ("decode-8b", "decode, 8B, 64 sequences, 32 distinct rank-32 adapters: share of the limit", 60, "%",
+     decode("auto")),
+    ("decode-8b-eager", "the same without CUDA graphs", 60, "%", decode("off")),
+    ("decode-8b-one", "decode, 8B, one sequence, a rank-32 adapter: with CUDA graphs against without", 1, "x",
+     graphs_against_none),
     ("optimizer", "optimizer step of 64 runs, 0.6B, rank 16, against AdamW(foreach=True) each", 10, "x", optimizer),
     ("load-8b", "a rank-32 adapter of 8B from host memory into a slot", 50, "ms", loading),
+    ("load-disk-8b", "a rank-32 adapter of 8B from local disk to the sampler", 500, "ms", from_disk),
+    ("publish-8b", "a run's rank-32 weights of 8B published to the sampler", 50, "ms", publishing),
 )  # fmt: skip
 LIMITS = {
     "train-8b": training_limit(SHAPES["8b"], 2048)[1],
@@ -180,10 +213,11 @@ LIMITS = {
     "train-0.6b-2k": training_limit(SHAPES["0.6b"], 2048)[1],
     "train-0.6b-sdk": training_limit(SHAPES["0.6b"], 16_384)[1],
     "decode-8b": decode_bound(SHAPES["8b"], False, 2)[1],
+    "decode-8b-eager": decode_bound(SHAPES["8b"], False, 2)[1],
 }
 MOE = Figure(
     "train-30b", "Qwen3-30B-A3B shape (published: 4.6k tokens/s a GPU on 8 H200)", 15_000, "tokens/s",
-    detail="mixtures of experts are not served yet",
+    detail="mixtures of experts are not served yet; to be measured once they are",
 )  # fmt: skip
 
 

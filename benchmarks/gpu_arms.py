@@ -109,11 +109,20 @@ class NoText:
 
 
 def decode_arm(
-    machine: Machine, base: BaseModel, batch: int, num_adapters: int, rank: int, prompt: int, num_tokens: int
+    machine: Machine,
+    base: BaseModel,
+    batch: int,
+    num_adapters: int,
+    rank: int,
+    prompt: int,
+    num_tokens: int,
+    cuda_graphs: str = "auto",
 ) -> float:
     """Seconds of a step that advances all sequences by a token: median over the steps without prefill."""
     trainer, runs = make_trainer(base, num_adapters, rank, NO_HEAD)
-    sampler = Sampler(base, Settings(kv_cache_mib=2**15 if machine.device.type == "cuda" else 64), NoText())
+    kv_mib = 2**15 if machine.device.type == "cuda" else 64
+    settings = Settings(kv_cache_mib=kv_mib, resident_adapters_mib=2**15, cuda_graphs=cuda_graphs)
+    sampler = Sampler(base, settings, NoText())
     for run in runs:
         sampler.add_adapter(run, trainer.export_run(run, ("param",)))
         trainer.drop_run(run)
@@ -155,13 +164,6 @@ def optimizer_arms(base: BaseModel, num_runs: int, rank: int) -> dict[str, Calla
             optimizer.step()
 
     return {"ours": ours, "theirs": theirs}
-
-
-def loading_arm(base: BaseModel, rank: int) -> Callable[[], None]:
-    """The weights of a run from the host's memory into a slot."""
-    trainer, (run,) = make_trainer(base, 1, rank, NO_HEAD)
-    state = trainer.export_run(run, ("param",))
-    return lambda: trainer.import_run(state.spec, state)
 
 
 def collect(machine: Machine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.lab import DEVICE
 from tinsmith.sampling.paged_attention import gathered_attention
 from tinsmith.sampling.paged_kernel import paged_attention_kernel
 
@@ -13,10 +14,10 @@ from tinsmith.sampling.paged_kernel import paged_attention_kernel
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 3), (8, 1)])
 def test_it_is_its_reference(size: int, heads: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(size + heads)
-    k, v = torch.randn(2, 12, 64, groups, size, generator=generator)
-    q = torch.randn(5, heads, size, generator=generator)
-    tables = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(5)])
-    lengths = torch.tensor([1, 64, 65, 130, 192])
+    k, v = torch.randn(2, 12, 64, groups, size, generator=generator).to(DEVICE)
+    q = torch.randn(5, heads, size, generator=generator).to(DEVICE)
+    tables = torch.stack([torch.randperm(11, generator=generator)[:3] for _ in range(5)]).to(DEVICE)
+    lengths = torch.tensor([1, 64, 65, 130, 192], device=DEVICE)
     expected = gathered_attention(q, k, v, tables, lengths, size**-0.5)
     found = paged_attention_kernel(q, k, v, tables, lengths, size**-0.5)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
@@ -24,9 +25,10 @@ def test_it_is_its_reference(size: int, heads: int, groups: int) -> None:
 
 def test_bfloat16_is_summed_in_float32() -> None:
     generator = torch.Generator().manual_seed(1)
-    k, v = torch.randn(2, 8, 64, 2, 64, generator=generator).bfloat16()
-    q = torch.randn(3, 8, 64, generator=generator).bfloat16()
-    tables, lengths = torch.tensor([[0, 1], [2, 3], [4, 7]]), torch.tensor([128, 70, 3])
+    k, v = torch.randn(2, 8, 64, 2, 64, generator=generator).to(DEVICE, torch.bfloat16)
+    q = torch.randn(3, 8, 64, generator=generator).to(DEVICE, torch.bfloat16)
+    tables = torch.tensor([[0, 1], [2, 3], [4, 7]], device=DEVICE)
+    lengths = torch.tensor([128, 70, 3], device=DEVICE)
     expected = gathered_attention(q.float(), k.float(), v.float(), tables, lengths, 0.125)
     found = paged_attention_kernel(q, k, v, tables, lengths, 0.125)
     assert found.dtype == torch.bfloat16
@@ -34,7 +36,8 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 
 def test_what_lies_past_the_end_is_never_looked_at() -> None:
-    k, v = torch.full((2, 4, 64, 1, 16), float("nan"))
+    k, v = torch.full((2, 4, 64, 1, 16), float("nan"), device=DEVICE)
     k[1, :10], v[1, :10] = 0.5, 2.0
-    found = paged_attention_kernel(torch.ones(1, 2, 16), k, v, torch.tensor([[1, 3]]), torch.tensor([10]), 0.25)
-    torch.testing.assert_close(found, torch.full((1, 2, 16), 2.0))
+    tables, lengths = torch.tensor([[1, 3]], device=DEVICE), torch.tensor([10], device=DEVICE)
+    found = paged_attention_kernel(torch.ones(1, 2, 16, device=DEVICE), k, v, tables, lengths, 0.25)
+    torch.testing.assert_close(found, torch.full((1, 2, 16), 2.0, device=DEVICE))

@@ -55,7 +55,7 @@ def test_pages_give_what_contiguous_memory_gives(base, kv_blocks):
         sampler.submit(asked)
     while sampler.num_samples:
         results.update(sampler.step())
-        assert sampler.memory.kv.num_allocated_blocks == sampler.memory.num_held_blocks
+        assert sampler.memory.kv.num_allocated_blocks <= sampler.memory.num_held_blocks  # less what is found again
     for asked in items:
         assert_like(results[asked.op_id], expected[asked.op_id])
         if asked.prompt_logprobs:

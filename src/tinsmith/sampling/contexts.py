@@ -4,7 +4,8 @@ A prefill pass packs chunks of several prompts; attention and LoRA are computed 
 numbers are those it has alone. A decode pass has one row for each sequence, ordered as the arenas hold them;
 attention is one call for each length class.
 Shape letters: T rows, H query heads, G key/value heads, Q query heads of one key/value head, D head size, W positions
-of a class, E positions up to an end, N sequences of a class, I inputs, O outputs, V vocabulary.
+of a class, E positions up to an end, N sequences of a class or rows of a chunk, M of these, I inputs, O outputs, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.tiled_lora import RowLora
 
+MASK_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -36,13 +39,17 @@ class Segment:
     adapter: Adapter | None
     kv: PromptKV | PagedPrompt
 
+    @property
+    def num_rows(self) -> int:
+        return self.last - self.first
+
 
 class PrefillContext:
     """Attention of each chunk over its own prompt so far, LoRA of each chunk by its own adapter."""
 
-    def __init__(self, segments: Seq[Segment], device: torch.device) -> None:
+    def __init__(self, segments: Seq[Segment], device: torch.device, dtype: torch.dtype) -> None:
         self._segments = segments
-        self._masks = [_late_mask(segment, device) for segment in segments]
+        self._masks = [_late_mask(segment, device, dtype) for segment in segments]
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         heads, rows, size = q_HTD.shape
@@ -50,16 +57,17 @@ class PrefillContext:
         for segment, mask in zip(self._segments, self._masks, strict=True):
             part = slice(segment.first, segment.last)
             k_GED, v_GED = segment.kv.put(layer, segment.start, k_GTD[:, part], v_GTD[:, part])
-            out_HND = F.scaled_dot_product_attention(
-                q_HTD[None, :, part],
-                k_GED[None],
-                v_GED[None],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
-            )[0]
-            out_THD[part] = out_HND.transpose(0, 1)
+            q_HND = q_HTD[:, part]
+            if mask is None:
+                out_HND = _attention(q_HND, k_GED, v_GED, None, scale)
+                out_THD[part] = out_HND.transpose(0, 1)
+                continue
+            for first in range(0, segment.num_rows, len(mask)):
+                last = min(first + len(mask), segment.num_rows)
+                end = segment.start + last
+                seen = mask[len(mask) - (last - first) :, mask.shape[1] - end :]
+                out_HMD = _attention(q_HND[:, first:last], k_GED[:, :end], v_GED[:, :end], seen, scale)
+                out_THD[part][first:last] = out_HMD.transpose(0, 1)
         return out_THD
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
@@ -237,9 +245,25 @@ def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) 
     return logits_NV.float()
 
 
-def _late_mask(segment: Segment, device: torch.device) -> Tensor | None:
-    """bool [n, start + n]: what a chunk that isn't the first may see; None for a first chunk, which is plain causal."""
+def _attention(q_HND: Tensor, k_GED: Tensor, v_GED: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Of rows of one prompt; plain causal without a mask."""
+    q, k, v = q_HND[None], k_GED[None], v_GED[None]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )[0]
+
+
+def _late_mask(segment: Segment, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """What rows of a chunk that isn't the first may see, 0 or -inf, [M, start + n]; None for a first chunk, which is
+    plain causal.
+
+    For the last M rows of the chunk; any others see the same, so many columns fewer from the right. On the CPU M is
+    small, so that the mask is: a chunk's rows are taken M at a time there. Made once for all layers.
+    """
     if segment.start == 0:
         return None
-    num = segment.last - segment.first
-    return torch.ones(num, segment.start + num, dtype=torch.bool, device=device).tril(segment.start)
+    rows = segment.num_rows if device.type == "cuda" else min(MASK_ROWS, segment.num_rows)
+    end = segment.start + segment.num_rows
+    mask = torch.zeros(rows, end, dtype=dtype, device=device)
+    mask[:, end - rows :] = torch.full((rows, rows), float("-inf"), dtype=dtype, device=device).triu_(1)
+    return mask

@@ -63,18 +63,24 @@ class CudaCapture:
     def __call__(self, step: Callable[[], None]) -> Captured:
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream(self._device)
-            self._stream.wait_stream(before)
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
-                    step()
-            before.wait_stream(self._stream)
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            try:
+                return self._captured(step, before)
+            finally:
+                torch.cuda.set_stream(before)  # torch stays on the other stream where a capture can't be ended
+
+    def _captured(self, step: Callable[[], None], before: torch.cuda.Stream) -> Captured:
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
                 step()
-            left, _ = torch.cuda.mem_get_info(self._device)
+        before.wait_stream(self._stream)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            step()
+        left, _ = torch.cuda.mem_get_info(self._device)
         return Captured(graph.replay, max(0, free - left))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,31 @@ class KVShape:
         return 2 * BLOCK_TOKENS * self.dtype.itemsize * sum(heads * size for heads, size in self.heads)
 
 
+class Kept(Protocol):
+    """Keys and values of some positions, kept for later; only the layout that made them can read them."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def drop(self) -> None:
+        """Nobody asks for them any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """See `Kept`. layers: each [2, G, N, D], keys first."""
+
+    layers: Sequence[Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+    def drop(self) -> None:
+        pass
+
+
 class PromptKV:
     """Keys and values of one prompt while it is computed and until its sequences have their copies.
 
@@ -68,14 +93,15 @@ class PromptKV:
         v_GPD[:, start:end] = v_GND
         return k_GPD[:, :end], v_GPD[:, :end]
 
-    def load(self, start: int, layers: Sequence[Tensor]) -> None:
-        """Write positions from `start` on in all layers, from [2, G, N, D] each."""
-        for layer, kept in zip(self.layers, layers, strict=True):
-            layer[:, :, start : start + kept.shape[2]] = kept
+    def load(self, start: int, kept: Kept) -> None:
+        """Take positions from `start` on, in all layers."""
+        assert isinstance(kept, Copies), "made by this layout"
+        for layer, part in zip(self.layers, kept.layers, strict=True):
+            layer[:, :, start : start + part.shape[2]] = part
 
-    def save(self, start: int, end: int) -> list[Tensor]:
-        """Copies of positions start..end-1, each [2, G, N, D]."""
-        return [layer[:, :, start:end].clone() for layer in self.layers]
+    def save(self, start: int, end: int) -> Kept:
+        """Positions start..end-1."""
+        return Copies([layer[:, :, start:end].clone() for layer in self.layers])
 
 
 class Arena(Generic[Owner]):
@@ -163,10 +189,10 @@ class KVCache(Generic[Owner]):
     def close_prompt(self, owner: Hashable) -> None:
         self._prompts.pop(owner, None)
 
-    def save(self, owner: Owner, size: int, start: int, end: int) -> list[Tensor]:
-        """Copies of positions start..end-1 of a sequence, each [2, G, N, D]."""
+    def save(self, owner: Owner, size: int, start: int, end: int) -> Kept:
+        """Positions start..end-1 of a sequence."""
         arena = self._arenas[size]
-        return [layer[:, :, start:end].clone() for layer in arena.slot(arena.owners.index(owner))]
+        return Copies([layer[:, :, start:end].clone() for layer in arena.slot(arena.owners.index(owner))])
 
     def place(self, owner: Owner, prompt_owner: Hashable, size: int) -> None:
         """Give a new sequence a slot of `size` blocks that begins with an open prompt."""

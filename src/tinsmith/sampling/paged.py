@@ -2,7 +2,8 @@
 
 The layout for GPUs, where gathering costs nothing that reading doesn't. It has the face of `kv.KVCache`. The samples
 of a prompt share its whole blocks, which are counted; each has a copy of its own of the last, partial one, into which
-it goes on writing. What stays true: a block that more than one holds is never written; every block is free or held.
+it goes on writing. What is kept of a beginning are its blocks themselves, and a prompt that begins alike has them in
+its table. What stays true: a block that more than one holds is never written anew; every block is free or held.
 Shape letters: P blocks of the pool, K tokens of a block, G key/value heads, D head size, N tokens or sequences, B
 blocks of a table, H query heads, E positions up to an end.
 """
@@ -10,13 +11,14 @@ blocks of a table, H query heads, E positions up to an end.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic
 
 import torch
 from torch import Tensor
 
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
-from tinsmith.sampling.kv import KVShape, Owner
+from tinsmith.sampling.kv import Copies, Kept, KVShape, Owner
 from tinsmith.sampling.paged_attention import paged_attention
 
 
@@ -32,12 +34,19 @@ class Pool:
             torch.zeros(2, total + 2, BLOCK_TOKENS, heads, size, dtype=shape.dtype, device=shape.device)
             for heads, size in shape.heads
         ]
+        self.block_bytes = shape.block_bytes
         self._num_holders = [0] * (total + 1)
+        self._num_kept = [0] * (total + 1)  # of those, pieces that are kept for later
         self._free = list(range(total, -1, -1))
 
     @property
     def num_held(self) -> int:
-        return len(self._num_holders) - len(self._free)
+        """Blocks that prompts and sequences hold; not those that are only kept for later."""
+        return sum(holders > kept for holders, kept in zip(self._num_holders, self._num_kept, strict=True))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
 
     def take(self, count: int) -> list[int]:
         blocks = [self._free.pop() for _ in range(count)]
@@ -54,6 +63,22 @@ class Pool:
             if not self._num_holders[block]:
                 self._free.append(block)
 
+    def keep(self, table: Sequence[int], start: int, end: int) -> Kept:
+        """Positions start..end-1 of a sequence: the blocks themselves if these are whole ones, which are written to
+        the end then; else copies."""
+        if start % BLOCK_TOKENS or end % BLOCK_TOKENS:
+            return Copies(self.read(table, start, end))
+        blocks = tuple(table[start // BLOCK_TOKENS : end // BLOCK_TOKENS])
+        self.share(blocks)
+        for block in blocks:
+            self._num_kept[block] += 1
+        return Pages(self, blocks)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._num_kept[block] -= 1
+        self.drop(blocks)
+
     def copy(self, source: int, target: int) -> None:
         for layer in self.layers:
             layer[:, target] = layer[:, source]
@@ -68,6 +93,21 @@ class Pool:
         """Copies, each [2, G, N, D]."""
         rows = self.rows(table, start, end)
         return [layer.flatten(1, 2)[:, rows].transpose(1, 2) for layer in self.layers]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """See `kv.Kept`."""
+
+    pool: Pool
+    blocks: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.blocks) * self.pool.block_bytes
+
+    def drop(self) -> None:
+        self.pool.forget(self.blocks)
 
 
 class PagedPrompt:
@@ -87,23 +127,32 @@ class PagedPrompt:
         k_GED, v_GED = pages[:, self._pool.rows(self.table, 0, end)].transpose(1, 2)
         return k_GED, v_GED
 
-    def load(self, start: int, layers: Sequence[Tensor]) -> None:
-        rows = self._pool.rows(self.table, start, start + layers[0].shape[2])
-        for pages, kept in zip(self._pool.layers, layers, strict=True):
-            pages.flatten(1, 2).index_copy_(1, rows, kept.transpose(1, 2))
+    def load(self, start: int, kept: Kept) -> None:
+        """Nothing is copied where blocks were kept: they take the place of the prompt's own."""
+        if isinstance(kept, Pages):
+            own = slice(start // BLOCK_TOKENS, start // BLOCK_TOKENS + len(kept.blocks))
+            self._pool.share(kept.blocks)
+            self._pool.drop(self.table[own])
+            self.table[own] = kept.blocks
+            return
+        assert isinstance(kept, Copies), "made by this layout"
+        rows = self._pool.rows(self.table, start, start + kept.layers[0].shape[2])
+        for pages, part in zip(self._pool.layers, kept.layers, strict=True):
+            pages.flatten(1, 2).index_copy_(1, rows, part.transpose(1, 2))
 
-    def save(self, start: int, end: int) -> list[Tensor]:
-        return self._pool.read(self.table, start, end)
+    def save(self, start: int, end: int) -> Kept:
+        return self._pool.keep(self.table, start, end)
 
 
 class PagedKV(Generic[Owner]):
     """See `kv.KVCache`. tables: the blocks of each sequence, in the order of their rows in a decode walk."""
 
-    def __init__(self, shape: KVShape, total: int) -> None:
+    def __init__(self, shape: KVShape, total: int, max_kept_bytes: int = 0) -> None:
+        """max_kept_bytes: of what `save` gave and nobody dropped yet, beside the `total` blocks."""
         self.shape = shape
         self.total = total
         self.version = 0
-        self.pool = Pool(shape, total)
+        self.pool = Pool(shape, total + max_kept_bytes // shape.block_bytes)
         self.tables: dict[Owner, list[int]] = {}
         self._prompts: dict[Hashable, PagedPrompt] = {}
 
@@ -144,8 +193,8 @@ class PagedKV(Generic[Owner]):
         self.pool.drop(self.tables.pop(owner))
         self.version += 1
 
-    def save(self, owner: Owner, size: int, start: int, end: int) -> list[Tensor]:
-        return self.pool.read(self.tables[owner], start, end)
+    def save(self, owner: Owner, size: int, start: int, end: int) -> Kept:
+        return self.pool.keep(self.tables[owner], start, end)
 
 
 class PagedRows:

@@ -4,7 +4,7 @@ They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, 
 came with. Where the grid is the size of the chunks in which prompts are computed, and only prompts are kept, what is
 found is what would be computed again, to the bit. On a finer grid, and with what was sampled kept as well, so that
 the next turn of a conversation finds it, the last bits may differ. The least recently used go first. Holds memory of
-its own, beside that of the prompts and sequences under way.
+its own, beside that of the prompts and sequences under way: copies, or in pages blocks that it shares with them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from torch import Tensor
 
+from tinsmith.sampling.kv import Kept
 from tinsmith.types import TokenArray
 
 Line = tuple[str, str | None]  # the scope (its tenant), and the weights
-Layers = Sequence[Tensor]  # each [2, key/value heads, tokens, head size]
 
 
 class PrefixCache:
@@ -28,10 +27,10 @@ class PrefixCache:
     def __init__(self, grid: int, max_bytes: int) -> None:
         self._grid = grid
         self._max_bytes = max_bytes
-        self._pieces: OrderedDict[bytes, Layers] = OrderedDict()
+        self._pieces: OrderedDict[bytes, Kept] = OrderedDict()
         self.num_bytes = 0
 
-    def fill(self, line: Line, tokens: TokenArray, load: Callable[[int, Layers], None], end: int) -> int:
+    def fill(self, line: Line, tokens: TokenArray, load: Callable[[int, Kept], None], end: int) -> int:
         """Hand what is known of a beginning of `tokens` to `load`, with the position at which it begins, never beyond
         position `end`; how many tokens that was."""
         found: list[bytes] = []
@@ -44,8 +43,8 @@ class PrefixCache:
         self._use(found)
         return len(found) * self._grid
 
-    def keep(self, line: Line, tokens: TokenArray, save: Callable[[int, int], Layers], start: int, end: int) -> None:
-        """Positions start..end-1 of `tokens` have been computed, and those before them are there. save: copies of some
+    def keep(self, line: Line, tokens: TokenArray, save: Callable[[int, int], Kept], start: int, end: int) -> None:
+        """Positions start..end-1 of `tokens` have been computed, and those before them are there. save: keeps some
         positions, first and past the last."""
         if not self._max_bytes:
             return
@@ -58,11 +57,12 @@ class PrefixCache:
                 continue
             kept = save(index * self._grid, (index + 1) * self._grid)
             self._pieces[key] = kept
-            self.num_bytes += _num_bytes(kept)
+            self.num_bytes += kept.num_bytes
         self._use(keys)
         while self.num_bytes > self._max_bytes:
             _, dropped = self._pieces.popitem(last=False)
-            self.num_bytes -= _num_bytes(dropped)
+            self.num_bytes -= dropped.num_bytes
+            dropped.drop()
 
     def _use(self, keys: Sequence[bytes]) -> None:
         """The first ones last: a piece is of no use without those before it."""
@@ -78,7 +78,3 @@ class PrefixCache:
             part = tokens[index * self._grid : (index + 1) * self._grid]
             digest.update(np.ascontiguousarray(part, "<i4").tobytes())
             yield digest.digest()
-
-
-def _num_bytes(layers: Layers) -> int:
-    return sum(layer.numel() * layer.element_size() for layer in layers)

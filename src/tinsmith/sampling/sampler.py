@@ -93,11 +93,13 @@ class Sampler:
         self._limits = SampleLimits(base.info, total, shape.block_bytes)
         if total < 1:
             raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
-        layout = PagedKV if (base.device.type == "cuda" if is_paged is None else is_paged) else KVCache
-        kv: PagedKV[Sequence] | KVCache[Sequence] = layout(shape, total)
+        max_prefix_bytes = settings.prefix_cache_mib * 2**20
+        kv: PagedKV[Sequence] | KVCache[Sequence] = KVCache(shape, total)
+        if base.device.type == "cuda" if is_paged is None else is_paged:
+            kv = PagedKV(shape, total, max_prefix_bytes)
         self.memory = Memory(kv, self._limits.max_need, keeps_all=settings.deterministic)
         grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
-        self._prefixes = PrefixCache(grid, settings.prefix_cache_mib * 2**20)
+        self._prefixes = PrefixCache(grid, max_prefix_bytes)
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
