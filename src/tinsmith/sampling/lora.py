@@ -27,7 +27,7 @@ from tinsmith.types import Targets
 MIN_TILE = 4
 MAX_TILE = 16
 MIN_RANK = 8
-KEPT_BYTES = 256 << 20  # of slots that no row uses, for adapters that come back
+KEPT_BYTES = 512 << 20  # of slots that no row uses, for adapters that come back
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
