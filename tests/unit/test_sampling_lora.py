@@ -1,24 +1,29 @@
 """How a batch of mixed adapters is cut into tiles and slots."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from tinsmith.model.lora import LoraWeights
+from tinsmith.sampling import lora as sampling_lora
 from tinsmith.sampling.lora import Adapter, DecodeLora, assign_slots, tile_rows
+from tinsmith.sampling.stacked import Block, StackedGroup, blocks_of
 from tinsmith.types import Targets
 
-WIDTHS = (32, 16, 8)
+WIDTHS = {"layer": (32,), "group": (32, 16, 8), "uneven": (24, 16)}
 
 
 def adapter(seed: int, rank: int = 4, targets: Targets | None = None, width: int = 64) -> Adapter:
-    """For one group of three layers and one of one."""
+    """For groups of one, three and two layers."""
     generator = torch.Generator().manual_seed(seed)
     matrices = {
         name: LoraWeights(
             torch.randn(len(widths) * rank, width, generator=generator) * 0.1,
             tuple(torch.randn(outputs, rank, generator=generator) for outputs in widths),
         )
-        for name, widths in (("layer", WIDTHS[:1]), ("group", WIDTHS))
+        for name, widths in WIDTHS.items()
     }
     return Adapter(targets or Targets(), rank, 32 / rank, matrices)
 
@@ -44,16 +49,17 @@ def test_rank_class(rank):
     assert adapter(0, rank).rank_class == {1: 8, 4: 8, 8: 8, 9: 16, 32: 32}[rank]
 
 
-def test_a_changing_batch_gives_each_row_its_own_adapter():
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_changing_batch_gives_each_row_its_own_adapter(is_exact):
     adapters = [adapter(i, (4, 8, 12, 32)[i % 4], Targets(mlp=i % 3 == 0)) for i in range(12)]
     generator = torch.Generator().manual_seed(1)
-    lora = DecodeLora(torch.device("cpu"))
-    for count in (1, 5, 12, 40, 3, 0, 7, 40, 2):
+    lora = DecodeLora(torch.device("cpu"), is_exact)
+    for count in (1, 5, 12, 40, 3, 0, 7, 40, 150, 2):
         chosen = [int(i) for i in torch.randint(0, 13, (count,), generator=generator)]
         rows = [None if i == 12 else adapters[i] for i in chosen]
         x = torch.randn(count + 4, 64, generator=generator)
         lora.arrange(rows)
-        for name, widths in (("layer", WIDTHS[:1]), ("group", WIDTHS)):
+        for name, widths in WIDTHS.items():
             y = torch.randn(count + 4, sum(widths), generator=generator)
             before = y.clone()
             lora.add(name, x, y)
@@ -66,3 +72,60 @@ def test_a_changing_batch_gives_each_row_its_own_adapter():
                 us = torch.split(weights.a_KI @ x[row], own.rank)
                 delta = torch.cat([b_OR @ u_R for b_OR, u_R in zip(weights.bs, us, strict=True)])
                 torch.testing.assert_close(y[row], before[row] + own.scale * delta, atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_are_cut_into_pieces_of_one_layer_each():
+    assert blocks_of([1024, 512, 512]) == [Block((0, 0, 1, 2), 512, (0, 2048))]
+    assert blocks_of([96]) == [Block((0,), 96, (0, 96))]
+    assert blocks_of([24, 16]) == [Block((0,), 24, (0, 24)), Block((1,), 16, (24, 40))]
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The slots that were written to."""
+    slots: list[int] = []
+    fill = StackedGroup.fill
+
+    def counted(self, slot, weights, scale):
+        slots.append(slot)
+        fill(self, slot, weights, scale)
+
+    monkeypatch.setattr(StackedGroup, "fill", counted)
+    return slots
+
+
+def test_adapters_that_come_back_are_not_copied_again(loads):
+    a, b, c, d = adapters = [adapter(i) for i in range(4)]
+    lora = DecodeLora(torch.device("cpu"), is_exact=False)
+    lora.arrange(adapters)
+    assert len(loads) == 4 * len(WIDTHS)
+    for batch in ([c, d], [], [a, b], adapters, [d, None, c, b]):
+        lora.arrange(batch)
+    assert len(loads) == 4 * len(WIDTHS)
+    lora.arrange([a, d])  # no gap: one of the two moves
+    assert len(loads) == 5 * len(WIDTHS)
+
+
+def test_stacks_that_nobody_uses_stay_within_a_bound(loads, monkeypatch):
+    some, others = ([adapter(10 * rank + i, rank) for i in range(3)] for rank in (4, 16))
+    lora = DecodeLora(torch.device("cpu"), is_exact=False)
+    for batch in (some, others, some, others):
+        lora.arrange(batch)
+    assert len(loads) == 6 * len(WIDTHS)
+    monkeypatch.setattr(sampling_lora, "KEPT_BYTES", 0)
+    lora.arrange(others)
+    lora.arrange(some)
+    assert len(loads) == 9 * len(WIDTHS)
+    lora.arrange([])
+    assert not lora._stacks
+
+
+def test_a_stack_keeps_no_adapter_alive():
+    lora = DecodeLora(torch.device("cpu"), is_exact=False)
+    made = [adapter(i) for i in range(2)]
+    left = weakref.ref(made[0])
+    lora.arrange(made)
+    lora.arrange([])
+    del made
+    gc.collect()
+    assert left() is None

@@ -1,18 +1,11 @@
 """Adapters as the sampler holds them, and how a decode batch of mixed adapters is computed.
 
-In decode every row is one token of one sequence, and what an adapter costs is its reading from memory. Adapters are
-stacked by (targets, rank class) for each group of layers with one input, so that a group's LoRA is one batched product,
-and one more for each of its layers, whatever the number of adapters. Each stacked adapter serves a tile of up to 16
-rows. In deterministic mode a tile has at least 4: batched products give the same bits for any number of matrices and of
-rows from 2 up (measured; a single row, and a product of fewer than 400 multiplications, take other kernels), so a row's
-numbers depend on its own adapter alone. Otherwise tiles of one row are used, and a batch of one adapter needs no stack.
-Rows without adapter are not touched.
-
-How matrices lie, and which operand goes first, decides between kernels that differ by a factor of two to six at one
-row (dev/LOG.md, "adapters at the speed of memory"). For tiles of one or two rows they lie as they were trained, A
-[K, I] and B [O, R]; u is A x with x as a column, and the rest u Bᵀ. From 4 rows up they lie turned, [I, K] and [R, O].
-Shape letters: T rows, I inputs, O outputs, R rank, L layers of a group, K = L · R or more, S slots of a stack, M rows
-of a tile.
+In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class), and each stacked
+adapter serves a tile of up to 16 rows. In deterministic mode a tile has at least 4: batched products give the same bits
+for any number of matrices and of rows from 2 up (measured; a single row, and a product of fewer than 400
+multiplications, take other kernels), so a row's numbers depend on its own adapter alone. Otherwise tiles of one row are
+used, and a batch of one adapter needs no stack. Rows without adapter are not touched.
+Shape letters: T rows of the batch, N rows of all tiles, I inputs, O outputs, C columns of a block of layers.
 """
 
 from __future__ import annotations
@@ -28,13 +21,13 @@ from torch import Tensor
 from tinsmith.model import RowLayout
 from tinsmith.model.lora import LoraWeights
 from tinsmith.model.lora.segments import add_adapter
+from tinsmith.sampling.stacked import StackedGroup
 from tinsmith.types import Targets
 
 MIN_TILE = 4
 MAX_TILE = 16
 MIN_RANK = 8
-COLUMN_GRID = 16
-KEPT_BYTES = 256 << 20  # of slots that no row uses, for adapters that come back
+KEPT_BYTES = 512 << 20  # of slots that no row uses, for adapters that come back
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -68,11 +61,6 @@ def tile_rows(num_rows: int, num_adapters: int, least: int = MIN_TILE) -> int:
     return min(MAX_TILE, max(least, 1 << (mean - 1).bit_length()))
 
 
-def padded_columns(num_columns: int) -> int:
-    """The rows of a stacked A. A product of 24 columns is split over three threads into kernels of its own."""
-    return num_columns if num_columns <= COLUMN_GRID else -(-num_columns // COLUMN_GRID) * COLUMN_GRID
-
-
 def assign_slots(held: Sequence[Adapter | None], wanted: Sequence[Adapter]) -> list[int]:
     """A slot for each wanted adapter (which may repeat), together a range without gaps: where most are held already.
 
@@ -102,15 +90,15 @@ class AdapterStack:
     def __init__(self, min_tile: int) -> None:
         self._min_tile = min_tile
         self._held: list[ref[Adapter] | None] = []
-        self._is_turned = False  # the matrices are A [I, K] and B [R, O]
-        self._matrices: dict[str, tuple[Tensor, ...]] = {}  # of each group A and the Bs, of all slots
-        self._used: dict[str, tuple[Tensor, ...]] = {}  # those of the batch, turned whether they lie so or not
+        self._is_turned = False
+        self._groups: dict[str, StackedGroup] = {}
+        self._used: dict[str, StackedGroup] = {}  # the slots of the batch
         self._tile = min_tile
         self._num_rows = 0  # of all tiles, full or not
 
     @property
     def num_bytes(self) -> int:
-        return sum(stack.numel() * stack.element_size() for stacks in self._matrices.values() for stack in stacks)
+        return sum(stack.numel() * stack.element_size() for group in self._groups.values() for stack in group.stacks)
 
     def arrange(self, rows: Mapping[Adapter, Sequence[int]], device: torch.device) -> None:
         """Take the rows of each adapter of the batch."""
@@ -124,15 +112,11 @@ class AdapterStack:
         wanted = [adapter for adapter, _ in tiles]
         is_turned = self._tile >= (2 if self._is_turned else MIN_TILE)
         if is_turned != self._is_turned or (len(self._held) > 2 * len(wanted) and self.num_bytes > KEPT_BYTES):
-            self._held, self._matrices, self._is_turned = [], {}, is_turned
+            self._held, self._groups, self._is_turned = [], {}, is_turned
         slots = assign_slots([None if held is None else held() for held in self._held], wanted)
         self._load(slots, wanted)
         first, self._num_rows = min(slots), len(wanted) * self._tile
-        used = slice(first, first + len(wanted))
-        self._used = {
-            group: tuple(stack[used] if is_turned else stack[used].mT for stack in stacks)
-            for group, stacks in self._matrices.items()
-        }
+        self._used = {name: group.between(first, first + len(wanted)) for name, group in self._groups.items()}
         gather = [0] * self._num_rows
         places: list[int] = []
         targets: list[int] = []
@@ -147,29 +131,20 @@ class AdapterStack:
         self._places = None if places == every_row else torch.tensor(places, device=device)
         self._targets = torch.tensor(targets, device=device)
 
-    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
+    def add(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
         """y += the adapters' part, in place, on the rows they serve."""
-        if group not in self._used:
+        group = self._used.get(name)
+        if group is None:
             return
-        a_SIK, *bs = self._used[group]
         x_NI = x_TI[: self._num_rows] if self._is_plain else x_TI.index_select(0, self._gather)
-        x_SMI = x_NI.view(len(a_SIK), self._tile, -1)
-        if self._is_turned:
-            u_SMK = torch.bmm(x_SMI, a_SIK)
-        else:
-            u_SKM = torch.bmm(a_SIK.mT, x_SMI.mT)
-            u_SMK = u_SKM.view(len(u_SKM), 1, -1) if self._tile == 1 else u_SKM.mT
-        us = torch.split(u_SMK, bs[0].shape[1], -1)
-        parts = [torch.bmm(u_SMR, b_SRO).flatten(0, 1) for u_SMR, b_SRO in zip(us, bs, strict=False)]
-        if self._is_plain:
-            ys = torch.split(y_TO[: self._num_rows], [part_NO.shape[1] for part_NO in parts], 1)
-            for y_NO, part_NO in zip(ys, parts, strict=True):
-                y_NO += part_NO
-            return
-        delta_NO = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        if self._places is not None:
-            delta_NO = delta_NO.index_select(0, self._places)
-        y_TO.index_add_(0, self._targets, delta_NO.to(y_TO.dtype))
+        parts = group.times(x_NI.view(-1, self._tile, x_NI.shape[1]))
+        for block, part_NO in zip(group.blocks, parts, strict=True):
+            y_TC = y_TO if len(parts) == 1 else y_TO[:, slice(*block.columns)]
+            if self._is_plain:
+                y_TC[: self._num_rows] += part_NO
+                continue
+            own_NO = part_NO if self._places is None else part_NO.index_select(0, self._places)
+            y_TC.index_add_(0, self._targets, own_NO.to(y_TO.dtype))
 
     def _load(self, slots: Sequence[int], wanted: Sequence[Adapter]) -> None:
         if len(wanted) > len(self._held):
@@ -178,35 +153,20 @@ class AdapterStack:
             held = self._held[slot]
             if held is None or held() is not adapter:
                 self._held[slot] = ref(adapter)
-                for group, weights in adapter.matrices.items():
-                    own = [stack[slot].T if self._is_turned else stack[slot] for stack in self._matrices[group]]
-                    _fill(own, weights, adapter)
+                for name, weights in adapter.matrices.items():
+                    self._groups[name].fill(slot, weights, adapter.scale)
 
     def _reserve(self, like: Adapter, num_slots: int) -> None:
         """Make room for at least `num_slots`, keeping what is loaded; grows by half, so that growing stays rare."""
         kept = len(self._held)
         capacity = max(num_slots, kept * 3 // 2)
-        width = like.rank_class
-        for group, weights in like.matrices.items():
-            shapes = [(padded_columns(len(weights.bs) * width), weights.a_KI.shape[1])]
-            shapes += [(len(b_OR), width) for b_OR in weights.bs]
-            made = [weights.a_KI.new_zeros(capacity, *(s[::-1] if self._is_turned else s)) for s in shapes]
-            for stack, old in zip(made, self._matrices.get(group, ()), strict=False):
-                stack[:kept] = old
-            self._matrices[group] = tuple(made)
+        for name, weights in like.matrices.items():
+            made = StackedGroup.like(weights, like.rank_class, capacity, self._is_turned)
+            if kept:
+                for stack, old in zip(made.stacks, self._groups[name].stacks, strict=True):
+                    stack[:kept] = old
+            self._groups[name] = made
         self._held += [None] * (capacity - kept)
-
-
-def _fill(own: Sequence[Tensor], weights: LoraWeights, adapter: Adapter) -> None:
-    """own: A [K, I] and the Bs [O, R] of one slot, views of whatever stride, whose ranks are the rank class."""
-    a_KI, *bs = own
-    rank, width = adapter.rank, adapter.rank_class
-    if rank < width:
-        a_KI.zero_()
-    for index, (b_OR, from_RI, from_OR) in enumerate(zip(bs, torch.split(weights.a_KI, rank), weights.bs, strict=True)):
-        a_KI[index * width : index * width + rank] = from_RI
-        torch.mul(from_OR, adapter.scale, out=b_OR[:, :rank])
-        b_OR[:, rank:] = 0
 
 
 class DecodeLora:
