@@ -11,6 +11,7 @@ Owns the connections of one process and knows no table. What stays true:
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -135,6 +136,21 @@ def damage(path: Path) -> str | None:
     except sqlite3.Error as error:
         return str(error)
     return None if found == ["ok"] else "; ".join(map(str, found))
+
+
+def copy_database(source: sqlite3.Connection, target: Path) -> None:
+    """A copy of a database as `source`, in whose transaction it is made, sees it; on disk afterwards.
+
+    Raises:
+        CorruptError: the database can't be read.
+        StorageFullError: there is no room for the copy.
+    """
+    target.unlink(missing_ok=True)
+    with errors_by_name(), closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE").close()
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _make_engine(path: Path, synchronous: str) -> Engine:
