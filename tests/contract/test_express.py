@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import zstandard
 
+from tests.contract.conftest import BASE
 from tests.contract.streams import Stream
 from tinsmith.api import auth
 from tinsmith.api.express import Express
+from tinsmith.bell import Ringer
 from tinsmith.wire import wire_pb2 as pb
 
 WITHIN_S = 10.0
@@ -213,3 +216,19 @@ def test_a_stopping_server_ends_a_poll_and_says_so(wire: Wire, run_id: str, live
     status, headers, _ = read(wire.fast)
     assert (status, headers["connection"]) == (408, "close")
     assert wire.fast.is_closed(WITHIN_S)
+
+
+def test_the_worker_is_rung_after_the_answer_and_once_a_turn(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Ringer, "ring", lambda self: order.append("ring"))
+
+    async def scenario() -> None:
+        for _ in range(3):
+            house.services.ring(BASE)
+        order.append("answer")
+        await asyncio.sleep(0)
+        house.services.ring(BASE)
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert order == ["answer", "ring", "ring"]

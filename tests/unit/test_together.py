@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tinsmith.api import together as together_module
-from tinsmith.api.together import AT_MOST, Brief, Together
+from tinsmith.api import brief
+from tinsmith.api.brief import Brief
+from tinsmith.api.together import AT_MOST, Together
 from tinsmith.errors import NotFoundError, TakenError
 from tinsmith.types import TenantId
 
@@ -135,7 +136,7 @@ def test_a_lone_call_is_carried_out_on_the_loop_and_one_that_would_wait_is_not(e
 def test_after_a_slow_call_the_loop_is_left_alone_until_one_was_brief(
     executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together_module, "BRIEF_S", 0.05)
+    monkeypatch.setattr(brief, "BRIEF_S", 0.05)
     seconds = {"one": 0.1, "all": 0.1}
 
     def one(call: int) -> str:

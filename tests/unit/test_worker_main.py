@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithEr
 from tinsmith.store.rows import WorkerId
 from tinsmith.worker import main as worker
 from tinsmith.worker.busy import Busy
+from tinsmith.worker.slim import leave_out_unused
 
 
 @pytest.mark.parametrize(
@@ -54,3 +57,20 @@ def test_a_lease_is_renewed_again_after_the_storage_failed() -> None:
     store: Any = Store()
     worker._renew(store, WorkerId("0", 1), 0.01, Busy(), stop)
     assert len(calls) == 3
+
+
+def test_a_worker_without_a_gpu_holds_no_triton() -> None:
+    script = (
+        "from tinsmith.worker.slim import leave_out_unused\n"
+        "leave_out_unused('cpu')\n"
+        "import tinsmith.torch_engine, pathlib\n"
+        "assert 'torch._dynamo' in __import__('sys').modules, 'nothing would load it any more: this can go'\n"
+        "assert 'libtriton' not in pathlib.Path('/proc/self/maps').read_text()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_worker_for_a_gpu_may_load_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    leave_out_unused("cuda:0")
+    assert "triton" not in sys.modules

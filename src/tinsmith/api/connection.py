@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.wire.media import JSON, encode_json
@@ -112,9 +113,10 @@ class Connection(H11Protocol):
             super().data_received(data)
         else:
             self._unset_keepalive_if_required()
-            self._express_task = self.loop.create_task(self._answer(data, answering))
-            self.tasks.add(self._express_task)
-            self._express_task.add_done_callback(self.tasks.discard)
+            self._express_task = begin(self._answer(data, answering), self.loop)
+            if self._express_task is not None:
+                self.tasks.add(self._express_task)
+                self._express_task.add_done_callback(self.tasks.discard)
         self._watch()
 
     def _is_between_requests(self) -> bool:

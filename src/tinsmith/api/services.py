@@ -30,7 +30,7 @@ from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
-from tinsmith.api.together import Brief, Together
+from tinsmith.api.together import Together
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -85,7 +85,6 @@ class Services:
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
     to_ring: set[str] = field(init=False, default_factory=set)
-    looking: Brief = field(default_factory=Brief)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)

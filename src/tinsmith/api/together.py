@@ -5,19 +5,20 @@ for others to come: the first call starts at once, and those that come meanwhile
 turn in every batch, so that who calls a thousand times at once stands beside another and not before him.
 
 A call that comes alone is carried out on the event loop itself, as long as such calls are brief and have to wait for
-nobody: two hops between threads cost as much as a short write to a good disk.
+nobody: two hops between threads cost as much as a short write to a good disk. While calls come alone, the next one is
+taken to do so too, and begins at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
+from tinsmith.api.brief import Brief
 from tinsmith.errors import TakenError
 from tinsmith.types import TenantId
 
@@ -25,29 +26,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 Outcomes: TypeAlias = "Sequence[R | Exception]"
 AT_MOST = 64  # calls in one batch
-BRIEF_S = 0.002  # what a call may hold up the event loop, judged by the one before it
-
-
-class Brief:
-    """Whether calls of one kind are short enough to be carried out on the event loop: as short as the last one was.
-
-    May be used from any thread, by one at a time.
-    """
-
-    def __init__(self) -> None:
-        self._last_s = 0.0
-
-    @property
-    def is_now(self) -> bool:
-        return self._last_s < BRIEF_S
-
-    def timed(self, call: Callable[[], T]) -> T:
-        """Carry out a call and remember how long it took."""
-        started = time.perf_counter()
-        try:
-            return call()
-        finally:
-            self._last_s = time.perf_counter() - started
 
 
 class Together(Generic[T, R]):
@@ -68,12 +46,18 @@ class Together(Generic[T, R]):
         self._brief = Brief()
         self._waiting: OrderedDict[TenantId, deque[tuple[T, asyncio.Future[R]]]] = OrderedDict()
         self._is_under_way = False
+        self._is_quiet = False  # the last call came alone, and its turn of the loop is over
 
     async def ask(self, tenant_id: TenantId, call: T) -> R:
         """The outcome of one call of a tenant's."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
+        if self._is_quiet and self._is_done_at_once(call, future):
+            self._is_quiet = False
+            loop.call_soon(self._look_around)
+            return future.result()
         self._waiting.setdefault(tenant_id, deque()).append((call, future))
+        self._is_quiet = False
         if not self._is_under_way:
             self._is_under_way = True
             loop.call_soon(self._start, loop)  # with all that is asked for in this turn of the loop
@@ -85,11 +69,16 @@ class Together(Generic[T, R]):
             self._is_under_way = False
             return
         if len(batch) == 1 and self._is_done_at_once(*batch[0]):
-            self._start(loop)
+            self._is_under_way = False
+            self._is_quiet = True
             return
         calls = [call for call, _ in batch]
         running = loop.run_in_executor(self._executor, self._brief.timed, partial(self._carry_out, calls))
         running.add_done_callback(lambda ended: self._end(loop, batch, ended))
+
+    def _look_around(self) -> None:
+        """A turn of the loop after a call that was carried out at once: did others come in it?"""
+        self._is_quiet = not self._is_under_way
 
     def _is_done_at_once(self, call: T, future: asyncio.Future[R]) -> bool:
         if self._at_once is None or not self._brief.is_now:

@@ -2,7 +2,8 @@
 
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
 them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
-hands on the rows that it saw, which are final, and keeps none.
+hands on the rows that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on
+the event loop itself, as long as such looks are brief.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TypeAlias
 
 import structlog
 
+from tinsmith.api.brief import Brief
 from tinsmith.api.recent import Recent
 from tinsmith.bell import Bell
 from tinsmith.store.rows import EndsAfter, OpRow
@@ -24,6 +26,8 @@ log = structlog.get_logger("tinsmith.api")
 Awaited: TypeAlias = OpId | EndsAfter
 Ended: TypeAlias = OpRow | None  # what an op has come to; None for a sampler
 EndedAmong = Callable[[Sequence[Awaited]], Awaitable[Mapping[Awaited, Ended]]]
+AtOnce = Callable[[Sequence[Awaited]], Mapping[Awaited, Ended]]
+FEW = 8  # rows of at most `inline_bytes` each, read in half a millisecond
 
 
 class Waiters:
@@ -32,6 +36,9 @@ class Waiters:
         self._scan_interval_s = scan_interval_s
         self._waiting: dict[Awaited, set[asyncio.Future[Ended | bool]]] = {}
         self._rung = asyncio.Event()
+        self._recent = Recent()
+        self._at_once: AtOnce | None = None
+        self.brief = Brief()
         self._is_closed = False
         self.num_looks = 0  # that were begun
 
@@ -62,8 +69,11 @@ class Waiters:
 
     async def hold(self, future: asyncio.Future[Ended | bool], hold_s: float) -> bool:
         """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown."""
-        done, _ = await asyncio.wait((future,), timeout=hold_s)
-        return bool(done) and future.result() is not False
+        timer = asyncio.get_running_loop().call_later(hold_s, _give_up, future)
+        try:
+            return await future is not False
+        finally:
+            timer.cancel()
 
     def outcome(self, future: asyncio.Future[Ended | bool]) -> OpRow | None:
         """What a registered op has come to, as the watcher saw it; None: not yet, as far as that knows."""
@@ -84,12 +94,16 @@ class Waiters:
         self._waiting.clear()
 
     @asynccontextmanager
-    async def watching(self, ended_among: EndedAmong, recent: Recent | None = None) -> AsyncIterator[None]:
-        """Run the watcher on this event loop. When it is rung, it looks for the end of `recent` requests too."""
+    async def watching(
+        self, ended_among: EndedAmong, recent: Recent | None = None, at_once: AtOnce | None = None
+    ) -> AsyncIterator[None]:
+        """Run the watcher on this event loop. When it is rung, it looks for the end of `recent` requests too.
+        `at_once` looks as `ended_among` does, and blocks meanwhile; either is timed by `brief`."""
         loop = asyncio.get_running_loop()
+        self._recent, self._at_once = recent or Recent(), at_once
         if self._bell is not None:
             loop.add_reader(self._bell.fileno(), self._on_bell, self._bell)
-        task = asyncio.create_task(self._watch(ended_among, recent or Recent()), name="waiters")
+        task = asyncio.create_task(self._watch(ended_among), name="waiters")
         try:
             yield
         finally:
@@ -102,26 +116,51 @@ class Waiters:
 
     def _on_bell(self, bell: Bell) -> None:
         bell.wait(0.0)
-        self._rung.set()
+        if not self._is_seen_at_once():
+            self._rung.set()
 
-    async def _watch(self, ended_among: EndedAmong, recent: Recent) -> None:
+    def _is_seen_at_once(self) -> bool:
+        awaited = self._awaited(self._recent.open_ids())
+        if self._at_once is None or len(awaited) > FEW or not self.brief.is_now:
+            return False
+        if awaited:
+            self.num_looks += 1
+            try:
+                ended = self._at_once(awaited)
+            except Exception:  # the watcher looks again, and says what is wrong
+                return False
+            self._hand_on(ended)
+        return True
+
+    async def _watch(self, ended_among: EndedAmong) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._scan_interval_s):  # wait_for may swallow a cancellation (bpo-37658)
                     await self._rung.wait()
-            also = recent.open_ids() if self._rung.is_set() else ()
+            awaited = self._awaited(self._recent.open_ids() if self._rung.is_set() else ())
             self._rung.clear()
-            if not (self._waiting or also):
+            if not awaited:
                 continue
             self.num_looks += 1
             try:
-                ended = await ended_among([*self._waiting, *(op_id for op_id in also if op_id not in self._waiting)])
+                ended = await ended_among(awaited)
             except Exception:  # part of the HTTP edge: one failed look must not end all later wake-ups
                 log.exception("looking for finished requests failed; trying again")
                 continue
-            for awaited, outcome in ended.items():
-                if isinstance(outcome, OpRow) and awaited not in self._waiting:
-                    recent.ended(outcome)
-                for future in self._waiting.pop(awaited, ()):
-                    if not future.done():
-                        future.set_result(outcome)
+            self._hand_on(ended)
+
+    def _awaited(self, recent: Sequence[OpId]) -> list[Awaited]:
+        return [*self._waiting, *(op_id for op_id in recent if op_id not in self._waiting)]
+
+    def _hand_on(self, ended: Mapping[Awaited, Ended]) -> None:
+        for awaited, outcome in ended.items():
+            if isinstance(outcome, OpRow) and awaited not in self._waiting:
+                self._recent.ended(outcome)
+            for future in self._waiting.pop(awaited, ()):
+                if not future.done():
+                    future.set_result(outcome)
+
+
+def _give_up(future: asyncio.Future[Ended | bool]) -> None:
+    if not future.done():
+        future.set_result(False)

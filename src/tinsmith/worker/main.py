@@ -26,6 +26,7 @@ from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo, Role
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.loop import Worker
+from tinsmith.worker.slim import leave_out_unused
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -111,6 +112,7 @@ def make_engine(info: BaseInfo, settings: Settings, role: Role = Role.ALL) -> En
     Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
+    leave_out_unused(settings.device)
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
     if settings.device == "fake":
         fake: Engine = made(info, settings.pass_max_tokens)
