@@ -12,11 +12,13 @@ take turns in one process, with the allocator set as in a worker (`run_all.py` d
     deterministic   `ours` in deterministic mode
 
 The share of sgemm is (4 N + 6 N_lora) · tokens + attention, over the time of `ours`, as a share of what a product of
-2048 x 2048 x 2048 reaches on a packed weight in the same process. N: weights of the layers and the output head, each
-multiplied with every token once forward and once backward; N_lora: an adapter's parameters, with the gradient thrice;
-attention: 6 · tokens² · heads · head size a sequence and layer, the causal half of the square. `--defaults`: the SDK's
-own settings, rank 32 on all layers and the output head; else rank 16 on the layers, as peft is usually set.
-`--short` instead: what a datum of three tokens costs beyond its tokens.
+2048 x 2048 x 2048 reaches in the same process: torch.mm, and beside it one with a packed weight, as a pass's own are,
+which is faster. N: weights of the layers and the output head, each multiplied with every token once forward and once
+backward (2 N for those that read the embeddings, to which no gradient goes); N_lora: an adapter's parameters, with the
+gradient thrice; attention: 6 · tokens² · heads · head size a sequence and layer, the causal half of the square.
+`--defaults`: the SDK's own settings, rank 32 on all layers and the output head; else rank 16 on the layers, as peft is
+usually set. `--short` instead: what a
+datum of three tokens costs beyond its tokens, and what deterministic mode, which takes each datum alone, adds.
 """
 
 from __future__ import annotations
