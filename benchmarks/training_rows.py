@@ -17,8 +17,10 @@ which is faster. N: weights of the layers and the output head, each multiplied w
 backward (2 N for those that read the embeddings, to which no gradient goes); N_lora: an adapter's parameters, with the
 gradient thrice; attention: 6 · tokens² · heads · head size a sequence and layer, the causal half of the square.
 `--defaults`: the SDK's own settings, rank 32 on all layers and the output head; else rank 16 on the layers, as peft is
-usually set. `--short` instead: what a
-datum of three tokens costs beyond its tokens, and what deterministic mode, which takes each datum alone, adds.
+usually set.
+
+`--short` instead: what a datum of three tokens costs beyond its tokens, and what deterministic mode, which takes each
+datum alone, adds to that.
 """
 
 from __future__ import annotations
@@ -86,8 +88,8 @@ def report(info: BaseInfo, args: argparse.Namespace) -> None:
     speed = flops / s["ours"] / 1e9
     plain, packed = (2 * SQUARE**3 / s[name] / 1e9 for name in ("torch.mm", "packed product"))
     print(
-        f"{num_tokens} tokens, {flops / 1e9:.0f} GFLOP: {speed:.1f} GFLOP/s; torch.mm reaches {plain:.1f}, a product on "
-        f"a packed weight {packed:.1f}\n"
+        f"{num_tokens} tokens, {flops / 1e9:.0f} GFLOP: {speed:.1f} GFLOP/s; torch.mm reaches {plain:.1f}, a product "
+        f"on a packed weight {packed:.1f}\n"
     )
     print("| arm | CPU s |\n|---|---|")
     print("\n".join(f"| {name} | {value:.3f} |" for name, value in s.items()))

@@ -20,8 +20,9 @@ from tinsmith.model.frozen import FrozenMatrix
 class PassHolder:
     """Where the layers of one base find the context of the pass that is running.
 
-    recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`. anchor: an input by which
-    a product is differentiated although its x isn't, for its adapters' sake; it never gets a gradient.
+    recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`.
+    anchor: an input by which a product is differentiated although its x isn't, for its adapters' sake; it never gets a
+    gradient.
     """
 
     def __init__(self) -> None:
