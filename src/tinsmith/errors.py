@@ -99,6 +99,10 @@ class BusyError(CapacityError):
     """All that the server has of something is in use, whoever uses it."""
 
 
+class TakenError(CapacityError):
+    """Another is writing to the database, and the caller chose not to wait. Nothing was written."""
+
+
 class StorageFullError(CapacityError):
     """The disk is full. Nothing was written."""
 

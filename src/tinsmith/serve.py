@@ -49,8 +49,10 @@ READY_POLL_S = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_SOCKET_DIR_CHARS = 70  # a unix socket's path has room for about 100
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-# glibc keeps freed memory between passes: fetching it anew took up to a sixth of a large pass
+# glibc keeps freed memory between passes: fetching it anew took up to a sixth of a large pass. oneDNN keeps so many
+# prepared kernels: of ragged passes hardly any is met again, and the 1,024 that it keeps by itself are 100 MB and more
 WORKER_DEFAULTS = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "MALLOC_MMAP_THRESHOLD_": str(128 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
