@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.model import activation
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.norm import RMSNorm
 from tinsmith.model.rotary import rotate
@@ -73,3 +74,15 @@ def test_a_row_has_the_same_bits_among_any_others(name, threads):
     for rows in (4, 16, 20, 52, 700, 1996):
         for part, all_rows in zip(both(rows), whole, strict=True):
             assert torch.equal(part, all_rows[:rows])
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_gated_silu_of_many_blocks(stable, monkeypatch):
+    """Rows that don't fill the last block; the plain function in float64 is the reference."""
+    monkeypatch.setattr(activation, "BLOCK_ROWS", 4)
+    x = torch.randn(2, 43, 64, generator=torch.Generator().manual_seed(2))
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, want = gated_silu(leaf, stable=stable), plain_gated(exact)
+    (dx,), (want_dx,) = (torch.autograd.grad(out.square().sum(), one) for out, one in ((y, leaf), (want, exact)))
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(dx.double(), want_dx, rtol=1e-5, atol=1e-5)

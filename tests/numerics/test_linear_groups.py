@@ -69,3 +69,30 @@ def test_siblings_are_seen_where_they_are_called():
         linears["m.v"](x)
     assert watch.leads == {"m.q": "m.q", "m.k": "m.q", "m.v": "m.v", "n.q": "n.q", "n.k": "n.k"}
     linears["m.v"](x)
+
+
+class WithGradients(Counting):
+    """A pass context that keeps x, and adds to its gradient."""
+
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        return (y_TO.new_ones(1),)
+
+    def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
+        self.groups.append(group)
+        dx_TI += 1
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_an_input_that_needs_no_gradient_gets_none_but_its_adapters_do(needs_grad, monkeypatch):
+    holder, context = PassHolder(), WithGradients()
+    holder.enter(context)
+    group = LinearGroup({"m.a": nn.Linear(8, 4)}, holder)
+    products = []
+    backward = group.matrix.times_transpose
+    monkeypatch.setattr(group.matrix, "times_transpose", lambda dy: products.append(dy) or backward(dy))
+    x = torch.randn(5, 8, requires_grad=needs_grad)
+    group(x).sum().backward()
+    assert context.groups == ["m.a"]
+    assert len(products) == needs_grad
+    assert (x.grad is not None) == needs_grad
+    assert holder.anchor.grad is None

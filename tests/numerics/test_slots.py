@@ -64,7 +64,9 @@ def test_steps_of_many_runs_are_those_of_torch(base, ranks):
             if params[number].grad_clip_norm:
                 torch.nn.utils.clip_grad_norm_([twins[number]], params[number].grad_clip_norm)
             optimizers[number].step()
+            clipped = float(twins[number].grad.double().norm())
             assert isinstance(result, OptimResult)
+            assert result.metrics["clip_factor"] == pytest.approx(clipped / norm if norm else 1, rel=1e-5)
             assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
             assert result.metrics["optimizer_step"] == slots[number].step
             assert "grad" not in slots[number].rows

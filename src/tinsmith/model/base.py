@@ -89,8 +89,8 @@ class BaseModel:
         """
         self.num_forwards += 1
         embeds_TD = self.embed(tokens_T)
-        if torch.is_grad_enabled():
-            embeds_TD = embeds_TD.requires_grad_()
+        if torch.is_grad_enabled() and recompute:
+            embeds_TD = embeds_TD.requires_grad_()  # a layer that is computed twice is differentiated by its input
         self._holder.enter(context, recomputes=recompute)
         try:
             out = self.backbone(

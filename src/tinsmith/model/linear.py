@@ -21,11 +21,14 @@ class PassHolder:
     """Where the layers of one base find the context of the pass that is running.
 
     recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`.
+    anchor: an input by which a product is differentiated although its x isn't, for its adapters' sake; it never gets a
+    gradient.
     """
 
     def __init__(self) -> None:
         self._context: PassContext | None = None
         self.recomputes = False
+        self.anchor = torch.zeros((), requires_grad=True)
 
     @property
     def context(self) -> PassContext:
@@ -64,7 +67,7 @@ class LinearGroup:
         context = self._holder.context
         x_TI = x.reshape(-1, self.matrix.in_features)
         if torch.is_grad_enabled():
-            y_TO: Tensor = _Product.apply(x_TI, self, context)  # type: ignore[no-untyped-call]
+            y_TO: Tensor = _Product.apply(x_TI, self._holder.anchor, self, context)  # type: ignore[no-untyped-call]
         else:
             y_TO = self.matrix.times(x_TI, self.bias_O)
             context.add_lora(self.name, x_TI, y_TO)
@@ -102,10 +105,11 @@ class GroupedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The base's product and the adapters' in one node, so that no gradient is made for either's weights."""
+    """The base's product and the adapters' in one node, so that no gradient is made for either's weights, nor for an x
+    that needs none."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, group: LinearGroup, context: GradContext) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, anchor: Tensor, group: LinearGroup, context: GradContext) -> Tensor:
         y_TO = group.matrix.times(x_TI, group.bias_O)
         kept = context.add_lora(group.name, x_TI, y_TO)
         ctx.group, ctx.context = group, context
@@ -114,14 +118,16 @@ class _Product(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, None, None, None]:
         group = cast(LinearGroup, ctx.group)
         dy_TO = dy_TO.contiguous()
-        dx_TI = group.matrix.times_transpose(dy_TO)
+        is_wanted = ctx.needs_input_grad[0]
+        dx_TI = group.matrix.times_transpose(dy_TO) if is_wanted else None
         if ctx.saved_tensors:
             x_TI, *kept = ctx.saved_tensors
-            cast(GradContext, ctx.context).add_lora_grad(group.name, x_TI, tuple(kept), dy_TO, dx_TI)
-        return dx_TI, None, None
+            sum_TI = torch.zeros_like(x_TI) if dx_TI is None else dx_TI  # the adapters add to it all the same
+            cast(GradContext, ctx.context).add_lora_grad(group.name, x_TI, tuple(kept), dy_TO, sum_TI)
+        return dx_TI, None, None, None
 
 
 def _side_by_side(layers: Sequence[nn.Linear]) -> Tensor | None:

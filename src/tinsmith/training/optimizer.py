@@ -27,9 +27,11 @@ def optim_steps(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[
     """Apply each run's accumulated gradients and let go of them; none accumulated counts as zero gradients.
 
     Returns:
-        In the slots' order: `grad_norm` (global, before clipping), `optimizer_step` (taken so far) and
-        `learning_rate`; or a Failure that left its run as it was, if the gradients aren't finite. No metric is called
-        `step`: loops merge these into rows of their own, whose `step` they look for when they resume.
+        In the slots' order: `grad_norm` (global, before clipping), `clip_factor` (what clipping multiplied the
+        gradients by, 1 if it left them alone), `optimizer_step` (taken so far) and `learning_rate`; or a Failure that
+        left its run as it was, if the gradients aren't finite. No metric is called `step`: loops merge these into rows
+        of their own, whose `step` they look for when they resume. Norms of the parameters aren't among them: a pass
+        over memory for each, a sixth of the whole step (dev/LOG.md).
     """
     outcomes: list[OptimResult | Failure] = []
     start = 0
@@ -48,9 +50,7 @@ def _step_group(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[
     alike: dict[tuple[AdamParams, float], list[RunSlot]] = {}
     for slot, own, norm in zip(slots, params, norms, strict=True):
         if math.isfinite(norm):
-            is_clipped = own.grad_clip_norm > 0 and norm + CLIP_EPS > own.grad_clip_norm
-            divisor = (norm + CLIP_EPS) / own.grad_clip_norm if is_clipped else 1.0
-            alike.setdefault((own, divisor), []).append(slot)
+            alike.setdefault((own, _clip_divisor(own, norm)), []).append(slot)
     for (own, divisor), group in alike.items():
         _adamw(group, own, divisor)
     return outcomes_of(slots, params, norms)
@@ -61,7 +61,14 @@ def outcomes_of(
 ) -> list[OptimResult | Failure]:
     """After the steps: what each came to; a run whose norm isn't finite took none."""
     return [
-        OptimResult({"grad_norm": norm, "optimizer_step": float(slot.step), "learning_rate": own.learning_rate})
+        OptimResult(
+            {
+                "grad_norm": norm,
+                "clip_factor": 1 / _clip_divisor(own, norm),
+                "optimizer_step": float(slot.step),
+                "learning_rate": own.learning_rate,
+            }
+        )
         if math.isfinite(norm)
         else Failure(
             code="non_finite_gradient",
@@ -71,6 +78,12 @@ def outcomes_of(
         )
         for slot, own, norm in zip(slots, params, norms, strict=True)
     ]
+
+
+def _clip_divisor(params: AdamParams, norm: float) -> float:
+    """What gradients of this norm are divided by, as torch.nn.utils.clip_grad_norm_ does."""
+    is_clipped = params.grad_clip_norm > 0 and norm + CLIP_EPS > params.grad_clip_norm
+    return (norm + CLIP_EPS) / params.grad_clip_norm if is_clipped else 1.0
 
 
 def _adamw(slots: Sequence[RunSlot], params: AdamParams, divisor: float) -> None:
