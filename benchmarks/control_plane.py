@@ -95,7 +95,7 @@ def answering_from_memory(server: Server) -> Iterator[str]:
     requests = Requests(server.url, server.key)
     results = {}
     for letter, whole, seq in (
-        ("f", requests.forward_backward(run, 1, NUM_TOKENS), 1),
+        ("p", requests.forward_backward(run, 1, NUM_TOKENS), 1),
         ("o", requests.optim_step(run, 2), 2),
     ):
         path = "forward_backward" if seq == 1 else "optim_step"

@@ -62,8 +62,8 @@ class House:
         self.worker = Worker(me, self.store, self.blobs, self.engine, self.settings, bell, api, self._wake.ring)
         record = self.worker._recorder.record
 
-        def watched(outcomes: Any) -> None:
-            record(outcomes)
+        def watched(outcomes: Any, **how: Any) -> None:
+            record(outcomes, **how)
             now = time.perf_counter()
             for outcome in outcomes:
                 if outcome.finished.failure is not None:

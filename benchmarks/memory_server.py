@@ -15,12 +15,15 @@ import urllib.request
 from itertools import count
 
 POLL = b"/api/v1/retrieve_future"
-POSTS = {b"/api/v1/forward_backward": b"f", b"/api/v1/optim_step": b"o"}
+POSTS = {b"/api/v1/forward_backward": b"p", b"/api/v1/optim_step": b"o"}
 PASSED_ON = ("x-api-key", "content-type", "content-encoding")
 
 
 class Memory:
-    """results: by the letter that a request's id begins with, the media type and bytes of every result."""
+    """results: by the letter that a request's id begins with, the media type and bytes of every result.
+
+    The letters are no hexadecimal digits, with which the real server's ids begin.
+    """
 
     def __init__(self, url: str, results: dict[bytes, tuple[str, bytes]], run: str) -> None:
         self._url, self._results, self._run = url, results, run

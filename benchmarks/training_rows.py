@@ -45,6 +45,7 @@ from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, Targ
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 512, 1536, 8, 4, 64, 32000
 SQUARE = 2048
+PASS_TOKENS = 8192  # as a worker with this memory takes, and train_vs_peft.py
 Arm = Callable[[], Any]
 
 
@@ -137,7 +138,7 @@ def arm(
 
     def step() -> None:
         training_pass = trainer.start_pass(items)
-        while training_pass.advance(settings.pass_max_tokens):
+        while training_pass.advance(PASS_TOKENS):
             pass
         training_pass.commit()
 

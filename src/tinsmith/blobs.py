@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ class BlobInfo:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that is there. size in bytes; changed_at: unix seconds; is_unfinished: a killed or busy writer's."""
+
+    key: BlobKey
+    size: int
+    changed_at: float
+    is_unfinished: bool
+
+
 class Blobs:
     """Files below `root` on a local disk. Any method may be called from any thread and any process."""
 
@@ -75,7 +86,7 @@ class Blobs:
             os.fsync(temporary.file.fileno())
             temporary.path = path.with_name(f"{path.name}.{digest.hexdigest()[:DIGEST_CHARS]}")
         crash_point("blob.after_rename")
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return BlobInfo(BlobKey(f"{key}.{digest.hexdigest()[:DIGEST_CHARS]}"), size, digest.hexdigest())
 
     def get(self, key: BlobKey) -> bytes:
@@ -148,6 +159,37 @@ class Blobs:
         """Remove the file; one that is missing is fine. After a loss of power it may be there again."""
         self._path(key).unlink(missing_ok=True)
 
+    def files(self) -> Iterator[StoredFile]:
+        """All files, in no order; those that vanish meanwhile may be left out. A link is no file of ours."""
+        for directory, _, names in os.walk(self._root):
+            for name in names:
+                path = Path(directory, name)
+                with suppress(FileNotFoundError):
+                    found = path.lstat()
+                    if stat.S_ISREG(found.st_mode):
+                        key = BlobKey(path.relative_to(self._root).as_posix())
+                        yield StoredFile(key, found.st_size, found.st_mtime, name.startswith(TEMPORARY))
+
+    def hold(self, key: BlobKey, other: Blobs) -> bool:
+        """Keep a file whatever happens to it in `other`, on the same disk and without a copy; False if it has gone.
+
+        Raises:
+            OSError: the file system has no hard links, or this is another disk.
+        """
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.hardlink_to(other._path(key))
+        except FileExistsError:
+            return True
+        except FileNotFoundError:
+            return False
+        return True
+
+    def discard(self, file: StoredFile) -> None:
+        """Remove what `files` showed, unfinished or whole; one that is missing is fine."""
+        self._root.joinpath(file.key).unlink(missing_ok=True)
+
     def sweep(self, before: float) -> int:
         """Remove what killed writers left unfinished before that time (unix seconds); how many files."""
         num_removed = 0
@@ -175,7 +217,7 @@ class Blobs:
         if self._root in directory.parents or not directory.parent.is_dir():
             self._make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-        _sync_directory(directory.parent)
+        sync_directory(directory.parent)
         self._known.add(directory)
 
 
@@ -242,7 +284,8 @@ def _check_digest(key: BlobKey, digest: str) -> None:
         raise CorruptError(f"the stored file {key} was changed on the disk; restore it from a backup")
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Put the directory's entries on disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -24,6 +24,7 @@ from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
 from tinsmith.flags import with_settings
+from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.serve import serve
 from tinsmith.store import open_store
 
@@ -96,6 +97,9 @@ def _migrate(settings: Settings) -> None:
 app.command("serve")(with_settings(_serve))
 app.command("doctor")(with_settings(_doctor))
 app.command("migrate")(with_settings(_migrate))
+app.command("verify")(verify_command)
+app.command("backup")(backup_command)
+app.command("restore")(restore_command)
 
 
 @app.command("demo")

@@ -169,6 +169,13 @@ class Settings:
         512, "Prompt tokens computed in one sampler step.", unit="tokens", group="engine"
     )
 
+    cuda_graphs: str = setting(
+        "auto",
+        "Replay decode steps on a GPU as CUDA graphs, one for each size of the batch: auto (where it can be done), on "
+        "(a worker that can't doesn't start) or off.",
+        group="engine",
+    )
+
     poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
     answer_hold_s: float = setting(
         600.0,
@@ -307,6 +314,7 @@ class Settings:
             "tokenizer_id": ("auto", "path", "name"),
             "dtype": ("auto", "float32", "bfloat16"),
             "activation_checkpointing": ("auto", "always", "never"),
+            "cuda_graphs": ("auto", "on", "off"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

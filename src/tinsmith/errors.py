@@ -106,6 +106,10 @@ class NoMemoryError(TinsmithError):
     category = "capacity"
 
 
+class TakenError(CapacityError):
+    """Another is writing to the database, and the caller chose not to wait. Nothing was written."""
+
+
 class StorageFullError(CapacityError):
     """The disk is full. Nothing was written."""
 

@@ -203,6 +203,7 @@ def settle(worker: Worker, *, seconds: float = 60) -> None:
         num_pending = worker._writer.num_pending + worker.runs.residency.num_coming
         num_pending += worker._samples.num_coming + len(worker._publisher._due)
         if is_idle and not num_pending:
+            worker._recorder.flush()
             return
         if num_pending:
             time.sleep(0.002)

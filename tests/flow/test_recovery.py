@@ -16,7 +16,7 @@ from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import DATABASE_FILE
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpKind, OpState, RunId, RunStatus, SamplerId
-from tinsmith.worker import loop, outcomes
+from tinsmith.worker import loop, recorder
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_sampler_step_that_raises_fails_one_request(
 def test_what_was_computed_waits_for_the_storage(
     build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(outcomes, "STORAGE_RETRY_S", 0.01)
+    monkeypatch.setattr(recorder, "STORAGE_RETRY_S", 0.01)
     house = build()
     run = house.create_run()
     ops = train(house, run, range(2))

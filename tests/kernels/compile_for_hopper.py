@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tinsmith.model.lora import kernels
+from tinsmith.sampling import paged_kernel, tiled_kernel
 from tinsmith.training import adamw_kernels, logit_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -39,12 +40,36 @@ def compile_kernel(
             types[name], values[(index,)] = "constexpr", constants[name]
             continue
         types[name] = known.get(name, "i32")
-        if name in known or name.endswith(("stride", "width")):
+        if (name in known and known[name].startswith("*")) or name.endswith(("stride", "width")):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constexprs=values, attrs=hints)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     ptx = triton.compile(source, target=HOPPER, options=options).asm["ptx"]
     return {name: len(re.findall(pattern, ptx)) for name, pattern in PATTERNS.items()}
+
+
+def decode_kernels() -> dict[str, dict[str, int]]:
+    """Adapters of decode rows, and attention over pages, in the shapes of an 8B model."""
+    found: dict[str, dict[str, int]] = {}
+    tables = {
+        "x": "*bf16", "y": "*bf16", "anchor": "*bf16", "rows_at": "*i32", "count": "*i32",
+        "places": "*i64", "blocks": "*i32",
+    }  # fmt: skip
+    common = {"PROGRAMS": tiled_kernel.TILE_PROGRAMS, "UNIT": 8, "PRECISION": "tf32", "BT": tiled_kernel.TILE_ROWS}
+    shrink = {**common, "INPUTS": 4096, "LAYERS": 3, "BW": tiled_kernel.SUM_BLOCK, "BN": tiled_kernel.SHRINK_BLOCK}
+    found["_shrink_tiles"] = compile_kernel(tiled_kernel._shrink_tiles, shrink, 4, 4, tables)
+    for block in (16, 32, 64):
+        expand = {**common, "ALIGNED": True, "BW": tiled_kernel.EXPAND_BLOCK, "BN": block}
+        found[f"_expand_tiles {block}"] = compile_kernel(tiled_kernel._expand_tiles, expand, 4, 2, tables)
+    exact = {**common, "ALIGNED": False, "UNIT": 1, "PRECISION": "ieee", "BW": tiled_kernel.EXPAND_BLOCK, "BN": 16}
+    found["odd _expand_tiles"] = compile_kernel(
+        tiled_kernel._expand_tiles, exact, 4, 2, {**tables, "narrow": "*fp32", "anchor": "*fp32", "y": "*fp32"}
+    )
+    pages = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16", "table_ptr": "*i64",
+             "length_ptr": "*i64", "scale": "fp32"}  # fmt: skip
+    attend = {"SIZE": 128, "BLOCK_K": 64, "BLOCK_Q": paged_kernel.MIN_QUERIES, "BLOCK_D": 128, "BY_HAND": False}
+    found["_attend"] = compile_kernel(paged_kernel._attend, attend, 4, 3, pages)
+    return found
 
 
 def main() -> None:
@@ -72,6 +97,7 @@ def main() -> None:
     block = {"BLOCK": logit_kernels.BLOCK}
     found["_logsumexp"] = compile_kernel(logit_kernels._logsumexp, block, 8, 3, {"out": "*fp32"})
     found["_gradient"] = compile_kernel(logit_kernels._gradient, block, 8, 3, {"out": "*bf16"})
+    found |= decode_kernels()
     odd = {**common, "UNIT": 1, "ALIGNED": False, "PRECISION": "ieee", "SOLE": True, "BW": kernels.BLOCK_WIDE, "BN": 16}
     exact = dict.fromkeys(("wide", "narrow"), "*fp32")
     found["odd _outer"] = compile_kernel(

@@ -29,11 +29,11 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]
 
 
 def test_every_case_compiles(counts: dict[str, dict[str, int]]):
-    assert len(counts) == 3 * 2 * 3 + 2 + 2 + 1, list(counts)
+    assert len(counts) == 3 * 2 * 3 + 2 + 2 + 6 + 1, list(counts)
 
 
 def test_lora_kernels_use_tensor_cores_and_vectors(counts: dict[str, dict[str, int]]):
-    lora = {name: found for name, found in counts.items() if name.startswith(("_shrink", "_expand", "_outer"))}
+    lora = {name: found for name, found in counts.items() if " rank " in name}
     for name, found in lora.items():
         assert found["wgmma"] + found["mma.sync"] > 0, name
         assert found["single bf16 loads"] == found["single bf16 stores"] == 0, name
@@ -52,3 +52,11 @@ def test_adamw_loads_vectors(counts: dict[str, dict[str, int]]):
         assert counts[name]["vector loads"] > 0, name
     assert counts["_adamw"]["vector stores"] > 0
     assert counts["_adamw"]["single bf16 stores"] == 0
+
+
+def test_decode_kernels_use_tensor_cores_and_copy_vectors_ahead(counts: dict[str, dict[str, int]]):
+    for name in ("_shrink_tiles", "_expand_tiles 16", "_expand_tiles 32", "_expand_tiles 64", "_attend"):
+        found = counts[name]
+        assert found["mma.sync"] > 0, name
+        assert found["cp.async"] > 0, name
+        assert found["single bf16 loads"] == 0, name

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from tinsmith import crashpoints
-from tinsmith.errors import CapacityError, ConfigError, StorageFullError
+from tinsmith.errors import CapacityError, ConfigError, StorageFullError, TakenError
 from tinsmith.store import Store, database, open_store
 from tinsmith.store.rows import Finished, NewOp, WorkerId
 from tinsmith.store.schema import metadata
@@ -70,6 +71,20 @@ def test_a_full_disk_is_no_damage(store: Store) -> None:
     with store._database.write() as conn:
         conn.exec_driver_sql("PRAGMA max_page_count = 1000000")
     store.tenants.create("after")
+
+
+def test_who_may_not_wait_for_another_writer_is_told_at_once(tmp_path: Path) -> None:
+    store, other = open_store(tmp_path), open_store(tmp_path)
+    for busy in (store, other):  # a thread of this process, another process
+        with busy._database.write() as conn:
+            conn.exec_driver_sql("SELECT 1")
+            started = time.monotonic()
+            with pytest.raises(TakenError):
+                store.ops.enqueue_all([], 0.0, may_wait=False)
+            assert time.monotonic() - started < 1.0
+    assert store.ops.enqueue_all([], 0.0, may_wait=False) == []
+    store.close()
+    other.close()
 
 
 def test_claims_and_heartbeats_wait_for_no_disk_and_everything_else_does(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tinsmith.api.together import AT_MOST, Together
+from tinsmith.api import together as together_module
+from tinsmith.api.together import AT_MOST, Brief, Together
+from tinsmith.errors import NotFoundError, TakenError
 from tinsmith.types import TenantId
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
@@ -101,3 +104,53 @@ def test_a_caller_that_left_costs_nobody_his_answer(executor: ThreadPoolExecutor
         return await stays
 
     assert asyncio.run(scenario()) == 2
+
+
+def at_once(call: int) -> int:
+    if call < 0:
+        raise NotFoundError(f"{call}")
+    if call == 0:
+        raise TakenError("by another")
+    return threading.get_ident()
+
+
+def test_a_lone_call_is_carried_out_on_the_loop_and_one_that_would_wait_is_not(executor: ThreadPoolExecutor) -> None:
+    def carry_out(calls: Sequence[int]) -> list[int]:
+        return [threading.get_ident() for _ in calls]
+
+    async def scenario() -> None:
+        together: Together[int, int] = Together(executor, carry_out, at_once)
+        here = threading.get_ident()
+        assert await together.ask(ALICE, 1) == here
+        with pytest.raises(NotFoundError):
+            await together.ask(ALICE, -1)
+        assert await together.ask(ALICE, 0) != here
+        two = await asyncio.gather(*(together.ask(ALICE, n) for n in (1, 2)))
+        assert here not in two
+        assert await together.ask(ALICE, 1) == here
+
+    asyncio.run(scenario())
+
+
+def test_after_a_slow_call_the_loop_is_left_alone_until_one_was_brief(
+    executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together_module, "BRIEF_S", 0.05)
+    seconds = {"one": 0.1, "all": 0.1}
+
+    def one(call: int) -> str:
+        time.sleep(seconds["one"])
+        return "one"
+
+    def carry_out(calls: Sequence[int]) -> list[str]:
+        time.sleep(seconds["all"])
+        return ["all" for _ in calls]
+
+    async def scenario() -> list[str]:
+        together: Together[int, str] = Together(executor, carry_out, one)
+        found = [await together.ask(ALICE, 0), await together.ask(ALICE, 1)]
+        seconds.update(one=0.0, all=0.0)
+        return [*found, *[await together.ask(ALICE, n) for n in range(2)]]
+
+    assert asyncio.run(scenario()) == ["one", "all", "all", "one"]
+    assert Brief().is_now

@@ -1,9 +1,10 @@
 """What the routes work with, bundled once at start: settings, store, files, waiters, bells, served bases.
 
-The store's calls block, so none runs on the event loop: reads and CPU work go to a small pool, writes of the queue to
-one thread, as the database takes one writer at a time anyway. Each tenant has a few places in either and waits for them
-by itself, so that the calls of one who makes a thousand at once stand beside another's and not before them. What is
-made of large bodies goes to a lane of its own, one body of a tenant's at a time.
+The store's calls block, so they don't run on the event loop: reads and CPU work go to a small pool, writes of the queue
+to one thread, as the database takes one writer at a time anyway; a lone request's call is an exception (`together`).
+Each tenant has a few places in either and waits for them by itself, so that the calls of one who makes a thousand at
+once stand beside another's and not before them. What is made of large bodies goes to a lane of its own, one body of a
+tenant's at a time.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
-from tinsmith.api.together import Together
+from tinsmith.api.together import Brief, Together
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
-from tinsmith.errors import CapacityError, CorruptError, UserError
+from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
@@ -83,13 +84,15 @@ class Services:
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
+    to_ring: set[str] = field(init=False, default_factory=set)
+    looking: Brief = field(default_factory=Brief)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all))
-        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all))
+        object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
+        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
 
     async def enqueue(self, new: NewOp) -> Enqueued:
         """Record a request, together with those that come at the same time; it is on disk when this returns.
@@ -113,6 +116,15 @@ class Services:
             if len(news) == 1:
                 return [error]
             return [self._enqueue_all([new])[0] for new in news]
+
+    def _enqueue_at_once(self, new: NewOp) -> Enqueued:
+        (enqueued,) = self.store.ops.enqueue_all([new], time.time(), may_wait=False)
+        if isinstance(enqueued, NotFoundError):
+            raise enqueued
+        return enqueued
+
+    def _get_at_once(self, wanted: tuple[TenantId, OpId]) -> OpRow:
+        return self.store.ops.get(*wanted)
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """Run a blocking read or a piece of computing."""
@@ -139,9 +151,17 @@ class Services:
         return self.bases[name]
 
     def ring(self, base_model: str) -> None:
-        """Hint to the base's workers that there's work."""
-        for ringer in self.ringers.get(base_model, ()):
-            ringer.ring()
+        """Hint to the base's workers that there's work: once, however many say so in this turn of the event loop, and
+        after what is answered in it, so that a worker that wakes up takes no processor from the answer."""
+        if not self.to_ring:
+            asyncio.get_running_loop().call_soon(self._ring_all)
+        self.to_ring.add(base_model)
+
+    def _ring_all(self) -> None:
+        for base_model in self.to_ring:
+            for ringer in self.ringers.get(base_model, ()):
+                ringer.ring()
+        self.to_ring.clear()
 
     def close(self) -> None:
         for ringer in chain.from_iterable(self.ringers.values()):

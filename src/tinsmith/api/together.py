@@ -3,32 +3,69 @@
 A write that waits for the disk, or a hop to a thread and back, costs the same for one call as for sixty. Nothing waits
 for others to come: the first call starts at once, and those that come meanwhile are the next batch. Each tenant has its
 turn in every batch, so that who calls a thousand times at once stands beside another and not before him.
+
+A call that comes alone is carried out on the event loop itself, as long as such calls are brief and have to wait for
+nobody: two hops between threads cost as much as a short write to a good disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
+from tinsmith.errors import TakenError
 from tinsmith.types import TenantId
 
 T = TypeVar("T")
 R = TypeVar("R")
 Outcomes: TypeAlias = "Sequence[R | Exception]"
 AT_MOST = 64  # calls in one batch
+BRIEF_S = 0.002  # what a call may hold up the event loop, judged by the one before it
+
+
+class Brief:
+    """Whether calls of one kind are short enough to be carried out on the event loop: as short as the last one was.
+
+    May be used from any thread, by one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._last_s = 0.0
+
+    @property
+    def is_now(self) -> bool:
+        return self._last_s < BRIEF_S
+
+    def timed(self, call: Callable[[], T]) -> T:
+        """Carry out a call and remember how long it took."""
+        started = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self._last_s = time.perf_counter() - started
 
 
 class Together(Generic[T, R]):
     """For the event loop's own thread."""
 
-    def __init__(self, executor: Executor, carry_out: Callable[[Sequence[T]], Outcomes[R]]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        carry_out: Callable[[Sequence[T]], Outcomes[R]],
+        at_once: Callable[[T], R] | None = None,
+    ) -> None:
         """`carry_out` runs on the executor: one outcome for each call, in their order; an exception is for its call
-        alone. What it raises itself is for all of them."""
+        alone. What it raises itself is for all of them. `at_once` does the same for one call, on the event loop, where
+        that waits for nobody, and raises TakenError where it would."""
         self._executor = executor
         self._carry_out = carry_out
+        self._at_once = at_once
+        self._brief = Brief()
         self._waiting: OrderedDict[TenantId, deque[tuple[T, asyncio.Future[R]]]] = OrderedDict()
         self._is_under_way = False
 
@@ -47,8 +84,23 @@ class Together(Generic[T, R]):
         if not batch:
             self._is_under_way = False
             return
-        running = loop.run_in_executor(self._executor, self._carry_out, [call for call, _ in batch])
+        if len(batch) == 1 and self._is_done_at_once(*batch[0]):
+            self._start(loop)
+            return
+        calls = [call for call, _ in batch]
+        running = loop.run_in_executor(self._executor, self._brief.timed, partial(self._carry_out, calls))
         running.add_done_callback(lambda ended: self._end(loop, batch, ended))
+
+    def _is_done_at_once(self, call: T, future: asyncio.Future[R]) -> bool:
+        if self._at_once is None or not self._brief.is_now:
+            return False
+        try:
+            future.set_result(self._brief.timed(partial(self._at_once, call)))
+        except TakenError:
+            return False
+        except Exception as error:
+            future.set_exception(error)
+        return True
 
     def _take(self) -> list[tuple[T, asyncio.Future[R]]]:
         """The next batch: one call a tenant, again and again. Those that nobody waits for any more are left out."""

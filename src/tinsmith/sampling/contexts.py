@@ -20,9 +20,10 @@ from torch import Tensor
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
-from tinsmith.sampling.lora import Adapter, DecodeLora
+from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
 from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.tiled_lora import RowLora
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.devic
 class DecodeContext:
     """One token of every sequence in the groups; rows past the last group are padding."""
 
-    def __init__(self, groups: Seq[Group], lora: DecodeLora) -> None:
+    def __init__(self, groups: Seq[Group], lora: RowLora) -> None:
         self.groups = groups
         self._lora = lora
 

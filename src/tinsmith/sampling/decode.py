@@ -20,11 +20,11 @@ from tinsmith.model import HEAD, BaseModel, padded_rows
 from tinsmith.sampling.contexts import DecodeContext, decode_groups, head_logits
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw, penalise, restrict
-from tinsmith.sampling.lora import DecodeLora
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.rng import UInt64Array, uniforms
 from tinsmith.sampling.scores import Top, likeliest
 from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.tiled_lora import RowLora
 from tinsmith.types import IntArray, SamplingParams
 
 DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one prompt
@@ -44,15 +44,14 @@ class Drawn(NamedTuple):
 
 
 class Decoder:
-    """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas; for `context`."""
+    """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], is_exact: bool) -> None:
-        """is_exact: a row's bits don't depend on the others."""
+    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], lora: RowLora) -> None:
         self._base = base
         self._kv = kv
         self._version = -1
         self._sequences: list[Sequence] = []
-        self._lora = DecodeLora(base.device, is_exact)
+        self._lora = lora
         self._rules: Rules | None = None  # of `_sequences`, made when they are needed
         self._must_look = True  # tokens and positions aren't what the last step left
         self.context = DecodeContext((), self._lora)
@@ -61,17 +60,21 @@ class Decoder:
         self._counts_B: IntArray = np.zeros(0, np.int64)
 
     def prepare(self, paused: Collection[Sequence]) -> int:
-        """Make `tokens`, `positions` and `context` ready for a walk; the number of sequences."""
+        """Make `tokens` and `positions` ready for a walk; the number of sequences."""
         if self._version != self._kv.version:
             self._arrange()
         self._must_look = self._must_look or len(paused) > 0
         if self._must_look:
             inputs = [s.repeated if s in paused else s.pending for s in self._sequences]
             self.tokens, self.positions = np.array(inputs, np.int64).reshape(-1, 2).T
+        return len(self._sequences)
+
+    def seek(self) -> DecodeContext:
+        """The context of a walk over `tokens` and `positions`."""
         positions_B = torch.from_numpy(self.positions).to(self._base.device)
         for group in self.context.groups:
             group.seek(positions_B[group.first : group.last], self._base.dtype)
-        return len(self._sequences)
+        return self.context
 
     def draw(self, hidden_TD: Tensor, paused: Collection[Sequence]) -> list[Drawn]:
         """A token for every sequence that isn't paused. The sequences' rows come first, any others after them."""

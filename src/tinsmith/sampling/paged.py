@@ -148,6 +148,25 @@ class PagedKV(Generic[Owner]):
         return self.pool.read(self.tables[owner], start, end)
 
 
+class PagedRows:
+    """Decode attention of rows whose tables and lengths are tensors: nothing here looks at a number on the host."""
+
+    def __init__(self, pool: Pool, tables_NB: Tensor, positions_N: Tensor) -> None:
+        """For the step that writes `positions_N` (int64) and attends up to them."""
+        self._pool = pool
+        self._tables_NB = tables_NB
+        block_N1 = tables_NB.gather(1, positions_N[:, None] // BLOCK_TOKENS)
+        self._rows_N = block_N1[:, 0] * BLOCK_TOKENS + positions_N % BLOCK_TOKENS
+        self._lengths_N = positions_N + 1
+
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
+        """[N, H, D]; writes k and v first."""
+        k_PKGD, v_PKGD = self._pool.layers[layer]
+        k_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, k_GND.transpose(0, 1))
+        v_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, v_GND.transpose(0, 1))
+        return paged_attention(q_NHD, k_PKGD, v_PKGD, self._tables_NB, self._lengths_N, scale)
+
+
 class PagedGroup(Generic[Owner]):
     """All sequences in one call of attention, whatever their lengths. See `contexts.DecodeGroup`."""
 
@@ -159,17 +178,13 @@ class PagedGroup(Generic[Owner]):
         widest = max(map(len, kv.tables.values()), default=0)
         padded = [[*table, *[kv.pool.padding] * (widest - len(table))] for table in kv.tables.values()]
         self._tables_NB = torch.tensor(padded, dtype=torch.int64, device=device).reshape(-1, widest)
-        self._rows_N = self._lengths_N = torch.empty(0, dtype=torch.int64, device=device)
+        self._rows: PagedRows | None = None
 
     def seek(self, positions_N: Tensor, dtype: torch.dtype) -> None:
         """Prepare the step that writes `positions_N` (int64) and attends up to them."""
-        block_N1 = self._tables_NB.gather(1, positions_N[:, None] // BLOCK_TOKENS)
-        self._rows_N = block_N1[:, 0] * BLOCK_TOKENS + positions_N % BLOCK_TOKENS
-        self._lengths_N = positions_N + 1
+        self._rows = PagedRows(self._pool, self._tables_NB, positions_N)
 
     def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
         """[N, H, D]; writes k and v first."""
-        k_PKGD, v_PKGD = self._pool.layers[layer]
-        k_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, k_GND.transpose(0, 1))
-        v_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, v_GND.transpose(0, 1))
-        return paged_attention(q_NHD, k_PKGD, v_PKGD, self._tables_NB, self._lengths_N, scale)
+        assert self._rows is not None, "sought first"
+        return self._rows.attend(layer, q_NHD, k_GND, v_GND, scale)

@@ -27,8 +27,8 @@ def paged_attention_kernel(
     out_NHD = torch.empty_like(q_NHD)
     _attend[(num, groups)](
         q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, out_NHD, scale, tables_NB.stride(0), k_PKGD.stride(0),
-        k_PKGD.stride(1), k_PKGD.stride(2), heads, per_group, size,
-        BLOCK_K=k_PKGD.shape[1], BLOCK_Q=max(MIN_QUERIES, triton.next_power_of_2(per_group)),
+        k_PKGD.stride(1), k_PKGD.stride(2), heads, per_group,
+        SIZE=size, BLOCK_K=k_PKGD.shape[1], BLOCK_Q=max(MIN_QUERIES, triton.next_power_of_2(per_group)),
         BLOCK_D=triton.next_power_of_2(size), BY_HAND=k_PKGD.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     )  # fmt: skip
     return out_NHD
@@ -37,14 +37,14 @@ def paged_attention_kernel(
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, out_ptr, scale, table_stride, block_stride, token_stride, head_stride,
-    heads, per_group, size, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    heads, per_group, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):  # fmt: skip
     sequence, group = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_ptr + sequence)
     queries, columns, tokens = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    at = (sequence * heads + group * per_group + queries[:, None]) * size + columns[None, :]
-    is_query = (queries[:, None] < per_group) & (columns[None, :] < size)
+    at = (sequence * heads + group * per_group + queries[:, None]) * SIZE + columns[None, :]
+    is_query = (queries[:, None] < per_group) & (columns[None, :] < SIZE)
     q = tl.load(q_ptr + at, mask=is_query, other=0.0)
     if BY_HAND:
         q = q.to(tl.float32)
@@ -55,7 +55,7 @@ def _attend(
         block = tl.load(table_ptr + sequence * table_stride + index)
         is_seen = index * BLOCK_K + tokens < length
         inner = tokens[:, None] * token_stride + group * head_stride + columns[None, :]
-        is_there = is_seen[:, None] & (columns[None, :] < size)
+        is_there = is_seen[:, None] & (columns[None, :] < SIZE)
         k = tl.load(k_ptr + block * block_stride + inner, mask=is_there, other=0.0)
         v = tl.load(v_ptr + block * block_stride + inner, mask=is_there, other=0.0)
         if BY_HAND:

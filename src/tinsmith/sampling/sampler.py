@@ -26,6 +26,7 @@ from tinsmith.sampling.blocks import BLOCK_TOKENS
 from tinsmith.sampling.contexts import probe_kv_shape
 from tinsmith.sampling.decode import Drawn
 from tinsmith.sampling.grammar import Grammars
+from tinsmith.sampling.graphs import Capture
 from tinsmith.sampling.intake import Intake
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.limits import SampleLimits
@@ -75,11 +76,13 @@ class Sampler:
         tokenizer: Detokenizer,
         kv_blocks: int | None = None,
         is_paged: bool | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """`kv_blocks`: instead of what the setting comes to. `is_paged`: instead of what suits the device.
+        """`kv_blocks`: instead of what the setting comes to. `is_paged`, `capture`: instead of what suits the device.
 
         Raises:
             ConfigError: the KV memory holds not even one block.
+            UnsupportedError: see `graphs.decode_graphs`.
         """
         self._base = base
         self._settings = settings
@@ -98,7 +101,7 @@ class Sampler:
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
-        self._walker = Walker(base, self.memory.kv, is_exact=settings.deterministic)
+        self._walker = Walker(base, self.memory.kv, settings.deterministic, settings.cuda_graphs, capture)
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet

@@ -18,22 +18,39 @@ from tinsmith.model import BaseModel, PassContext, padded_rows
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
+from tinsmith.sampling.graphs import Capture, decode_graphs
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.prefill import Prefill
 from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.tiled_lora import TiledLora, row_lora_for
 from tinsmith.types import IntArray
 
 
 class Walker:
-    """is_exact: a row's bits don't depend on the others. Otherwise few rows stay few, and adapters take the
-    shortest way."""
+    """graphs: what decode steps without prompts are replayed from, where that can be."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], is_exact: bool) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        kv: KVCache[Sequence] | PagedKV[Sequence],
+        is_exact: bool,
+        cuda_graphs: str = "auto",
+        capture: Capture | None = None,
+    ) -> None:
+        """is_exact: a row's bits don't depend on the others. Otherwise few rows stay few, and adapters take the
+        shortest way. capture: as if on a GPU, with this in place of CUDA's.
+
+        Raises:
+            UnsupportedError: see `graphs.decode_graphs`.
+        """
         self._base = base
-        self._hidden = (lean_layers(base) or base).hidden
-        self.decoder = Decoder(base, kv, is_exact)
+        layers = lean_layers(base)
+        self._hidden = (layers or base).hidden
+        lora = row_lora_for(base, is_exact) if capture is None else TiledLora(base.linears, base.device, base.dtype)
+        self.decoder = Decoder(base, kv, lora)
+        self.graphs = decode_graphs(base, layers, kv, lora, cuda_graphs, capture)
 
     def walk(self, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:
         """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends.
@@ -43,14 +60,17 @@ class Walker:
         decoder = self.decoder
         num_decoded = decoder.prepare(paused)
         if not chunks:
-            return decoder.draw(self._run(decoder.tokens, decoder.positions, decoder.context), paused)
+            found_TD = self.graphs.run(decoder.tokens, decoder.positions) if self.graphs is not None else None
+            if found_TD is None:
+                found_TD = self._run(decoder.tokens, decoder.positions, decoder.seek())
+            return decoder.draw(found_TD, paused)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
             prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
             return []
         tokens = np.concatenate([decoder.tokens, prefill.tokens])
         positions = np.concatenate([decoder.positions, prefill.positions])
-        hidden_TD = self._run(tokens, positions, MixedContext(decoder.context, num_decoded, prefill.context))
+        hidden_TD = self._run(tokens, positions, MixedContext(decoder.seek(), num_decoded, prefill.context))
         prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinsmith.errors import ConfigError
 from tinsmith.store.audit import Audit
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
@@ -17,7 +18,7 @@ from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
-from tinsmith.store.migrate import upgrade
+from tinsmith.store.migrate import check_schema, upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
@@ -25,6 +26,7 @@ from tinsmith.store.session_search import SessionSearch
 from tinsmith.store.sessions import Sessions
 from tinsmith.store.tenants import Tenants
 from tinsmith.store.traces import Traces
+from tinsmith.store.upkeep import Upkeep
 from tinsmith.store.waiting import Waiting
 from tinsmith.store.workers import Workers
 
@@ -49,6 +51,7 @@ class Store:
         self.audit = Audit(database)
         self.session_search = SessionSearch(database)
         self.traces = Traces(database)
+        self.upkeep = Upkeep(database)
 
     def close(self) -> None:
         """Close all connections. Calls made afterwards raise RuntimeError."""
@@ -70,4 +73,19 @@ def open_store(data_dir: Path, *, synchronous: str = "FULL") -> Store:
     return Store(database)
 
 
-__all__ = ["CURE", "DATABASE_FILE", "Store", "damage", "open_store"]
+def open_as_it_is(path: Path) -> Store:
+    """The store of a database file that is there and of this version: nothing is made or upgraded.
+
+    Raises:
+        ConfigError: there's no such file, or it is of another version.
+        CorruptError: the file is no database, or can't be read.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no database {path}")
+    database = Database(path)
+    with errors_by_name():
+        check_schema(database)
+    return Store(database)
+
+
+__all__ = ["CURE", "DATABASE_FILE", "Store", "damage", "open_as_it_is", "open_store"]

@@ -11,6 +11,7 @@ Owns the connections of one process and knows no table. What stays true:
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -26,12 +27,13 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError
+from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError, TakenError
 from tinsmith.store.prepared import driver_of
 
 BUSY_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.0005
 CURE = "look at the disk (is it failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
+TAKEN = "the database is being written by another"
 SYNCHRONOUS = ("FULL", "NORMAL")
 
 
@@ -56,17 +58,19 @@ class Database:
         self._is_closed = False
 
     @contextmanager
-    def write(self, *, is_durable: bool = True) -> Iterator[Connection]:
+    def write(self, *, is_durable: bool = True, may_wait: bool = True) -> Iterator[Connection]:
         """One write transaction: committed when the block ends, rolled back when it raises.
 
         Args:
             is_durable: with False, a loss of power may undo it until the next durable write; a crash of a process
                 doesn't. For what nobody was told of: a claim, a heartbeat. Spares an fsync.
+            may_wait: for other writers, of this process and of others.
 
         Raises:
             CapacityError: another process held the write lock for longer than `BUSY_TIMEOUT_S`. Nothing was written.
+            TakenError: there is another writer, and this one may not wait.
         """
-        with self._write_lock:
+        with self._alone(may_wait):
             connection = self._writers.get(is_durable) or self._connect()
             if is_durable not in self._writers:
                 self._writers[is_durable] = connection
@@ -74,7 +78,7 @@ class Database:
                 driver.execute("PRAGMA busy_timeout=0").close()  # `_begin_write` waits
                 if not is_durable:
                     driver.execute("PRAGMA synchronous=NORMAL").close()
-            with errors_by_name(), _transaction(connection, is_write=True):
+            with errors_by_name(), _transaction(connection, is_write=True, may_wait=may_wait):
                 yield connection
 
     @contextmanager
@@ -104,6 +108,15 @@ class Database:
             self._idle.pop().close()
         self._engine.dispose()
 
+    @contextmanager
+    def _alone(self, may_wait: bool) -> Iterator[None]:
+        if not self._write_lock.acquire(blocking=may_wait):
+            raise TakenError(TAKEN)
+        try:
+            yield
+        finally:
+            self._write_lock.release()
+
     def _connect(self) -> Connection:
         if self._is_closed:
             raise RuntimeError("the store is closed")
@@ -123,6 +136,21 @@ def damage(path: Path) -> str | None:
     except sqlite3.Error as error:
         return str(error)
     return None if found == ["ok"] else "; ".join(map(str, found))
+
+
+def copy_database(source: sqlite3.Connection, target: Path) -> None:
+    """A copy of a database as `source`, in whose transaction it is made, sees it; on disk afterwards.
+
+    Raises:
+        CorruptError: the database can't be read.
+        StorageFullError: there is no room for the copy.
+    """
+    target.unlink(missing_ok=True)
+    with errors_by_name(), closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE").close()
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _make_engine(path: Path, synchronous: str) -> Engine:
@@ -158,11 +186,11 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
 
 
 @contextmanager
-def _transaction(connection: Connection, *, is_write: bool) -> Iterator[None]:
+def _transaction(connection: Connection, *, is_write: bool, may_wait: bool = True) -> Iterator[None]:
     """Begun and ended on the driver: SQLAlchemy takes part only where one of its statements is run."""
     driver = driver_of(connection)
     if is_write:
-        _begin_write(driver)
+        _begin_write(driver, may_wait)
     else:
         driver.execute("BEGIN").close()
     try:
@@ -179,8 +207,8 @@ def _transaction(connection: Connection, *, is_write: bool) -> Iterator[None]:
         raise
 
 
-def _begin_write(driver: sqlite3.Connection) -> None:
-    """Take the write lock; wait for another process to give it back.
+def _begin_write(driver: sqlite3.Connection, may_wait: bool = True) -> None:
+    """Take the write lock; wait for another process to give it back, if that is allowed.
 
     SQLite's own waiting sleeps 1, 2, 5, 10, 15, 20 ... ms, which is longer than most transactions take.
     """
@@ -190,6 +218,8 @@ def _begin_write(driver: sqlite3.Connection) -> None:
             driver.execute("BEGIN IMMEDIATE").close()
             return
         except sqlite3.OperationalError as error:
+            if _is_busy(error) and not may_wait:
+                raise TakenError(TAKEN) from None
             if not _is_busy(error) or time.monotonic() > deadline:
                 raise
         time.sleep(BUSY_POLL_S)

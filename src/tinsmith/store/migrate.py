@@ -24,9 +24,7 @@ SCRIPTS = Path(__file__).parent / "migrations"
 
 def upgrade(database: Database, lock_file: Path) -> None:
     """Raises: ConfigError: the database is of a newer version."""
-    config = Config()
-    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
-    scripts = ScriptDirectory.from_config(config)
+    config, scripts = _scripts()
     with _locked(lock_file), database.write() as conn:
         current = MigrationContext.configure(conn).get_current_revision()
         if current == scripts.get_current_head():
@@ -35,6 +33,23 @@ def upgrade(database: Database, lock_file: Path) -> None:
             raise ConfigError(f"the database is of a newer tinsmith (schema {current}); upgrade tinsmith")
         config.attributes["connection"] = conn
         command.upgrade(config, "head")
+
+
+def check_schema(database: Database) -> None:
+    """Raises: ConfigError: the database is of another version than this one."""
+    with database.read() as conn:
+        current = MigrationContext.configure(conn).get_current_revision()
+    _, scripts = _scripts()
+    if current != scripts.get_current_head():
+        is_known = current is None or current in {script.revision for script in scripts.walk_revisions()}
+        cure = "run `tinsmith migrate` first" if is_known else "upgrade tinsmith"
+        raise ConfigError(f"the database is of another tinsmith (schema {current or 'none'}): {cure}")
+
+
+def _scripts() -> tuple[Config, ScriptDirectory]:
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    return config, ScriptDirectory.from_config(config)
 
 
 @contextmanager

@@ -130,17 +130,20 @@ class Ops:
             raise enqueued
         return enqueued
 
-    def enqueue_all(self, news: Sequence[NewOp], now: float) -> list[Enqueued | NotFoundError]:
+    def enqueue_all(
+        self, news: Sequence[NewOp], now: float, *, may_wait: bool = True
+    ) -> list[Enqueued | NotFoundError]:
         """The same for several requests in one transaction, in this order. One that is refused leaves no trace and
         keeps no other from being acknowledged.
 
         Raises:
+            TakenError: others are writing, and this may not wait for them; nothing was recorded.
             ValueError: not exactly one of run_id and sampler_id is set; nothing was recorded.
         """
         if any((new.run_id is None) == (new.sampler_id is None) for new in news):
             raise ValueError("an op belongs to a run or to a sampler")
         enqueued: list[Enqueued | NotFoundError] = []
-        with self._database.write() as conn:
+        with self._database.write(may_wait=may_wait) as conn:
             for new in news:
                 try:
                     enqueued.append(arrive(conn, new, now))

@@ -28,6 +28,7 @@ from tinsmith.training.packing import pieces
 from tinsmith.types import Failure
 
 WHOLE_BYTES = 256 * 2**20
+CACHED_LOGITS = 2**19  # 2 MiB of logits are gone over three times while a core's cache holds them
 
 
 class AnyChunkPass(Protocol):
@@ -124,7 +125,8 @@ class _ChunkPass:
     """One chunk: its logits and what follows from them.
 
     `logprobs` are those of the targets of each block, [N, K] or [N]. One tensor holds the logits, then the
-    probabilities, then the gradient of the logits.
+    probabilities, then the gradient of the logits; where a position has one target, all but its coefficient, by which
+    the product's D numbers are multiplied and not its V.
     """
 
     def __init__(self, matrix: FrozenMatrix, h_CD: Tensor, blocks: Sequence[Block]) -> None:
@@ -133,12 +135,9 @@ class _ChunkPass:
         self._blocks = blocks
         self._shrunk: dict[int, Tensor] = {}
         logits_CV = self._make_logits()
-        top_C = logits_CV.amax(-1)
         target_logits = [logits_CV[block.rows].gather(1, _rows_by_k(block.targets)) for block in blocks]
-        self._probs_CV = torch.softmax(
-            logits_CV, -1, out=logits_CV
-        )  # each element of a row is read before it's written
-        top_prob_C = self._probs_CV.amax(-1)
+        top_C, top_prob_C = _to_probs(logits_CV)
+        self._probs_CV = logits_CV
         self.logprobs = [
             _logprobs(logits_NK, top_C[block.rows], top_prob_C[block.rows]).view(block.targets.shape)
             for block, logits_NK in zip(blocks, target_logits, strict=True)
@@ -208,13 +207,19 @@ class _ChunkPass:
             dlogits_MV = self._probs_CV.index_select(0, F.pad(rows_M, (0, num_rows - len(rows_M))))
         offset = 0
         spans: list[slice] = []
+        factor_M1 = dlogits_MV.new_ones(len(dlogits_MV), 1)
         for (block, coef_NK), rows_N in zip(live, rows, strict=True):
             inner_N = rows_N - block.row
             span = slice(offset, offset + len(rows_N))
-            _to_dlogits(dlogits_MV[span], coef_NK[inner_N], block.targets[inner_N])
+            coef_NK, targets_NK = coef_NK[inner_N], _rows_by_k(block.targets[inner_N])
+            if coef_NK.shape[1] == 1 and HEAD not in block.op.slot.views:
+                dlogits_MV[span].scatter_add_(1, targets_NK, coef_NK.new_full(coef_NK.shape, -1.0))
+                torch.neg(coef_NK, out=factor_M1[span])
+            else:
+                _to_dlogits(dlogits_MV[span], coef_NK, targets_NK)
             spans.append(span)
             offset = span.stop
-        dh_MD = self._matrix.times_transpose(dlogits_MV)
+        dh_MD = self._matrix.times_transpose(dlogits_MV).mul_(factor_M1)
         ending = {id(block.op) for block in self._blocks if block.is_last_of_op}
         for (block, _), rows_N, span in zip(live, rows, spans, strict=True):
             if HEAD in block.op.slot.views:
@@ -235,10 +240,24 @@ class _ChunkPass:
         add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
 
 
-def _to_dlogits(probs_NV: Tensor, coef_NK: Tensor, targets: Tensor) -> None:
+def _to_probs(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of each row, in place. Returns: the greatest logit of each row, and the greatest probability, [C]."""
+    num_rows, vocab = logits_CV.shape
+    top_C, top_prob_C = logits_CV.new_empty(num_rows), logits_CV.new_empty(num_rows)
+    step = max(1, torch.get_num_threads() * CACHED_LOGITS // vocab)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        torch.amax(logits_CV[rows], -1, out=top_C[rows])
+        # each element of a row is read before it's written
+        torch.softmax(logits_CV[rows], -1, out=logits_CV[rows])
+        torch.amax(logits_CV[rows], -1, out=top_prob_C[rows])
+    return top_C, top_prob_C
+
+
+def _to_dlogits(probs_NV: Tensor, coef_NK: Tensor, targets_NK: Tensor) -> None:
     """Turn probabilities into the gradient of the logits, in place."""
     probs_NV.mul_(-coef_NK.sum(-1, keepdim=True))
-    probs_NV.scatter_add_(1, _rows_by_k(targets), coef_NK)
+    probs_NV.scatter_add_(1, targets_NK, coef_NK)
 
 
 def _logprobs(target_logits_NK: Tensor, top_N: Tensor, top_prob_N: Tensor) -> Tensor:

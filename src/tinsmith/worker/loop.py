@@ -1,8 +1,8 @@
-"""The only loop: look ▸ plan ▸ run ▸ commit.
+"""The only loop: look ▸ plan ▸ run ▸ record.
 
 One thread owns the engine. Each turn looks at the rows (when a bell or a finished step says that something may have
-changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, commits the outcomes
-in one transaction, and advances the resident samples. Training passes take turns pack by pack, and so do training and
+changed, and in any case every `scan_interval_s`), takes one batch from the scheduler, computes it, hands the outcomes
+to the recorder, and advances the resident samples. Training passes take turns pack by pack, and so do training and
 sampling: after each pack the sampler has as long as the pack took, times the setting `sampling_share`.
 """
 
@@ -24,16 +24,17 @@ from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, Role, RunId
+from tinsmith.types import OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, Recorder, failed
+from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
-from tinsmith.worker.postponed import MESSAGE
+from tinsmith.worker.postponed import TOO_LONG
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
@@ -48,7 +49,6 @@ MAX_SAMPLES = 4096  # requests in the engine, of all tenants; it decides whose s
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
-INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
 
 class Worker:
@@ -78,10 +78,11 @@ class Worker:
         self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
         self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
+        self._wake = wake
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
-        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._ahead)
-        self._publisher = Publisher(me, store, blobs, engine, self._writer)
+        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
+        self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder)
         self._barriers = Barriers(
             engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._settle_save, role
         )
@@ -107,14 +108,20 @@ class Worker:
 
         Raises:
             FencedError: another worker has taken this one's place; nothing more may be written.
+            CapacityError, CorruptError, OSError: outcomes can't be recorded; the next worker computes them again.
         """
-        while not stop.is_set():
-            if not self.step() and self._bell.wait(self._settings.scan_interval_s):
-                self._must_look = True
-        self.close()
+        self._recorder.start(self._wake)
+        try:
+            while not stop.is_set():
+                if not self.step() and self._bell.wait(self._settings.scan_interval_s):
+                    self._must_look = True
+            self.close()
+        finally:
+            self._recorder.stop()
 
     def step(self) -> bool:
         """One turn. False if there was nothing to do."""
+        self._recorder.check()
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
@@ -134,7 +141,10 @@ class Worker:
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True
         is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
-        return worked or batch is not None or is_at_work or self._must_plan
+        is_busy = worked or batch is not None or is_at_work or self._must_plan
+        if not is_busy:
+            self._recorder.go()
+        return is_busy
 
     def close(self) -> None:
         """Record what is under way, so that the next worker starts without replays; give everything back."""
@@ -253,6 +263,7 @@ class Worker:
         if current is None:
             return 0.0
         before = current.seconds
+        self._recorder.go()
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
             with self._busy_clock:
@@ -283,6 +294,7 @@ class Worker:
                 self._admit_samples()
 
     def _step_samples(self) -> None:
+        self._recorder.go()
         try:
             with self._busy_clock:
                 outcomes = self._samples.step()
@@ -290,7 +302,7 @@ class Worker:
             abandoned = self._samples.abandon()
             log.exception("sampler step failed", ops=[op.id for op in abandoned])
             if len(abandoned) == 1:
-                outcomes = [failed(abandoned[0], Failure("internal", "server", INTERNAL))]
+                outcomes = [failed(abandoned[0], INTERNAL)]
             else:
                 outcomes = []
                 self._suspects |= {op.id for op in abandoned}
@@ -319,12 +331,12 @@ class Worker:
                 refused = self._samples.admit(op)
             except Exception:
                 log.exception("sample refused", op=op.id)
-                refused = failed(op, Failure("internal", "server", INTERNAL))
+                refused = failed(op, INTERNAL)
             if refused is not None:
                 self._commit([refused])
 
     def _settle(self, outcomes: Sequence[Outcome], replays: set[OpId], seconds: float) -> None:
-        """Commit the new outcomes, then count what was applied to each run.
+        """Have the new outcomes recorded, then count what was applied to each run.
 
         A replay that fails where its first run didn't leaves a state that the log doesn't describe: the run is given
         up, and what was computed on it together with the replay fails too. One for which there was no memory is
@@ -350,7 +362,8 @@ class Worker:
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         if not outcomes:
             return
-        self._recorder.record(outcomes)
+        has_more = len(self._passes) > 0 or self._engine.num_samples > 0 or len(self._queue.ops) > 0
+        self._recorder.record(outcomes, at_once=not has_more)
         self._must_plan = True
 
     def _put_back(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
@@ -361,15 +374,13 @@ class Worker:
         self._queue.look()
         told = [op.id for op in self._queue.ops if op.run_id in run_ids and self.runs.postponed.is_long(op.run_id)]
         if told:
-            failure = NoMemoryError(MESSAGE).as_failure()
-            self._commit([failed(op, failure) for op in self._store.ops.claim(self._me, told, time.time())])
+            self._commit([failed(op, TOO_LONG) for op in self._store.ops.claim(self._me, told, time.time())])
             self._queue.remove(told)
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId], error: Exception) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run, unless memory was lacking), several
         are tried again one by one; their runs are read anew."""
-        internal = Failure("internal", "server", INTERNAL)
-        failure = error.as_failure() if isinstance(error, NoMemoryError) else internal
+        failure = error.as_failure() if isinstance(error, NoMemoryError) else INTERNAL
         new = [op for op in ops if op.id not in replays and op.id not in self._saving]
         if len(ops) == 1:
             self._commit([failed(op, failure) for op in new])

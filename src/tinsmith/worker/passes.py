@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
@@ -20,7 +21,7 @@ from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.tempo import Tempo
 
@@ -71,7 +72,8 @@ class OpenPass:
                 outcomes.append(failed(op, result))
             else:
                 usage = Usage(trained_tokens=item.num_tokens)
-                outcomes.append(succeeded(op, encode_train_result(result), PROTOBUF, usage=usage))
+                num_bytes = sum(logprobs.nbytes for logprobs in result.logprobs)
+                outcomes.append(computed(op, partial(encode_train_result, result), num_bytes, PROTOBUF, usage))
         return outcomes
 
 

@@ -20,10 +20,10 @@ FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 PATIENCE_S = 60.0  # from then on requests of the run are answered at each try
 LACKS = (NoMemoryError.code, "out_of_memory")  # the second is what a pass says of a sequence that fits in no pack
-MESSAGE = (
+TOO_LONG = NoMemoryError(
     "there is no memory at the moment to bring the run back to where it was; nothing of it is lost, and this request "
     "had no effect: send it again later, or have the server given more memory"
-)
+).as_failure()
 
 
 @dataclass(slots=True)

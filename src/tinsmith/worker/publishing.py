@@ -21,6 +21,7 @@ from tinsmith.engine import Engine
 from tinsmith.store import Store
 from tinsmith.store.rows import WorkerId
 from tinsmith.types import BlobKey, RunState
+from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.snapshots import HeldRun
 from tinsmith.worker.writer import Writer
 
@@ -40,12 +41,15 @@ class _Promise:
 
 
 class Publisher:
-    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, engine: Engine, writer: Writer) -> None:
+    def __init__(
+        self, me: WorkerId, store: Store, blobs: Blobs, engine: Engine, writer: Writer, recorder: Recorder
+    ) -> None:
         self._me = me
         self._store = store
         self._blobs = blobs
         self._engine = engine
         self._writer = writer
+        self._recorder = recorder
         self._unwritten: dict[BlobKey, _Promise] = {}
         self._due: list[_Promise] = []
 
@@ -69,7 +73,7 @@ class Publisher:
         return key in self._unwritten
 
     def write(self) -> None:
-        """Have the files written of all that was published. To be called once the outcomes are recorded."""
+        """Have the files written of all that was published. To be called once the outcomes are handed over."""
         now = time.monotonic()
         due, self._due = self._due, []
         for promise in due:
@@ -88,12 +92,14 @@ class Publisher:
             if self._unwritten.get(promise.key) is promise:
                 del self._unwritten[promise.key]
 
-        self._writer.submit(lambda: self._write(promise), written)
+        mark = self._recorder.mark()
+        self._writer.submit(lambda: self._write(promise, mark), written)
 
-    def _write(self, promise: _Promise) -> BlobInfo:
+    def _write(self, promise: _Promise, mark: int) -> BlobInfo:
         crash_point("sampler.before_file")
         made = self._blobs.put(promise.key, state_pieces(promise.on_host()))
         crash_point("sampler.after_file")
+        self._recorder.wait(mark)
         if not self._store.samplers.redeem(self._me, promise.key, made.key):
             self._blobs.delete(made.key)  # the sampler ended, or has newer weights
         return made

@@ -26,6 +26,7 @@ from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, T
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.postponed import LACKS, Postponed
 from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import HeldRun, Snapshots
 from tinsmith.worker.writer import Writer
@@ -47,6 +48,7 @@ class HeldRuns:
         engine: Engine,
         settings: Settings,
         writer: Writer,
+        recorder: Recorder,
         ahead: ReadAhead,
     ) -> None:
         self._me = me
@@ -54,8 +56,9 @@ class HeldRuns:
         self._store = store
         self._engine = engine
         self._writer = writer
+        self._recorder = recorder
         self._ahead = ahead
-        self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, self._on_disk)
+        self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
         self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go)
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
@@ -172,11 +175,12 @@ class HeldRuns:
         self._set_status(held, RunStatus.CORRUPTED)
 
     def _set_status(self, held: HeldRun, status: RunStatus) -> None:
+        self._recorder.flush()
         self._store.runs.set_status(self._me, held.row.run_id, status)
         held.row = replace(held.row, status=status)
 
     def applied(self, op: OpRow, seconds: float) -> None:
-        """The op has been computed (again or for the first time) and, unless it is a replay, committed."""
+        """The op has been computed (again or for the first time) and, unless it is a replay, handed to the recorder."""
         held = self._held.get(op.run_id) if op.run_id else None
         if held is None or held.given_up is not None:
             return
@@ -200,6 +204,7 @@ class HeldRuns:
     def forget(self, run_ids: Iterable[RunId]) -> None:
         """Drop the runs' tensors and read their logs again: after an error that may have left them half changed."""
         self._writer.flush()
+        self._recorder.flush()
         for run_id in set(run_ids):
             self.residency.drop(run_id)
             held = self._held[run_id]
@@ -249,6 +254,7 @@ class HeldRuns:
         for run_id in run_ids:
             self._idle.pop(run_id, None)
             del self._held[run_id]
+        self._recorder.flush()
         self._store.runs.release(self._me, run_ids)
 
     def _on_disk(self, key: BlobKey, state: RunState) -> None:
@@ -256,6 +262,7 @@ class HeldRuns:
             self._ahead.keep(key, state)
 
     def release_all(self) -> None:
+        self._recorder.flush()
         self._store.runs.release(self._me, list(self._held))
         self._held.clear()
         self._idle.clear()

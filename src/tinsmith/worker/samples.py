@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import structlog
 from google.protobuf.message import EncodeError
@@ -14,12 +15,12 @@ from tinsmith.errors import CorruptError, TinsmithError, UserError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, SamplerWeights
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import BlobKey, Failure, OpId, SampleResult, TenantId
+from tinsmith.types import Array, BlobKey, Failure, OpId, SampleResult, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.decode import Payloads
-from tinsmith.worker.outcomes import Outcome, failed, succeeded
+from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.telling import Telling
@@ -112,17 +113,14 @@ class Samples:
         """Advance all resident sequences; the outcomes of the requests that ended."""
         outcomes: list[Outcome] = []
         for op_id, result in self._engine.step_samples():
-            body = result if isinstance(result, Failure) else _encoded(op_id, result)
             op = self._resident.pop(op_id)
             self._telling.end(op_id)
             num_prompt = self._prompt_tokens.pop(op_id)
             if isinstance(result, Failure):
                 outcomes.append(failed(op, result))
-            elif isinstance(body, Failure):
-                outcomes.append(failed(op, body))
             else:
                 usage = _usage(num_prompt, result)
-                outcomes.append(succeeded(op, body, PROTOBUF, usage=usage))
+                outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
                 self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         return outcomes
@@ -178,6 +176,18 @@ def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
         log.error("a sample's result could not be written", op=op_id, exc_info=error)
         message = "the result of this request could not be written: send it as several smaller ones"
         return Failure(code="internal", category="server", message=message)
+
+
+def _num_bytes(result: SampleResult) -> int:
+    """Of the arrays of a result."""
+    arrays: list[Array | None] = [
+        array
+        for sequence in result.sequences
+        for array in (sequence.tokens, sequence.logprobs, sequence.topk_tokens, sequence.topk_logprobs)
+    ]
+    arrays += [result.prompt_logprobs, result.topk_prompt_tokens, result.topk_prompt_logprobs]
+    arrays += [result.prompt_target_logprobs, result.prompt_alt_tokens, result.prompt_alt_logprobs]
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def _usage(num_prompt: int, result: SampleResult) -> Usage:

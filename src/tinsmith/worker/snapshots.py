@@ -2,8 +2,8 @@
 
 What stays true:
 
-* A snapshot is copied between steps, after the rows of the ops that it holds were committed, and only when no save of
-  that run is still being written: else an op below the snapshot could run again on a later state.
+* A snapshot is copied between steps, and only when no save of that run is still being written; it is recorded after the
+  outcomes of all ops that it holds. Else an op below the snapshot could run again on a later state.
 * Payloads are forgotten only after the snapshot that covers them is recorded.
 """
 
@@ -23,6 +23,7 @@ from tinsmith.errors import FencedError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
 from tinsmith.types import BlobKey, Failure, RunId, RunState
+from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -59,6 +60,7 @@ class Snapshots:
         engine: Engine,
         settings: Settings,
         writer: Writer,
+        recorder: Recorder,
         on_disk: Callable[[BlobKey, RunState], None],
     ) -> None:
         """`on_disk` is told of each state whose file is recorded."""
@@ -68,6 +70,7 @@ class Snapshots:
         self._engine = engine
         self._settings = settings
         self._writer = writer
+        self._recorder = recorder
         self._on_disk = on_disk
 
     def is_over(self, held: HeldRun) -> bool:
@@ -88,6 +91,7 @@ class Snapshots:
         seq, debt_ops, debt_bytes, debt_s = held.applied_seq, held.debt_ops, held.debt_bytes, held.debt_s
         key = snapshot_key(held.row.tenant_id, run_id, seq)
         held.is_snapshotting = True
+        mark = self._recorder.mark()
 
         def recorded(stored: BlobInfo | BaseException | None) -> None:
             held.is_snapshotting = False
@@ -100,11 +104,12 @@ class Snapshots:
                 held.snapshot, held.snapshot_seq = stored.key, seq
                 self._on_disk(stored.key, state)
 
-        self._writer.submit(lambda: self._write(run_id, seq, key, state), recorded)
+        self._writer.submit(lambda: self._write(run_id, seq, key, state, mark), recorded)
 
-    def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState) -> BlobInfo | None:
+    def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int) -> BlobInfo | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
         stored = self._blobs.put(key, state_pieces(state))
+        self._recorder.wait(mark)
         try:
             previous = self._store.runs.record_snapshot(self._me, run_id, seq, stored.key, stored.size, time.time())
         except FencedError:

@@ -1,0 +1,226 @@
+"""What whoever checks or copies a whole data directory needs: every file that a row names, and rows at odds.
+
+Reads all tenants; nothing here is reachable through the API. Each call is one consistent view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
+
+from tinsmith.store.database import Database, copy_database
+from tinsmith.store.prepared import driver_of
+from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers, sessions
+from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, OpState, TenantId
+
+MOST_FAULTS = 1000  # of one kind
+_OPEN = (OpState.QUEUED.value, OpState.RUNNING.value)
+_REPLAYED = tuple(kind.value for kind in OpKind if kind.has_effect)
+
+
+class Naming(StrEnum):
+    """What a file is to the row that names it."""
+
+    PAYLOAD = "payload"
+    RESULT = "result"
+    PIN = "pinned"  # what a CREATE, a LOAD or a custom loss reads, until a snapshot covers it
+    SNAPSHOT = "snapshot"
+    SAMPLER = "sampler"
+    LOSS = "loss"
+    CHECKPOINT = "checkpoint"
+
+    @property
+    def is_private(self) -> bool:
+        """Its key begins with the tenant of the row: it can't be shared."""
+        return self in (Naming.PAYLOAD, Naming.RESULT, Naming.SNAPSHOT, Naming.LOSS)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """owner: what names the file: a request, run, sampler, loss, or a checkpoint's tinker path.
+
+    size in bytes, where the row says it. is_state: a file of run state (`checkpoint_file`).
+    """
+
+    naming: Naming
+    tenant_id: TenantId
+    owner: str
+    blob: BlobKey
+    size: int | None
+    is_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """owner: the row; problem: what of it is at odds with others."""
+
+    owner: str
+    problem: str
+
+
+class Upkeep:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def references(self) -> list[Reference]:
+        """Every file that has to be there, once for each row that names it."""
+        with self._database.read() as conn:
+            return list(_references(conn))
+
+    def copy(self, target: Path, hold: Callable[[set[BlobKey]], None]) -> set[BlobKey]:
+        """Copy the database, as it is at one moment, into the file `target`.
+
+        Args:
+            hold: called with every file that the copy names, while nobody can write: none of them is deleted before it
+                returns. It has to be quick.
+
+        Returns:
+            Those files.
+        """
+        with self._database.read() as conn:
+            with self._database.write():
+                named = {reference.blob for reference in _references(conn)}
+                hold(named)
+            copy_database(driver_of(conn), target)
+        return named
+
+    def buried(self) -> set[BlobKey]:
+        """Files that no row names any more, and whose deletion is due."""
+        with self._database.read() as conn:
+            return set(conn.execute(select(dead_blobs.c.blob)).scalars())
+
+    def faults(self) -> list[RowFault]:
+        """What SQLite's own check finds, and rows that contradict one another; at most `MOST_FAULTS` of each kind."""
+        with self._database.read() as conn:
+            found = [
+                RowFault("database", str(row[0]))
+                for row in conn.execute(text(f"PRAGMA integrity_check({MOST_FAULTS})"))
+                if row[0] != "ok"
+            ]
+            found += [
+                RowFault(f"{row[0]}, row {row[1]}", f"names a row of {row[2]} that is not there")
+                for row in conn.execute(text("PRAGMA foreign_key_check")).fetchmany(MOST_FAULTS)
+            ]
+            for query, problem in _FAULTS:
+                found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
+        return found
+
+    def give_up_result(self, op_id: OpId) -> None:
+        """Its file is lost: the request answers GoneError from now on."""
+        with self._database.write() as conn:
+            conn.execute(_GIVE_UP, {"lost_op_id": op_id})
+
+
+def _references(conn: Connection) -> Iterator[Reference]:
+    for query, naming, is_state in _NAMED:
+        for tenant_id, owner, blob, size in conn.execute(query):
+            yield Reference(naming, tenant_id, owner, blob, size, is_state)
+
+
+def _named(
+    tenant: ColumnElement[Any],
+    owner: ColumnElement[Any],
+    blob: ColumnElement[Any],
+    size: ColumnElement[Any] | None = None,
+) -> Select[Any]:
+    return select(tenant, owner, blob, null() if size is None else size).where(blob.is_not(None))
+
+
+_PATH = literal("tinker://") + checkpoints.c.run_id + "/" + checkpoints.c.kind + "/" + checkpoints.c.name
+_CHECKPOINT = _named(checkpoints.c.tenant_id, _PATH, checkpoints.c.blob, checkpoints.c.size_bytes)
+_EXTERNAL = checkpoints.c.kind == CheckpointKind.EXTERNAL.value
+_NAMED: tuple[tuple[Select[Any], Naming, bool], ...] = (
+    (_named(ops.c.tenant_id, ops.c.op_id, ops.c.payload_blob, ops.c.payload_bytes), Naming.PAYLOAD, False),
+    (_named(ops.c.tenant_id, ops.c.op_id, ops.c.result_blob, ops.c.result_bytes), Naming.RESULT, False),
+    (_named(ops.c.tenant_id, ops.c.op_id, ops.c.pin_blob), Naming.PIN, False),
+    (_named(runs.c.tenant_id, runs.c.run_id, runs.c.snapshot_blob, runs.c.snapshot_bytes), Naming.SNAPSHOT, True),
+    (
+        _named(samplers.c.tenant_id, samplers.c.sampler_id, samplers.c.blob).where(samplers.c.promised_seq.is_(None)),
+        Naming.SAMPLER,
+        True,
+    ),
+    (_named(custom_losses.c.tenant_id, custom_losses.c.loss_id, custom_losses.c.blob), Naming.LOSS, False),
+    (_CHECKPOINT.where(~_EXTERNAL), Naming.CHECKPOINT, True),
+    (_CHECKPOINT.where(_EXTERNAL), Naming.CHECKPOINT, False),
+)
+
+_IS_NEEDED = or_(
+    ops.c.state.in_(_OPEN),
+    and_(ops.c.state == OpState.DONE.value, ops.c.kind.in_(_REPLAYED), ops.c.seq_id > runs.c.pruned_seq),
+)
+_OP_AND_RUN = select(ops.c.op_id).outerjoin(runs, runs.c.run_id == ops.c.run_id)
+_FAULTS: tuple[tuple[Select[Any], str], ...] = (
+    (
+        _OP_AND_RUN.where(_IS_NEEDED, ops.c.payload_bytes > 0, ops.c.payload.is_(None), ops.c.payload_blob.is_(None)),
+        "its payload is gone, and it has to be carried out, or again when its run is recovered",
+    ),
+    (
+        select(ops.c.op_id).where(ops.c.payload.is_not(None), func.length(ops.c.payload) != ops.c.payload_bytes),
+        "its payload has another size than it says",
+    ),
+    (
+        select(ops.c.op_id).where(
+            ops.c.state == OpState.DONE.value,
+            ~ops.c.is_expired,
+            ops.c.result_bytes > 0,
+            ops.c.result.is_(None),
+            ops.c.result_blob.is_(None),
+        ),
+        "it is done, and its result is gone before its time",
+    ),
+    (
+        select(ops.c.op_id).where(ops.c.result.is_not(None), func.length(ops.c.result) != ops.c.result_bytes),
+        "its result has another size than it says",
+    ),
+    (_OP_AND_RUN.where(ops.c.tenant_id != runs.c.tenant_id), "it is of another tenant than its run"),
+    (
+        select(runs.c.run_id)
+        .join(sessions, sessions.c.session_id == runs.c.session_id)
+        .where(runs.c.tenant_id != sessions.c.tenant_id),
+        "it is of another tenant than its session",
+    ),
+    (
+        select(samplers.c.sampler_id)
+        .join(sessions, sessions.c.session_id == samplers.c.session_id)
+        .where(samplers.c.tenant_id != sessions.c.tenant_id),
+        "it is of another tenant than its session",
+    ),
+    (
+        select(_PATH)
+        .join(runs, runs.c.run_id == checkpoints.c.run_id)
+        .where(runs.c.tenant_id != checkpoints.c.tenant_id),
+        "it is of another tenant than its run",
+    ),
+    (
+        select(runs.c.run_id).where(
+            or_(
+                runs.c.head_seq > runs.c.max_seq,
+                runs.c.snapshot_seq > runs.c.head_seq,
+                runs.c.pruned_seq > runs.c.snapshot_seq,
+                and_(runs.c.snapshot_seq >= 0, runs.c.snapshot_blob.is_(None)),
+            )
+        ),
+        "its snapshot, its log and what was forgotten of it don't fit together",
+    ),
+)
+_GIVE_UP = (
+    update(ops).where(ops.c.op_id == bindparam("lost_op_id")).values(is_expired=True, result=None, result_blob=None)
+)
