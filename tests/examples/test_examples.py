@@ -112,7 +112,7 @@ class TestLearns:
         assert report.calls_after > report.calls_before
 
     def test_self_play(self) -> None:
-        report = learn("self_play")
+        report = learn("self_play", STEPS=8)
         assert report.before < 0.7
         assert report.after >= 0.8
         assert report.best_after > report.best_before
