@@ -105,7 +105,7 @@ class TestLearns:
         assert report.after <= 0.5 * report.before
 
     def test_tool_use(self) -> None:
-        report = learn("tool_use")
+        report = learn("tool_use", STEPS=8)
         assert report.base < 0.5
         assert report.before < report.after
         assert report.after >= 0.8
