@@ -76,7 +76,7 @@ class TestLearns:
         assert "What is" in out.getvalue()
 
     def test_async_rl(self) -> None:
-        report = learn("async_rl")
+        report = learn("async_rl", STEPS=14)
         assert report.before < 0.7
         assert report.after >= 0.9
         assert max(report.lags) > 0, "no batch was older than the weights: not off-policy"
