@@ -3,10 +3,11 @@
 Starts `tinsmith serve` of the shipped model with small caches, so that they are full soon and runs come and go between
 memory and disk, and small passes, since what one frees is kept for the next; and drives it through the SDK: each run
 trains on ragged sequences, steps, and now and then publishes its weights and samples from them. Prints the memory of
-each process over time, and a verdict: after a warm-up of the first third, in which caches fill, the median slope between
-all pairs of readings, times the time that was observed, must stay below 3 % of the process's memory, or below 8 MiB.
-The medians of three equal parts of that time tell one from the other where it grows: what fills up slows down, a leak
-doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=fake` shows the service alone, with many more requests.
+each process over time, and a verdict: after a warm-up of the first third, in which caches fill, the median slope
+between all pairs of readings, times the time that was observed, must stay below 3 % of the process's memory, or below
+8 MiB. The medians of three equal parts of that time tell one from the other where it grows: what fills up slows down, a
+leak doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=fake` shows the service alone, with many
+more requests.
 
     python benchmarks/soak.py --minutes 60 --runs 64
 """

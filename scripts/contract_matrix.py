@@ -97,8 +97,8 @@ def servers(directory: Path) -> Iterator[Servers]:
 
 def run_all(versions: Sequence[str], servers: Servers) -> list[Report]:
     """The suite with each of the releases, at the same time."""
-    pythons = [environment(version) for version in versions]
     with ThreadPoolExecutor(len(versions)) as pool:
+        pythons = list(pool.map(environment, versions))
         return list(pool.map(lambda version, python: run_suite(version, python, servers), versions, pythons))
 
 
@@ -113,7 +113,6 @@ def run_suite(version: str, python: Path, servers: Servers) -> Report:
         "TOKENS_API_KEY": tenant_key(servers.tokens, tenant_of(version)),
         "TINKER_TELEMETRY": "0",
         "HF_ENDPOINT": f"{servers.plain.url}/hf",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": str(SUITE),
     }
     torch = importlib.util.find_spec("torch")

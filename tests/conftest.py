@@ -18,8 +18,17 @@ for name in [name for name in os.environ if name.startswith(("TINSMITH_", "TINKE
     del os.environ[name]
 
 import pytest  # noqa: E402
+import structlog  # noqa: E402
 
 from tests.service import Service, running  # noqa: E402
+
+# by itself structlog has rich draw each traceback with the values of all its names, which is slow
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

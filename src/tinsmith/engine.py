@@ -74,7 +74,11 @@ class Engine(Protocol):
     def has_run(self, run_id: RunId) -> bool: ...
 
     def create_run(self, spec: RunSpec) -> None:
-        """A fresh adapter from the spec's seed: A random, B zero, no gradients, no moments."""
+        """A fresh adapter from the spec's seed: A random, B zero, no gradients, no moments.
+
+        This, `import_run`, `start_pass` and `optim_step` raise NoMemoryError if there is no memory for it now; after
+        a step that raised, the runs that it was for are to be dropped.
+        """
         ...
 
     def run_bytes(self, spec: RunSpec) -> int:

@@ -99,6 +99,13 @@ class BusyError(CapacityError):
     """All that the server has of something is in use, whoever uses it."""
 
 
+class NoMemoryError(TinsmithError):
+    """The engine has no memory for something now, though it may have later. Nothing took effect."""
+
+    code = "no_memory"
+    category = "capacity"
+
+
 class TakenError(CapacityError):
     """Another is writing to the database, and the caller chose not to wait. Nothing was written."""
 

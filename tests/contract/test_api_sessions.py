@@ -14,6 +14,7 @@ import pytest
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as perfetto_pb
 
 from tests.contract.test_api_usage import train
+from tinsmith.api.sessions import FINISH_PAUSE_S
 from tinsmith.api.timeline import lanes, write_trace
 from tinsmith.api.tokens import user_urn
 from tinsmith.store.usage_rows import SharedStep, TracedOp
@@ -246,6 +247,14 @@ def test_a_trace_link_is_for_one_session_and_an_hour(
     now = time.time()
     monkeypatch.setattr("tinsmith.api.traces.time.time", lambda: now + 3601)
     assert anonymous.raw("GET", url).status_code == 410
+
+
+def test_the_answer_to_the_end_of_a_session_comes_after_those_to_its_polls(api: Any) -> None:
+    """The SDK on Python 3.11 waits for ever if it closes in the moment in which the answer to a poll arrives."""
+    session = make(api, "ends")
+    begun_at = time.monotonic()
+    api.post(f"/sessions/{session}/finish", {"reason": {"type": "success"}})
+    assert time.monotonic() - begun_at >= FINISH_PAUSE_S > 0
 
 
 def traced(seq: int, created: float, started: float | None, finished: float | None) -> TracedOp:

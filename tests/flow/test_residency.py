@@ -211,3 +211,26 @@ def test_thousands_of_idle_runs_cost_the_loop_nothing(build: Callable[..., House
     train(house, run, 3)
     settle(worker)
     assert not touched
+
+
+def test_requests_of_a_run_that_was_given_back_meanwhile_are_not_planned(build: Callable[..., House]) -> None:
+    """It left memory with a request in the queue's view, and another worker took it before this one looked again."""
+    house = build(scan_interval_s=60.0)
+    run = house.create_run()
+    first = house.worker("fake/base#0")
+    settle(first)
+    second = house.worker("fake/base#1")
+    settle(second)
+    op = house.forward_backward(run, 1, [1, 2])
+    first._queue.look()
+    first.runs.residency.drop(run)
+    first.runs._release([run])
+    settle(second)
+    assert house.get(op).state is OpState.DONE
+    assert op.id in {seen.id for seen in first._queue.ops}
+    first._must_look = True
+    first.step()
+    settle(first)
+    late = house.forward_backward(run, 2, [1, 2])
+    settle(second)
+    assert house.get(late).state is OpState.DONE

@@ -13,14 +13,16 @@ from tests.numerics.custom_losses import ppo_with_kl
 from tests.numerics.lab import assert_same_bits, assert_same_result, datum, grads, item, make_trainer, run_pass, spec
 from tests.numerics.test_custom_losses import custom, random_data
 from tinsmith.config import Settings
-from tinsmith.model import BaseModel
-from tinsmith.training import Trainer, graph, training_pass
+from tinsmith.errors import NoMemoryError
+from tinsmith.model import BaseModel, RowLayout
+from tinsmith.training import Trainer, graph, runs, training_pass
 from tinsmith.training.budget import Budget
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.footprint import PeakMeter
 from tinsmith.training.head import Head
+from tinsmith.training.runs import RunSlot
 from tinsmith.training.shortage import is_out_of_memory
-from tinsmith.types import Failure, Targets, TrainItem
+from tinsmith.types import AdamParams, Failure, OpId, OptimItem, RunId, RunState, Targets, TrainItem
 
 RUNS = (spec("a", 8, seed=1), spec("b", 32, Targets(mlp=False), seed=2), spec("c", 4, seed=3))
 LENGTHS = {"a": (30, 7, 21, 55), "b": (40, 12), "c": (64, 33, 9)}
@@ -206,6 +208,38 @@ def test_at_the_start_of_a_pass(base: BaseModel, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.Tensor, "clone", runs_out_once)
     assert_undisturbed(base, trainer, run_pass(trainer, mixed_items()))
     assert next(errors, None) is None
+
+
+CALLS: dict[str, tuple[Any, str, Callable[[Trainer, RunState], Any]]] = {
+    "start_pass": (torch.Tensor, "clone", lambda trainer, _: trainer.start_pass(mixed_items())),
+    "create_run": (runs, "init_row", lambda trainer, _: trainer.create_run(spec("d"))),
+    "import_run": (RowLayout, "tensors_to_row", lambda trainer, state: trainer.import_run(RUNS[0], state)),
+    "optim_step": (RunSlot, "fill_rows", lambda trainer, _: trainer.optim_step([step_of("a")])),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("call", CALLS)
+def test_where_nothing_can_be_cut_it_says_so(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, call: str, error: Callable[[], BaseException]
+) -> None:
+    """The worker is told that memory was lacking, which is nobody's fault, and tries again later."""
+    trainer = begun(base)
+    state = trainer.export_run(RUNS[0].run_id)
+    owner, name, act = CALLS[call]
+
+    def runs_out(*_: Any, **__: Any) -> Any:
+        raise error()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, runs_out)
+        with pytest.raises(NoMemoryError, match="again later"):
+            act(trainer, state)
+    assert_undisturbed(base, trainer, run_pass(trainer, mixed_items()))
+
+
+def step_of(run: str) -> OptimItem:
+    return OptimItem(OpId(f"{run}-step"), RunId(run), AdamParams(learning_rate=0.1))
 
 
 @pytest.mark.parametrize("place", ["forward", "head", "backward"])

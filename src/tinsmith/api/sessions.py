@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from litestar import get, post, put
@@ -19,6 +20,10 @@ from tinsmith.wire.requests import AssignProject, CreateSession, FinishSession, 
 
 MAX_TEXT = 512
 REASONS = ("success", "errored", "interrupted")
+# Between the last answers to a session's polls and that of its end. On Python before 3.12 the SDK's closing waits for
+# ever if it cancels a poll in the very moment in which its answer has come (pyqwest.httpx awaits it by wait_for, which
+# loses the cancellation, bpo-37658): to go with support for 3.11 by the SDK.
+FINISH_PAUSE_S = 0.1
 
 
 class SessionCreated(Struct):
@@ -74,7 +79,10 @@ async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody
 async def finish_session(
     request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[FinishSession]
 ) -> Finished:
-    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled."""
+    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled.
+
+    Answered after `FINISH_PAUSE_S`, when answers to the session's polls have long been read.
+    """
     if data.reason.type not in REASONS:
         raise UserError(f"reason.type is one of {', '.join(REASONS)}")
     cancelled = await services.write(
@@ -88,6 +96,7 @@ async def finish_session(
     for base_model in cancelled:
         services.ring(base_model)
     services.waiters.ring()
+    await asyncio.sleep(FINISH_PAUSE_S)
     return Finished()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 import torch
 
 from tinsmith import host_memory
+from tinsmith.errors import NoMemoryError
 
 # what torch, the C++ library, oneDNN and cuBLAS say as a plain RuntimeError
 PHRASES = (
@@ -25,6 +28,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raises:
+    NoMemoryError: in place of what torch raises when there is none.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NoMemoryError(
+            f"there is no memory for {what} at the moment, and the request had no effect: send it again later, or have "
+            "the server given more memory"
+        ) from None
 
 
 def reclaim() -> None:

@@ -12,7 +12,7 @@ from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
 from tinsmith.training.heads import chunk_tokens, make_head
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
-from tinsmith.training.shortage import is_out_of_memory, reclaim
+from tinsmith.training.shortage import is_out_of_memory, memory_for, reclaim
 from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, Targets, TrainItem
@@ -40,7 +40,8 @@ class Trainer:
         return run_id in self._slots
 
     def create_run(self, spec: RunSpec) -> None:
-        self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
+        with memory_for("a new run"):
+            self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
 
     def run_bytes(self, spec: RunSpec) -> int:
         """With the copy that passes compute with, where that isn't float32."""
@@ -48,7 +49,8 @@ class Trainer:
         return self._layout(spec).num_params * (BYTES_PER_PARAM + copy)
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
-        self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
+        with memory_for("the run's state"):
+            self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
 
     def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
         return self._slots[run_id].export(parts, copy=copy)
@@ -74,13 +76,15 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         reclaim()  # no memory for the staging rows
-        return self._pass(items)
+        with memory_for("the gradients of a pass"):
+            return self._pass(items)
 
     def _pass(self, items: Sequence[TrainItem]) -> TorchPass:
         return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
-        return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
+        with memory_for("the optimizer step"):
+            return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
         key = (spec.targets, spec.rank)

@@ -19,18 +19,19 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import CapacityError, CorruptError, FencedError, TinsmithError
+from tinsmith.errors import CapacityError, CorruptError, FencedError, NoMemoryError, TinsmithError
 from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
-from tinsmith.types import Failure, OpId, OpKind, Role, RunId
+from tinsmith.types import OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.decode_ahead import DecodeAhead
-from tinsmith.worker.outcomes import Outcome, failed
+from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
+from tinsmith.worker.postponed import TOO_LONG
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.readahead import ReadAhead
@@ -49,7 +50,6 @@ MAX_SAMPLES = 8192  # requests in the engine, of all tenants; it decides whose s
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
 POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
-INTERNAL = "the server failed on this request; its log has the details. Nothing of it took effect: send it again"
 
 
 class Worker:
@@ -233,9 +233,9 @@ class Worker:
                 self._passes.begin(ops, replays, is_suspect=any(c.is_suspect for c in batch.passes))
         except (FencedError, CapacityError, CorruptError):
             raise  # of the database: no op is to blame, and the next worker finds them all
-        except Exception:
+        except Exception as error:
             log.exception("batch failed", ops=[op.id for op in ops])
-            self._contain(ops, replays)
+            self._contain(ops, replays, error)
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
         replays = {c.op_id for c in batch.ops if c.is_replay}
@@ -283,10 +283,10 @@ class Worker:
                 self._must_plan = True
         except (FencedError, CapacityError, CorruptError):
             raise
-        except Exception:
+        except Exception as error:
             log.exception("pass failed", ops=[op.id for op in current.ops])
             self._passes.end(current)
-            self._contain(current.ops, current.replays)
+            self._contain(current.ops, current.replays, error)
         seconds = current.seconds - before
         self._passes.spent(current, seconds)
         return seconds
@@ -310,7 +310,7 @@ class Worker:
             abandoned = self._samples.abandon()
             log.exception("sampler step failed", ops=[op.id for op in abandoned])
             if len(abandoned) == 1:
-                outcomes = [failed(abandoned[0], Failure("internal", "server", INTERNAL))]
+                outcomes = [failed(abandoned[0], INTERNAL)]
             else:
                 outcomes = []
                 self._suspects |= {op.id for op in abandoned}
@@ -339,7 +339,7 @@ class Worker:
                 refused = self._samples.admit(op)
             except Exception:
                 log.exception("sample refused", op=op.id)
-                refused = failed(op, Failure("internal", "server", INTERNAL))
+                refused = failed(op, INTERNAL)
             if refused is not None:
                 self._commit([refused])
 
@@ -347,11 +347,17 @@ class Worker:
         """Have the new outcomes recorded, then count what was applied to each run.
 
         A replay that fails where its first run didn't leaves a state that the log doesn't describe: the run is given
-        up, and what was computed on it together with the replay fails too.
+        up, and what was computed on it together with the replay fails too. One for which there was no memory is
+        computed again later, and all of its run with it.
         """
+        short: set[RunId | None] = set()
         for outcome in outcomes:
-            if outcome.op.id in replays and outcome.finished.failure is not None:
-                self.runs.give_up_after(outcome.op, outcome.finished.failure)
+            failure = outcome.finished.failure
+            if outcome.op.id in replays and failure is not None and self.runs.replay_failed(outcome.op, failure):
+                short.add(outcome.op.run_id)
+        if short:
+            self._put_back([outcome.op for outcome in outcomes if outcome.op.run_id in short], replays)
+            outcomes = [outcome for outcome in outcomes if outcome.op.run_id not in short]
         self._commit([self.runs.as_it_stands(o) for o in outcomes if o.op.id not in replays])
         for outcome in outcomes:
             self.runs.applied(outcome.op, seconds)
@@ -368,16 +374,27 @@ class Worker:
         self._recorder.record(outcomes, at_once=not has_more)
         self._must_plan = True
 
-    def _contain(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        """After an unforeseen error: a lone op fails (a lone replay costs its run), several are tried again one by one;
-        their runs are read anew."""
-        failure = Failure("internal", "server", INTERNAL)
+    def _put_back(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
+        """Their runs wait for memory: what was computed of them is forgotten. After long their requests fail."""
+        self._unclaim([op.id for op in ops if op.id not in replays])
+        run_ids = {op.run_id for op in ops if op.run_id is not None}
+        self.runs.forget(run_ids)
+        self._queue.look()
+        told = [op.id for op in self._queue.ops if op.run_id in run_ids and self.runs.postponed.is_long(op.run_id)]
+        if told:
+            self._commit([failed(op, TOO_LONG) for op in self._store.ops.claim(self._me, told, time.time())])
+            self._queue.remove(told)
+
+    def _contain(self, ops: Sequence[OpRow], replays: set[OpId], error: Exception) -> None:
+        """After an unforeseen error: a lone op fails (a lone replay costs its run, unless memory was lacking), several
+        are tried again one by one; their runs are read anew."""
+        failure = error.as_failure() if isinstance(error, NoMemoryError) else INTERNAL
         new = [op for op in ops if op.id not in replays and op.id not in self._saving]
         if len(ops) == 1:
             self._commit([failed(op, failure) for op in new])
             for op in ops:
-                if op.id in replays:
-                    self.runs.give_up_after(op, failure)
+                if op.id in replays and self.runs.replay_failed(op, failure):
+                    self._put_back([op], replays)
         else:
             self._unclaim([op.id for op in new])
             self._suspects |= {op.id for op in ops}

@@ -10,6 +10,12 @@ from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpState
 from tinsmith.wire.media import JSON
 
+INTERNAL = Failure(
+    "internal",
+    "server",
+    "the server failed on this request; its log has the details. Nothing of it took effect: send it again",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -130,7 +130,7 @@ class Passes:
             except TinsmithError as error:
                 refused.append(failed(op, error.as_failure()))
                 if op.id in replays:
-                    self._runs.give_up_after(op, error.as_failure())
+                    self._runs.replay_failed(op, error.as_failure())
         ready = [(op, item) for op, item in ready if self._runs.given_up(op.run_id) is None]
         for op, item in ready:
             self._charge(op.tenant_id, item.work)

@@ -17,13 +17,14 @@ import structlog
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import CorruptError, NotFoundError, TinsmithError, UserError
+from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
 from tinsmith.recovery import Logged, plan_recovery
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
 from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
 from tinsmith.worker.outcomes import Outcome, failed
+from tinsmith.worker.postponed import LACKS, Postponed
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
@@ -61,6 +62,7 @@ class HeldRuns:
         self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go)
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
+        self.postponed = Postponed()
         self._in_debt: dict[RunId, HeldRun] = {}  # those whose state has changed since it was looked for snapshots
         self._idle: dict[RunId, HeldRun] = {}  # leased, not in the engine; the longest ago first
 
@@ -75,9 +77,12 @@ class HeldRuns:
         return bool(rows)
 
     def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
-        """See `Residency.choose`. Of runs that were given back there is none."""
-        held = [c for c in candidates if c.run_id is None or c.run_id in self._held]
+        """See `Residency.choose`. Of runs that aren't held, or that wait for memory, there is none."""
+        held = [c for c in candidates if c.run_id is None or self._may_run(c.run_id)]
         return self.residency.choose(held, self._held, served)
+
+    def _may_run(self, run_id: RunId) -> bool:
+        return run_id in self._held and not self.postponed.is_waiting(run_id)
 
     def replay_candidates(self, suspects: AbstractSet[OpId]) -> list[Candidate]:
         return [
@@ -110,12 +115,15 @@ class HeldRuns:
         Raises:
             UserError: it was never created.
             CorruptError: it was given up.
+            NoMemoryError: there is no memory for its state now.
         """
         if run_id is None:
             raise UserError("this request needs a run")
         held = self._held[run_id]
         try:
             is_there = held.given_up is None and self._restore(held)
+        except NoMemoryError:
+            raise
         except TinsmithError as error:
             what = "is gone" if isinstance(error, NotFoundError) else "is damaged"
             log.error("snapshot unreadable", run_id=run_id, snapshot=held.snapshot, error=error.message)
@@ -136,12 +144,21 @@ class HeldRuns:
         failure = self.given_up(outcome.op.run_id)
         return outcome if failure is None else failed(outcome.op, failure)
 
-    def give_up_after(self, op: OpRow, failure: Failure) -> None:
-        """A finished op of the run's log fails now that it is computed again: what would follow isn't its state."""
+    def replay_failed(self, op: OpRow, failure: Failure) -> bool:
+        """A finished op of the run's log fails now that it is computed again: what would follow isn't its state.
+
+        Returns:
+            True if memory was lacking: the run waits, and has to be forgotten. For anything else it is given up.
+        """
         held = self._held.get(op.run_id) if op.run_id else None
-        if held is not None and held.given_up is None:
-            log.error("replay failed", run_id=op.run_id, seq_id=op.seq_id, op_id=op.id, error=failure.message)
-            self._give_up(held, f"request {op.seq_id} of its log can't be computed again")
+        if held is None or held.given_up is not None:
+            return False
+        if failure.code in LACKS:
+            self.postponed.add(held.row.run_id, failure)
+            return True
+        log.error("replay failed", run_id=op.run_id, seq_id=op.seq_id, op_id=op.id, error=failure.message)
+        self._give_up(held, f"request {op.seq_id} of its log can't be computed again")
+        return False
 
     def _give_up(self, held: HeldRun, why: str) -> None:
         run_id = held.row.run_id
@@ -170,6 +187,7 @@ class HeldRuns:
         held.replays.pop(op.seq_id, None)
         if not held.replays:
             self._replaying.pop(held.row.run_id, None)
+            self.postponed.came_back(held.row.run_id)
         if self._engine.has_run(held.row.run_id):
             self._idle.pop(held.row.run_id, None)
             self.residency.used(held)
