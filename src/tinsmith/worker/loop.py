@@ -19,7 +19,7 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import CapacityError, CorruptError, FencedError, NoMemoryError, TinsmithError
+from tinsmith.errors import CapacityError, CorruptError, FencedError, NoMemoryError
 from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
@@ -27,6 +27,7 @@ from tinsmith.tokenline import TokenSender
 from tinsmith.types import OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
+from tinsmith.worker.claims import Claims
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.decode_ahead import DecodeAhead
 from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
@@ -45,11 +46,9 @@ from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
 
-MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
 MAX_SAMPLES = 8192  # requests in the engine, of all tenants; it decides whose sequences are decoded together
 BARRIERS_S = 0.25  # after so much time without a pass, a pass that waits goes first
 CANCEL_CHECK_S = 0.05  # between two looks for cancelled samples, however often the bell rings
-POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
 
 
 class Worker:
@@ -95,6 +94,7 @@ class Worker:
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
+        self._claims = Claims(me, store, self._queue, self.runs)
         self._saving: set[OpId] = set()
         self._suspects = Suspects()
         self._busy: frozenset[RunId] = frozenset()
@@ -238,19 +238,9 @@ class Worker:
             self._contain(ops, replays, error)
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
-        replays = {c.op_id for c in batch.ops if c.is_replay}
-        new = [c.op_id for c in batch.ops if not c.is_replay]
-        claimed = self._store.ops.claim(self._me, new, time.time())
-        self._queue.remove(new)
-        poison = [op for op in claimed if op.attempts > MAX_ATTEMPTS]
-        self._commit([failed(op, TinsmithError(POISON).as_failure()) for op in poison])
-        rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
-        rows |= {
-            c.op_id: self.runs.replayed_op(c.run_id, c.seq_id)
-            for c in batch.ops
-            if c.is_replay and c.run_id is not None
-        }
-        return [rows[c.op_id] for c in batch.ops if c.op_id in rows], replays
+        claimed = self._claims.take(batch)
+        self._commit(claimed.poisoned)
+        return claimed.ops, claimed.replays
 
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         self._saving |= {op.id for op in ops if op.kind.is_save}
@@ -382,8 +372,7 @@ class Worker:
         self._queue.look()
         told = [op.id for op in self._queue.ops if op.run_id in run_ids and self.runs.postponed.is_long(op.run_id)]
         if told:
-            self._commit([failed(op, TOO_LONG) for op in self._store.ops.claim(self._me, told, time.time())])
-            self._queue.remove(told)
+            self._commit([failed(op, TOO_LONG) for op in self._claims.take_queued(told)])
 
     def _contain(self, ops: Sequence[OpRow], replays: set[OpId], error: Exception) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run, unless memory was lacking), several
@@ -402,6 +391,5 @@ class Worker:
         self._must_look = True
 
     def _unclaim(self, op_ids: Sequence[OpId]) -> None:
-        self._store.ops.unclaim(self._me, op_ids)
-        self._queue.distrust()
+        self._claims.give_back(op_ids)
         self._must_look = True

@@ -1,0 +1,61 @@
+"""Between a plan and the engine: ops are claimed in the store before they are computed, or given back untouched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinsmith.errors import TinsmithError
+from tinsmith.scheduler import Batch
+from tinsmith.store import Store
+from tinsmith.store.rows import OpRow, WorkerId
+from tinsmith.types import OpId
+from tinsmith.worker.outcomes import Outcome, failed
+from tinsmith.worker.queue_view import QueueView
+from tinsmith.worker.runs import HeldRuns
+
+MAX_ATTEMPTS = 4  # claims by workers that died before an op is held to be the cause
+POISON = "this request ended its worker process each time it was run, so it isn't run again; send it in smaller parts"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """ops: in the order of the batch, replays among them; poisoned: outcomes of those that are not run again."""
+
+    ops: list[OpRow]
+    replays: set[OpId]
+    poisoned: list[Outcome]
+
+
+class Claims:
+    def __init__(self, me: WorkerId, store: Store, queue: QueueView, runs: HeldRuns) -> None:
+        self._me = me
+        self._store = store
+        self._queue = queue
+        self._runs = runs
+
+    def take(self, batch: Batch) -> Claimed:
+        """Claim what is new in a batch; what left the queue meanwhile is not in the answer."""
+        replays = {c.op_id for c in batch.ops if c.is_replay}
+        claimed = self.take_queued([c.op_id for c in batch.ops if not c.is_replay])
+        poison = TinsmithError(POISON).as_failure()
+        poisoned = [failed(op, poison) for op in claimed if op.attempts > MAX_ATTEMPTS]
+        rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
+        rows |= {
+            c.op_id: self._runs.replayed_op(c.run_id, c.seq_id)
+            for c in batch.ops
+            if c.is_replay and c.run_id is not None
+        }
+        return Claimed([rows[c.op_id] for c in batch.ops if c.op_id in rows], replays, poisoned)
+
+    def take_queued(self, op_ids: Sequence[OpId]) -> list[OpRow]:
+        """Those of the ops that are still queued."""
+        claimed = self._store.ops.claim(self._me, list(op_ids), time.time())
+        self._queue.remove(list(op_ids))
+        return claimed
+
+    def give_back(self, op_ids: Sequence[OpId]) -> None:
+        """They are queued again, as if they had not been tried."""
+        self._store.ops.unclaim(self._me, op_ids)
+        self._queue.distrust()
