@@ -31,6 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tinsmith.config import Settings
 from tinsmith.model import load_base
 from tinsmith.training import Trainer
+from tinsmith.training.budget import USEFUL_TOKENS
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, TrainItem, TrainResult
 from tinsmith.wire.custom_loss import decode_custom_loss
 
@@ -150,7 +151,7 @@ def weight(lp: torch.Tensor) -> Any:
 
 def run(trainer: Trainer, data: list[Datum], loss: LossSpec, *, backward: bool = True) -> TrainResult:
     training_pass = trainer.start_pass([TrainItem(OpId("o"), RUN, 1, tuple(data), loss, backward)])
-    while training_pass.advance(8192):
+    while training_pass.advance(USEFUL_TOKENS["cpu"]):
         pass
     (result,) = training_pass.commit()
     if not isinstance(result, TrainResult):

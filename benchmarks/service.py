@@ -33,6 +33,7 @@ from tinker import types
 from tinsmith.bases import describe, parse
 from tinsmith.config import Settings, point_sdk_at
 from tinsmith.torch_engine import TorchEngine
+from tinsmith.training.budget import USEFUL_TOKENS
 from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, RunSpec, TrainItem
 
 BASE = "tinsmith/tiny"
@@ -65,7 +66,7 @@ class Engine:
 
     def step(self) -> None:
         training_pass = self._engine.start_pass([self._item])
-        while training_pass.advance(8192):
+        while training_pass.advance(USEFUL_TOKENS["cpu"]):
             pass
         training_pass.commit()
         self._engine.optim_step([OptimItem(OpId("b"), self._run, AdamParams(LEARNING_RATE))])

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from tinsmith.config import Settings
 from tinsmith.model import load_base
 from tinsmith.training import Trainer
+from tinsmith.training.budget import USEFUL_TOKENS
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, Targets, TrainItem
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -154,7 +155,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens in one pass")
+    parser.add_argument("--max-tokens", type=int, default=USEFUL_TOKENS["cpu"], help="tokens in one pack")
     parser.add_argument("--plain-mkl", action="store_true", help="without MKL's bitwise mode (MKL_CBWR)")
     rows.add_flag(parser)
     args = parser.parse_args()

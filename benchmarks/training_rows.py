@@ -45,11 +45,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, FrozenMatrix, load_base
 from tinsmith.training import Trainer
+from tinsmith.training.budget import USEFUL_TOKENS
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, Targets, TrainItem
 
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 512, 1536, 8, 4, 64, 32000
 SQUARE = 2048
-PASS_TOKENS = 8192  # as a worker with this memory takes, and train_vs_peft.py
+PACK_TOKENS = USEFUL_TOKENS["cpu"]
 Arm = Callable[[], Any]
 
 
@@ -154,7 +155,7 @@ def arm(
 
     def step() -> None:
         training_pass = trainer.start_pass(items)
-        while training_pass.advance(PASS_TOKENS):
+        while training_pass.advance(PACK_TOKENS):
             pass
         training_pass.commit()
 

@@ -89,12 +89,12 @@ def test_what_can_not_be_held_at_all(free: dict[str, int]) -> None:
 def test_running_out_halves_it_and_success_raises_it(free: dict[str, int]) -> None:
     free["mib"] = 10**6
     budget = started()
-    assert budget.ran_out(4000) == 2000
-    assert budget.tokens == 2000
-    budget.went_well(900)
-    assert budget.tokens == 2000, "a pack that filled less than half of the bound says nothing of it"
-    budget.went_well(1000)
-    assert budget.tokens == 2125
+    assert budget.ran_out(2000) == 1000
+    assert budget.tokens == 1000
+    budget.went_well(450)
+    assert budget.tokens == 1000, "a pack that filled less than half of the bound says nothing of it"
+    budget.went_well(500)
+    assert budget.tokens == 1062
     for _ in range(40):
         budget.went_well(budget.tokens)
     assert budget.tokens == USEFUL_TOKENS["cpu"]

@@ -16,7 +16,7 @@ from tinsmith.training.shortage import reclaim
 
 log = structlog.get_logger("tinsmith.worker")
 
-USEFUL_TOKENS = {"cpu": 8192, "cuda": 65536}  # more at once computes no faster
+USEFUL_TOKENS = {"cpu": 2048, "cuda": 65536}  # more at once computes no faster, and on a CPU leaves the caches
 MIN_TOKENS = 64
 MARGIN = 1.2  # padding inside attention, and what an operation needs for itself
 RESERVE_SHARE = 1 / 8  # of what is free
