@@ -1,7 +1,7 @@
 """Do distant clients keep the engine busy? Eight naive ones, each of which awaits every call, behind 100 ms of network.
 
 A proxy adds 50 ms in each direction. A naive step is two calls of two round trips, so one client leaves the engine idle
-for 400 ms of it; the data are as long as makes a step compute for about 57 ms, so that eight clients just can fill it.
+for 400 ms of it; the data are as long as makes a step compute for about 53 ms, so that eight clients just can fill it.
 How long the engine computed is what the worker itself counts.
 
     python benchmarks/latency.py [--clients 8] [--seconds 6] [--repeats 5]
@@ -32,7 +32,7 @@ from tinsmith.config import point_sdk_at
 from tinsmith.store import Store, open_store
 
 EACH_WAY_S = 0.05
-STEP_S = 0.057  # of computing
+STEP_S = 0.053  # of computing
 NUM_DATA = 4
 TRIAL_TOKENS = 64
 SETTLE_S = 1.0

@@ -51,6 +51,7 @@ ALONE = (
     "many_runs.py",
     "many_samplers.py",
     "whole_service.py",
+    "overlap.py",
     "latency.py",
     "control_plane.py",
     "service.py",
