@@ -101,12 +101,14 @@ def tokens_a_second(shape: str, rank: int, length: int, num: int, targets: Targe
     return found
 
 
-def many_against_one(shape: str, num_runs: int, rank: int, length: int) -> Callable[[Machine, int], Found]:
+def many_against_one(
+    shape: str, num_runs: int, rank: int, length: int, targets: Targets
+) -> Callable[[Machine, int], Found]:
     def found(machine: Machine, repeats: int) -> Found:
         base, (_, size) = machine.base(shape), sized(machine, shape, length)
         made = {
-            "many": arms.training_arm(base, [[size]] * num_runs, rank),
-            "one": arms.training_arm(base, [[size] * num_runs], rank),
+            "many": arms.training_arm(base, [[size]] * num_runs, rank, targets),
+            "one": arms.training_arm(base, [[size] * num_runs], rank, targets),
         }
         times = arms.measure(machine, made, repeats)
         return times["one"] / times["many"], f"the same {num_runs * size:,} tokens as one run"
@@ -114,13 +116,13 @@ def many_against_one(shape: str, num_runs: int, rank: int, length: int) -> Calla
     return found
 
 
-def against_peft(shape: str, num_runs: int, rank: int) -> Callable[[Machine, int], Found]:
+def against_peft(shape: str, num_runs: int, rank: int, targets: Targets) -> Callable[[Machine, int], Found]:
     def found(machine: Machine, repeats: int) -> Found:
         num = 4 if machine.is_smoke else num_runs
         lengths = [[int(n)] for n in np.random.default_rng(0).integers(32, 65, num)]
         made = {
-            "ours": arms.training_arm(machine.base(shape), lengths, rank),
-            "peft": arms.peft_arm(machine, shape, lengths, rank),
+            "ours": arms.training_arm(machine.base(shape), lengths, rank, targets),
+            "peft": arms.peft_arm(machine, shape, lengths, rank, targets),
         }
         times = arms.measure(machine, made, repeats)
         return times["peft"] / times["ours"], f"peft's set_adapter loop: {times['peft'] * 1e3:,.0f} ms"
@@ -192,10 +194,15 @@ ROWS: tuple[Row, ...] = (
      80_000, "tokens/s",
      tokens_a_second("0.6b", 32, 16_384, 1, FULL)),
     ("many-8b", "64 runs against 1 run, same 16,384 tokens, 8B, rank 16", 0.85, "x",
-     many_against_one("8b", 64, 16, 256)),
+     many_against_one("8b", 64, 16, 256, NO_HEAD)),
+    ("many-8b-sdk", "the same with the SDK's defaults (rank 32, unembedding too)", 0.85, "x",
+     many_against_one("8b", 64, 32, 256, FULL)),
     ("peft-0.6b", "64 runs of 1 x 32-64 tokens against peft one after another, 0.6B, rank 16", 20, "x",
-     against_peft("0.6b", 64, 16)),
-    ("peft-8b", "the same, 8B", 6, "x", against_peft("8b", 64, 16)),
+     against_peft("0.6b", 64, 16, NO_HEAD)),
+    ("peft-0.6b-sdk", "the same, 0.6B with the SDK's defaults (rank 32, unembedding too)", 20, "x",
+     against_peft("0.6b", 64, 32, FULL)),
+    ("peft-8b", "the same, 8B, rank 16", 6, "x", against_peft("8b", 64, 16, NO_HEAD)),
+    ("peft-8b-sdk", "the same, 8B with the SDK's defaults", 6, "x", against_peft("8b", 64, 32, FULL)),
     ("decode-8b", "decode, 8B, 64 sequences, 32 distinct rank-32 adapters: share of the limit", 60, "%",
      decode("auto")),
     ("decode-8b-eager", "the same without CUDA graphs", 60, "%", decode("off")),

@@ -85,9 +85,11 @@ def training_arm(
     return step
 
 
-def peft_arm(machine: Machine, shape: str, lengths: Sequence[Sequence[int]], rank: int) -> Callable[[], None]:
+def peft_arm(
+    machine: Machine, shape: str, lengths: Sequence[Sequence[int]], rank: int, targets: Targets = NO_HEAD
+) -> Callable[[], None]:
     """Each adapter in turn, its data as one batch, loss from `labels`."""
-    config = LoraConfig(r=rank, lora_alpha=32, target_modules=LINEARS)
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=[*LINEARS, *["lm_head"] * targets.unembed])
     model = get_peft_model(machine.model(shape), config, adapter_name="r000")
     for index in range(1, len(lengths)):
         model.add_adapter(f"r{index:03}", config)

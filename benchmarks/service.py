@@ -4,7 +4,7 @@ Starts `tinsmith serve` of the shipped model on a free port and drives it throug
 same request on the same engine in this process, between two round trips. Wall times, medians; the CPU time of server
 and client beside them, since wall time on a busy machine says little.
 
-    python benchmarks/service.py [--starts 3] [--creates 8] [--steps 40] [--tokens 64] [--synchronous FULL]
+    python benchmarks/service.py [--starts 5] [--creates 8] [--steps 40] [--tokens 64] [--synchronous FULL]
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, 
 BASE = "tinsmith/tiny"
 RANK = 32
 LEARNING_RATE = 1e-4
+SETTLE_S = 2.0  # after the start, before memory is looked at
 GEMM = """
 import statistics, time, torch
 x, w = torch.randn(32, 512), torch.randn(1536, 512)
@@ -78,16 +79,23 @@ def main() -> None:
     print("|---|---|---|---|---|")
     table = Table(args.rows)
     with tempfile.TemporaryDirectory() as root:
-        starts = []
+        starts: list[float] = []
+        memory: dict[str, list[float]] = {"Pss": [], "Rss": []}
+
+        def look(server: Server) -> None:
+            time.sleep(SETTLE_S)
+            starts.append(server.seconds)
+            for kind, found in memory.items():
+                found.append(server.memory_mib(kind) / 1024)
+
         for index in range(args.starts - 1):
             with serving(Path(root, f"start{index}"), "--sqlite-synchronous", args.synchronous) as server:
-                starts.append(server.seconds)
+                look(server)
         with serving(Path(root, "data"), "--sqlite-synchronous", args.synchronous) as server:
-            starts.append(server.seconds)
+            look(server)
             table.add("ready after the start", starts, "s", "< 10")
-            time.sleep(2.0)
-            table.add("idle memory of all processes, PSS", [server.memory_mib("Pss") / 1024], "GiB", "< 0.7")
-            table.add("idle memory of all processes, RSS", [server.memory_mib("Rss") / 1024], "GiB", "< 0.7")
+            table.add("idle memory of all processes, PSS", memory["Pss"], "GiB", "< 0.7")
+            table.add("idle memory of all processes, RSS", memory["Rss"], "GiB", "< 0.7")
             point_sdk_at(server.url, server.key)
             drive(server, args, table)
             table.add("one fsync on the disk of the data directory", fsync_ms(Path(root)), "ms", "")
@@ -186,7 +194,7 @@ def gemm_ms(count: int) -> list[float]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--creates", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)

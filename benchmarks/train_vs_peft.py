@@ -85,7 +85,8 @@ def report(num_runs: int, args: argparse.Namespace, info: BaseInfo) -> None:
         flush=True,
     )
     defaults = ", SDK's defaults" if args.defaults else ""
-    what = f"training, {num_runs} run(s) of {args.data} x {args.tokens} tokens{defaults}: ours / peft, CPU time"
+    case = f"{num_runs} run(s) of {args.data} x {args.tokens} tokens, {args.layers} layer(s), vocabulary {args.vocab}"
+    what = f"training, {case}{defaults}: ours / peft, CPU time"
     target = TARGETS_X.get((num_runs, args.data), TARGET_X if args.data > 1 else "")
     target = "" if args.defaults else target
     rows.save(args.rows, [rows.Row(what, ratio, "x", target, args.repeats)])

@@ -94,7 +94,8 @@ def report(info: BaseInfo, args: argparse.Namespace) -> None:
     )
     print("| arm | CPU s |\n|---|---|")
     print("\n".join(f"| {name} | {value:.3f} |" for name, value in s.items()))
-    case = f"training, {runs} run(s) of {data} x {tokens} tokens" + (", SDK's defaults" if args.defaults else "")
+    defaults = ", SDK's defaults" if args.defaults else ""
+    case = f"training, {runs} run(s) of {data} x {tokens} tokens, {args.layers} layer(s){defaults}"
     aim = (lambda text: "") if args.defaults else (lambda text: text)
     made = [
         rows.Row(f"{case}: share of torch.mm", speed / plain, "", aim(">= 0.75"), args.repeats),

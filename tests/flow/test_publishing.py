@@ -211,3 +211,29 @@ def test_a_worker_that_only_trains_answers_with_the_file(
     settle(worker)
     assert house.get(saved).state is OpState.DONE
     assert house.store.samplers.get_any(sampler).promised_seq is None
+
+
+def test_copies_that_wait_for_the_disk_are_bounded(build: Callable[..., House]) -> None:
+    """Who saves faster than the disk writes waits, and nobody else does; then all of it is done."""
+    house = build()
+    run, other = house.create_run(), house.create_run()
+    worker = house.worker()
+    settle(worker)
+    one = house.engine.run_bytes(house.store.runs.get(house.tenant, run).spec) // publishing.NUM_PARTS
+    worker._unwritten._max_bytes = 3 * one
+    with pytest.MonkeyPatch.context() as slow:
+        held_back = slow_writer(worker, slow)
+        saves = [save(house, run, 1 + number, number)[1] for number in range(20)]
+        saves += [house.save(run, 21 + number, f"c{number}") for number in range(3)]
+        behind, beside = house.optim_step(run, 24), house.forward_backward(other, 1, [1, 2, 3])
+        steps(worker, lambda: house.get(beside).state is OpState.DONE)
+        for _ in range(20):
+            worker._must_look = True
+            worker.step()
+        assert (len(held_back), worker._unwritten.num_bytes) == (4, 4 * one)
+        assert house.get(behind).state is OpState.QUEUED
+    for job, then in held_back:
+        worker._writer.submit(job, then)
+    settle(worker)
+    assert {house.get(op).state for op in [*saves, behind]} == {OpState.DONE}
+    assert worker._unwritten.num_bytes == 0

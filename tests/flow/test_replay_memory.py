@@ -180,3 +180,18 @@ def test_a_live_step_without_memory_fails_and_changes_nothing(
     settle(worker)
     for name, tensor in house.state(run).tensors.items():
         np.testing.assert_array_equal(tensor, before[name], err_msg=name)
+
+
+@pytest.mark.parametrize("end", ["given back", "given up"])
+def test_a_wait_ends_with_the_hold_on_the_run(build: Callable[..., House], end: str) -> None:
+    """A later lack of memory is another wait, whose requests have their minute again."""
+    house = build()
+    run = house.create_run()
+    worker = house.worker()
+    settle(worker)
+    worker.runs.postponed.add(run, Failure("no_memory", "server", NO_MEMORY))
+    if end == "given back":
+        worker.runs._release([run])
+    else:
+        worker.runs._give_up(worker.runs[run], "its file is gone")
+    assert not worker.runs.postponed._waits

@@ -19,8 +19,8 @@ def run(*args: str) -> str:
 
 
 def test_rows_work_on_tiny_shapes():
-    said = run("--smoke", "--only", "train-8b-sdk", "decode-8b", "optimizer")
-    assert [line.partition(":")[0] for line in said.splitlines()] == ["train-8b-sdk", "decode-8b", "optimizer"]
+    wanted = ["train-8b-sdk", "peft-0.6b-sdk", "decode-8b", "optimizer"]
+    assert [line.partition(":")[0] for line in run("--smoke", "--only", *wanted).splitlines()] == wanted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script measures")
@@ -28,6 +28,6 @@ def test_without_a_gpu_the_page_is_made_of_the_rows_that_were_measured(tmp_path:
     run("--out", str(tmp_path / "page.md"))
     assert (tmp_path / "page.md").read_text() == PAGE.read_text(), "run `make bench-gpu`"
     table = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
-    assert len(table) == 12
+    assert len(table) == 19
     if not (ROOT / "benchmarks" / "gpu_rows.jsonl").exists():
         assert all("| not measured |" in line for line in table)

@@ -27,6 +27,7 @@ from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.runs import HeldRuns
+from tinsmith.worker.unwritten import Unwritten
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -42,6 +43,7 @@ class Barriers:
         runs: HeldRuns,
         writer: Writer,
         publisher: Publisher,
+        unwritten: Unwritten,
         settle: Callable[[Outcome], None],
         role: Role,
     ) -> None:
@@ -56,6 +58,7 @@ class Barriers:
         self._runs = runs
         self._writer = writer
         self._publisher = publisher
+        self._unwritten = unwritten
         self._settle = settle
         self._role = role
 
@@ -249,12 +252,15 @@ class Barriers:
         key = checkpoint_key(run.tenant_id)
         held = self._runs[run.run_id]
         held.num_saves += 1
+        num_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
+        self._unwritten.add(num_bytes)
 
         def write() -> BlobInfo:
             return self._blobs.put(key, dump(state))
 
         def written(info: BlobInfo | BaseException) -> None:
             held.num_saves -= 1
+            self._unwritten.remove(num_bytes)
             if isinstance(info, BaseException):
                 log.error("checkpoint not written", op_id=op.id, error=str(info))
                 message = f"the checkpoint could not be written ({type(info).__name__}): mend the disk, save again"

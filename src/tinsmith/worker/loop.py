@@ -42,6 +42,7 @@ from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
+from tinsmith.worker.unwritten import Unwritten
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -82,10 +83,12 @@ class Worker:
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
-        self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder)
+        self._unwritten = Unwritten(settings.resident_adapters_mib * 2**20)
+        self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder, self._unwritten)
         self._barriers = Barriers(
-            engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._settle_save, role
-        )
+            engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._unwritten,
+            self._settle_save, role,
+        )  # fmt: skip
         self._shares = Shares()
         self._samples = Samples(
             engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
@@ -203,9 +206,9 @@ class Worker:
         return plan(self.runs.choose(candidates, served), self._limits(), served)
 
     def _runnable(self) -> list[OpRow]:
-        """Queued ops; of the samples those whose weights are here."""
+        """Queued ops; of the samples those whose weights are here, of the saves those for which there is memory."""
         samples = self._samples.ready([op for op in self._queue.ops if op.kind is OpKind.SAMPLE])
-        return [op for op in self._queue.ops if op.kind is not OpKind.SAMPLE] + samples
+        return self._unwritten.runnable(op for op in self._queue.ops if op.kind is not OpKind.SAMPLE) + samples
 
     def _limits(self) -> Limits:
         num_samples = self._engine.num_samples

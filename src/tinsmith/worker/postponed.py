@@ -58,5 +58,6 @@ class Postponed:
         wait = self._waits.get(run_id)
         return wait is not None and time.monotonic() - wait.since >= PATIENCE_S
 
-    def came_back(self, run_id: RunId) -> None:
+    def forget(self, run_id: RunId) -> None:
+        """It is back, or isn't this worker's any more: what comes later is another wait."""
         self._waits.pop(run_id, None)

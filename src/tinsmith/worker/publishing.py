@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -23,26 +23,36 @@ from tinsmith.store.rows import WorkerId
 from tinsmith.types import BlobKey, RunState
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.snapshots import HeldRun
+from tinsmith.worker.unwritten import Unwritten
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
 
 RETRY_S = 1.0
+NUM_PARTS = 4  # of a run's bytes: weights, gradients and two moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Promise:
-    """on_host gives the weights; not_before: when to write them, on the monotonic clock."""
+    """on_host gives the weights, of about so many bytes; not_before: when to write them, on the monotonic clock."""
 
     held: HeldRun
     key: BlobKey
     on_host: Callable[[], RunState]
+    num_bytes: int
     not_before: float = 0.0
 
 
 class Publisher:
     def __init__(
-        self, me: WorkerId, store: Store, blobs: Blobs, engine: Engine, writer: Writer, recorder: Recorder
+        self,
+        me: WorkerId,
+        store: Store,
+        blobs: Blobs,
+        engine: Engine,
+        writer: Writer,
+        recorder: Recorder,
+        unwritten: Unwritten,
     ) -> None:
         self._me = me
         self._store = store
@@ -50,13 +60,16 @@ class Publisher:
         self._engine = engine
         self._writer = writer
         self._recorder = recorder
+        self._bytes = unwritten
         self._unwritten: dict[BlobKey, _Promise] = {}
         self._due: list[_Promise] = []
 
     def publish(self, held: HeldRun, key: BlobKey) -> None:
         """Make the run's weights an adapter now; `write` will write them."""
-        promise = _Promise(held, key, self._engine.publish_run(held.row.run_id, key))
+        num_bytes = self._engine.run_bytes(held.row.spec) // NUM_PARTS
+        promise = _Promise(held, key, self._engine.publish_run(held.row.run_id, key), num_bytes)
         held.num_saves += 1
+        self._bytes.add(num_bytes)
         self._unwritten[key] = promise
         self._due.append(promise)
 
@@ -86,9 +99,10 @@ class Publisher:
         def written(made: BlobInfo | BaseException) -> None:
             if isinstance(made, BaseException):
                 log.error("a sampler's file could not be written; trying again", key=promise.key, error=str(made))
-                self._due.append(_Promise(promise.held, promise.key, promise.on_host, time.monotonic() + RETRY_S))
+                self._due.append(replace(promise, not_before=time.monotonic() + RETRY_S))
                 return
             promise.held.num_saves -= 1
+            self._bytes.remove(promise.num_bytes)
             if self._unwritten.get(promise.key) is promise:
                 del self._unwritten[promise.key]
 

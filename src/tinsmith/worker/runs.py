@@ -170,6 +170,7 @@ class HeldRuns:
         held.given_up = CorruptError(message).as_failure()
         held.replays.clear()
         self._replaying.pop(run_id, None)
+        self.postponed.forget(run_id)
         self.residency.drop(run_id)
         self._idle[run_id] = held
         self._set_status(held, RunStatus.CORRUPTED)
@@ -187,7 +188,7 @@ class HeldRuns:
         held.replays.pop(op.seq_id, None)
         if not held.replays:
             self._replaying.pop(held.row.run_id, None)
-            self.postponed.came_back(held.row.run_id)
+            self.postponed.forget(held.row.run_id)
         if self._engine.has_run(held.row.run_id):
             self._idle.pop(held.row.run_id, None)
             self.residency.used(held)
@@ -253,6 +254,7 @@ class HeldRuns:
     def _release(self, run_ids: Sequence[RunId]) -> None:
         for run_id in run_ids:
             self._idle.pop(run_id, None)
+            self.postponed.forget(run_id)
             del self._held[run_id]
         self._recorder.flush()
         self._store.runs.release(self._me, run_ids)
