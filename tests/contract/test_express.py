@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from tests.contract.streams import Stream
 from tinsmith.api import auth
 from tinsmith.api.express import Express
 from tinsmith.bell import Ringer
+from tinsmith.blobs import Blobs
 from tinsmith.wire import wire_pb2 as pb
 
 WITHIN_S = 10.0
@@ -232,3 +234,16 @@ def test_the_worker_is_rung_after_the_answer_and_once_a_turn(house: Any, monkeyp
 
     asyncio.run(scenario())
     assert order == ["answer", "ring", "ring"]
+
+
+def test_a_lack_of_the_machine_is_said_alike(wire: Wire, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under payload files is no fault of the server's that a client can't understand."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Blobs, "put", full)
+    body = training(run_id, 1, tokens=1000)
+    status, headers, answer = wire.both("forward_backward", body, "application/x-protobuf")
+    assert (status, json.loads(answer)["code"]) == (503, "storage_full")
+    assert "retry-after" in headers

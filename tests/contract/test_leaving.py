@@ -16,6 +16,7 @@ from tests.contract.raw import PROTOBUF
 from tests.contract.routes import training
 from tests.contract.streams import Stream
 from tests.service import until
+from tinsmith.api.waiters import Waiters
 from tinsmith.janitor import sweep
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId
@@ -61,6 +62,27 @@ def test_a_client_that_leaves_while_it_waits(house: Any, live: Any, worker: Any,
     assert worker.step() == 0
     until(lambda: not house.services.pieces.num_followed, WITHIN_S)
     assert house.services.waiters.num_waiting == 0
+
+
+@pytest.mark.parametrize("odd", ["", "te: trailers\r\n"], ids=["express", "routes"])
+def test_a_poll_ends_with_its_connection(
+    house: Any, api: Any, live: Any, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """Else whoever asks and leaves has the server hold polls for nobody, as many as it can ask for in a hold."""
+    run_id = api.create(api.session())["model_id"]
+    path, headers = "/forward_backward", {"content-type": PROTOBUF}
+    early = api.call("POST", path, 200, content=training(run_id, 7), headers=headers)["request_id"]
+    body = json.dumps({"request_id": early})
+    head = (
+        f"Host: x\r\nX-API-Key: {house.key}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{odd}"
+    )
+    waiters, hold = live.server._waiters, Waiters.hold
+    monkeypatch.setattr(Waiters, "hold", lambda self, future, _: hold(self, future, 60.0))
+    for _ in range(2):  # the second one's key is known
+        with Stream(live.url) as stream:
+            stream.send(f"POST /api/v1/retrieve_future HTTP/1.1\r\n{head}\r\n{body}".encode())
+            until(lambda: waiters.num_waiting == 1, WITHIN_S)
+        until(lambda: waiters.num_waiting == 0, WITHIN_S)
 
 
 @pytest.mark.parametrize("path", BODIES)

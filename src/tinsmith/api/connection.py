@@ -3,7 +3,8 @@
 On uvicorn's h11 protocol, which bounds an unfinished header by size and nothing by time. What stays true: a connection
 without an answer under way is idle between two requests (`timeout_keep_alive`), or it owes a whole header or the rest
 of a body, and is closed when that doesn't come in time. A client that takes nothing of what was written to it is closed
-as well, at any moment. The body of a request under way is bounded in `intake`, what may be written in `outgo`.
+as well, at any moment. A poll that waits ends with its connection (`stay`). The body of a request under way is bounded
+in `intake`, what may be written in `outgo`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
+from tinsmith.api.stay import STAY, Stay
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.wire.media import JSON, encode_json
 
@@ -73,6 +75,7 @@ class Connection(H11Protocol):
         self._express_task: asyncio.Task[None] | None = None
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False
+        self._stay = Stay()
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -89,6 +92,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._stay.end()
         self._expect(None)
         if self._looking is not None:
             self._looking.cancel()
@@ -108,6 +112,7 @@ class Connection(H11Protocol):
             if len(self._early) > READ_BYTES:
                 self.flow.pause_reading()
             return
+        STAY.set(self._stay)  # what is begun from here on inherits it
         answering = self._express.take(data) if self._is_between_requests() else None
         if answering is None:
             super().data_received(data)

@@ -102,10 +102,19 @@ def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> R
 
 
 def answer_system(request: Request[Any, Any, Any], error: OSError) -> Response[Problem]:
-    """A fault of the machine: without files that can be opened, a lack that passes."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return answer_ours(request, BusyError("the server has as many files open as it may: send the request again"))
-    return answer_unknown(request, error)
+    """A fault of the machine."""
+    lack = lack_of(error)
+    return answer_unknown(request, error) if lack is None else answer_ours(request, lack)
+
+
+def lack_of(error: Exception) -> TinsmithError | None:
+    """What an error of the machine means to a client, where it is a lack that passes."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return BusyError("the server has as many files open as it may: send the request again")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFullError("the disk is full: free space, then send the request again")
+    return None
 
 
 def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:

@@ -21,7 +21,7 @@ import zstandard
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
-from tinsmith.api.errors import fault, refusal
+from tinsmith.api.errors import fault, lack_of, refusal
 from tinsmith.api.futures import come_to, failure_of, try_again
 from tinsmith.api.gaps import MAX_AHEAD
 from tinsmith.api.intake import Budget
@@ -120,7 +120,7 @@ class Express:
                 status, headers, problem = refusal(path, error)
                 answer = Answer(status, encode_json(problem), headers=headers)
             except Exception as error:  # the HTTP edge
-                answer = Answer(500, encode_json(fault(path, request_id, error)))
+                answer = _failed(path, request_id, error)
             if answer is None:
                 return None
             log_request("POST", path, answer.status, time.monotonic() - started, principal)
@@ -218,6 +218,14 @@ class _Held:
         """Raises: CapacityError: there is no room now."""
         self._budget.take(self._tenant_id, num_bytes, self._num_bytes)
         self._num_bytes += num_bytes
+
+
+def _failed(path: str, request_id: str, error: Exception) -> Answer:
+    lack = lack_of(error)
+    if lack is None:
+        return Answer(500, encode_json(fault(path, request_id, error)))
+    status, headers, problem = refusal(path, lack)
+    return Answer(status, encode_json(problem), headers=headers)
 
 
 def _secret_of(request: PlainRequest) -> str:

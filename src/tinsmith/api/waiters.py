@@ -17,7 +17,9 @@ import structlog
 
 from tinsmith.api.brief import Brief
 from tinsmith.api.recent import Recent
+from tinsmith.api.stay import STAY
 from tinsmith.bell import Bell
+from tinsmith.errors import UserError
 from tinsmith.store.rows import EndsAfter, OpRow
 from tinsmith.types import OpId
 
@@ -68,12 +70,24 @@ class Waiters:
                 del self._waiting[op_id]
 
     async def hold(self, future: asyncio.Future[Ended | bool], hold_s: float) -> bool:
-        """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown."""
+        """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown.
+
+        Raises:
+            UserError: the connection that asks for it was closed.
+        """
         timer = asyncio.get_running_loop().call_later(hold_s, _give_up, future)
+        stay = STAY.get()
+        if stay is not None:
+            stay.add(future)
         try:
-            return await future is not False
+            has_ended = await future is not False
         finally:
             timer.cancel()
+            if stay is not None:
+                stay.discard(future)
+        if stay is not None and stay.is_over:
+            raise UserError("the connection was closed before the answer was there")
+        return has_ended
 
     def outcome(self, future: asyncio.Future[Ended | bool]) -> OpRow | None:
         """What a registered op has come to, as the watcher saw it; None: not yet, as far as that knows."""

@@ -1,0 +1,46 @@
+"""How long a connection stays: whoever waits on its behalf stops waiting when it is lost.
+
+A poll costs some 10 kB while it is held. Without this, clients that ask and leave would have the server hold polls for
+nobody, as many as they can ask for within `poll_hold_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from typing import Any
+
+
+class Stay:
+    """Of one connection. For the event loop's own thread."""
+
+    __slots__ = ("_futures", "is_over")
+
+    def __init__(self) -> None:
+        self._futures: set[asyncio.Future[Any]] = set()
+        self.is_over = False
+
+    def end(self) -> None:
+        """The connection is lost: nothing is waited for any more."""
+        self.is_over = True
+        for future in self._futures:
+            _give_up(future)
+        self._futures.clear()
+
+    def add(self, future: asyncio.Future[Any]) -> None:
+        """It is awaited for this connection now; it comes to False if that is lost meanwhile, or was before."""
+        if self.is_over:
+            _give_up(future)
+        else:
+            self._futures.add(future)
+
+    def discard(self, future: asyncio.Future[Any]) -> None:
+        self._futures.discard(future)
+
+
+STAY: ContextVar[Stay | None] = ContextVar("stay", default=None)  # of the connection that is being answered
+
+
+def _give_up(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_result(False)
