@@ -58,13 +58,13 @@ class TorchEngine:
         """`trains`: whether passes will come, for which the memory is measured now."""
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         device = choose_device(settings.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton launches on the thread's current device, wherever the tensors are
         if settings.deterministic and device.type != "cpu":
             raise UnsupportedError(
                 "--deterministic is kept on the CPU alone: on a GPU torch's products and its attention pick kernels by "
                 "the number of rows; start with --device cpu, or without --deterministic"
             )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device, wherever the tensors are
         dtype = choose_dtype(settings.dtype, device)
         self._base = load_base(info, device=device, dtype=dtype, deterministic=settings.deterministic)
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))

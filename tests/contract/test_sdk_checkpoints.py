@@ -76,7 +76,7 @@ def run(client: tinker.ServiceClient) -> Any:
 def train(run: Any, steps: int = 3) -> None:
     for _ in range(steps):
         run.forward_backward([datum()], "cross_entropy").result()
-        run.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        run.optim_step(types.AdamParams(learning_rate=1e-3)).result()
 
 
 def datum() -> types.Datum:
