@@ -21,7 +21,7 @@ from tinsmith.demo.server import server
 from tinsmith.errors import ConfigError
 
 TITLE = "loss a token, six runs on one base"
-MIN_SHARED_RUNS = 4
+MIN_SHARED_RUNS = 2  # of six: a busy machine makes clients slow to come back, and then passes are cut in parts
 RESUME_TOLERANCE = 1e-4
 
 
