@@ -13,7 +13,6 @@ Shape letters: see `tiled_lora`; W inputs or outputs that are taken at a time, K
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinsmith.model.lora.dot import dot, precision_of
 from tinsmith.model.lora.tables import bands_of, column_blocks, to_device
 from tinsmith.sampling.tiled_lora import TILE_ROWS, UNIT, TileGroup, TileShape, TileTables
 
@@ -29,7 +29,6 @@ SUM_BLOCK = 256  # inputs that shrink adds up at a time
 SHRINK_BLOCK = 16  # columns of u of one program
 EXPAND_BLOCK = 128  # columns of y of one program
 MAX_RANK_BLOCK = 64
-BY_HAND = tl.constexpr("bfloat16 as float32")  # triton's interpreter takes bfloat16 for integers (seen in 3.7.1)
 
 
 def add_tiles(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: Tensor, y_TO: Tensor) -> None:
@@ -37,7 +36,7 @@ def add_tiles(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: Tens
     num_layers, width = len(group.widths), len(group.widths) * shape.rank_class
     programs = min(TILE_PROGRAMS, len(x_TI))
     unit = UNIT if shape.is_aligned else 1
-    precision = _precision(x_TI)
+    precision = precision_of(x_TI)
     u_TK = x_TI.new_empty(len(x_TI), width)
     places_LT = tables.places_GLT[group.index]
     _shrink_tiles[(programs, triton.cdiv(width, SHRINK_BLOCK))](
@@ -52,13 +51,6 @@ def add_tiles(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: Tens
         u_TK.stride(0), y_TO.stride(0), PROGRAMS=programs, UNIT=unit, ALIGNED=shape.is_aligned, PRECISION=precision,
         BT=TILE_ROWS, BW=EXPAND_BLOCK, BN=min(MAX_RANK_BLOCK, shape.rank_class), num_warps=4, num_stages=2,
     )  # fmt: skip
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == BY_HAND:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee" if PRECISION == BY_HAND else PRECISION)
 
 
 @triton.jit
@@ -86,7 +78,7 @@ def _shrink_tiles(
                     mask=is_column[:, None] & is_w[None, :],
                     other=0.0,
                 )
-                acc = _dot(x_TW, tl.trans(a_NW), acc, PRECISION)
+                acc = dot(x_TW, tl.trans(a_NW), acc, PRECISION)
             acc = acc * tl.load(scales + tile)
             out = narrow + rows[:, None] * narrow_stride + columns[None, :]
             tl.store(out, acc.to(narrow.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
@@ -127,7 +119,7 @@ def _expand_tiles(
                     mask=is_w[:, None] & is_column[None, :],
                     other=0.0,
                 )
-                acc = _dot(u_TN, tl.trans(b_WN), acc, PRECISION)
+                acc = dot(u_TN, tl.trans(b_WN), acc, PRECISION)
             out = y + rows[:, None] * y_stride + start_of_layer + ws[None, :]
             is_cell = is_row[:, None] & is_w[None, :]
             base_TW = tl.load(out, mask=is_cell, other=0.0).to(tl.float32)
@@ -142,9 +134,3 @@ def _blocks(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]
     starts = [bands[layer].start for layer in layers]
     table = np.array([layers, firsts, [widths[layer] for layer in layers], starts], np.int32)
     return to_device(table, device), table.shape[1]
-
-
-def _precision(x: Tensor) -> Any:
-    if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return BY_HAND.value
-    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -16,13 +16,13 @@ Shape letters: T rows of the pass, W wide columns, N narrow columns.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinsmith.model.lora.dot import dot, precision_of
 from tinsmith.model.lora.tables import Band, Pieces, Side, Tiles, column_blocks, to_device
 
 BLOCK_ROWS = 64
@@ -30,14 +30,6 @@ BLOCK_WIDE = 128
 BLOCK_SUM = 64  # wide columns that shrink adds up at a time
 MAX_BLOCK_NARROW = 128
 MIN_DOT = 16  # the smallest side that tl.dot takes
-BY_HAND = tl.constexpr("bfloat16 as float32")  # triton's interpreter takes bfloat16 for integers (seen in 3.7.1)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == BY_HAND:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee" if PRECISION == BY_HAND else PRECISION)
 
 
 @triton.jit
@@ -68,7 +60,7 @@ def _shrink(
             mask=is_w[:, None] & is_column[None, :],
             other=0.0,
         )
-        acc = _dot(x_TW, m_WN, acc, PRECISION)
+        acc = dot(x_TW, m_WN, acc, PRECISION)
     acc = acc * tl.load(scales + segment)
     out = narrow + rows.to(tl.int64)[:, None] * narrow_stride + first_out + columns[None, :]
     tl.store(out, acc.to(narrow.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
@@ -104,7 +96,7 @@ def _expand(
             mask=is_column[:, None] & is_w[None, :],
             other=0.0,
         )
-        acc = _dot(u_TN, m_NW, acc, PRECISION)
+        acc = dot(u_TN, m_NW, acc, PRECISION)
     out = wide + rows.to(tl.int64)[:, None] * wide_stride + first + ws[None, :]
     is_cell = is_row[:, None] & is_w[None, :]
     base_TW = tl.load(out, mask=is_cell, other=0.0)
@@ -151,7 +143,7 @@ def _outer(
                 mask=is_row[:, None] & is_w[None, :],
                 other=0.0,
             )
-            acc = _dot(tl.trans(u_TN), x_TW, acc, PRECISION)
+            acc = dot(tl.trans(u_TN), x_TW, acc, PRECISION)
     if SOLE:
         tl.store(cells, acc, mask=is_cell)
     else:
@@ -168,7 +160,7 @@ def shrink(wide_TW: Tensor, side: Side, tiles: Tiles, scales_S: Tensor, narrow_T
         wide_TW.stride(0), narrow_TN.stride(0),
         STRIDE_W=side.strides[0], STRIDE_N=side.strides[1], NUM_NARROW=side.num_narrow, UNIT=side.unit,
         ALIGNED=side.is_aligned, EVEN=all(band.width % BLOCK_SUM == 0 for band in side.bands),
-        PRECISION=_precision(wide_TW), BT=BLOCK_ROWS, BW=BLOCK_SUM, BN=block, num_warps=4, num_stages=3,
+        PRECISION=precision_of(wide_TW), BT=BLOCK_ROWS, BW=BLOCK_SUM, BN=block, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
@@ -181,7 +173,7 @@ def expand(narrow_TN: Tensor, side: Side, tiles: Tiles, wide_TW: Tensor) -> None
         narrow_TN, side.anchor, wide_TW, tiles.table, side.at_SL, side.bands_L, blocks, tiles.num, len(side.bands),
         num_blocks, narrow_TN.stride(0), wide_TW.stride(0),
         STRIDE_W=side.strides[0], STRIDE_N=side.strides[1], NUM_NARROW=side.num_narrow, UNIT=side.unit,
-        ALIGNED=side.is_aligned, PRECISION=_precision(narrow_TN),
+        ALIGNED=side.is_aligned, PRECISION=precision_of(narrow_TN),
         BT=BLOCK_ROWS, BW=BLOCK_WIDE, BN=min(64, narrow_block(side.num_narrow)), num_warps=4, num_stages=2,
     )  # fmt: skip
 
@@ -197,7 +189,7 @@ def outer(wide_TW: Tensor, narrow_TN: Tensor, side: Side, pieces: Pieces) -> Non
         pieces.num, pieces.spans.shape[1], len(side.bands), num_blocks,
         wide_TW.stride(0), narrow_TN.stride(0),
         STRIDE_W=side.strides[0], STRIDE_N=side.strides[1], NUM_NARROW=side.num_narrow, UNIT=side.unit,
-        ALIGNED=side.is_aligned, SOLE=pieces.is_sole, PRECISION=_precision(wide_TW),
+        ALIGNED=side.is_aligned, SOLE=pieces.is_sole, PRECISION=precision_of(wide_TW),
         BT=BLOCK_ROWS, BW=BLOCK_WIDE, BN=block, num_warps=4, num_stages=3,
     )  # fmt: skip
 
@@ -212,9 +204,3 @@ def narrow_block(num_narrow: int) -> int:
 def _blocks(bands: tuple[Band, ...], device: torch.device) -> tuple[Tensor, int]:
     table = column_blocks(bands, BLOCK_WIDE)
     return to_device(table, device), table.shape[1]
-
-
-def _precision(x: Tensor) -> Any:
-    if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return BY_HAND.value
-    return "ieee" if x.dtype == torch.float32 else "tf32"
