@@ -190,6 +190,15 @@ class House:
         )
 
 
+def train(house: House, run: RunId, steps: range) -> list[OpRow]:
+    """A pass and a step each; the steps' numbers say which tokens and seq ids."""
+    ops = []
+    for step in steps:
+        ops.append(house.forward_backward(run, 2 * step + 1, [step + 1, 2, 3]))
+        ops.append(house.optim_step(run, 2 * step + 2))
+    return ops
+
+
 def settle(worker: Worker, *, seconds: float = 60) -> None:
     """Let the worker work until nothing is left to do, its files included.
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.flow.house import House, settle
+from tests.flow.house import House, settle, train
 from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError, FencedError
 from tinsmith.store.rows import Finished, OpRow, WorkerId
-from tinsmith.types import OpId, OpKind, OpState, RunId, SamplerId
+from tinsmith.types import OpId, OpKind, OpState, SamplerId
 from tinsmith.wire.training import encode_train_result
 from tinsmith.worker import passes, recorder
 from tinsmith.worker.loop import Worker
@@ -56,14 +56,6 @@ class Gate:
         new = self._finish(me, finished, now)
         self.groups.append([one.op_id for one in finished])
         return new
-
-
-def train(house: House, run: RunId, steps: range) -> list[OpRow]:
-    ops = []
-    for step in steps:
-        ops.append(house.forward_backward(run, 2 * step + 1, [step + 1, 2, 3]))
-        ops.append(house.optim_step(run, 2 * step + 2))
-    return ops
 
 
 def until(is_true: Callable[[], bool]) -> None:

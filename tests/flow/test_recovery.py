@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.flow.house import House, settle
+from tests.flow.house import House, settle, train
 from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import DATABASE_FILE
 from tinsmith.store.rows import OpRow
@@ -27,15 +27,6 @@ def build(tmp_path: Path) -> Iterator[Callable[..., House]]:
             return stack.enter_context(contextlib.closing(House(tmp_path / name, **settings)))
 
         yield make
-
-
-def train(house: House, run: RunId, steps: range) -> list[OpRow]:
-    """A pass and a step each; the steps' numbers say which tokens and seq ids."""
-    ops = []
-    for step in steps:
-        ops.append(house.forward_backward(run, 2 * step + 1, [step + 1, 2, 3]))
-        ops.append(house.optim_step(run, 2 * step + 2))
-    return ops
 
 
 def undisturbed(build: Callable[..., House], steps: int) -> dict[str, Any]:
