@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.lab import DEVICE, error
+from tinsmith.model.attention import AttentionKind
 from tinsmith.training.attention import PackedAttention
 from tinsmith.training.varlen import VarlenAttention, attention_for, plain_varlen
 
@@ -21,8 +22,8 @@ def test_like_its_reference(heads: int, groups: int):
     dout_THD = torch.randn(sum(LENGTHS), heads, 64, device=DEVICE)
     made = attention_for(DEVICE, torch.bfloat16)(LENGTHS, DEVICE)
     assert not isinstance(made, PackedAttention), "this GPU has no flash attention for packed sequences"
-    ours = made.attend(*narrow, 0.125)
-    theirs = VarlenAttention(LENGTHS, DEVICE, plain_varlen).attend(*wide, 0.125)
+    ours = made.attend(*narrow, AttentionKind(0.125))
+    theirs = VarlenAttention(LENGTHS, DEVICE, plain_varlen).attend(*wide, AttentionKind(0.125))
     assert error(ours, theirs) < 1e-2
     got = torch.autograd.grad(ours, narrow, dout_THD.to(torch.bfloat16))
     for one, other in zip(got, torch.autograd.grad(theirs, wide, dout_THD), strict=True):

@@ -33,7 +33,11 @@ def trainer_with(base, lora: LoraBackend, ops: LogitOps, chunk_tokens: int = 64)
     base.lora = lora
     trainer = make_trainer(base, *RUNS)
     trainer._head = Head(
-        base.head, chunk_tokens, deterministic=False, make_pass=partial(BatchedChunk, base.head, lora, ops)
+        base.head,
+        base.final,
+        chunk_tokens,
+        deterministic=False,
+        make_pass=partial(BatchedChunk, base.head, base.final, lora, ops),
     )
     return trainer
 
@@ -47,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory):
 def plain_trainer(base) -> Trainer:
     base.lora = SegmentsLora
     trainer = make_trainer(base, *RUNS)
-    trainer._head = Head(base.head, 64, deterministic=False)
+    trainer._head = Head(base.head, base.final, 64, deterministic=False)
     return trainer
 
 

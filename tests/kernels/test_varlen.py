@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.lab import DEVICE
+from tinsmith.model.attention import AttentionKind
 from tinsmith.training.attention import PackedAttention
 from tinsmith.training.varlen import VarlenAttention, attention_for, plain_varlen
 
@@ -28,13 +29,23 @@ def old_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=Fa
     return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window, enable_gqa=True)
 
 
+KINDS = {
+    "plain": AttentionKind(SCALE),
+    "window": AttentionKind(SCALE, window=5),
+    "wide window": AttentionKind(SCALE, window=64),
+    "cap": AttentionKind(SCALE, softcap=2.0),
+    "sinks": AttentionKind(SCALE, window=9, sinks_H=torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", [plain_varlen, old_varlen])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (2, 2)])
-def test_like_bucketed_attention(kernel, heads: int, groups: int):
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (4, 4)])
+def test_like_bucketed_attention(kernel, heads: int, groups: int, kind: str):
     qkv = make_qkv(heads, groups)
     dout = torch.randn(sum(LENGTHS), heads, 16, device=DEVICE)
-    ours = VarlenAttention(LENGTHS, DEVICE, kernel).attend(*qkv, SCALE)
-    theirs = PackedAttention(LENGTHS, DEVICE).attend(*qkv, SCALE)
+    ours = VarlenAttention(LENGTHS, DEVICE, kernel).attend(*qkv, KINDS[kind])
+    theirs = PackedAttention(LENGTHS, DEVICE).attend(*qkv, KINDS[kind])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for got, want in zip(torch.autograd.grad(ours, qkv, dout), torch.autograd.grad(theirs, qkv, dout), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -42,7 +53,7 @@ def test_like_bucketed_attention(kernel, heads: int, groups: int):
 
 def test_the_reference_is_causal_attention_of_each_sequence():
     q_HTD, k_HTD, v_HTD = make_qkv(2, 2)
-    out_THD = VarlenAttention(LENGTHS, DEVICE, plain_varlen).attend(q_HTD, k_HTD, v_HTD, SCALE)
+    out_THD = VarlenAttention(LENGTHS, DEVICE, plain_varlen).attend(q_HTD, k_HTD, v_HTD, AttentionKind(SCALE))
     start = sum(LENGTHS[:2])
     rows = slice(start, start + LENGTHS[2])
     scores = SCALE * (q_HTD[:, rows] @ k_HTD[:, rows].transpose(1, 2))

@@ -29,9 +29,10 @@ from tests.numerics.lab import (
 )
 from tinsmith.errors import TinsmithError, UnsupportedError
 from tinsmith.model import base as base_module
-from tinsmith.model import blocks, load_base
+from tinsmith.model import load_base
 from tinsmith.model.activation import StableSiLU
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
+from tinsmith.model.families import Family
 from tinsmith.training.packing import bucketed, length_class, num_fitting, pieces
 from tinsmith.types import BaseInfo
 
@@ -65,7 +66,9 @@ def test_other_linear_modules_are_refused_by_name(tmp_path):
         load(GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=64, n_layer=1, n_head=2)), tmp_path)
 
 
-def test_a_sliding_window_is_refused(tmp_path):
+def test_attention_that_sees_something_else_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
+    monkeypatch.setattr(base_module, "KNOWN_EXTRAS", set())
     with pytest.raises(UnsupportedError, match="sliding_window"):
         load(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)), tmp_path)
 
@@ -86,7 +89,7 @@ def test_a_layer_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
 
 
 def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "ATTENTIONS", ())
+    monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
     monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
     with pytest.raises(UnsupportedError, match="attention of its 2 layers"):
         make_base("llama", tmp_path)
@@ -96,8 +99,7 @@ def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
 def test_unknown_blocks_stay_as_they_came(kind, tmp_path, monkeypatch):
     """A model of the same layers under other names is served with hooks alone, and has the same numbers."""
     known = make_base(kind, tmp_path / "known")
-    for names in ("ATTENTIONS", "MLPS", "NORMS"):
-        monkeypatch.setattr(blocks, names, ())
+    monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
     unknown = make_base(kind, tmp_path / "unknown")
     assert not any(isinstance(module, GatedMLP | RotaryAttention) for module in unknown.backbone.modules())
     data = [datum(np.random.default_rng(0), n) for n in (7, 40)]

@@ -15,6 +15,7 @@ from tests.numerics.lab import spec
 from tests.numerics.sampling_lab import Letters, make_sampler, mixed_states, prompt, run_all, sample, state_of
 from tinsmith.config import Settings
 from tinsmith.model import load_base
+from tinsmith.model.attention import AttentionKind
 from tinsmith.sampling import Sampler
 from tinsmith.sampling.kv import KVShape
 from tinsmith.sampling.paged import PagedKV
@@ -121,7 +122,7 @@ def test_attention_over_pages_is_attention(base):
     k, v = torch.randn(2, 9, 64, 2, 16, generator=generator)
     q = torch.randn(3, 6, 16, generator=generator)
     tables, lengths = torch.tensor([[3, 1], [5, 8], [0, 8]]), torch.tensor([100, 64, 1])
-    found = gathered_attention(q, k, v, tables, lengths, 0.25)
+    found = gathered_attention(q, k, v, tables, lengths, AttentionKind(0.25))
     for row in range(3):
         keys, values = (pool[tables[row]].flatten(0, 1)[: lengths[row]].double() for pool in (k, v))
         for head in range(6):

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
+from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import PassContext
+from tinsmith.model.families import Family, family_of
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
@@ -32,23 +33,28 @@ from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
+KNOWN_EXTRAS = {"sliding_window", "softcap", "s_aux", "position_ids", "use_cache"}
 CHECK_ROWS = 16
 MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 class BaseModel:
-    """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes."""
+    """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
+    `final` is what becomes of the head's outputs, its adapters' among them."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         info: BaseInfo,
+        family: Family,
         linears: tuple[LinearInfo, ...],
         groups: Sequence[LinearGroup],
         head: nn.Linear,
         holder: PassHolder,
     ) -> None:
         self.info = info
+        self.family = family
+        self.final = family.final_logits(model.config.get_text_config())
         self.linears = linears
         self.head = FrozenMatrix(head.weight)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
@@ -129,10 +135,11 @@ def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = F
     holder = PassHolder()
     infos = describe_linears(linears, head, watch.leads)
     groups = _group_linears(model, linears, watch.leads, holder)
-    replace_blocks(model, {group.name: group for group in groups}, holder, stable=deterministic)
+    family = family_of(model.config)
+    replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, infos, groups, head, holder)
+    base = BaseModel(model, info, family, infos, groups, head, holder)
     open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
@@ -144,7 +151,7 @@ def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTraine
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.path,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # of the check alone, and all families have it
             local_files_only=True,
             output_loading_info=True,
             device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
@@ -192,14 +199,20 @@ def _attend(
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out."""
-    strange = [name for name in ("sliding_window", "softcap", "s_aux") if extras.get(name) is not None]
-    if attention_mask is not None or dropout or strange or scaling is None:
+    strange = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
+    if attention_mask is not None or dropout or strange:
         raise UnsupportedError(
-            f"{type(module).__name__} wants {', '.join(strange) or 'a mask or dropout'}: only plain causal attention "
-            "is served"
+            f"{type(module).__name__} wants {', '.join(strange) or 'a mask or dropout'} in its attention, which is not "
+            "served; causal attention is, also with a sliding window, capped scores or sinks"
         )
+    kind = AttentionKind(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        extras.get("sliding_window"),
+        extras.get("softcap"),
+        extras.get("s_aux"),
+    )
     context = cast(PassHolder, getattr(module, HOLDER)).context
-    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], value[0], scaling)
+    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], value[0], kind)
     return out_THD[None], None
 
 
@@ -210,12 +223,9 @@ class _CheckContext:
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.layers[layer] += 1
-        out_HTD = F.scaled_dot_product_attention(
-            q_HTD[None], k_GTD[None], v_GTD[None], is_causal=True, scale=scale, enable_gqa=True
-        )[0]
-        return out_HTD.transpose(0, 1)
+        return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind)[0].transpose(0, 1)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self.groups[group] += 1
@@ -237,7 +247,7 @@ def _check(
     wrong |= {name for group in groups for name in group.drop_parts()}
     if wrong:
         raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(sorted(wrong)[:6])}")
-    logits_TV = base.head.times(h_TD)
+    logits_TV = base.final.apply_(base.head.times(h_TD))
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(

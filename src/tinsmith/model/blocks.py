@@ -1,6 +1,6 @@
 """Attention, MLP and norms of well-known decoder layers in fewer steps than transformers' own modules.
 
-A module is replaced if its class is one of those listed, whose code was read, and it is built as usual; any other is
+A module is replaced if its family lists its class, whose code was read, and it is built as usual; any other is
 left as it came, with its linear layers and its attention hooked alone. Whether the opened model gives the logits of the
 untouched one is checked for both alike.
 Shape letters: T rows of the pass, H query heads, G key/value heads, D head size, I inner size of an MLP.
@@ -17,13 +17,11 @@ from transformers.activations import SiLUActivation
 
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import gated_silu
+from tinsmith.model.attention import AttentionKind
+from tinsmith.model.families import Family
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.norm import RMSNorm
 from tinsmith.model.rotary import rotate
-
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
 class GatedMLP(nn.Module):
@@ -49,7 +47,7 @@ class RotaryAttention(nn.Module):
         self._holder = holder
         self.layer_idx = cast(int, module.layer_idx)
         self.head_dim = cast(int, module.head_dim)
-        self.scaling = cast(float, module.scaling)
+        self.kind = AttentionKind(cast(float, module.scaling), cast(int | None, _window(module)))
         self.o_proj = cast(GroupedLinear, module.o_proj)
         self.q_norm = getattr(module, "q_norm", None)
         self.k_norm = getattr(module, "k_norm", None)
@@ -72,26 +70,28 @@ class RotaryAttention(nn.Module):
         cos_TD, sin_TD = position_embeddings[0][0], position_embeddings[1][0]
         q_THD, k_TGD = rotate(q_THD, cos_TD, sin_TD), rotate(k_TGD, cos_TD, sin_TD)
         out_THD = self._holder.context.attend(
-            self.layer_idx, q_THD.transpose(0, 1), k_TGD.transpose(0, 1), v_TGD.transpose(0, 1), self.scaling
+            self.layer_idx, q_THD.transpose(0, 1), k_TGD.transpose(0, 1), v_TGD.transpose(0, 1), self.kind
         )
         return self.o_proj(out_THD.reshape(1, len(out_THD), -1)), None
 
 
-def replace_blocks(model: nn.Module, groups: Mapping[str, LinearGroup], holder: PassHolder, *, stable: bool) -> None:
+def replace_blocks(
+    model: nn.Module, family: Family, groups: Mapping[str, LinearGroup], holder: PassHolder, *, stable: bool
+) -> None:
     """Replace what can be. groups: by the name of their first layer; their layers are in the model already."""
     for path, module in list(model.named_modules()):
         kind = type(module).__name__
-        if kind in NORMS:
+        if kind in family.norms:
             weight, eps = cast(Tensor, module.weight), cast(float, module.variance_epsilon)
             model.set_submodule(path, RMSNorm(weight, eps))
     for path, module in list(model.named_modules()):
         kind = type(module).__name__
-        if kind in MLPS and _is_silu(module):
+        if kind in family.mlps and _is_silu(module):
             group = _group_of(groups, path, ("gate_proj", "up_proj"))
             if group is not None:
                 down = cast(GroupedLinear, module.down_proj)
                 model.set_submodule(path, GatedMLP(group, down, stable=stable))
-        elif kind in ATTENTIONS and _window(module) is None:
+        elif kind in family.attentions:
             group = _group_of(groups, path, ("q_proj", "k_proj", "v_proj"))
             if group is not None:
                 model.set_submodule(path, RotaryAttention(module, group, holder))

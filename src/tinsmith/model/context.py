@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tinsmith.model.attention import AttentionKind
 from tinsmith.model.frozen import has_packed_layout
 
 # Rows of a float32 product on oneDNN's layout are bitwise equal for any number of rows from 2 up, on the plain layout
@@ -38,13 +39,13 @@ class PassContext(Protocol):
     anything finite in them.
     """
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         """Causal attention of each sequence by itself; rotary embedding has been applied, H is a multiple of G.
 
         Args:
             layer: index of the decoder layer, from 0.
             q_HTD, k_GTD, v_GTD: strided views, as a rule with memory in the order T, H, D.
-            scale: factor of the scores.
+            kind: what it sees and what becomes of its scores.
 
         Returns:
             o_THD, shape [T, H, D].

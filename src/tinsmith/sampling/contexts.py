@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
+from tinsmith.model.attention import AttentionKind, block_attention, masked_attention
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter
@@ -51,22 +52,26 @@ class PrefillContext:
         self._segments = segments
         self._masks = [_late_mask(segment, device, dtype) for segment in segments]
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         heads, rows, size = q_HTD.shape
         out_THD = q_HTD.new_zeros(rows, heads, size)
         for segment, mask in zip(self._segments, self._masks, strict=True):
             part = slice(segment.first, segment.last)
             k_GED, v_GED = segment.kv.put(layer, segment.start, k_GTD[:, part], v_GTD[:, part])
             q_HND = q_HTD[:, part]
+            if not kind.is_plain(segment.kv.num_tokens):
+                out_HND = block_attention(q_HND[None], k_GED[None], v_GED[None], segment.start, kind)[0]
+                out_THD[part] = out_HND.transpose(0, 1)
+                continue
             if mask is None:
-                out_HND = _attention(q_HND, k_GED, v_GED, None, scale)
+                out_HND = _attention(q_HND, k_GED, v_GED, None, kind)
                 out_THD[part] = out_HND.transpose(0, 1)
                 continue
             for first in range(0, segment.num_rows, len(mask)):
                 last = min(first + len(mask), segment.num_rows)
                 end = segment.start + last
                 seen = mask[len(mask) - (last - first) :, mask.shape[1] - end :]
-                out_HMD = _attention(q_HND[:, first:last], k_GED[:, :end], v_GED[:, :end], seen, scale)
+                out_HMD = _attention(q_HND[:, first:last], k_GED[:, :end], v_GED[:, :end], seen, kind)
                 out_THD[part][first:last] = out_HMD.transpose(0, 1)
         return out_THD
 
@@ -92,7 +97,8 @@ class DecodeGroup:
         self._columns_W = torch.arange(arena.num_positions, device=device)
         self._slots_N1 = torch.arange(len(arena.owners), device=device)[:, None]
         self._positions_N = torch.empty(0, dtype=torch.int64, device=device)
-        self._mask = torch.empty(0, device=device)
+        self._masks: dict[int | None, Tensor] = {}
+        self._dtype = torch.float32
         self._ends: list[int] = []
         self._indices: dict[int, Tensor] = {}
 
@@ -100,13 +106,12 @@ class DecodeGroup:
         """Prepare the step that writes `positions_N` (int64) and attends up to them."""
         if self.arena.is_long:
             self._ends = [num_blocks(position + 1) * BLOCK_TOKENS for position in positions_N.tolist()]
-        seen_NW = self._columns_W[: max(self._ends, default=None)] <= positions_N[:, None]
-        hidden = torch.full(seen_NW.shape, float("-inf"), dtype=dtype, device=positions_N.device)
-        self._mask = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
+        self._dtype = dtype
         self._positions_N = positions_N
+        self._masks.clear()
         self._indices.clear()
 
-    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, kind: AttentionKind) -> Tensor:
         """[N, H, D]; writes k and v first."""
         num, heads, size = q_NHD.shape
         k_CGWD, v_CGWD = self.arena.layers[layer]
@@ -115,16 +120,28 @@ class DecodeGroup:
         k_CGWD.view(-1, size).index_copy_(0, index, k_GND.transpose(0, 1).reshape(-1, size))
         v_CGWD.view(-1, size).index_copy_(0, index, v_GND.transpose(0, 1).reshape(-1, size))
         q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
-        mask = self._mask.expand(num, 1, heads // groups, -1)
+        mask = self._mask(kind.window).expand(num, 1, heads // groups, -1)
         if not self.arena.is_long:
-            out_NGQD = F.scaled_dot_product_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], attn_mask=mask, scale=scale)
+            out_NGQD = masked_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], mask, kind)
             return out_NGQD.reshape(num, heads, size)
         outs = []
         for slot, end in enumerate(self._ends):
             one = slice(slot, slot + 1)
             k, v, seen = k_CGWD[one, :, :end], v_CGWD[one, :, :end], mask[one, :, :, :end]
-            outs.append(F.scaled_dot_product_attention(q_NGQD[one], k, v, attn_mask=seen, scale=scale))
+            outs.append(masked_attention(q_NGQD[one], k, v, seen, kind))
         return torch.cat(outs).reshape(num, heads, size)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """0 where a sequence's new position sees a position of its slot, else -inf: [N, 1, 1, W]."""
+        mask = self._masks.get(window)
+        if mask is None:
+            columns_W, positions_N1 = self._columns_W[: max(self._ends, default=None)], self._positions_N[:, None]
+            seen_NW = columns_W <= positions_N1
+            if window is not None:
+                seen_NW &= columns_W > positions_N1 - window
+            hidden = torch.full(seen_NW.shape, float("-inf"), dtype=self._dtype, device=seen_NW.device)
+            mask = self._masks[window] = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
+        return mask
 
     def _written(self, heads: int) -> Tensor:
         """Rows of the arena seen as [C * G * W, D]: where each sequence's keys of each head go, [N * G]."""
@@ -146,7 +163,7 @@ class Group(Protocol):
 
     def seek(self, positions_N: Tensor, dtype: torch.dtype) -> None: ...
 
-    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor: ...
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, kind: AttentionKind) -> Tensor: ...
 
 
 def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.device) -> list[Group]:
@@ -168,13 +185,13 @@ class DecodeContext:
         self.groups = groups
         self._lora = lora
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         heads, rows, size = q_HTD.shape
         q_THD = q_HTD.transpose(0, 1)
         out_THD = q_HTD.new_zeros(rows, heads, size)
         for group in self.groups:
             part = slice(group.first, group.last)
-            out_THD[part] = group.attend(layer, q_THD[part], k_GTD[:, part], v_GTD[:, part], scale)
+            out_THD[part] = group.attend(layer, q_THD[part], k_GTD[:, part], v_GTD[:, part], kind)
         return out_THD
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
@@ -188,10 +205,9 @@ class MixedContext:
     def __init__(self, decode: DecodeContext, num_decoded: int, prefill: PrefillContext) -> None:
         self._parts = ((decode, slice(0, num_decoded)), (prefill, slice(num_decoded, None)))
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         outs = [
-            context.attend(layer, q_HTD[:, part], k_GTD[:, part], v_GTD[:, part], scale)
-            for context, part in self._parts
+            context.attend(layer, q_HTD[:, part], k_GTD[:, part], v_GTD[:, part], kind) for context, part in self._parts
         ]
         return torch.cat(outs)
 
@@ -207,7 +223,7 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.heads: dict[int, tuple[int, int]] = {}
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.heads[layer] = (k_GTD.shape[0], k_GTD.shape[2])
         return torch.zeros_like(q_HTD).transpose(0, 1)
 
@@ -233,7 +249,7 @@ def pad_rows(x_ND: Tensor) -> Tensor:
 
 
 def head_logits(base: BaseModel, hidden_TD: Tensor) -> Tensor:
-    """The base's float32 logits [T, V], without any adapter; T as `padded_rows` says."""
+    """The head's float32 outputs [T, V], without any adapter and before `base.final`; T as `padded_rows` says."""
     return base.head.times_float32(hidden_TD)
 
 
@@ -242,14 +258,14 @@ def adapter_logits(base: BaseModel, hidden_ND: Tensor, adapter: Adapter | None) 
     logits_NV = head_logits(base, pad_rows(hidden_ND))[: len(hidden_ND)]
     if adapter is not None:
         adapter.add(HEAD, hidden_ND, logits_NV)
-    return logits_NV.float()
+    return base.final.apply_(logits_NV.float())
 
 
-def _attention(q_HND: Tensor, k_GED: Tensor, v_GED: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attention(q_HND: Tensor, k_GED: Tensor, v_GED: Tensor, mask: Tensor | None, kind: AttentionKind) -> Tensor:
     """Of rows of one prompt; plain causal without a mask."""
     q, k, v = q_HND[None], k_GED[None], v_GED[None]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=kind.scale, enable_gqa=True
     )[0]
 
 

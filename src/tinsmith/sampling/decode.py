@@ -84,7 +84,7 @@ class Decoder:
         logits_TV = head_logits(self._base, hidden_TD)
         self._lora.add(HEAD, hidden_TD, logits_TV)
         counts_B = np.array([len(s.tokens) for s in sequences], np.int64) if self._must_look else self._counts_B
-        drawn = self._draw(logits_TV[:num].float(), sequences, counts_B)
+        drawn = self._draw(self._base.final.apply_(logits_TV)[:num].float(), sequences, counts_B)
         self._counts_B = counts_B + 1
         self.tokens = np.array([each.token for each in drawn], np.int64)
         self.positions = self.positions + 1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tinsmith.model import MIN_ROWS, BaseModel, PassContext
 from tinsmith.model.activation import gated_silu
+from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
 from tinsmith.model.linear import LinearGroup
 from tinsmith.model.norm import RMSNorm
@@ -43,7 +44,7 @@ class Layer:
     qk_NE: Tensor | None
     qk_eps: float
     head_size: int
-    scale: float
+    kind: AttentionKind
     is_stable: bool
 
     def __call__(self, index: int, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, context: PassContext) -> Tensor:
@@ -58,7 +59,7 @@ class Layer:
         swapped_TNE = torch.cat((qk_TNE[..., size // 2 :], qk_TNE[..., : size // 2]), -1)
         qk_NTE = (qk_TNE * cos_T1E).addcmul_(swapped_TNE, sin_T1E).transpose(0, 1)
         num_heads = self.qkv.widths[0] // size
-        out_THE = context.attend(index, qk_NTE[:num_heads], qk_NTE[num_heads:], v_TGE.transpose(0, 1), self.scale)
+        out_THE = context.attend(index, qk_NTE[:num_heads], qk_NTE[num_heads:], v_TGE.transpose(0, 1), self.kind)
         x_TD = _product(self.out, out_THE.reshape(rows, -1), context).add_(x_TD)
         inner_TI = gated_silu(_product(self.gate_up, _normed(self.after, x_TD), context), stable=self.is_stable)
         return _product(self.down, inner_TI, context).add_(x_TD)
@@ -135,7 +136,7 @@ def _layer(module: nn.Module) -> Layer | None:
         qk_NE=qk_NE,
         qk_eps=qk_eps,
         head_size=size,
-        scale=attention.scaling,
+        kind=attention.kind,
         is_stable=mlp.stable,
     )
 
@@ -147,10 +148,8 @@ def _normed(norm: RMSNorm, x_TD: Tensor) -> Tensor:
 class _Causal:
     """One sequence over all rows."""
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        q, k, v = q_HTD[None], k_GTD[None], v_GTD[None]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
+        return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind)[0].transpose(0, 1)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()

@@ -17,6 +17,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from tinsmith.model.attention import AttentionKind
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.kv import Copies, Kept, KVShape, Owner
 from tinsmith.sampling.paged_attention import paged_attention
@@ -208,12 +209,12 @@ class PagedRows:
         self._rows_N = block_N1[:, 0] * BLOCK_TOKENS + positions_N % BLOCK_TOKENS
         self._lengths_N = positions_N + 1
 
-    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, kind: AttentionKind) -> Tensor:
         """[N, H, D]; writes k and v first."""
         k_PKGD, v_PKGD = self._pool.layers[layer]
         k_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, k_GND.transpose(0, 1))
         v_PKGD.flatten(0, 1).index_copy_(0, self._rows_N, v_GND.transpose(0, 1))
-        return paged_attention(q_NHD, k_PKGD, v_PKGD, self._tables_NB, self._lengths_N, scale)
+        return paged_attention(q_NHD, k_PKGD, v_PKGD, self._tables_NB, self._lengths_N, kind)
 
 
 class PagedGroup(Generic[Owner]):
@@ -233,7 +234,7 @@ class PagedGroup(Generic[Owner]):
         """Prepare the step that writes `positions_N` (int64) and attends up to them."""
         self._rows = PagedRows(self._pool, self._tables_NB, positions_N)
 
-    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_NHD: Tensor, k_GND: Tensor, v_GND: Tensor, kind: AttentionKind) -> Tensor:
         """[N, H, D]; writes k and v first."""
         assert self._rows is not None, "sought first"
-        return self._rows.attend(layer, q_NHD, k_GND, v_GND, scale)
+        return self._rows.attend(layer, q_NHD, k_GND, v_GND, kind)

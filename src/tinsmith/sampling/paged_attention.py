@@ -10,31 +10,36 @@ import importlib
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+from tinsmith.model.attention import AttentionKind, masked_attention
+
+PagedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, AttentionKind], Tensor]
 
 
 def paged_attention(
-    q_NHD: Tensor, k_PKGD: Tensor, v_PKGD: Tensor, tables_NB: Tensor, lengths_N: Tensor, scale: float
+    q_NHD: Tensor, k_PKGD: Tensor, v_PKGD: Tensor, tables_NB: Tensor, lengths_N: Tensor, kind: AttentionKind
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v over the first `lengths_N` (int64, at least 1) positions of each table, [N, H, D]."""
+    """[N, H, D]: attention as `kind` says over the first `lengths_N` (int64, at least 1) positions of each table."""
     if q_NHD.device.type == "cuda":
         kernel: PagedAttention = importlib.import_module("tinsmith.sampling.paged_kernel").paged_attention_kernel
-        return kernel(q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, scale)
-    return gathered_attention(q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, scale)
+        return kernel(q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, kind)
+    return gathered_attention(q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, kind)
 
 
 def gathered_attention(
-    q_NHD: Tensor, k_PKGD: Tensor, v_PKGD: Tensor, tables_NB: Tensor, lengths_N: Tensor, scale: float
+    q_NHD: Tensor, k_PKGD: Tensor, v_PKGD: Tensor, tables_NB: Tensor, lengths_N: Tensor, kind: AttentionKind
 ) -> Tensor:
     """The reference: pages are gathered, and what lies past a sequence's end is masked."""
     num, heads, size = q_NHD.shape
     groups = k_PKGD.shape[2]
     k_NGWD, v_NGWD = (pool[tables_NB].flatten(1, 2).transpose(1, 2) for pool in (k_PKGD, v_PKGD))
-    seen_NW = torch.arange(k_NGWD.shape[2], device=q_NHD.device) < lengths_N[:, None]
+    columns_W = torch.arange(k_NGWD.shape[2], device=q_NHD.device)
+    seen_NW = columns_W < lengths_N[:, None]
+    if kind.window is not None:
+        seen_NW &= columns_W >= lengths_N[:, None] - kind.window
     q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
-    mask = seen_NW[:, None, None].expand(num, 1, heads // groups, -1)
-    out_NGQD = F.scaled_dot_product_attention(q_NGQD, k_NGWD, v_NGWD, attn_mask=mask, scale=scale)
+    hidden_NW = torch.zeros(seen_NW.shape, dtype=q_NHD.dtype, device=q_NHD.device)
+    mask = hidden_NW.masked_fill_(~seen_NW, float("-inf"))[:, None, None].expand(num, 1, heads // groups, -1)
+    out_NGQD = masked_attention(q_NGQD, k_NGWD, v_NGWD, mask, kind)
     return out_NGQD.reshape(num, heads, size)

@@ -74,4 +74,6 @@ def _first_logits(base: BaseModel, ended: Seq[tuple[Prompt, Tensor]]) -> None:
     for row, (request, _) in enumerate(requests):
         if request.adapter is not None:
             request.adapter.add(HEAD, last_FD[row : row + 1], logits_FV[row : row + 1])
+    base.final.apply_(logits_FV)
+    for row, (request, _) in enumerate(requests):
         request.first_logits_V = logits_FV[row].float().clone()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, PassContext, padded_rows
+from tinsmith.model.attention import AttentionKind
 from tinsmith.sampling.paged import PagedRows, Pool
 from tinsmith.sampling.tiled_lora import TiledLora
 from tinsmith.types import IntArray
@@ -71,8 +72,8 @@ class StaticContext:
         self._rows = rows
         self._lora = lora
 
-    def attend(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float) -> Tensor:
-        return self._rows.attend(layer, q_HTE.transpose(0, 1), k_GTE, v_GTE, scale)
+    def attend(self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, kind: AttentionKind) -> Tensor:
+        return self._rows.attend(layer, q_HTE.transpose(0, 1), k_GTE, v_GTE, kind)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self._lora.add(group, x_TI, y_TO)

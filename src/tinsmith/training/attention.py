@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences on torch's own kernels, padded only inside attention and by length class.
+"""Causal attention over packed sequences, where it's plain on torch's own kernels; padded only here, by length class.
 
 Padding is on the right, so causality alone keeps real tokens from seeing it and no mask exists. All
 sequences of a length class go through one call; torch's CPU kernel treats each of the batch alone, so the bits of a
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.training.packing import bucketed
 
 
@@ -37,14 +38,18 @@ class PackedAttention:
         self._num_padded = base
         self._place_T = torch.cat(places).to(device)
 
-    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        """[T, H, D]: each sequence attends to itself, causally; differentiable."""
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
+        """[T, H, D]: each sequence attends to itself; differentiable."""
         q_s, k_s, v_s = (self._split(x.transpose(0, 1)) for x in (q_HTD, k_GTD, v_GTD))
         outs = []
         for q_BHLD, k_BGLD, v_BGLD in zip(q_s, k_s, v_s, strict=True):
-            out_BHLD = F.scaled_dot_product_attention(
-                q_BHLD, k_BGLD, v_BGLD, is_causal=True, scale=scale, enable_gqa=q_BHLD.shape[1] != k_BGLD.shape[1]
-            )
+            if kind.is_plain(q_BHLD.shape[2]):
+                out_BHLD = F.scaled_dot_product_attention(
+                    q_BHLD, k_BGLD, v_BGLD, is_causal=True, scale=kind.scale,
+                    enable_gqa=q_BHLD.shape[1] != k_BGLD.shape[1],
+                )  # fmt: skip
+            else:
+                out_BHLD = block_attention(q_BHLD, k_BGLD, v_BGLD, 0, kind)
             outs.append(out_BHLD.transpose(1, 2).flatten(0, 1))
         out_PHD = outs[0] if len(outs) == 1 else torch.cat(outs)
         out_THD: Tensor = _Gather.apply(out_PHD, self._place_T)  # type: ignore[no-untyped-call]

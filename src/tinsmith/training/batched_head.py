@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import HEAD, FrozenMatrix
+from tinsmith.model.final import FinalLogits
 from tinsmith.model.lora import LoraBackend, Segment
 from tinsmith.model.lora.tables import Table, to_device
 from tinsmith.training.blocks import Piece, evaluate
@@ -50,7 +51,13 @@ class BatchedChunk:
     """One chunk: its logits and what follows from them. `logprobs` of each piece's targets, [N, K] or [N]."""
 
     def __init__(
-        self, matrix: FrozenMatrix, lora: LoraBackend, ops: LogitOps, h_CD: Tensor, chunk: Sequence[Piece]
+        self,
+        matrix: FrozenMatrix,
+        final: FinalLogits,
+        lora: LoraBackend,
+        ops: LogitOps,
+        h_CD: Tensor,
+        chunk: Sequence[Piece],
     ) -> None:
         self._matrix = matrix
         self._ops = ops
@@ -61,6 +68,8 @@ class BatchedChunk:
         adapters = [_segment(p, p.rows.start, p.rows.stop) for p in chunk if HEAD in p.lane.op.slot.views]
         if adapters:
             lora(adapters).add(HEAD, h_CD, self._logits_CV)
+        final.apply_(self._logits_CV)
+        self._final = final
         self._lse_C = ops.logsumexp(self._logits_CV)
         self._pairs, self._spans, self._piece_F = _pairs(chunk, h_CD.device)
         row_F = self._pairs.row_F
@@ -157,6 +166,8 @@ class BatchedChunk:
         """dlogits = Σ coef (onehot - p), dh = dlogits W, for the rows that have a coefficient."""
         rows_M = to_device(rows, dh_CD.device)
         dlogits_MV = self._ops.gradient(self._logits_CV, self._lse_C, self._pairs, coef_F, rows_M, self._h_CD.dtype)
+        bend_MV = None if self._final.cap is None else self._final.bend(self._logits_CV[rows_M])
+        self._final.chain_(dlogits_MV, bend_MV)
         dh_MD = self._matrix.times_transpose(dlogits_MV)
         self._add_lora_grad(rows, rows_M, dlogits_MV, dh_MD)
         dh_CD.index_copy_(0, rows_M, dh_MD)

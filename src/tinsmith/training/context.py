@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from tinsmith.model.attention import AttentionKind
 from tinsmith.model.lora import LoraBackend, Segment
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.varlen import Attention
@@ -43,8 +44,8 @@ class TrainingContext:
         self._num_kept: dict[str, int] = {}
         self._is_backward = False
 
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        return self._attention.attend(q_HTD, k_GTD, v_GTD, scale)
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
+        return self._attention.attend(q_HTD, k_GTD, v_GTD, kind)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = self._settled.add(group, x_TI, y_TO)

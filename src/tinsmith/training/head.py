@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.model import HEAD, FrozenMatrix, padded_rows
+from tinsmith.model.final import FinalLogits
 from tinsmith.model.lora.segments import add_adapter, add_adapter_grads
 from tinsmith.training.blocks import Block, Piece, evaluate, is_finite, make_blocks
 from tinsmith.training.lanes import Lane
@@ -51,12 +52,14 @@ class Head:
     def __init__(
         self,
         matrix: FrozenMatrix,
+        final: FinalLogits,
         chunk_tokens: int,
         *,
         deterministic: bool,
         make_pass: ChunkPassMaker | None = None,
     ) -> None:
         self._matrix = matrix
+        self._final = final
         self._may_merge = not deterministic
         self._pass = make_pass or self._blockwise
         self._chunk_tokens = chunk_tokens
@@ -109,7 +112,7 @@ class Head:
         return self._whole_tokens if is_whole else self._chunk_tokens
 
     def _blockwise(self, h_CD: Tensor, chunk: Sequence[Piece]) -> _ChunkPass:
-        return _ChunkPass(self._matrix, h_CD, make_blocks(chunk, may_merge=self._may_merge))
+        return _ChunkPass(self._matrix, self._final, h_CD, make_blocks(chunk, may_merge=self._may_merge))
 
     def _evaluate_whole(self, h_TD: Tensor, lane: Lane) -> Evaluation | Failure:
         """The loss and coefficients of a datum that spans chunks; its logits are made a second time afterwards."""
@@ -129,8 +132,9 @@ class _ChunkPass:
     the product's D numbers are multiplied and not its V.
     """
 
-    def __init__(self, matrix: FrozenMatrix, h_CD: Tensor, blocks: Sequence[Block]) -> None:
+    def __init__(self, matrix: FrozenMatrix, final: FinalLogits, h_CD: Tensor, blocks: Sequence[Block]) -> None:
         self._matrix = matrix
+        self._final = final
         self._h_CD = h_CD
         self._blocks = blocks
         self._shrunk: dict[int, Tensor] = {}
@@ -168,6 +172,8 @@ class _ChunkPass:
             if HEAD in slot.views:
                 rows = block.rows
                 self._shrunk[id(block)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows], slot.scale)
+            self._final.apply_(logits_CV[block.rows])
+        self._bend_CV = self._final.bend(self._padded_CV)
         return logits_CV
 
     def _evaluate(self, block: Block, lp: Tensor, whole: Evaluation | Failure | None) -> Tensor | None:
@@ -202,9 +208,11 @@ class _ChunkPass:
         rows_M = torch.cat(rows)
         num_rows = padded_rows(len(rows_M))
         if len(rows_M) == len(self._h_CD):
-            dlogits_MV = self._padded_CV  # what was added are rows of zeros
+            dlogits_MV, bend_MV = self._padded_CV, self._bend_CV  # what was added are rows of zeros
         else:
-            dlogits_MV = self._probs_CV.index_select(0, F.pad(rows_M, (0, num_rows - len(rows_M))))
+            padded_M = F.pad(rows_M, (0, num_rows - len(rows_M)))
+            dlogits_MV = self._probs_CV.index_select(0, padded_M)
+            bend_MV = None if self._bend_CV is None else self._bend_CV.index_select(0, padded_M)
         offset = 0
         spans: list[slice] = []
         factor_M1 = dlogits_MV.new_ones(len(dlogits_MV), 1)
@@ -219,6 +227,7 @@ class _ChunkPass:
                 _to_dlogits(dlogits_MV[span], coef_NK, targets_NK)
             spans.append(span)
             offset = span.stop
+        self._final.chain_(dlogits_MV, bend_MV)
         dh_MD = self._matrix.times_transpose(dlogits_MV).mul_(factor_M1)
         ending = {id(block.op) for block in self._blocks if block.is_last_of_op}
         for (block, _), rows_N, span in zip(live, rows, spans, strict=True):

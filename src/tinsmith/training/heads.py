@@ -22,9 +22,9 @@ LOGIT_BYTES = 6  # float32, and a gradient in bfloat16
 def make_head(base: BaseModel, chunk: int, *, deterministic: bool) -> Head:
     """Datum by datum on the CPU in float32, where bits are promised; else all data of a chunk of rows at once."""
     if base.device.type == "cpu" and base.dtype == torch.float32:
-        return Head(base.head, chunk, deterministic=deterministic)
-    make_pass = partial(BatchedChunk, base.head, base.lora, _logit_ops(base.device))
-    return Head(base.head, chunk, deterministic=deterministic, make_pass=make_pass)
+        return Head(base.head, base.final, chunk, deterministic=deterministic)
+    make_pass = partial(BatchedChunk, base.head, base.final, base.lora, _logit_ops(base.device))
+    return Head(base.head, base.final, chunk, deterministic=deterministic, make_pass=make_pass)
 
 
 def chunk_tokens(base: BaseModel, setting: int) -> int:

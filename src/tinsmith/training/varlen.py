@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.model.attention import AttentionKind
 from tinsmith.model.lora.tables import to_device
 from tinsmith.training.attention import PackedAttention
 
@@ -31,7 +32,7 @@ VarlenKernel = Callable[..., Any]
 class Attention(Protocol):
     """Attention of one pass."""
 
-    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor: ...
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor: ...
 
 
 AttentionMaker = Callable[[Sequence[int], torch.device], Attention]
@@ -50,22 +51,28 @@ class VarlenAttention:
         self._starts = to_device(starts, device)
         self._longest = max(lengths)
         self._kernel = kernel
+        self._lengths, self._device = lengths, device
+        self._padded: PackedAttention | None = None  # for what the kernel can't do
         self._accepted = frozenset(inspect.signature(kernel).parameters)
 
-    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        """[T, H, D]: each sequence attends to itself, causally; differentiable."""
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
+        """[T, H, D]: each sequence attends to itself; differentiable."""
+        is_within = kind.window is None or kind.window >= self._longest
+        if not kind.is_masked_only or not (is_within or "window_size" in self._accepted):
+            self._padded = self._padded or PackedAttention(self._lengths, self._device)
+            return self._padded.attend(q_HTD, k_GTD, v_GTD, kind)
         q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
         options: dict[str, Any] = {}
         if "window_size" in self._accepted:  # torch 2.12 and later spell causality so
-            options["window_size"] = (-1, 0)
+            options["window_size"] = (-1 if kind.window is None or is_within else kind.window - 1, 0)
         else:
             options["is_causal"] = True
         if "enable_gqa" in self._accepted:
             options["enable_gqa"] = q_HTD.shape[0] != k_GTD.shape[0]
         if "scale" in self._accepted:
-            options["scale"] = scale
+            options["scale"] = kind.scale
         else:
-            q_THD = q_THD * (scale * q_THD.shape[-1] ** 0.5)
+            q_THD = q_THD * (kind.scale * q_THD.shape[-1] ** 0.5)
         starts, longest = self._starts, self._longest
         out_THD: Tensor = self._kernel(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)
         return out_THD
@@ -80,8 +87,13 @@ def plain_varlen(
     outs = []
     for start, end in pairwise(starts):
         q_HND, k_GND, v_GND = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        seen_NN = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device)
+        if window_size[1] == 0:
+            seen_NN = seen_NN.tril_()
+        if window_size[0] >= 0:
+            seen_NN = seen_NN.triu_(-window_size[0])
         out_HND = F.scaled_dot_product_attention(
-            q_HND, k_GND, v_GND, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
+            q_HND, k_GND, v_GND, attn_mask=seen_NN, scale=scale, enable_gqa=enable_gqa
         )[0]
         outs.append(out_HND.transpose(0, 1))
     return torch.cat(outs)

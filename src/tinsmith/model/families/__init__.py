@@ -1,0 +1,21 @@
+"""The families of models that have something beyond the common path, one file each."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from tinsmith.model.families import gemma, llama, mistral, qwen2, qwen3
+from tinsmith.model.families.family import Family
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma.FAMILY)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model; for one without a file, a family that has nothing of its own."""
+    kinds = {config.model_type, config.get_text_config().model_type}
+    for family in FAMILIES:
+        if kinds & set(family.model_types):
+            return family
+    return Family(title=str(config.model_type), model_types=(str(config.model_type),))

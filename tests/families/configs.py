@@ -1,0 +1,77 @@
+"""A small random configuration of each family, with all of its features switched on.
+
+Windows are shorter than the sequences of the battery, caps are low enough to bend, ropes are scaled as they come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+VOCAB = 211
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+ONE_OF_TWO = ["sliding_attention", "full_attention"]
+
+CONFIGS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON, rope_parameters=YARN, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
+    "ministral": (
+        MinistralForCausalLM,
+        MinistralConfig(**COMMON, head_dim=24, sliding_window=9, layer_types=ONE_OF_TWO),
+    ),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **COMMON, head_dim=16, query_pre_attn_scalar=24, sliding_window=11, layer_types=ONE_OF_TWO,
+            attn_logit_softcapping=4.0, final_logit_softcapping=3.0,
+        ),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **COMMON, head_dim=16, query_pre_attn_scalar=24, sliding_window=11, layer_types=ONE_OF_TWO,
+        ),
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**COMMON, sliding_window=17)),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config(**COMMON)),
+    "olmo3": (Olmo3ForCausalLM, Olmo3Config(**COMMON, sliding_window=12, layer_types=ONE_OF_TWO)),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**COMMON, no_rope_layers=[1, 0])),
+    "glm4": (Glm4ForCausalLM, Glm4Config(**COMMON, head_dim=16, partial_rotary_factor=0.5)),
+}  # fmt: skip

@@ -1,0 +1,56 @@
+"""Each family's small base, opened once for both modes, and the same model as transformers has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.families.configs import CONFIGS
+from tinsmith.model import BaseModel, load_base
+from tinsmith.types import BaseInfo
+
+MakeBase = Callable[..., BaseModel]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    directories: dict[str, str] = {}
+
+    @cache
+    def make(kind: str, *, deterministic: bool = False) -> BaseModel:
+        model_class, config = CONFIGS[kind]
+        if kind not in directories:
+            directories[kind] = str(tmp_path_factory.mktemp(kind))
+            torch.manual_seed(7)
+            model = model_class(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:  # norms and biases that do nothing would hide mistakes
+                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            model.save_pretrained(directories[kind])
+        info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
+        return load_base(info, device=torch.device("cpu"), dtype=torch.float32, deterministic=deterministic)
+
+    return make
+
+
+@pytest.fixture
+def plain() -> Callable[[BaseModel], torch.nn.Module]:
+    """In float64 and written out, so that what differs is our own rounding."""
+
+    def load(base: BaseModel) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
+
+    return load
