@@ -31,7 +31,11 @@ from tests.numerics.sampling_lab import assert_same_sample, make_sampler, prompt
 from tinsmith.adapter_files import adapter_files
 from tinsmith.bases import BaseRef, describe
 from tinsmith.checkpoint_file import dump_state, load_state, read_state_header
-from tinsmith.types import Datum, RunId, Targets
+from tinsmith.export.adapter import read_adapter
+from tinsmith.export.merge import merge
+from tinsmith.model import BaseModel
+from tinsmith.training import Trainer
+from tinsmith.types import BaseInfo, Datum, RunId, Targets
 
 BOUND = 1e-5
 LENGTHS = (7, 40, 66)
@@ -185,15 +189,40 @@ def test_a_state_comes_back_as_it_was(kind, make_base) -> None:
     assert_same_bits(state.tensors, other.export_run(RunId("a")).tensors)
 
 
+def write_adapter(base: BaseModel, trainer: Trainer, directory: Path) -> BaseInfo:
+    """The archive's two files of the run "a"."""
+    Path(base.info.path, "tokenizer.json").write_text("{}")
+    info = describe(BaseRef(base.info.name, Path(base.info.path)))
+    source = io.BytesIO(dump_state(trainer.export_run(RunId("a"))))
+    for name, file in adapter_files(read_state_header(source), info).items():
+        (directory / name).write_bytes(b"".join(file.read(source)))
+    return info
+
+
+def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path: Path, within) -> None:
+    """A head that was tied and trained has weights of its own then; the embedding is as it was."""
+    base = make_base(kind)
+    trainer = make_trainer(base, RUNS[0], deterministic=False)
+    (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
+    write_adapter(base, trainer, tmp_path)
+    merge(Path(base.info.path), read_adapter(tmp_path), tmp_path / "merged")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for one, ours in zip(data_of(1), result.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
+        theirs = logits.gather(1, torch.from_numpy(one.inputs["target_tokens"])[:, None])[:, 0]
+        within("merged, in transformers", ours, theirs.numpy())
+
+
 def test_the_exported_adapter_is_the_same_in_peft(kind, make_base, tmp_path: Path, within) -> None:
     base = make_base(kind)
     trainer = make_trainer(base, RUNS[0], deterministic=False)
     (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
-    Path(base.info.path, "tokenizer.json").write_text("{}")
-    info = describe(BaseRef(kind, Path(base.info.path)))
-    source = io.BytesIO(dump_state(trainer.export_run(RunId("a"))))
-    for name, file in adapter_files(read_state_header(source), info).items():
-        (tmp_path / name).write_bytes(b"".join(file.read(source)))
+    info = write_adapter(base, trainer, tmp_path)
     if info.is_head_tied:
         path = tmp_path / "adapter_model.safetensors"
         save_file({name.replace("model.unembed_tokens", "lm_head"): t for name, t in load_file(path).items()}, path)

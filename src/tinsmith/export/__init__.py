@@ -1,0 +1,1 @@
+"""Weights out: an adapter as `peft` and serving engines read it, or merged into a whole model."""

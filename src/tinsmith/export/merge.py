@@ -1,0 +1,208 @@
+"""A base and an adapter merged into a new Hugging Face directory, tensor by tensor.
+
+W' = W + scale · B A, in float32, rounded once. Shards stay as they are cut, so memory is that of one tensor and its
+product. An output head that is tied to the embedding and was trained gets a tensor of its own, and the configuration
+says so: the embedding stays as it was. The directory appears when it's complete.
+Shape letters: R rank, I inputs, O outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tinsmith.adapter_files import OWN_HEAD
+from tinsmith.bases import MAX_HEADER_BYTES
+from tinsmith.errors import ConfigError, UserError
+from tinsmith.export.adapter import Adapter
+
+INDEX = "model.safetensors.index.json"
+HEAD_WEIGHT = f"{OWN_HEAD}.weight"
+EMBEDDING = "embed_tokens.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: code for code, dtype in CODES.items()}
+ALIGNMENT = 8
+CONFIG = "config.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One tensor of the merged model: where it is stored, what it will be called, and its dtype there, as
+    safetensors calls it."""
+
+    shard: Path
+    stored: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    a_name: str
+    b_name: str
+
+
+def merge(
+    base: Path, adapter: Adapter, target: Path, *, dtype: str | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Write the merged model to `target`, which must not exist.
+
+    Args:
+        dtype: of the floating-point weights, one of DTYPES; None: as the base has them.
+        progress: is told bytes written and bytes in all.
+
+    Returns:
+        The names of the tensors that were changed.
+
+    Raises:
+        ConfigError: the base or the target is not as it should be.
+        UserError: the adapter doesn't fit the base; the message names the module.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists: name a new directory")
+    shards = sorted(base.glob("*.safetensors"))
+    if not shards:
+        raise ConfigError(f"{base} has no weights (*.safetensors)")
+    code = NAMES[DTYPES[dtype]] if dtype else None
+    tensors = [tensor for shard in shards for tensor in _tensors(shard, code)]
+    unties = OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors)
+    if unties:
+        tensors.append(_untied(tensors, base))
+    changes = _changes(tensors, adapter)
+    making = target.with_name(f".{target.name}.{os.getpid()}.part")
+    making.mkdir(parents=True)
+    try:
+        _write_shards(making, tensors, changes, adapter, progress or (lambda done, total: None))
+        _copy_rest(base, making, dtype, unties=unties)
+        making.rename(target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return sorted(changes)
+
+
+def _tensors(shard: Path, dtype: str | None) -> Iterator[_Tensor]:
+    """In the order of the file. dtype: what weights in floating point become; None leaves them."""
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
+        for (start, end), name, entry in sorted(entries, key=lambda each: (each[0], each[1])):
+            stored, shape = entry["dtype"], tuple(entry["shape"])
+            own = dtype if dtype and stored in CODES else stored
+            size = end - start if own == stored else math.prod(shape) * CODES[own].itemsize
+            yield _Tensor(shard, name, name, shape, own, size)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{shard} is not a whole safetensors file: {error}") from None
+
+
+def _untied(tensors: Sequence[_Tensor], base: Path) -> _Tensor:
+    """The output head that the base has not: its embedding, under another name."""
+    embeddings = [tensor for tensor in tensors if _is(tensor.name, EMBEDDING)]
+    if len(embeddings) != 1:
+        raise UserError(f"the adapter trains the output head, and {base} has neither a head nor one embedding")
+    return replace(embeddings[0], name=HEAD_WEIGHT)
+
+
+def _changes(tensors: Sequence[_Tensor], adapter: Adapter) -> dict[str, _Change]:
+    """By the name of the merged tensor, what is added to it."""
+    changes: dict[str, _Change] = {}
+    for module, (a_name, b_name) in adapter.names.items():
+        found = [tensor for tensor in tensors if _is(tensor.name, f"{module}.weight")]
+        found = found or [tensor for tensor in tensors if _is(tensor.name, f"{module.partition('.')[2]}.weight")]
+        if len(found) != 1:
+            raise UserError(f"the base has {len(found) or 'no'} weights for {module}: the adapter is of another model")
+        (tensor,) = found
+        if tensor.dtype not in CODES:
+            raise UserError(f"{tensor.name} is {tensor.dtype}: merge into a base in float32, bfloat16 or float16")
+        changes[tensor.name] = _Change(a_name, b_name)
+    return changes
+
+
+def _is(name: str, wanted: str) -> bool:
+    """The same under any prefix: a model inside another one has its name before those of its layers."""
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _write_shards(
+    making: Path, tensors: Sequence[_Tensor], changes: Mapping[str, _Change], adapter: Adapter, progress: Progress
+) -> None:
+    total, done = sum(tensor.num_bytes for tensor in tensors), 0
+    weight_map: dict[str, str] = {}
+    with safe_open(adapter.path, framework="pt") as factors:
+        for shard in dict.fromkeys(tensor.shard for tensor in tensors):
+            own = [tensor for tensor in tensors if tensor.shard == shard]
+            weight_map |= {tensor.name: shard.name for tensor in own}
+            with (making / shard.name).open("wb") as file, safe_open(shard, framework="pt") as source:
+                file.write(_header(own))
+                for tensor in own:
+                    weight = source.get_tensor(tensor.stored)
+                    if tensor.name in changes:
+                        weight = _merged(weight, changes[tensor.name], factors, adapter.scale, tensor.name)
+                    _write(file, weight.to(CODES[tensor.dtype]) if tensor.dtype in CODES else weight)
+                    done += tensor.num_bytes
+                    progress(done, total)
+                file.flush()
+                os.fsync(file.fileno())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (making / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merged(weight: Tensor, change: _Change, factors: Any, scale: float, name: str) -> Tensor:
+    """W + scale · B A in float32."""
+    a_RI, b_OR = factors.get_tensor(change.a_name).float(), factors.get_tensor(change.b_name).float()
+    if a_RI.ndim != 2 or b_OR.ndim != 2 or weight.shape != (b_OR.shape[0], a_RI.shape[1]):
+        raise UserError(
+            f"{name} has shape {list(weight.shape)}, the adapter's halves {list(a_RI.shape)} and {list(b_OR.shape)}: "
+            "the adapter is of another model"
+        )
+    return torch.addmm(weight.float(), b_OR, a_RI, alpha=scale)
+
+
+def _header(tensors: Sequence[_Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.num_bytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        at += tensor.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> None:
+    """Tokenizer, templates and configuration; nothing in folders, and no other weights."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".gguf") and path.name != INDEX:
+            shutil.copyfile(path, making / path.name)
+    path = making / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    inner = config.get("text_config")
+    for part in [config, *([inner] if isinstance(inner, dict) else [])]:
+        if unties:
+            part["tie_word_embeddings"] = False
+        if dtype is not None:
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
