@@ -25,6 +25,7 @@ from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
 from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
+from tinsmith.quota_commands import admin
 from tinsmith.serve import serve
 from tinsmith.store import open_store
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="Make, list and revoke keys of a running server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(admin, name="admin")
 
 DataDirFlag = Annotated[
     Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")

@@ -70,6 +70,14 @@ class Settings:
         unit="bytes",
         group="limits",
     )
+    price_training: float = setting(
+        0.0, "Price of a million tokens of training, for quotas of money.", unit="USD", group="limits"
+    )
+    price_prefill: float = setting(0.0, "The same of prompts that are sampled from.", unit="USD", group="limits")
+    price_prefill_cached: float = setting(
+        0.0, "The same of their tokens that were there already.", unit="USD", group="limits"
+    )
+    price_sample: float = setting(0.0, "The same of sampled tokens.", unit="USD", group="limits")
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
@@ -297,7 +305,11 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
+        may_be_zero = (
+            "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
+            "price_prefill_cached", "price_sample",
+        )  # fmt: skip
+        for name in may_be_zero:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):

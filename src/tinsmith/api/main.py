@@ -38,6 +38,7 @@ from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
+from tinsmith.store.quota_rules import Prices
 from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
@@ -143,7 +144,7 @@ def serve_api(
     Raises:
         ConfigError: a base's directory is missing or not a model's.
     """
-    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
+    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)

@@ -26,6 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.once import Once
+from tinsmith.api.pace import Pace
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
@@ -74,6 +75,7 @@ class Services:
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
+    pace: Pace = field(default_factory=Pace)
     traces: Once = field(default_factory=Once)
     work_places: Places = field(default_factory=partial(Places, TENANT_THREADS))
     write_places: Places = field(default_factory=partial(Places, TENANT_WRITES))

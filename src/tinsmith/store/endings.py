@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, literal_column, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
 from tinsmith.store.database import Database
-from tinsmith.store.fences import require_current
+from tinsmith.store.fences import IS_QUEUED, require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
-from tinsmith.store.op_rows import WHOLE, to_op
+from tinsmith.store.op_rows import LIGHT, WHOLE, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
@@ -80,6 +80,22 @@ _ENDED = (
 )
 
 
+_WAITING = (
+    select(*LIGHT)
+    .join(samplers, samplers.c.sampler_id == ops.c.sampler_id)
+    .where(
+        ops.c.base_model == samplers.c.base_model,
+        ops.c.kind == literal_column(f"'{OpKind.SAMPLE}'"),
+        IS_QUEUED,
+        samplers.c.sampler_id == bindparam("sampler_id"),
+        ops.c.seq_id >= bindparam("first_seq"),
+        ops.c.seq_id < bindparam("end_seq"),
+    )
+    .order_by(ops.c.num)
+    .limit(bindparam("limit"))
+)
+
+
 class Endings:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -130,6 +146,12 @@ class Endings:
                 for row in conn.execute(_ENDED, values)
             ]
         return ended, 0 if last is None else last.num_ended
+
+    def waiting(self, sampler_id: SamplerId, first_seq: int, end_seq: int, limit: int) -> list[OpRow]:
+        """The oldest queued requests of the sampler with a seq_id in first_seq..end_seq-1, without their payloads."""
+        values = {"sampler_id": sampler_id, "first_seq": first_seq, "end_seq": end_seq, "limit": limit}
+        with self._database.read() as conn:
+            return [to_op(row) for row in conn.execute(_WAITING, values)]
 
     def reached(self, marks: Collection[EndsAfter]) -> set[EndsAfter]:
         """Those of `marks` beyond which something has ended."""

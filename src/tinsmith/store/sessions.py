@@ -91,8 +91,10 @@ class Sessions:
         project_id: str | None = None,
         display_name: str | None = None,
         now: float | None = None,
+        key_id: str | None = None,
     ) -> SessionRow:
-        """A new session, whose first heartbeat is its creation (`now`, default: the clock)."""
+        """A new session, whose first heartbeat is its creation (`now`, default: the clock). key_id: the key that opens
+        it, for whose quotas what is used in it counts."""
         created_at = time.time() if now is None else now
         row = SessionRow(
             session_id=SessionId("s" + secrets.token_hex(12)),
@@ -121,6 +123,7 @@ class Sessions:
                     "display_name": display_name,
                     "created_at": created_at,
                     "last_beat_at": created_at,
+                    "key_id": key_id,
                 },
             )
         return row
