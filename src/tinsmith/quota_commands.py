@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from tinsmith.client import connect
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
-from tinsmith.errors import ConfigError
+from tinsmith.errors import ConfigError, NotFoundError
 from tinsmith.store.quota_rules import MEANINGS, Quota
 
 SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -32,8 +32,11 @@ def list_quotas(
 ) -> None:
     """List what tenants use, and the quotas that bound it."""
     client = connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
-    query = "" if tenant is None else f"?tenant={urllib.parse.quote(tenant, safe='')}"
-    _show(client.call("GET", f"/admin/quotas{query}"))
+    scopes = client.call("GET", "/admin/quotas")["scopes"]
+    chosen = [scope for scope in scopes if tenant in (None, scope["tenant"])]
+    if tenant is not None and not chosen:
+        raise NotFoundError(f"no tenant is called {tenant!r}; `tinsmith admin quotas` lists all")
+    _show(chosen)
 
 
 @admin.command("set-quota", epilog="Quotas: " + "; ".join(f"{quota} ({MEANINGS[quota]})" for quota in Quota))
@@ -48,7 +51,7 @@ def set_quota(
     """Set quotas of a tenant, or of one of its keys. Whoever is over one waits; nothing that was accepted fails."""
     body = {"tenant": tenant, "key_id": key, "quotas": dict(_parse(text) for text in quotas)}
     client = connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
-    _show(client.call("PUT", "/admin/quotas", body))
+    _show(client.call("PUT", "/admin/quotas", body)["scopes"])
 
 
 def _parse(text: str) -> tuple[str, float | None]:
@@ -67,11 +70,11 @@ def _parse(text: str) -> tuple[str, float | None]:
     return name, number
 
 
-def _show(answer: dict[str, Any]) -> None:
+def _show(scopes: Sequence[dict[str, Any]]) -> None:
     table = Table("tenant", "key", "quota")
     table.add_column("used", justify="right", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
-    for scope in answer["scopes"]:
+    for scope in scopes:
         whose = (scope["tenant"], "" if scope["key_id"] is None else f"{scope['key_id']} ({scope['key_name']})")
         for quota in scope["quotas"]:
             limit = "" if quota["limit"] is None else _number(quota["quota"], quota["limit"])

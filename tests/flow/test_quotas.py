@@ -12,7 +12,7 @@ import pytest
 
 from tests.flow.house import House, settle
 from tinsmith.fake_engine import FakeEngine
-from tinsmith.store import quotas as store_quotas
+from tinsmith.store import quota_gates
 from tinsmith.store.quota_rules import Prices, Quota
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState, SessionId, TenantId
@@ -193,7 +193,7 @@ def test_a_save_waits_for_room_among_the_checkpoints(house: House) -> None:
     settle(worker)
     assert house.get(first).state is OpState.DONE
     size = sum(row.size_bytes for row in house.store.ledger.storage(house.tenant, None, time.time()))
-    house.store.quotas._places.clear()
+    house.store.quotas._known._places.clear()
     with house.store._database.write() as conn:
         conn.exec_driver_sql("UPDATE runs SET adapter_bytes = ?", (size // 3,))
     limit(house, storage_bytes=size * 1.5)
@@ -220,7 +220,7 @@ def test_a_key_s_quota_holds_for_the_sessions_that_it_opened(house: House) -> No
 
 
 def test_money_of_a_month_is_what_its_tokens_cost(house: House, clock: Clock) -> None:
-    house.store.quotas.prices = Prices(training=1_000_000.0)
+    house.store.quotas._known.prices = Prices(training=1_000_000.0)
     limit(house, usd_per_month=5)
     run = house.create_run()
     ops = [house.forward_backward(run, seq, [1, 2, 3]) for seq in range(1, 5)]
@@ -261,7 +261,7 @@ def test_tenants_without_quotas_cost_no_look_at_what_is_under_way(
     def never(*_: object) -> None:
         raise AssertionError("looked at")
 
-    monkeypatch.setattr(store_quotas._Gates, "_of", never)
+    monkeypatch.setattr(quota_gates.Gates, "_of", never)
     settle(house.worker())
     assert house.get(op).state is OpState.DONE
     assert isinstance(house.engine, FakeEngine)

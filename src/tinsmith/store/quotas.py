@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select
 
 from tinsmith.errors import NotFoundError, QuotaError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
-from tinsmith.store.fences import IS_QUEUED, IS_RUNNING
 from tinsmith.store.prepared import Prepared
+from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_request, under_way
 from tinsmith.store.quota_rules import (
     FREE,
     MEANINGS,
-    MILLION,
-    OF_A_PERIOD,
-    Asked,
-    Gate,
     Hold,
     Limits,
     Prices,
@@ -37,12 +32,10 @@ from tinsmith.store.quota_rules import (
     day_of,
     month_of,
     never_fits,
-    tokens_of,
 )
 from tinsmith.store.rows import OpRow, Principal
-from tinsmith.store.schema import checkpoints, keys, ops, quotas, runs, samplers, sessions, tallies, tenants
-from tinsmith.store.usage_rows import UsageKind
-from tinsmith.types import OpId, OpKind, RunId, RunStatus, SamplerId, TenantId
+from tinsmith.store.schema import keys, ops, quotas, tallies, tenants
+from tinsmith.types import OpId, OpKind, RunId, TenantId
 
 LIMITS_TTL_S = 1.0
 MAX_PLACES = 50_000
@@ -56,19 +49,9 @@ _KEY = select(keys.c.key_id, keys.c.name).where(
     keys.c.tenant_id == bindparam("tenant_id"), keys.c.key_id == bindparam("key_id")
 )
 _KEYS = select(keys.c.key_id, keys.c.name).where(keys.c.tenant_id == bindparam("tenant_id")).order_by(keys.c.created_at)
-_TALLY = Prepared(
-    select(tallies.c.kind, tallies.c.quantity).where(
-        tallies.c.scope == bindparam("scope"), tallies.c.period == bindparam("period")
-    )
-)
 _OLD = or_(
     and_(func.length(tallies.c.period) == len("2026-01-31"), tallies.c.period < bindparam("day")),
     and_(func.length(tallies.c.period) == len("2026-01"), tallies.c.period < bindparam("month")),
-)
-_UNDER_WAY = Prepared(
-    select(ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
-        IS_RUNNING, ops.c.tenant_id == bindparam("tenant_id")
-    )
 )
 _REQUEST = Prepared(
     select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
@@ -81,53 +64,6 @@ _FIRST_OF_RUN = Prepared(
     .order_by(ops.c.seq_id)
     .limit(1)
 )
-_OF_RUN = Prepared(
-    select(sessions.c.key_id, runs.c.adapter_bytes)
-    .join(runs, runs.c.session_id == sessions.c.session_id)
-    .where(runs.c.run_id == bindparam("run_id"))
-)
-_OF_SAMPLER = Prepared(
-    select(sessions.c.key_id)
-    .join(samplers, samplers.c.session_id == sessions.c.session_id)
-    .where(samplers.c.sampler_id == bindparam("sampler_id"))
-)
-_OPEN_RUNS = (
-    select(sessions.c.key_id, func.count(), func.coalesce(func.sum(runs.c.adapter_bytes), 0))
-    .join(runs, runs.c.session_id == sessions.c.session_id)
-    .where(
-        sessions.c.tenant_id == bindparam("tenant_id"),
-        sessions.c.finished_at.is_(None),
-        runs.c.status.in_([RunStatus.READY.value, RunStatus.CORRUPTED.value]),
-    )
-    .group_by(sessions.c.key_id)
-)
-_STORED = (
-    select(sessions.c.key_id, func.sum(checkpoints.c.size_bytes))
-    .join(runs, runs.c.run_id == checkpoints.c.run_id)
-    .join(sessions, sessions.c.session_id == runs.c.session_id)
-    .where(
-        checkpoints.c.tenant_id == bindparam("tenant_id"),
-        or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > bindparam("now")),
-    )
-    .group_by(sessions.c.key_id)
-)
-
-
-class _Request(NamedTuple):
-    """What is looked at of an op."""
-
-    tenant_id: TenantId
-    kind: OpKind
-    cost_tokens: int
-    run_id: RunId | None
-    sampler_id: SamplerId | None
-
-
-class _Place(NamedTuple):
-    """What of a run or sampler never changes. key_id: that opened its session, if that is known."""
-
-    key_id: str | None
-    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +80,9 @@ class QuotaUse:
 class Quotas:
     def __init__(self, database: Database, prices: Prices = FREE) -> None:
         self._database = database
-        self.prices = prices
+        self._known = Known(prices)
         self._limits: dict[TenantId, dict[str, dict[Quota, float]]] = {}
         self._limits_until = float("-inf")
-        self._places: dict[str, _Place] = {}
 
     def put(
         self,
@@ -203,8 +138,8 @@ class Quotas:
         size = new_bytes
         if kind.is_save:
             with self._database.read() as conn:
-                size = self.place(conn, run_id, None).adapter_bytes
-        ask = asked(kind, num_tokens, size, self.prices)
+                size = self._known.place(conn, run_id, None).adapter_bytes
+        ask = asked(kind, num_tokens, size, self._known.prices)
         for owner, scope in (("tenant", by.tenant_id), ("key", by.key_id)):
             larger = never_fits(scopes.get(scope, {}), ask)
             if larger is not None:
@@ -221,7 +156,7 @@ class Quotas:
         if not mine:
             return set()
         with self._database.read() as conn:
-            gates = _Gates(self, conn, limited, now)
+            gates = Gates(self._known, conn, limited, now)
             return {tenant_id for tenant_id in mine if gates.is_paused(tenant_id)}
 
     def held_back(self, waiting: Iterable[OpRow], now: float) -> set[OpId]:
@@ -233,17 +168,17 @@ class Quotas:
         if not mine:
             return set()
         with self._database.read() as conn:
-            gates = _Gates(self, conn, limited, now)
-            return {op.id for op in mine if gates.hold(_request_of(op)) is not None}
+            gates = Gates(self._known, conn, limited, now)
+            return {op.id for op in mine if gates.hold(request_of(op)) is not None}
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
         limited = self._current(conn)
         if not limited:
             return op_ids
-        gates = _Gates(self, conn, limited, now)
+        gates = Gates(self._known, conn, limited, now)
         found = ((op_id, _REQUEST.first(conn, {"op_id": op_id})) for op_id in op_ids)
-        return [op_id for op_id, row in found if row is None or gates.hold(_to_request(row)) is None]
+        return [op_id for op_id, row in found if row is None or gates.hold(to_request(row)) is None]
 
     def hold_of(self, op: OpRow, now: float) -> Hold | None:
         """Why a waiting op, or one of its run before it, may not begin now; None: no quota is in its way."""
@@ -251,10 +186,9 @@ class Quotas:
         if op.tenant_id not in limited:
             return None
         with self._database.read() as conn:
-            gates = _Gates(self, conn, limited, now)
             first = None if op.run_id is None else _FIRST_OF_RUN.first(conn, {"run_id": op.run_id})
-            before = None if first is None else gates.hold(_to_request(first))
-            return before or gates.hold(_request_of(op))
+            before = None if first is None else Gates(self._known, conn, limited, now).hold(to_request(first))
+            return before or Gates(self._known, conn, limited, now).hold(request_of(op))
 
     def forget(self, now: float) -> None:
         """Drop tallies of periods that ended long ago."""
@@ -265,25 +199,6 @@ class Quotas:
         with self._database.write() as conn:
             conn.execute(delete(tallies).where(_OLD), values)
 
-    def place(self, conn: Connection, run_id: RunId | None, sampler_id: SamplerId | None) -> _Place:
-        name = run_id or sampler_id or ""
-        found = self._places.get(name)
-        if found is None:
-            row = (
-                _OF_SAMPLER.first(conn, {"sampler_id": sampler_id})
-                if run_id is None
-                else _OF_RUN.first(conn, {"run_id": run_id})
-            )
-            if row is None:
-                return _Place(None)
-            if len(self._places) >= MAX_PLACES:
-                self._places.clear()
-            found = self._places[name] = _Place(*row)
-        return found
-
-    def tally(self, conn: Connection, scope: str, period: str) -> dict[UsageKind, int]:
-        return {UsageKind(kind): count for kind, count in _TALLY.all(conn, {"scope": scope, "period": period})}
-
     def _use(
         self,
         conn: Connection,
@@ -293,10 +208,10 @@ class Quotas:
         limits: Limits,
         now: float,
     ) -> QuotaUse:
-        scope = _Scope(self, conn, tenant_id, key_id, now)
-        under_way = _under_way(scope.requests(), dict.fromkeys(Quota, 0.0))
+        scope = Scope(self._known, conn, tenant_id, key_id, now)
+        busy = under_way(scope.requests(), dict.fromkeys(Quota, 0.0))
         return QuotaUse(
-            names[0], key_id, names[1], limits, {quota: scope.used(quota) + _now(under_way, quota) for quota in Quota}
+            names[0], key_id, names[1], limits, {quota: scope.used(quota) + _now(busy, quota) for quota in Quota}
         )
 
     def _current(self, conn: Connection | None) -> Mapping[TenantId, dict[str, dict[Quota, float]]]:
@@ -316,127 +231,6 @@ class Quotas:
         return limits
 
 
-@dataclass(slots=True)
-class _Scope:
-    """What a tenant, or one of its keys, uses at one moment; looked up when it is asked for, once."""
-
-    quotas: Quotas
-    conn: Connection
-    tenant_id: TenantId
-    key_id: str | None
-    now: float
-    _used: dict[Quota, float] = field(default_factory=dict)
-
-    def used(self, quota: Quota) -> float:
-        """By what has ended."""
-        if quota not in self._used:
-            self._used[quota] = self._look_up(quota)
-        return self._used[quota]
-
-    def requests(self) -> list[Asked]:
-        """Those that are computed."""
-        found = [_Request(self.tenant_id, *row) for row in _UNDER_WAY.all(self.conn, {"tenant_id": self.tenant_id})]
-        return [self.ask(request) for request in found if self.counts(request)]
-
-    def counts(self, request: _Request) -> bool:
-        """Whether the request is of this scope."""
-        if self.key_id is None:
-            return True
-        return self.quotas.place(self.conn, request.run_id, request.sampler_id).key_id == self.key_id
-
-    def ask(self, request: _Request) -> Asked:
-        kind = OpKind(request.kind)
-        has_bytes = kind is OpKind.CREATE or kind.is_save
-        size = self.quotas.place(self.conn, request.run_id, None).adapter_bytes if has_bytes else 0
-        return asked(kind, request.cost_tokens, size, self.quotas.prices)
-
-    def _look_up(self, quota: Quota) -> float:
-        scope = self.key_id or self.tenant_id
-        match quota:
-            case Quota.TOKENS_PER_DAY:
-                return tokens_of(self.quotas.tally(self.conn, scope, day_of(self.now)))
-            case Quota.USD_PER_MONTH:
-                return self.quotas.prices.of(self.quotas.tally(self.conn, scope, month_of(self.now)))
-            case Quota.RUNS | Quota.ADAPTER_BYTES:
-                column = 1 if quota is Quota.RUNS else 2
-                rows = self.conn.execute(_OPEN_RUNS, {"tenant_id": self.tenant_id}).all()
-            case Quota.STORAGE_BYTES:
-                column = 1
-                rows = self.conn.execute(_STORED, {"tenant_id": self.tenant_id, "now": self.now}).all()
-            case _:
-                return 0.0
-        return float(sum(row[column] for row in rows if self.key_id in (None, row[0])))
-
-
-class _Gates:
-    """Of one look or claim: a gate for each tenant and key that is concerned."""
-
-    def __init__(
-        self,
-        quotas_: Quotas,
-        conn: Connection,
-        limited: Mapping[TenantId, Mapping[str, Limits]],
-        now: float,
-    ) -> None:
-        self._quotas, self._conn, self._limited, self._now = quotas_, conn, limited, now
-        self._gates: dict[TenantId, list[tuple[_Scope, Gate]]] = {}
-        self._stopped: dict[RunId, Hold] = {}
-
-    def hold(self, request: _Request) -> Hold | None:
-        """Why it may not begin; None: it counts as under way from now on."""
-        if request.tenant_id not in self._limited:
-            return None
-        if request.run_id is not None and request.run_id in self._stopped:
-            return self._stopped[request.run_id]
-        concerned = [(scope, gate) for scope, gate in self._of(request.tenant_id) if scope.counts(request)]
-        if not concerned:
-            return None
-        ask = concerned[0][0].ask(request)
-        for _, gate in concerned:
-            hold = gate.hold(ask)
-            if hold is not None:
-                if request.run_id is not None:
-                    self._stopped[request.run_id] = hold
-                return hold
-        for _, gate in concerned:
-            gate.begin(ask)
-        return None
-
-    def is_paused(self, tenant_id: TenantId) -> bool:
-        token = Asked(requests=0, tokens=1, usd=1 / MILLION)
-        holds = [gate.hold(token) for scope, gate in self._of(tenant_id) if scope.key_id is None]
-        return any(hold is not None and hold.quota in OF_A_PERIOD for hold in holds)
-
-    def _of(self, tenant_id: TenantId) -> list[tuple[_Scope, Gate]]:
-        found = self._gates.get(tenant_id)
-        if found is None:
-            found = self._gates[tenant_id] = [
-                self._gate(tenant_id, None if scope == tenant_id else scope, limits)
-                for scope, limits in self._limited[tenant_id].items()
-            ]
-        return found
-
-    def _gate(self, tenant_id: TenantId, key_id: str | None, limits: Limits) -> tuple[_Scope, Gate]:
-        scope = _Scope(self._quotas, self._conn, tenant_id, key_id, self._now)
-        owner = "tenant" if key_id is None else "key"
-        return scope, Gate(limits, scope.used, _under_way(scope.requests(), limits), owner)
-
-
-def _under_way(requests: Iterable[Asked], limits: Limits) -> dict[Quota, float]:
-    gate = Gate(limits)
-    for ask in requests:
-        gate.begin(ask)
-    return gate.under_way
-
-
-def _now(under_way: Mapping[Quota, float], quota: Quota) -> float:
+def _now(busy: Mapping[Quota, float], quota: Quota) -> float:
     """What is computed now counts as used where it ends with it; not where it is yet to be known what it comes to."""
-    return under_way.get(quota, 0.0) if quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS) else 0.0
-
-
-def _request_of(op: OpRow) -> _Request:
-    return _Request(op.tenant_id, op.kind, op.cost_tokens, op.run_id, op.sampler_id)
-
-
-def _to_request(row: Sequence[Any]) -> _Request:
-    return _Request(*row)
+    return busy.get(quota, 0.0) if quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS) else 0.0
