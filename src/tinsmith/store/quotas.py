@@ -19,6 +19,7 @@ from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, s
 from tinsmith.errors import NotFoundError, QuotaError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
+from tinsmith.store.fences import IS_QUEUED
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_request, under_way
 from tinsmith.store.quota_rules import (
