@@ -160,6 +160,18 @@ def test_a_refused_claim_doesn_t_let_later_requests_of_the_run_pass(house: House
     assert states(house, ops) == ["done", "done"]
 
 
+def test_runs_of_a_tenant_take_turns_under_its_quota(house: House) -> None:
+    """None of them is starved by one that always has more."""
+    limit(house, requests=1)
+    runs = [house.create_run() for _ in range(2)]
+    worker = house.worker()
+    settle(worker)
+    ops = [house.forward_backward(run, seq, [1, 2]) for seq in (1, 2, 3) for run in runs]
+    settle(worker)
+    begun = sorted(ops, key=lambda op: house.get(op).started_at or 0.0)
+    assert [op.id for op in begun] == [op.id for op in ops]
+
+
 def test_queued_tokens_bound_what_is_computed_together_and_let_a_larger_one_run_alone(house: House) -> None:
     limit(house, queued_tokens=50)
     sampler = house.sampler()

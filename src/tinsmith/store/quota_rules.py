@@ -153,6 +153,7 @@ class Gate:
     used: Callable[[Quota], float] = lambda _: 0.0
     under_way: dict[Quota, float] = field(default_factory=dict)
     owner: str = "tenant"
+    is_full: bool = False  # a request waits for tokens to be given back: smaller ones that came later don't pass it
 
     def hold(self, ask: Asked) -> Hold | None:
         """Why it can't begin now; None: it can."""
@@ -165,7 +166,9 @@ class Gate:
                 is_over = used + busy >= limit
             else:
                 is_over = used + busy + more > limit and (used + busy > 0 or limit <= 0)
+            is_over = is_over or (quota is Quota.QUEUED_TOKENS and self.is_full)
             if is_over:
+                self.is_full = self.is_full or quota is Quota.QUEUED_TOKENS
                 return Hold(quota, limit, used + busy, self.owner)
         return None
 

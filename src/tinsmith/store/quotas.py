@@ -11,6 +11,7 @@ What is used in a session counts for the key that opened it, and for its tenant.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -161,7 +162,8 @@ class Quotas:
             return {tenant_id for tenant_id in mine if gates.is_paused(tenant_id)}
 
     def held_back(self, waiting: Iterable[OpRow], now: float) -> set[OpId]:
-        """Those of the waiting ops that may not begin now if the others do, in this order."""
+        """Those of the waiting ops that may not begin now if the others do. Who came first is let through first, so that
+        none of a tenant's own requests keeps another waiting for ever; of each run in the order given."""
         limited = self._current(None)
         if not limited:
             return set()
@@ -170,7 +172,7 @@ class Quotas:
             return set()
         with self._database.read() as conn:
             gates = Gates(self._known, conn, limited, now)
-            return {op.id for op in mine if gates.hold(request_of(op)) is not None}
+            return {op.id for op in _in_turn(mine) if gates.hold(request_of(op)) is not None}
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
@@ -235,3 +237,12 @@ class Quotas:
 def _now(busy: Mapping[Quota, float], quota: Quota) -> float:
     """What is computed now counts as used where it ends with it; not where it is yet to be known what it comes to."""
     return busy.get(quota, 0.0) if quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS) else 0.0
+
+
+def _in_turn(waiting: Sequence[OpRow]) -> list[OpRow]:
+    """By their arrival; a run's requests take the turns of that run in the order in which they were given."""
+    of_run: dict[RunId | None, list[OpRow]] = defaultdict(list)
+    for op in reversed(waiting):
+        of_run[op.run_id].append(op)
+    turns = sorted(waiting, key=lambda op: op.created_at)
+    return [op if op.run_id is None else of_run[op.run_id].pop() for op in turns]
