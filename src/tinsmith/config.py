@@ -81,6 +81,12 @@ class Settings:
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
+    unpolled_sample_s: float = setting(
+        600.0,
+        "A sample whose result nobody has asked for so long is cancelled, whether it waits or runs; 0: never.",
+        unit="s",
+        group="limits",
+    )
     result_ttl_s: float = setting(
         24 * 3600.0,
         "How long results can be fetched again, and how long samplers stay after their session has ended.",
@@ -307,7 +313,7 @@ class Settings:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
         may_be_zero = (
             "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
-            "price_prefill_cached", "price_sample",
+            "price_prefill_cached", "price_sample", "unpolled_sample_s",
         )  # fmt: skip
         for name in may_be_zero:
             if getattr(self, name) < 0:

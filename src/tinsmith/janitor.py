@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -42,6 +42,7 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
         pass
     while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
+    store.quotas.forget(now)
     num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
     while dead := store.checkpoints.collect(now):
         for key in dead:
@@ -51,13 +52,17 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
 
 
 @contextlib.contextmanager
-def sweeping(store: Store, blobs: Blobs, settings: Settings) -> Iterator[None]:
-    """Sweep every now and then in a thread of its own, for as long as the block runs."""
+def sweeping(
+    store: Store, blobs: Blobs, settings: Settings, beside: Callable[[float], object] = lambda _: None
+) -> Iterator[None]:
+    """Sweep every now and then in a thread of its own, for as long as the block runs; `beside` is called with the time
+    (unix seconds) at each round."""
     stop = threading.Event()
 
     def work() -> None:
         while not stop.wait(SWEEP_EVERY_S):
             try:
+                beside(time.time())
                 swept = sweep(store, blobs, settings, time.time())
             except Exception:
                 log.exception("sweeping failed; trying again later")

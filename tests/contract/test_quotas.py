@@ -1,4 +1,4 @@
-"""Quotas as clients and administrators meet them: states and reasons in polls, refusals at the door, the admin route."""
+"""Quotas as clients and administrators meet them: states and reasons in polls, refusals, the admin route."""
 
 from __future__ import annotations
 

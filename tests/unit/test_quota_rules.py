@@ -29,8 +29,8 @@ from tinsmith.store.quota_rules import (
     duration,
     month_of,
     never_fits,
-    told,
     tokens_of,
+    told,
 )
 from tinsmith.store.rows import Finished, NewOp, NewSampler, OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage, UsageKind

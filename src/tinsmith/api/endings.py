@@ -51,6 +51,7 @@ async def retrieve_futures(request: Call, services: ServicesDep, data: JSONBody[
     target = data.target
     sampler_id = SamplerId(target.sampling_session_id)
     await services.work(services.store.samplers.get, request.user.tenant_id, sampler_id)
+    services.polls.of_sampler(sampler_id, target.cloned_sampler_id)
     hold_s = _hold_s(services, data)
     ended = await _ended(services, sampler_id, target.cloned_sampler_id, data.prev_cursor, hold_s)
     if not ended and hold_s > 0:

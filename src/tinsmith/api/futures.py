@@ -68,9 +68,11 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
         else:
             op = seen
             services.recent.forget(op_id)
+        services.polls.of_sample(op)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
             op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)
+            services.polls.of_sample(op)
     finally:
         services.waiters.forget(op_id, future)
     return op
@@ -123,7 +125,7 @@ def _answer(services: Services, op: OpRow) -> Response[bytes]:
 
 def failure_of(op: OpRow) -> Failure:
     """Why a final op has no result."""
-    return CANCELLED if op.state is OpState.CANCELLED else op.failure or LOST
+    return op.failure or (CANCELLED if op.state is OpState.CANCELLED else LOST)
 
 
 def result_of(services: Services, op: OpRow) -> bytes:

@@ -28,6 +28,7 @@ from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, 
 from tinsmith.api.express import Express
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
+from tinsmith.api.unpolled import give_up_unpolled
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import describe, parse_all, tokenizer_files
 from tinsmith.bell import Bell, Ringer
@@ -151,7 +152,7 @@ def serve_api(
             try:
                 server = make_server(services)
                 heap.settle()
-                with sweeping(store, services.blobs, settings):
+                with sweeping(store, services.blobs, settings, partial(give_up_unpolled, services)):
                     server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()

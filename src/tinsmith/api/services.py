@@ -29,6 +29,7 @@ from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
+from tinsmith.api.polls import Polls
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
@@ -76,6 +77,7 @@ class Services:
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
     pace: Pace = field(default_factory=Pace)
+    polls: Polls = field(default_factory=Polls)
     traces: Once = field(default_factory=Once)
     work_places: Places = field(default_factory=partial(Places, TENANT_THREADS))
     write_places: Places = field(default_factory=partial(Places, TENANT_WRITES))

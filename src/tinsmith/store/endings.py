@@ -15,7 +15,7 @@ from sqlalchemy import Connection, bindparam, literal_column, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
 from tinsmith.store.database import Database
-from tinsmith.store.fences import IS_QUEUED, require_current
+from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
 from tinsmith.store.op_rows import LIGHT, WHOLE, to_op
@@ -23,7 +23,7 @@ from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import OpId, OpKind, OpState, SamplerId, SessionId, TenantId
+from tinsmith.types import Failure, OpId, OpKind, OpState, SamplerId, SessionId, TenantId
 
 PAGE = 1000  # sessions in one statement
 
@@ -44,6 +44,19 @@ _CANCEL = (
     .where(ops.c.op_id == bindparam("id"))
     .values(state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None)
 )
+_GIVE_UP = (
+    update(ops)
+    .where(ops.c.op_id == bindparam("id"), ops.c.state.in_([OpState.QUEUED.value, OpState.RUNNING.value]))
+    .values(
+        state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None,
+        failure_code=bindparam("code"), failure_category=bindparam("category"), failure_message=bindparam("message"),
+    )
+    .returning(ops.c.op_id)
+)  # fmt: skip
+_OLD_SAMPLES = [
+    select(*LIGHT).where(ops.c.kind == "sample", is_state, ops.c.created_at < bindparam("before"))
+    for is_state in (IS_QUEUED, IS_RUNNING)
+]
 _OPEN_OF_SESSIONS = (
     select(ops.c.op_id, ops.c.sampler_id, ops.c.base_model, ops.c.payload_blob)
     .join(samplers, samplers.c.sampler_id == ops.c.sampler_id)
@@ -123,6 +136,23 @@ class Endings:
             bury(conn, [op.payload_blob], now)
             number_ends(conn, [(op.sampler_id, op_id)])
         return op
+
+    def open_since(self, before: float) -> list[OpRow]:
+        """Samples of all tenants that wait or run, and arrived before that time (unix seconds); without payloads."""
+        with self._database.read() as conn:
+            return [to_op(row) for query in _OLD_SAMPLES for row in conn.execute(query, {"before": before})]
+
+    def give_up(self, samples: Sequence[OpRow], failure: Failure, now: float) -> list[OpId]:
+        """QUEUED or RUNNING ▸ CANCELLED, by the server and for the reason given; those that had not ended meanwhile."""
+        given_up: list[OpId] = []
+        values = {"now": now, "code": failure.code, "category": failure.category, "message": failure.message}
+        with self._database.write() as conn:
+            for op in samples:
+                if conn.execute(_GIVE_UP, {"id": op.id, **values}).first() is not None and op.sampler_id is not None:
+                    given_up.append(op.id)
+                    bury(conn, [op.payload_blob], now)
+                    number_ends(conn, [(op.sampler_id, op.id)])
+        return given_up
 
     def meter(self, worker: WorkerId, used: Mapping[OpId, Usage], now: float) -> None:
         """What a worker has computed for requests that were cancelled meanwhile, and lets go of now.

@@ -162,8 +162,8 @@ class Quotas:
             return {tenant_id for tenant_id in mine if gates.is_paused(tenant_id)}
 
     def held_back(self, waiting: Iterable[OpRow], now: float) -> set[OpId]:
-        """Those of the waiting ops that may not begin now if the others do. Who came first is let through first, so that
-        none of a tenant's own requests keeps another waiting for ever; of each run in the order given."""
+        """Those of the waiting ops that may not begin now if the others do. Who came first is let through first, so
+        that none of a tenant's own requests keeps another waiting for ever; of each run in the order given."""
         limited = self._current(None)
         if not limited:
             return set()
