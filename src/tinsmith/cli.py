@@ -22,6 +22,7 @@ from tinsmith import __version__, doctor
 from tinsmith.client import Client, connect
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
+from tinsmith.disk_command import disk_command
 from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
 from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
@@ -100,6 +101,7 @@ app.command("serve")(with_settings(_serve))
 app.command("doctor")(with_settings(_doctor))
 app.command("migrate")(with_settings(_migrate))
 app.command("verify")(verify_command)
+app.command("disk")(disk_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 

@@ -94,6 +94,16 @@ class Settings:
         group="limits",
     )
 
+    max_disk_mib: int = setting(
+        0,
+        "Most that the data directory may take; at it new requests are refused (503), and what was accepted is carried "
+        "out. 0: no bound.",
+        unit="MiB",
+        group="limits",
+    )
+    min_free_disk_mib: int = setting(
+        512, "The same once less than this is free on its disk. 0: until the disk is full.", unit="MiB", group="limits"
+    )
     min_ttl_s: int = setting(
         3600, "Shortest lifetime that a checkpoint may be given; the longest is ten years.", unit="s", group="limits"
     )
@@ -313,7 +323,7 @@ class Settings:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
         may_be_zero = (
             "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
-            "price_prefill_cached", "price_sample", "unpolled_sample_s",
+            "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
         )  # fmt: skip
         for name in may_be_zero:
             if getattr(self, name) < 0:

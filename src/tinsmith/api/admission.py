@@ -82,9 +82,12 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
 
     Raises:
         NotFoundError: the run, sampler or session isn't the tenant's.
+        StorageFullError: there is no room for it on the disk.
     """
     op_id = draft.op_id or new_op_id()
     draft = attempt(draft, partial(_fitting, services, principal))
+    if draft.failure is None:
+        services.disk.take(len(draft.payload or b""))
     blob = await _write_payload(services, principal, op_id, draft.payload)
     new = NewOp(
         tenant_id=principal.tenant_id,

@@ -152,12 +152,17 @@ def serve_api(
             try:
                 server = make_server(services)
                 heap.settle()
-                with sweeping(store, services.blobs, settings, partial(give_up_unpolled, services)):
+                with sweeping(store, services.blobs, settings, partial(_beside_the_janitor, services)):
                     server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
     finally:
         store.close()
+
+
+def _beside_the_janitor(services: Services, now: float) -> None:
+    services.disk.measure(services.store, services.blobs)
+    give_up_unpolled(services, now)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

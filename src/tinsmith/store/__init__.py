@@ -16,6 +16,7 @@ from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
+from tinsmith.store.files import Files
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import check_schema, upgrade
@@ -47,6 +48,7 @@ class Store:
         self.waiting = Waiting(database)
         self.endings = Endings(database)
         self.places = Places(database)
+        self.files = Files(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
         self.samplers = Samplers(database)
