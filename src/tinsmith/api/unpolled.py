@@ -16,8 +16,6 @@ from tinsmith.types import Failure
 
 log = structlog.get_logger("tinsmith.api")
 
-UNPOLLED = "unpolled"  # the code of the failure
-
 
 def give_up_unpolled(services: Services, now: float) -> int:
     """Cancel the samples that nobody has asked for within `unpolled_sample_s`; how many. Blocks. now: unix seconds."""
@@ -37,7 +35,7 @@ def give_up_unpolled(services: Services, now: float) -> int:
         f"nobody asked for the result of this sample for {duration(patience_s)} (--unpolled-sample-s), so it was "
         "cancelled: send the request again, and wait for its result"
     )
-    given_up = services.store.endings.give_up(forgotten, Failure(UNPOLLED, "user", message), now)
+    given_up = services.store.endings.give_up(forgotten, Failure("unpolled", "user", message), now)
     for base_model in {op.base_model for op in forgotten}:
         for ringer in services.ringers.get(base_model, ()):
             ringer.ring()
