@@ -27,10 +27,13 @@ LAYERS = (
     },
     {
         "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",
-        "torch_probe", "verify", "backup",
+        "torch_probe", "verify", "backup", "disk_use",
     },
     {"worker", "api"},
-    {"admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "demo", "__main__"},
+    {
+        "admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
+        "disk_command", "cli", "demo", "__main__",
+    },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}

@@ -23,6 +23,10 @@ SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 MAX_HEADER_BYTES = 100 * 2**20
+ATTN_PARTS = frozenset(
+    {"self_attn", "attn", "attention", "self_attention"}
+)  # in names of layers, as in `model.inspect`
+MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -145,6 +149,7 @@ def describe(ref: BaseRef) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
+        **_widths(path),
     )
 
 
@@ -224,6 +229,28 @@ def _is_head_tied(path: Path) -> bool:
     """No output head among the stored weights, under any prefix; False where there are none at all."""
     names = [name for file in weight_files(path) for name in _shapes(file)]
     return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
+
+
+def _widths(path: Path) -> dict[str, int]:
+    """Inputs and outputs of the linear layers, by the group that their names put them in; a head without weights of its
+    own has the embedding's."""
+    widths = {"attn_width": 0, "mlp_width": 0, "unembed_width": 0}
+    embedding = 0
+    for file in weight_files(path):
+        for name, shape in _shapes(file).items():
+            parts = set(name.split("."))
+            if len(shape) != 2:
+                continue
+            if parts & ATTN_PARTS:
+                widths["attn_width"] += sum(shape)
+            elif parts & MLP_PARTS:
+                widths["mlp_width"] += sum(shape)
+            elif f".{name}".endswith(".lm_head.weight"):
+                widths["unembed_width"] += sum(shape)
+            elif "embed_tokens" in parts or "wte" in parts:
+                embedding = sum(shape)
+    widths["unembed_width"] = widths["unembed_width"] or embedding
+    return widths
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

@@ -22,9 +22,11 @@ from tinsmith import __version__, doctor
 from tinsmith.client import Client, connect
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
+from tinsmith.disk_command import disk_command
 from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
 from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
+from tinsmith.quota_commands import admin
 from tinsmith.serve import serve
 from tinsmith.store import open_store
 
@@ -38,6 +40,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="Make, list and revoke keys of a running server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(admin, name="admin")
 
 DataDirFlag = Annotated[
     Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
@@ -98,6 +101,7 @@ app.command("serve")(with_settings(_serve))
 app.command("doctor")(with_settings(_doctor))
 app.command("migrate")(with_settings(_migrate))
 app.command("verify")(verify_command)
+app.command("disk")(disk_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 

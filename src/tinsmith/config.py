@@ -70,8 +70,22 @@ class Settings:
         unit="bytes",
         group="limits",
     )
+    price_training: float = setting(
+        0.0, "Price of a million tokens of training, for quotas of money.", unit="USD", group="limits"
+    )
+    price_prefill: float = setting(0.0, "The same of prompts that are sampled from.", unit="USD", group="limits")
+    price_prefill_cached: float = setting(
+        0.0, "The same of their tokens that were there already.", unit="USD", group="limits"
+    )
+    price_sample: float = setting(0.0, "The same of sampled tokens.", unit="USD", group="limits")
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
+    )
+    unpolled_sample_s: float = setting(
+        600.0,
+        "A sample whose result nobody has asked for so long is cancelled, whether it waits or runs; 0: never.",
+        unit="s",
+        group="limits",
     )
     result_ttl_s: float = setting(
         24 * 3600.0,
@@ -80,6 +94,16 @@ class Settings:
         group="limits",
     )
 
+    max_disk_mib: int = setting(
+        0,
+        "Most that the data directory may take; at it new requests are refused (503), and what was accepted is carried "
+        "out. 0: no bound.",
+        unit="MiB",
+        group="limits",
+    )
+    min_free_disk_mib: int = setting(
+        512, "The same once less than this is free on its disk. 0: until the disk is full.", unit="MiB", group="limits"
+    )
     min_ttl_s: int = setting(
         3600, "Shortest lifetime that a checkpoint may be given; the longest is ten years.", unit="s", group="limits"
     )
@@ -297,7 +321,11 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
+        may_be_zero = (
+            "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
+            "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
+        )  # fmt: skip
+        for name in may_be_zero:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):

@@ -76,6 +76,12 @@ class TooLargeError(UserError):
     code = "too_large"
 
 
+class QuotaError(UserError):
+    """The request alone is larger than a quota of its tenant or key, so it could never be carried out."""
+
+    code = "quota"
+
+
 class RequestTimeoutError(UserError):
     """The rest of the request didn't come in."""
 

@@ -2,6 +2,10 @@
 
 Every call is harmless at any time and in any number of processes: the rows decide, each in its own transaction, and a
 file is deleted only once nothing refers to it.
+
+A crash between a file and its row leaves a file that nothing names (`Leftovers`). One that was written a moment ago
+looks the same, and its age is a matter of clocks: so a file goes only if it is old by the wall clock and was seen
+without a row twice, with a good while between by the monotonic one.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -17,12 +21,15 @@ import structlog
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.store import Store
+from tinsmith.types import BlobKey
 
 log = structlog.get_logger("tinsmith.janitor")
 
 SWEEP_EVERY_S = 30.0
 PAGE = 1000
-LEFTOVER_AFTER_S = 3600.0  # a file that is still being written is younger
+LEFTOVER_AFTER_S = 3600.0  # a file that is still being written, or whose row is about to be, is younger
+LOOK_EVERY_S = 300.0  # between two looks for files without a row
+SEEN_FOR_S = 240.0  # a file had no row for so long when it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,34 @@ class Swept:
     num_sessions: int
     num_results: int
     num_files: int
+
+
+class Leftovers:
+    """Files that no row names, as they were seen; for one thread."""
+
+    def __init__(self) -> None:
+        self._seen: dict[BlobKey, float] = {}
+        self._looked_at = float("-inf")
+
+    def sweep(self, store: Store, blobs: Blobs, now: float, monotonic: float) -> int:
+        """Delete those that are old and were seen long enough; how many. now: unix seconds.
+
+        Files that are being written have a name of their own (`Blobs.sweep`). Looks at all files, so it does it only
+        every `LOOK_EVERY_S`.
+        """
+        if monotonic - self._looked_at < LOOK_EVERY_S:
+            return 0
+        self._looked_at = monotonic
+        old = [file for file in blobs.files() if not file.is_unfinished and file.changed_at < now - LEFTOVER_AFTER_S]
+        orphans = store.files.orphans(file.key for file in old)
+        self._seen = {key: self._seen.get(key, monotonic) for key in orphans}
+        due = [file for file in old if monotonic - self._seen.get(file.key, monotonic) >= SEEN_FOR_S]
+        for file in due:
+            blobs.discard(file)
+            del self._seen[file.key]
+        if due:
+            log.info("files without a row removed", files=len(due), num_bytes=sum(file.size for file in due))
+        return len(due)
 
 
 def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
@@ -42,6 +77,7 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
         pass
     while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
+    store.quotas.forget(now)
     num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
     while dead := store.checkpoints.collect(now):
         for key in dead:
@@ -51,17 +87,26 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
 
 
 @contextlib.contextmanager
-def sweeping(store: Store, blobs: Blobs, settings: Settings) -> Iterator[None]:
-    """Sweep every now and then in a thread of its own, for as long as the block runs."""
+def sweeping(
+    store: Store, blobs: Blobs, settings: Settings, beside: Callable[[float], object] = lambda _: None
+) -> Iterator[None]:
+    """Sweep every now and then in a thread of its own, for as long as the block runs; `beside` is called with the time
+    (unix seconds) at each round, and once at the start."""
     stop = threading.Event()
+    leftovers = Leftovers()
 
     def work() -> None:
-        while not stop.wait(SWEEP_EVERY_S):
+        pause_s = 0.0
+        while not stop.wait(pause_s):
             try:
-                swept = sweep(store, blobs, settings, time.time())
+                beside(time.time())
+                swept = sweep(store, blobs, settings, time.time()) if pause_s else Swept(0, 0, 0)
+                leftovers.sweep(store, blobs, time.time(), time.monotonic())
             except Exception:
                 log.exception("sweeping failed; trying again later")
                 continue
+            finally:
+                pause_s = SWEEP_EVERY_S
             if any((swept.num_sessions, swept.num_results, swept.num_files)):
                 log.info("swept", sessions=swept.num_sessions, results=swept.num_results, files=swept.num_files)
 

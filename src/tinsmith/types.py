@@ -377,3 +377,13 @@ class BaseInfo:
     max_context: int
     eos_tokens: tuple[int, ...]
     is_head_tied: bool = False  # the output head is the embedding and has no weights of its own
+    attn_width: int = 0  # inputs and outputs of all linear layers of attention together; 0: not known
+    mlp_width: int = 0
+    unembed_width: int = 0
+
+    def adapter_bytes(self, spec: RunSpec) -> int:
+        """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers
+        (Hu et al. 2021, section 4.1)."""
+        on = spec.targets
+        width = self.attn_width * on.attn + self.mlp_width * on.mlp + self.unembed_width * on.unembed
+        return 4 * spec.rank * width

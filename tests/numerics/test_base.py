@@ -27,14 +27,15 @@ from tests.numerics.lab import (
     run_pass,
     spec,
 )
+from tinsmith.bases import BaseRef, describe
 from tinsmith.errors import TinsmithError, UnsupportedError
+from tinsmith.model import RowLayout, load_base
 from tinsmith.model import base as base_module
-from tinsmith.model import load_base
 from tinsmith.model.activation import StableSiLU
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
 from tinsmith.model.families import Family
 from tinsmith.training.packing import bucketed, length_class, num_fitting, pieces
-from tinsmith.types import BaseInfo
+from tinsmith.types import BaseInfo, RunId, RunSpec, Targets
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, **COMMON}
 
@@ -53,6 +54,16 @@ def test_linears_are_named_and_grouped(base):
     assert base.head.out_features == 211
     assert sum(isinstance(module, GatedMLP) for module in base.backbone.modules()) == 2
     assert sum(isinstance(module, RotaryAttention) for module in base.backbone.modules()) == 2
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_the_api_knows_the_size_of_an_adapter_as_the_engine_lays_it_out(kind, tmp_path):
+    """From the headers of the weights' files alone; quotas are reckoned with it."""
+    linears = make_base(kind, tmp_path).linears
+    info = describe(BaseRef("x", tmp_path))
+    for targets in (Targets(), Targets(mlp=False, unembed=False), Targets(attn=False), Targets(attn=False, mlp=False)):
+        asked = RunSpec(RunId("r"), "x", rank=3, targets=targets)
+        assert info.adapter_bytes(asked) == 4 * RowLayout(linears, targets, 3).num_params
 
 
 def test_experts_are_refused_by_name(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -76,12 +77,17 @@ def attempt(draft: Draft, fill: Callable[[Draft], Draft]) -> Draft:
 async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow:
     """Record the op and wake its worker; returns its row, or that of the first op with the same seq_id.
 
-    A payload file is deleted only where its row surely isn't there: after other errors it may be.
+    One that is larger than a quota becomes a rejected one. A payload file is deleted only where its row surely isn't
+    there: after other errors it may be.
 
     Raises:
         NotFoundError: the run, sampler or session isn't the tenant's.
+        StorageFullError: there is no room for it on the disk.
     """
     op_id = draft.op_id or new_op_id()
+    draft = attempt(draft, partial(_fitting, services, principal))
+    if draft.failure is None:
+        services.disk.take(len(draft.payload or b""))
     blob = await _write_payload(services, principal, op_id, draft.payload)
     new = NewOp(
         tenant_id=principal.tenant_id,
@@ -113,6 +119,13 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
             services.recent.opened(enqueued.row)
         services.ring(enqueued.row.base_model)
     return enqueued.row
+
+
+def _fitting(services: Services, principal: Principal, draft: Draft) -> Draft:
+    """Raises: QuotaError: it alone is larger than a quota."""
+    new_bytes = 0 if draft.run is None else draft.run.adapter_bytes
+    services.store.quotas.require_fit(principal, draft.kind, draft.cost_tokens, draft.run_id, new_bytes)
+    return draft
 
 
 async def _record(services: Services, new: NewOp, run: NewRun | None) -> Enqueued:

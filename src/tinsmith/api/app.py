@@ -27,6 +27,7 @@ from tinsmith.api import (
     identity,
     keys,
     losses,
+    quotas,
     reference,
     runs,
     sampling,
@@ -111,7 +112,7 @@ CLOSED = (
 )
 OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
 ANTHROPIC = (messages.create_message, messages.count_message_tokens)
-ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
+ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key, quotas.list_quotas, quotas.set_quotas)
 
 
 def build_app(services: Services) -> Litestar:

@@ -1,4 +1,4 @@
-"""Usage by the hour, and what checkpoints take now. Nothing here has a price, so every cost is null."""
+"""Usage by the hour, and what checkpoints take now. Costs are null: prices count for quotas alone."""
 
 from __future__ import annotations
 

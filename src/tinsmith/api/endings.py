@@ -12,6 +12,7 @@ from litestar.params import JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
+from tinsmith.api.pauses import ACTIVE, why_waiting
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UnsupportedError
 from tinsmith.store.rows import Ended, EndsAfter, Principal
@@ -19,10 +20,11 @@ from tinsmith.types import OpId, OpState, SamplerId
 from tinsmith.wire.requests import CLONE_SEQS, CancelFuture, RetrieveFutures
 
 PAGE = 1000
+FEW = 4
 
 
 class Completion(Struct, omit_defaults=True):
-    """state: finished (there is a result of so many bytes) or failed."""
+    """state: finished (there is a result of so many bytes) or failed; finished without a size: ask for it alone."""
 
     request_id: str
     state: str
@@ -49,7 +51,12 @@ async def retrieve_futures(request: Call, services: ServicesDep, data: JSONBody[
     target = data.target
     sampler_id = SamplerId(target.sampling_session_id)
     await services.work(services.store.samplers.get, request.user.tenant_id, sampler_id)
-    ended = await _ended(services, sampler_id, target.cloned_sampler_id, data.prev_cursor, _hold_s(services, data))
+    services.polls.of_sampler(sampler_id, target.cloned_sampler_id)
+    hold_s = _hold_s(services, data)
+    ended = await _ended(services, sampler_id, target.cloned_sampler_id, data.prev_cursor, hold_s)
+    if not ended and hold_s > 0:
+        paused = await services.work(_paused, services, sampler_id, target.cloned_sampler_id)
+        return Completions([Completion(op_id, "finished") for op_id in paused], data.prev_cursor)
     return Completions(
         completions=[_completion(end) for end in ended], cursor=ended[-1].num if ended else data.prev_cursor
     )
@@ -103,6 +110,15 @@ async def _ended(services: Services, sampler_id: SamplerId, clone: int, after: i
             seen = max(seen, last)
         finally:
             services.waiters.forget(mark, future)
+
+
+def _paused(services: Services, sampler_id: SamplerId, clone: int) -> list[OpId]:
+    """The oldest few waiting requests of a sampling client, if they are paused.
+
+    This answer can't say why they wait. A client that is told of them asks for each by retrieve_future, which can.
+    """
+    oldest = services.store.endings.waiting(sampler_id, clone * CLONE_SEQS, (clone + 1) * CLONE_SEQS, FEW)
+    return [op.id for op in oldest if why_waiting(services, op).state != ACTIVE]
 
 
 def _completion(end: Ended) -> Completion:

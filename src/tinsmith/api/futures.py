@@ -16,6 +16,7 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.gaps import close_gap
 from tinsmith.api.outgo import PIECE_BYTES, closing_with
+from tinsmith.api.pauses import ACTIVE, Waiting, why_waiting
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.rows import OpRow
@@ -67,9 +68,11 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
         else:
             op = seen
             services.recent.forget(op_id)
+        services.polls.of_sample(op)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
             op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)
+            services.polls.of_sample(op)
     finally:
         services.waiters.forget(op_id, future)
     return op
@@ -81,22 +84,8 @@ async def try_again(services: Services, op: OpRow) -> bytes:
     return _try_again(op.id, await services.work(why_waiting, services, op))
 
 
-def why_waiting(services: Services, op: OpRow) -> str:
-    """What an unfinished op waits for, in words."""
-    if op.base_model not in services.ready_bases():
-        return f"the base model {op.base_model} is still being loaded"
-    if op.state is OpState.RUNNING:
-        return "running"
-    ahead, missing = services.store.ops.queue_position(op.id)
-    if missing is not None:
-        return f"request {missing} of this run has not arrived, and this one is number {op.seq_id}"
-    if ahead == 0:
-        return "next in the queue"
-    return f"{ahead} request{'s' if ahead > 1 else ''} ahead in the queue"
-
-
-def _try_again(op_id: OpId, reason: str) -> bytes:
-    return encode_json(TryAgain(request_id=op_id, queue_state="active", queue_state_reason=reason))
+def _try_again(op_id: OpId, why: Waiting) -> bytes:
+    return encode_json(TryAgain(request_id=op_id, queue_state=why.state, queue_state_reason=why.reason))
 
 
 def _later(body: bytes) -> Response[bytes]:
@@ -108,7 +97,9 @@ async def _read_out(request: Call, services: Services, op: OpRow, blob: BlobKey)
     place = await services.results_out.try_take(op.tenant_id, services.settings.poll_hold_s)
     if place is None:
         return _later(
-            _try_again(op.id, "the result is there; others that were asked for are not read to their end yet")
+            _try_again(
+                op.id, Waiting(ACTIVE, "the result is there; others that were asked for are not read to their end yet")
+            )
         )
     closing = closing_with(request.scope)
     closing.callback(services.results_out.give_back, place)
@@ -134,7 +125,7 @@ def _answer(services: Services, op: OpRow) -> Response[bytes]:
 
 def failure_of(op: OpRow) -> Failure:
     """Why a final op has no result."""
-    return CANCELLED if op.state is OpState.CANCELLED else op.failure or LOST
+    return op.failure or (CANCELLED if op.state is OpState.CANCELLED else LOST)
 
 
 def result_of(services: Services, op: OpRow) -> bytes:

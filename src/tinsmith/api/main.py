@@ -28,6 +28,7 @@ from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, 
 from tinsmith.api.express import Express
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
+from tinsmith.api.unpolled import give_up_unpolled
 from tinsmith.api.waiters import Waiters
 from tinsmith.bases import describe, parse_all, tokenizer_files
 from tinsmith.bell import Bell, Ringer
@@ -38,6 +39,7 @@ from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
+from tinsmith.store.quota_rules import Prices
 from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
@@ -143,19 +145,24 @@ def serve_api(
     Raises:
         ConfigError: a base's directory is missing or not a model's.
     """
-    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
+    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
                 server = make_server(services)
                 heap.settle()
-                with sweeping(store, services.blobs, settings):
+                with sweeping(store, services.blobs, settings, partial(_beside_the_janitor, services)):
                     server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
     finally:
         store.close()
+
+
+def _beside_the_janitor(services: Services, now: float) -> None:
+    services.disk.measure(services.store, services.blobs)
+    give_up_unpolled(services, now)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

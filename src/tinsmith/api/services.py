@@ -25,9 +25,12 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
+from tinsmith.api.disk_room import DiskRoom
 from tinsmith.api.once import Once
+from tinsmith.api.pace import Pace
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
+from tinsmith.api.polls import Polls
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
@@ -74,6 +77,8 @@ class Services:
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
     queue_room: QueueRoom = field(default_factory=QueueRoom)
+    pace: Pace = field(default_factory=Pace)
+    polls: Polls = field(default_factory=Polls)
     traces: Once = field(default_factory=Once)
     work_places: Places = field(default_factory=partial(Places, TENANT_THREADS))
     write_places: Places = field(default_factory=partial(Places, TENANT_WRITES))
@@ -84,12 +89,14 @@ class Services:
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
+    disk: DiskRoom = field(init=False)
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
 

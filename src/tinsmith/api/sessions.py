@@ -63,6 +63,7 @@ async def create_session(request: Call, services: ServicesDep, data: JSONBody[Cr
         sdk_version=data.sdk_version,
         project_id=data.project_id,
         display_name=data.display_name,
+        key_id=request.user.key_id,
     )
     return SessionCreated(session_id=row.session_id)
 

@@ -23,7 +23,7 @@ from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
-from tinsmith.types import Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
+from tinsmith.types import BaseInfo, Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
 from tinsmith.validate import (
     CUSTOM,
     MAX_SEED,
@@ -135,7 +135,7 @@ def new_run_draft(services: Services, principal: Principal, address: NewRunAddre
     return Draft(kind=OpKind.CREATE, base_model="", seq_id=0, run_id=run_id, run=run)
 
 
-def with_spec(draft: Draft, meta: CreateMeta, user_metadata: Mapping[str, Any] | None) -> Draft:
+def with_spec(draft: Draft, meta: CreateMeta, info: BaseInfo, user_metadata: Mapping[str, Any] | None) -> Draft:
     """A draft from `new_run_draft`, completed with what makes the run.
 
     Raises:
@@ -143,7 +143,12 @@ def with_spec(draft: Draft, meta: CreateMeta, user_metadata: Mapping[str, Any] |
     """
     if draft.run is None:
         raise TinsmithError(f"{draft.kind} makes no run")
-    run = replace(draft.run, spec=meta.spec, user_metadata=check_metadata(user_metadata))
+    run = replace(
+        draft.run,
+        spec=meta.spec,
+        user_metadata=check_metadata(user_metadata),
+        adapter_bytes=info.adapter_bytes(meta.spec),
+    )
     return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
 
 
@@ -193,7 +198,7 @@ def _draft_create(services: Services, principal: Principal, body: bytes) -> Draf
 def _fill_create(services: Services, principal: Principal, address: NewRunAddress, body: bytes, draft: Draft) -> Draft:
     refuse_finished_session(services, principal, address.session_id)
     asked = decode_json(body, CreateModel)
-    services.base(asked.base_model)
+    info = services.base(asked.base_model).info
     check_optimizer((asked.optimizer_config or OptimizerConfig()).type)
     lora = asked.lora_config or LoraConfig()
     targets = Targets(attn=lora.train_attn, mlp=lora.train_mlp, unembed=lora.train_unembed)
@@ -205,7 +210,7 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
         targets=targets,
     )
-    return with_spec(draft, CreateMeta(spec=spec), asked.user_metadata)
+    return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 
 def _draft_training(services: Services, principal: Principal, body: bytes) -> Draft:

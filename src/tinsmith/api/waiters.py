@@ -62,6 +62,10 @@ class Waiters:
             self._waiting.setdefault(op_id, set()).add(future)
         return future
 
+    def is_awaited(self, op_id: Awaited) -> bool:
+        """Whether anybody waits for it now. From any thread."""
+        return op_id in self._waiting
+
     def forget(self, op_id: Awaited, future: asyncio.Future[Ended | bool]) -> None:
         futures = self._waiting.get(op_id)
         if futures is not None:

@@ -174,11 +174,11 @@ def _fill_create_from(
     check_optimizer((asked.optimizer_config or OptimizerConfig()).type)
     if asked.base_model is not None and asked.base_model != found.spec.base_model:
         raise UserError(f"{asked.path} was made on {found.spec.base_model}, not on {asked.base_model[:200]!r}")
-    services.base(found.spec.base_model)
+    info = services.base(found.spec.base_model).info
     check_lora(found.spec.rank, None, found.spec.targets, services.settings)
     spec = replace(found.spec, run_id=RunId(str(draft.run_id)))
     meta = CreateMeta(spec=spec, path=found.path, blob=found.blob, optimizer=asked.optimizer)
-    return with_spec(draft, meta, asked.user_metadata)
+    return with_spec(draft, meta, info, asked.user_metadata)
 
 
 def _fill_load(services: Services, principal: Principal, body: bytes, draft: Draft) -> Draft:

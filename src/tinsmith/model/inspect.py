@@ -14,13 +14,12 @@ from typing import Self
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinsmith.bases import ATTN_PARTS, MLP_PARTS
 from tinsmith.errors import UnsupportedError
 from tinsmith.types import Targets
 
 HEAD = "lm_head"
 
-ATTN_PARTS = frozenset({"self_attn", "attn", "attention", "self_attention"})
-MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 

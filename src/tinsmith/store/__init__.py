@@ -16,10 +16,14 @@ from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
+from tinsmith.store.files import Files
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import check_schema, upgrade
 from tinsmith.store.ops import Ops
+from tinsmith.store.places import Places
+from tinsmith.store.quota_rules import FREE, Prices
+from tinsmith.store.quotas import Quotas
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
 from tinsmith.store.session_search import SessionSearch
@@ -34,14 +38,17 @@ DATABASE_FILE = "tinsmith.db"
 
 
 class Store:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, prices: Prices = FREE) -> None:
         self._database = database
+        self.quotas = Quotas(database, prices)
         self.tenants = Tenants(database)
         self.sessions = Sessions(database)
         self.runs = Runs(database)
-        self.ops = Ops(database)
+        self.ops = Ops(database, self.quotas)
         self.waiting = Waiting(database)
         self.endings = Endings(database)
+        self.places = Places(database)
+        self.files = Files(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
         self.samplers = Samplers(database)
@@ -58,8 +65,9 @@ class Store:
         self._database.close()
 
 
-def open_store(data_dir: Path, *, synchronous: str = "FULL") -> Store:
+def open_store(data_dir: Path, *, synchronous: str = "FULL", prices: Prices = FREE) -> Store:
     """The store in `data_dir`, which is made if it is missing; its database is brought to the newest schema first.
+    `prices`: of tokens, for quotas of money.
 
     Raises:
         ConfigError: another value of `synchronous` than FULL and NORMAL, or the database is of a newer tinsmith.
@@ -70,7 +78,7 @@ def open_store(data_dir: Path, *, synchronous: str = "FULL") -> Store:
     database = Database(path, synchronous=synchronous)
     with errors_by_name():
         upgrade(database, path.with_suffix(".lock"))
-    return Store(database)
+    return Store(database, prices)
 
 
 def open_as_it_is(path: Path) -> Store:

@@ -11,19 +11,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, literal_column, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
 from tinsmith.store.database import Database
-from tinsmith.store.fences import require_current
+from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
-from tinsmith.store.op_rows import WHOLE, to_op
+from tinsmith.store.op_rows import LIGHT, WHOLE, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import OpId, OpKind, OpState, SamplerId, SessionId, TenantId
+from tinsmith.types import Failure, OpId, OpKind, OpState, SamplerId, SessionId, TenantId
 
 PAGE = 1000  # sessions in one statement
 
@@ -44,6 +44,19 @@ _CANCEL = (
     .where(ops.c.op_id == bindparam("id"))
     .values(state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None)
 )
+_GIVE_UP = (
+    update(ops)
+    .where(ops.c.op_id == bindparam("id"), ops.c.state.in_([OpState.QUEUED.value, OpState.RUNNING.value]))
+    .values(
+        state=OpState.CANCELLED.value, finished_at=bindparam("now"), payload=None, payload_blob=None,
+        failure_code=bindparam("code"), failure_category=bindparam("category"), failure_message=bindparam("message"),
+    )
+    .returning(ops.c.op_id)
+)  # fmt: skip
+_OLD_SAMPLES = [
+    select(*LIGHT).where(ops.c.kind == "sample", is_state, ops.c.created_at < bindparam("before"))
+    for is_state in (IS_QUEUED, IS_RUNNING)
+]
 _OPEN_OF_SESSIONS = (
     select(ops.c.op_id, ops.c.sampler_id, ops.c.base_model, ops.c.payload_blob)
     .join(samplers, samplers.c.sampler_id == ops.c.sampler_id)
@@ -80,6 +93,22 @@ _ENDED = (
 )
 
 
+_WAITING = (
+    select(*LIGHT)
+    .join(samplers, samplers.c.sampler_id == ops.c.sampler_id)
+    .where(
+        ops.c.base_model == samplers.c.base_model,
+        ops.c.kind == literal_column(f"'{OpKind.SAMPLE}'"),
+        IS_QUEUED,
+        samplers.c.sampler_id == bindparam("sampler_id"),
+        ops.c.seq_id >= bindparam("first_seq"),
+        ops.c.seq_id < bindparam("end_seq"),
+    )
+    .order_by(ops.c.num)
+    .limit(bindparam("limit"))
+)
+
+
 class Endings:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -108,6 +137,23 @@ class Endings:
             number_ends(conn, [(op.sampler_id, op_id)])
         return op
 
+    def open_since(self, before: float) -> list[OpRow]:
+        """Samples of all tenants that wait or run, and arrived before that time (unix seconds); without payloads."""
+        with self._database.read() as conn:
+            return [to_op(row) for query in _OLD_SAMPLES for row in conn.execute(query, {"before": before})]
+
+    def give_up(self, samples: Sequence[OpRow], failure: Failure, now: float) -> list[OpId]:
+        """QUEUED or RUNNING ▸ CANCELLED, by the server and for the reason given; those that had not ended meanwhile."""
+        given_up: list[OpId] = []
+        values = {"now": now, "code": failure.code, "category": failure.category, "message": failure.message}
+        with self._database.write() as conn:
+            for op in samples:
+                if conn.execute(_GIVE_UP, {"id": op.id, **values}).first() is not None and op.sampler_id is not None:
+                    given_up.append(op.id)
+                    bury(conn, [op.payload_blob], now)
+                    number_ends(conn, [(op.sampler_id, op.id)])
+        return given_up
+
     def meter(self, worker: WorkerId, used: Mapping[OpId, Usage], now: float) -> None:
         """What a worker has computed for requests that were cancelled meanwhile, and lets go of now.
 
@@ -130,6 +176,12 @@ class Endings:
                 for row in conn.execute(_ENDED, values)
             ]
         return ended, 0 if last is None else last.num_ended
+
+    def waiting(self, sampler_id: SamplerId, first_seq: int, end_seq: int, limit: int) -> list[OpRow]:
+        """The oldest queued requests of the sampler with a seq_id in first_seq..end_seq-1, without their payloads."""
+        values = {"sampler_id": sampler_id, "first_seq": first_seq, "end_seq": end_seq, "limit": limit}
+        with self._database.read() as conn:
+            return [to_op(row) for row in conn.execute(_WAITING, values)]
 
     def reached(self, marks: Collection[EndsAfter]) -> set[EndsAfter]:
         """Those of `marks` beyond which something has ended."""

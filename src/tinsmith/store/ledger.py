@@ -2,23 +2,26 @@
 
 Tokens and checkpoints are counted by hour, run and kind, in the transaction that records the outcome: an outcome that
 was recorded before counts for nothing, so a request is metered once however often it was computed. Storage is a span a
-checkpoint: its size, from when, until when; `until` is its expiry while it lives, so nobody has to tick.
+checkpoint: its size, from when, until when; `until` is its expiry while it lives, so nobody has to tick. Beside it go
+the tallies of the day and the month, of the tenant and of the key that opened the session, for their quotas.
 
 The functions work within the caller's transaction; `Ledger` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tinsmith.store.database import Database
 from tinsmith.store.prepared import Prepared
+from tinsmith.store.quota_rules import day_of, month_of
 from tinsmith.store.rows import NewCheckpoint
-from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, spans, tenants, usage
+from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, spans, tallies, tenants, usage
 from tinsmith.store.usage_rows import StorageRow, StoredSpan, Usage, UsageKind, UsageRow
 from tinsmith.types import OpId, TenantId
 
@@ -29,26 +32,36 @@ _OF_OP = Prepared(
     select(
         ops.c.tenant_id, ops.c.base_model,
         func.coalesce(runs.c.session_id, samplers.c.session_id, "").label("session_id"),
-        func.coalesce(ops.c.run_id, samplers.c.run_id, NO_RUN).label("run_id"),
+        func.coalesce(ops.c.run_id, samplers.c.run_id, NO_RUN).label("run_id"), sessions.c.key_id,
     )
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .outerjoin(samplers, samplers.c.sampler_id == ops.c.sampler_id)
+    .outerjoin(sessions, sessions.c.session_id == func.coalesce(runs.c.session_id, samplers.c.session_id))
     .where(ops.c.op_id == bindparam("id"))
 )  # fmt: skip
 _KEY = ("hour", "tenant_id", "session_id", "run_id", "base_model", "kind")
-_TO_SQLITE, _TO_POSTGRESQL = sqlite.insert(usage), postgresql.insert(usage)
-_ADD: Mapping[str, Prepared] = {  # by dialect: insert, or add to the quantity that is there
-    "sqlite": Prepared(
-        _TO_SQLITE.on_conflict_do_update(
-            index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_SQLITE.excluded.quantity}
-        )
-    ),
-    "postgresql": Prepared(
-        _TO_POSTGRESQL.on_conflict_do_update(
-            index_elements=list(_KEY), set_={"quantity": usage.c.quantity + _TO_POSTGRESQL.excluded.quantity}
-        )
-    ),
-}
+_TALLY_KEY = ("scope", "period", "kind")
+
+
+def _adding(table: Table, key: Sequence[str]) -> Mapping[str, Prepared]:
+    """By dialect: insert a row, or add to the quantity that is there."""
+    to_sqlite, to_postgresql = sqlite.insert(table), postgresql.insert(table)
+    return {
+        "sqlite": Prepared(
+            to_sqlite.on_conflict_do_update(
+                index_elements=list(key), set_={"quantity": table.c.quantity + to_sqlite.excluded.quantity}
+            )
+        ),
+        "postgresql": Prepared(
+            to_postgresql.on_conflict_do_update(
+                index_elements=list(key), set_={"quantity": table.c.quantity + to_postgresql.excluded.quantity}
+            )
+        ),
+    }
+
+
+_ADD = _adding(usage, _KEY)
+_TALLY = _adding(tallies, _TALLY_KEY)
 _OPEN_SPAN = insert(spans).inline()
 _LIVE_SPAN = (
     (spans.c.run_id == bindparam("of_run"))
@@ -133,18 +146,26 @@ def meter(conn: Connection, used: Mapping[OpId, Usage], now: float) -> None:
     if not counted:
         return
     hour = int(now // HOUR_S) * HOUR_S
-    sums: dict[tuple[Any, ...], int] = {}
+    periods = (day_of(now), month_of(now))
+    sums: Counter[tuple[Any, ...]] = Counter()
+    tallied: Counter[tuple[str, str, str]] = Counter()
     for op_id, amounts in counted.items():
         found = _OF_OP.first(conn, {"id": op_id})
         if found is None:
             continue
-        tenant_id, base_model, session_id, run_id = found
+        tenant_id, base_model, session_id, run_id, key_id = found
         for kind, amount in amounts.items():
-            key = (hour, tenant_id, session_id, run_id, base_model, kind.value)
-            sums[key] = sums.get(key, 0) + amount
+            sums[hour, tenant_id, session_id, run_id, base_model, kind.value] += amount
+            for scope in (tenant_id, key_id) if key_id else (tenant_id,):
+                for period in periods:
+                    tallied[scope, period, kind.value] += amount
     if sums:
-        rows = [{**dict(zip(_KEY, key, strict=True)), "quantity": amount} for key, amount in sums.items()]
-        _ADD[conn.dialect.name].run_many(conn, rows)
+        _ADD[conn.dialect.name].run_many(conn, _rows(_KEY, sums))
+        _TALLY[conn.dialect.name].run_many(conn, _rows(_TALLY_KEY, tallied))
+
+
+def _rows(key: Sequence[str], sums: Mapping[tuple[Any, ...], int]) -> list[dict[str, Any]]:
+    return [{**dict(zip(key, of, strict=True)), "quantity": amount} for of, amount in sums.items()]
 
 
 def open_span(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: float) -> None:

@@ -26,6 +26,7 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.prepared import Prepared
+from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
 from tinsmith.store.schema import ops, runs, samplers
 from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
@@ -112,8 +113,10 @@ _EXPIRE = (
 
 
 class Ops:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas | None = None) -> None:
+        """`quotas` judge what is claimed; None: there are none."""
         self._database = database
+        self._quotas = quotas or Quotas(database)
 
     def enqueue(self, new: NewOp, now: float) -> Enqueued:
         """Acknowledge a request. One with a seq_id that is taken gets the first one's row, untouched.
@@ -189,7 +192,8 @@ class Ops:
     def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
         """QUEUED ▸ RUNNING in one transaction; those that were claimed, with payload, in the order of `op_ids`.
 
-        Left out are ops that aren't queued any more and ops of runs that this worker doesn't hold.
+        Left out are ops that aren't queued any more, ops of runs that this worker doesn't hold, and those that a quota
+        holds back, with what comes after them in their run.
 
         Raises:
             FencedError: the worker's place was taken.
@@ -198,7 +202,8 @@ class Ops:
             return []
         with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
-            rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in op_ids]
+            allowed = self._quotas.admissible(conn, op_ids, now)
+            rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in allowed]
         crash_point("store.after_claim")
         return [to_op(row) for row in rows if row is not None]
 

@@ -99,13 +99,14 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True)
 class NewRun:
-    """`spec.run_id` is the run's id; `model_seq_id` is its number within the session."""
+    """`spec.run_id` is the run's id; `model_seq_id` is its number within the session. adapter_bytes: of its weights."""
 
     tenant_id: TenantId
     session_id: SessionId
     model_seq_id: int
     spec: RunSpec
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,4 +254,5 @@ def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
         "snapshot_seq": -1,
         "snapshot_bytes": 0,
         "status": RunStatus.CREATING.value,
+        "adapter_bytes": run.adapter_bytes,
     }

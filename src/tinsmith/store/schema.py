@@ -43,6 +43,7 @@ PINNED = text("pin_blob IS NOT NULL")
 STARTED = text("started_at IS NOT NULL")
 HAS_ENDED = text("ended_num IS NOT NULL")
 PROMISED = text("promised_seq IS NOT NULL")
+RUNNING = text("state = 'running'")
 INFLIGHT = text("is_inflight = 1")
 INFLIGHT_PG = text("is_inflight")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
@@ -83,6 +84,7 @@ sessions = Table(
     Column("finished_at", Float),
     Column("finish_reason", Text),
     Column("finish_detail", Text),
+    Column("key_id", Text),  # that opened it: what is used in it counts for that key
     Index(None, "tenant_id", "created_at"),
     Index(None, "finished_at", "last_beat_at"),
 )
@@ -123,6 +125,7 @@ runs = Table(
     Column("snapshot_blob", Text),
     Column("snapshot_bytes", BigInteger, nullable=False),
     Column("status", Text, nullable=False),
+    Column("adapter_bytes", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant_id", "created_at"),
     Index(None, "lease_owner"),
@@ -166,9 +169,8 @@ ops = Table(
     UniqueConstraint("sampler_id", "seq_id"),
     Index("ix_ops_queue", "base_model", "kind", "num", sqlite_where=QUEUED, postgresql_where=QUEUED),
     Index("ix_ops_run_queue", "run_id", "seq_id", sqlite_where=QUEUED, postgresql_where=QUEUED),
-    Index(
-        "ix_ops_running", "owner", sqlite_where=text("state = 'running'"), postgresql_where=text("state = 'running'")
-    ),
+    Index("ix_ops_running", "owner", sqlite_where=RUNNING, postgresql_where=RUNNING),
+    Index("ix_ops_under_way", "tenant_id", sqlite_where=RUNNING, postgresql_where=RUNNING),
     Index("ix_ops_started", "started_at", sqlite_where=STARTED, postgresql_where=STARTED),
     Index("ix_ops_pins", "pin_blob", sqlite_where=PINNED, postgresql_where=PINNED),
     Index("ix_ops_endings", "sampler_id", "ended_num", sqlite_where=HAS_ENDED, postgresql_where=HAS_ENDED),
@@ -245,6 +247,24 @@ usage = Table(  # the ledger: summed by hour, run and kind
     Column("session_id", Text, primary_key=True),
     Column("run_id", Text, primary_key=True),  # empty: no run's weights were used
     Column("base_model", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("quantity", BigInteger, nullable=False),
+)
+
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("scope", Text, primary_key=True),  # a tenant or a key
+    Column("quota", Text, primary_key=True),
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
+    Column("amount", Float, nullable=False),
+)
+
+tallies = Table(  # the ledger once more, summed by day and by month of each tenant and key
+    "tallies",
+    metadata,
+    Column("scope", Text, primary_key=True),
+    Column("period", Text, primary_key=True),  # in UTC: 2026-01-31, 2026-01
     Column("kind", Text, primary_key=True),
     Column("quantity", BigInteger, nullable=False),
 )

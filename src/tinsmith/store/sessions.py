@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import JSON, Connection, bindparam, func, insert, select, update
 
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.endings import cancel_samples
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Principal, SessionRow
 from tinsmith.store.schema import runs, samplers, sessions
 from tinsmith.types import RunId, SamplerId, SessionId, TenantId
@@ -77,6 +78,16 @@ _SAMPLERS = (
 )
 
 
+_ENDED_AMONG = Prepared(
+    select(runs.c.run_id)
+    .join(sessions, sessions.c.session_id == runs.c.session_id)
+    .where(
+        runs.c.run_id.in_(select(func.json_each(bindparam("run_ids", type_=JSON)).table_valued("value").c.value)),
+        sessions.c.finished_at.is_not(None),
+    )
+)
+
+
 class Sessions:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -91,8 +102,10 @@ class Sessions:
         project_id: str | None = None,
         display_name: str | None = None,
         now: float | None = None,
+        key_id: str | None = None,
     ) -> SessionRow:
-        """A new session, whose first heartbeat is its creation (`now`, default: the clock)."""
+        """A new session, whose first heartbeat is its creation (`now`, default: the clock). key_id: the key that opens
+        it, for whose quotas what is used in it counts."""
         created_at = time.time() if now is None else now
         row = SessionRow(
             session_id=SessionId("s" + secrets.token_hex(12)),
@@ -121,6 +134,7 @@ class Sessions:
                     "display_name": display_name,
                     "created_at": created_at,
                     "last_beat_at": created_at,
+                    "key_id": key_id,
                 },
             )
         return row
@@ -186,6 +200,11 @@ class Sessions:
             expired = sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
             cancel_samples(conn, expired, now)
         return expired
+
+    def ended_among(self, run_ids: Collection[RunId]) -> set[RunId]:
+        """Those of the runs whose session has ended. Give at most some 10000 at once."""
+        with self._database.read() as conn:
+            return {run_id for (run_id,) in _ENDED_AMONG.all(conn, {"run_ids": [*run_ids]})}
 
     def list(self, tenant_id: TenantId, limit: int, offset: int) -> tuple[SessionRows, int]:
         """One page, newest first, and how many there are in all."""

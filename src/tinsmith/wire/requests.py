@@ -217,6 +217,14 @@ class CreateKey(Struct):
     is_admin: bool = False
 
 
+class SetQuotas(Struct, forbid_unknown_fields=True):
+    """tenant: its name. key_id: one of its keys; None: the tenant itself. quotas: by name; null takes one away."""
+
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    quotas: Annotated[dict[str, float | None], Meta(min_length=1, max_length=16)]
+    key_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+
+
 def decode_optim_step(body: bytes) -> AdamParams:
     """The AdamW parameters of an optim_step request; what was no number in the client is NaN.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tinsmith.bell import Ringer
 from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Batch
 from tinsmith.store import Store
@@ -26,6 +27,18 @@ class Claimed:
     ops: list[OpRow]
     replays: set[OpId]
     poisoned: list[Outcome]
+
+
+class Rings:
+    """Rings the API when outcomes are recorded, and the loop too if it holds requests back that may begin then."""
+
+    def __init__(self, api: Ringer, wake: Callable[[], None], queue: QueueView) -> None:
+        self._api, self._wake, self._queue = api, wake, queue
+
+    def ring(self) -> None:
+        self._api.ring()
+        if self._queue.has_held:
+            self._wake()
 
 
 class Claims:
@@ -50,9 +63,11 @@ class Claims:
         return Claimed([rows[c.op_id] for c in batch.ops if c.op_id in rows], replays, poisoned)
 
     def take_queued(self, op_ids: Sequence[OpId]) -> list[OpRow]:
-        """Those of the ops that are still queued."""
+        """Those of the ops that are still queued, and that no quota holds back."""
         claimed = self._store.ops.claim(self._me, list(op_ids), time.time())
-        self._queue.remove(list(op_ids))
+        self._queue.remove([op.id for op in claimed])
+        if len(claimed) < len(op_ids):
+            self._queue.hold_back(set(op_ids) - {op.id for op in claimed})
         return claimed
 
     def give_back(self, op_ids: Sequence[OpId]) -> None:

@@ -27,7 +27,7 @@ from tinsmith.tokenline import TokenSender
 from tinsmith.types import OpId, OpKind, Role, RunId
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
-from tinsmith.worker.claims import Claims
+from tinsmith.worker.claims import Claims, Rings
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.decode_ahead import DecodeAhead
 from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
@@ -78,7 +78,8 @@ class Worker:
         self._role = role
         self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
-        self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
+        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, role)
+        self._recorder = Recorder(me, store, blobs, Rings(api, wake, self._queue), settings.inline_bytes)
         self._wake = wake
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
@@ -96,7 +97,6 @@ class Worker:
         )  # fmt: skip
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
-        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._claims = Claims(me, store, self._queue, self.runs)
         self._saving: set[OpId] = set()
         self._suspects = Suspects()

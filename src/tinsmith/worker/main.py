@@ -21,6 +21,7 @@ from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
 from tinsmith.store import Store, open_store
+from tinsmith.store.quota_rules import Prices
 from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo, Role
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own_bell.ring()
 
     signal.signal(signal.SIGTERM, end)
-    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
+    store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
         with Bell(args.bell) as bell:
             line = TokenSender(line_path(args.api_bell))

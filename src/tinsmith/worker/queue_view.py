@@ -3,6 +3,9 @@
 The rows are the truth. The view may name an op that isn't queued any more, which the claim then leaves out; it must
 never miss one for long. Hence it is read anew as a whole whenever something may have become runnable other than by
 arriving, and in any case every `scan_interval_s`.
+
+Ops that a quota holds back are kept out of sight, with what comes after them in their run. Each look judges anew, so
+they come back when the quota allows it, at the latest after a scan interval.
 """
 
 from __future__ import annotations
@@ -27,11 +30,22 @@ class QueueView:
         self._ops: dict[OpId, OpRow] = {}
         self._newest = 0
         self._read_at = float("-inf")
+        self._held: set[OpId] = set()
+        self._offered: list[OpRow] | None = None  # all but those; None: not made yet
 
     @property
     def ops(self) -> Collection[OpRow]:
-        """Of each run in the order of its log; samples in the order of their arrival."""
-        return self._ops.values()
+        """Of each run in the order of its log; samples in the order of their arrival. None that a quota holds back."""
+        if not self._held:
+            return self._ops.values()
+        if self._offered is None:
+            self._offered = [op for op in self._ops.values() if op.id not in self._held]
+        return self._offered
+
+    @property
+    def has_held(self) -> bool:
+        """Whether quotas hold back any: they may begin when another request of their tenant has ended."""
+        return bool(self._held)
 
     def distrust(self) -> None:
         """Something was queued again, or may run now though it is old: read all at the next look."""
@@ -41,9 +55,25 @@ class QueueView:
         """These were claimed, or can't be."""
         for op_id in op_ids:
             self._ops.pop(op_id, None)
+        self._offered = None
+
+    def hold_back(self, op_ids: Iterable[OpId]) -> None:
+        """These could not be claimed: they have gone, or a quota is used up. They are out of sight until the next look,
+        which reads all, and what comes after them in their runs with them."""
+        refused = [op for op_id in op_ids if (op := self._ops.get(op_id)) is not None]
+        run_ids = {op.run_id for op in refused if op.run_id is not None}
+        self._held |= {op.id for op in refused}
+        self._held |= {op.id for op in self._ops.values() if op.run_id in run_ids}
+        self._offered = None
+        self.distrust()
 
     def look(self) -> None:
-        """See what has come."""
+        """See what has come, and what of it may begin."""
+        self._see()
+        self._held = self._store.quotas.held_back(self._ops.values(), time.time())
+        self._offered = None
+
+    def _see(self) -> None:
         if time.monotonic() - self._read_at > self._scan_interval_s:
             self._read()
             return

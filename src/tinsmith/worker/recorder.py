@@ -22,10 +22,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import structlog
 
-from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs, result_key
 from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import Store
@@ -46,10 +46,16 @@ SWITCH_S = 0.001  # how long this thread waits before it is given the interprete
 MOST_HELD_S = 0.02  # until it is recorded though the loop isn't computing
 
 
+class Rings(Protocol):
+    """Whoever wants to know that outcomes were recorded."""
+
+    def ring(self) -> None: ...
+
+
 class _Storage:
     """Writes outcomes where the API finds them. A full disk or a busy database is waited for, until `is_stopped`."""
 
-    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Ringer, inline_bytes: int) -> None:
+    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Rings, inline_bytes: int) -> None:
         self._me = me
         self._store = store
         self._blobs = blobs
@@ -90,7 +96,7 @@ class _Storage:
 
 
 class Recorder:
-    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Ringer, inline_bytes: int) -> None:
+    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Rings, inline_bytes: int) -> None:
         """`api` is rung once outcomes can be fetched."""
         self._storage = _Storage(me, store, blobs, api, inline_bytes)
         self._thread: threading.Thread | None = None

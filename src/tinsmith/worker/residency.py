@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from tinsmith.config import Settings
@@ -24,6 +24,7 @@ MAX_NEW_RUNS = 8  # brought into memory by one batch
 READ_AHEAD_RUNS = 16  # whose states are looked for before there is room for them
 MAX_LEAVING = 4  # states that wait to be written, when runs leave memory
 MIN_STAY_S = 1.0  # a run that has work stays so long after it was used, though others wait for its place
+ENDED_CHECK_S = 5.0  # between two looks for runs of sessions that have ended
 RETRY_S = 1.0  # after a state could not be written
 
 
@@ -35,8 +36,9 @@ class Residency:
         ahead: ReadAhead,
         settings: Settings,
         let_go: Callable[[HeldRun], None],
+        ended_among: Callable[[Collection[RunId]], AbstractSet[RunId]],
     ) -> None:
-        """`let_go` is told of each run that has left."""
+        """`let_go` is told of each run that has left; `ended_among` tells of which runs the sessions have ended."""
         self._engine = engine
         self._snapshots = snapshots
         self._ahead = ahead
@@ -50,6 +52,8 @@ class Residency:
         self._num_waiting = 0  # runs with work that there is no room for
         self._bytes_waiting = 0
         self._not_before = 0.0
+        self._ended_among = ended_among
+        self._asked_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -104,6 +108,7 @@ class Residency:
         busy: runs with work, which leave only for others that have waited; computing: runs that must stay.
         """
         self._end_leaving(busy)
+        self._let_ended_go(busy)
         if self._num_over() <= 0 or time.monotonic() < self._not_before:
             return
         for held in list(self._resident.values()):
@@ -118,6 +123,15 @@ class Residency:
                 return
             if held.row.run_id not in computing and self._leave(held, is_forced=True):
                 return
+
+    def _let_ended_go(self, busy: AbstractSet[RunId]) -> None:
+        """Whose session has ended, and who has nothing left to do, keeps no place in memory."""
+        if not self._resident or time.monotonic() - self._asked_at < ENDED_CHECK_S:
+            return
+        self._asked_at = time.monotonic()
+        for run_id in self._ended_among(self._resident.keys()):
+            if run_id not in busy:
+                self._leave(self._resident[run_id], is_forced=False)
 
     def _num_over(self) -> int:
         """How many runs must leave, as far as can be said; those on their way out count as gone."""

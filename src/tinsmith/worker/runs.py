@@ -59,7 +59,7 @@ class HeldRuns:
         self._recorder = recorder
         self._ahead = ahead
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
-        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go)
+        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go, store.sessions.ended_among)
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
         self.postponed = Postponed()

@@ -142,6 +142,7 @@ class Seats:
             tags=("compatible",),
             sdk_version=f"tinsmith/{__version__}",
             display_name=DISPLAY_NAME,
+            key_id=principal.key_id,
         )
         session = self._sessions[key] = _Session(row.session_id, now)
         return session

@@ -1,0 +1,72 @@
+"""Whether there is room on the disk for more: new requests are refused before the disk is full.
+
+What was accepted stays and is carried out; that needs some room too, which is why the bound comes early. Free space is
+looked at before each request, at most every `LOOK_S`; what the directory takes is measured by the janitor's rounds, and
+what this process wrote since then counts on top.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tinsmith.blobs import Blobs
+from tinsmith.config import Settings
+from tinsmith.disk_use import DiskUse, free_bytes, measure, size
+from tinsmith.errors import StorageFullError
+from tinsmith.store import Store
+
+LOOK_S = 1.0
+MEASURE_PAUSE = 50  # between two measurements, times what one takes
+MIB = 2**20
+
+
+class DiskRoom:
+    """May be called from any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._data_dir: Path = settings.data_dir
+        self._max_bytes = settings.max_disk_mib * MIB
+        self._min_free_bytes = settings.min_free_disk_mib * MIB
+        self._free_bytes = 0
+        self._looked_at = float("-inf")
+        self._written = 0  # since it was measured
+        self._next_measure = float("-inf")
+        self.use: DiskUse | None = None  # as it was measured last
+
+    def measure(self, store: Store, blobs: Blobs) -> None:
+        """Look at what the directory takes now; left out where looking would take more than a fiftieth of the time."""
+        started = time.monotonic()
+        if started < self._next_measure:
+            return
+        written = self._written
+        self.use = measure(self._data_dir, store, blobs)
+        self._written -= written
+        self._next_measure = started + MEASURE_PAUSE * (time.monotonic() - started)
+
+    def take(self, num_bytes: int) -> None:
+        """So much is about to be written for a new request.
+
+        Raises:
+            StorageFullError: there is no room for it.
+        """
+        if self._min_free_bytes:
+            self._require_free(num_bytes)
+        taken = 0 if self.use is None else self.use.total_bytes + self._written
+        if self._max_bytes and taken + num_bytes > self._max_bytes:
+            raise StorageFullError(
+                f"the data directory takes {size(taken)}, of {size(self._max_bytes)} at most (--max-disk-mib): delete "
+                "checkpoints or let them expire, or allow more; what was accepted is carried out"
+            )
+        self._written += num_bytes
+
+    def _require_free(self, num_bytes: int) -> None:
+        if time.monotonic() - self._looked_at > LOOK_S:
+            self._free_bytes = free_bytes(self._data_dir)
+            self._looked_at = time.monotonic()
+        if self._free_bytes - num_bytes < self._min_free_bytes:
+            raise StorageFullError(
+                f"the server's disk has {size(self._free_bytes)} free, and {size(self._min_free_bytes)} are kept free "
+                "(--min-free-disk-mib): delete checkpoints or free space on it; what was accepted is carried out"
+            )
+        self._free_bytes -= num_bytes

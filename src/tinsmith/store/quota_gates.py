@@ -1,0 +1,244 @@
+"""What a tenant or key uses now, and the gate that each request has to pass. Within the caller's transaction.
+
+Looked up are only the quotas that a request takes part of: the tally of the day or month by its key, what is computed
+now by a partial index, runs by the sessions that have not ended, checkpoints by their tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, bindparam, func, or_, select
+
+from tinsmith.store.fences import IS_RUNNING
+from tinsmith.store.prepared import Prepared
+from tinsmith.store.quota_rules import (
+    MILLION,
+    OF_A_PERIOD,
+    Asked,
+    Gate,
+    Hold,
+    Limits,
+    Prices,
+    Quota,
+    asked,
+    day_of,
+    month_of,
+    tokens_of,
+)
+from tinsmith.store.rows import OpRow
+from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, tallies
+from tinsmith.store.usage_rows import UsageKind
+from tinsmith.types import OpKind, RunId, RunStatus, SamplerId, TenantId
+
+MAX_PLACES = 50_000
+
+_TALLY = Prepared(
+    select(tallies.c.kind, tallies.c.quantity).where(
+        tallies.c.scope == bindparam("scope"), tallies.c.period == bindparam("period")
+    )
+)
+_UNDER_WAY = Prepared(
+    select(ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
+        IS_RUNNING, ops.c.tenant_id == bindparam("tenant_id")
+    )
+)
+_OF_RUN = Prepared(
+    select(sessions.c.key_id, runs.c.adapter_bytes)
+    .join(runs, runs.c.session_id == sessions.c.session_id)
+    .where(runs.c.run_id == bindparam("run_id"))
+)
+_OF_SAMPLER = Prepared(
+    select(sessions.c.key_id)
+    .join(samplers, samplers.c.session_id == sessions.c.session_id)
+    .where(samplers.c.sampler_id == bindparam("sampler_id"))
+)
+_OPEN_RUNS = (
+    select(sessions.c.key_id, func.count(), func.coalesce(func.sum(runs.c.adapter_bytes), 0))
+    .join(runs, runs.c.session_id == sessions.c.session_id)
+    .where(
+        sessions.c.tenant_id == bindparam("tenant_id"),
+        sessions.c.finished_at.is_(None),
+        runs.c.status.in_([RunStatus.READY.value, RunStatus.CORRUPTED.value]),
+    )
+    .group_by(sessions.c.key_id)
+)
+_STORED = (
+    select(sessions.c.key_id, func.sum(checkpoints.c.size_bytes))
+    .join(runs, runs.c.run_id == checkpoints.c.run_id)
+    .join(sessions, sessions.c.session_id == runs.c.session_id)
+    .where(
+        checkpoints.c.tenant_id == bindparam("tenant_id"),
+        or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > bindparam("now")),
+    )
+    .group_by(sessions.c.key_id)
+)
+
+
+class Request(NamedTuple):
+    """What is looked at of an op."""
+
+    tenant_id: TenantId
+    kind: OpKind
+    cost_tokens: int
+    run_id: RunId | None
+    sampler_id: SamplerId | None
+
+
+class Place(NamedTuple):
+    """What of a run or sampler never changes. key_id: that opened its session, if that is known."""
+
+    key_id: str | None
+    adapter_bytes: int = 0
+
+
+class Known:
+    """What is remembered between looks: prices, and what of runs and samplers never changes."""
+
+    def __init__(self, prices: Prices) -> None:
+        self.prices = prices
+        self._places: dict[str, Place] = {}
+
+    def place(self, conn: Connection, run_id: RunId | None, sampler_id: SamplerId | None) -> Place:
+        name = run_id or sampler_id or ""
+        found = self._places.get(name)
+        if found is None:
+            row = (
+                _OF_SAMPLER.first(conn, {"sampler_id": sampler_id})
+                if run_id is None
+                else _OF_RUN.first(conn, {"run_id": run_id})
+            )
+            if row is None:
+                return Place(None)
+            if len(self._places) >= MAX_PLACES:
+                self._places.clear()
+            found = self._places[name] = Place(*row)
+        return found
+
+
+def tally(conn: Connection, scope: str, period: str) -> dict[UsageKind, int]:
+    """What the ledger has of a tenant or key in a day or month."""
+    return {UsageKind(kind): count for kind, count in _TALLY.all(conn, {"scope": scope, "period": period})}
+
+
+@dataclass(slots=True)
+class Scope:
+    """What a tenant, or one of its keys, uses at one moment; looked up when it is asked for, once."""
+
+    known: Known
+    conn: Connection
+    tenant_id: TenantId
+    key_id: str | None
+    now: float
+    _used: dict[Quota, float] = field(default_factory=dict)
+
+    def used(self, quota: Quota) -> float:
+        """By what has ended."""
+        if quota not in self._used:
+            self._used[quota] = self._look_up(quota)
+        return self._used[quota]
+
+    def requests(self) -> list[Asked]:
+        """Those that are computed."""
+        found = [Request(self.tenant_id, *row) for row in _UNDER_WAY.all(self.conn, {"tenant_id": self.tenant_id})]
+        return [self.ask(request) for request in found if self.counts(request)]
+
+    def counts(self, request: Request) -> bool:
+        """Whether the request is of this scope."""
+        if self.key_id is None:
+            return True
+        return self.known.place(self.conn, request.run_id, request.sampler_id).key_id == self.key_id
+
+    def ask(self, request: Request) -> Asked:
+        kind = OpKind(request.kind)
+        has_bytes = kind is OpKind.CREATE or kind.is_save
+        size = self.known.place(self.conn, request.run_id, None).adapter_bytes if has_bytes else 0
+        return asked(kind, request.cost_tokens, size, self.known.prices)
+
+    def _look_up(self, quota: Quota) -> float:
+        scope = self.key_id or self.tenant_id
+        match quota:
+            case Quota.TOKENS_PER_DAY:
+                return tokens_of(tally(self.conn, scope, day_of(self.now)))
+            case Quota.USD_PER_MONTH:
+                return self.known.prices.of(tally(self.conn, scope, month_of(self.now)))
+            case Quota.RUNS | Quota.ADAPTER_BYTES:
+                column = 1 if quota is Quota.RUNS else 2
+                rows = self.conn.execute(_OPEN_RUNS, {"tenant_id": self.tenant_id}).all()
+            case Quota.STORAGE_BYTES:
+                column = 1
+                rows = self.conn.execute(_STORED, {"tenant_id": self.tenant_id, "now": self.now}).all()
+            case _:
+                return 0.0
+        return float(sum(row[column] for row in rows if self.key_id in (None, row[0])))
+
+
+class Gates:
+    """Of one look or claim: a gate for each tenant and key that is concerned."""
+
+    def __init__(
+        self,
+        known: Known,
+        conn: Connection,
+        limited: Mapping[TenantId, Mapping[str, Limits]],
+        now: float,
+    ) -> None:
+        self._known, self._conn, self._limited, self._now = known, conn, limited, now
+        self._gates: dict[TenantId, list[tuple[Scope, Gate]]] = {}
+        self._stopped: dict[RunId, Hold] = {}
+
+    def hold(self, request: Request) -> Hold | None:
+        """Why it may not begin; None: it counts as under way from now on."""
+        if request.tenant_id not in self._limited:
+            return None
+        if request.run_id is not None and request.run_id in self._stopped:
+            return self._stopped[request.run_id]
+        concerned = [(scope, gate) for scope, gate in self._of(request.tenant_id) if scope.counts(request)]
+        if not concerned:
+            return None
+        ask = concerned[0][0].ask(request)
+        for _, gate in concerned:
+            hold = gate.hold(ask)
+            if hold is not None:
+                if request.run_id is not None:
+                    self._stopped[request.run_id] = hold
+                return hold
+        for _, gate in concerned:
+            gate.begin(ask)
+        return None
+
+    def is_paused(self, tenant_id: TenantId) -> bool:
+        token = Asked(requests=0, tokens=1, usd=1 / MILLION)
+        holds = [gate.hold(token) for scope, gate in self._of(tenant_id) if scope.key_id is None]
+        return any(hold is not None and hold.quota in OF_A_PERIOD for hold in holds)
+
+    def _of(self, tenant_id: TenantId) -> list[tuple[Scope, Gate]]:
+        found = self._gates.get(tenant_id)
+        if found is None:
+            found = self._gates[tenant_id] = [
+                self._gate(tenant_id, None if scope == tenant_id else scope, limits)
+                for scope, limits in self._limited[tenant_id].items()
+            ]
+        return found
+
+    def _gate(self, tenant_id: TenantId, key_id: str | None, limits: Limits) -> tuple[Scope, Gate]:
+        scope = Scope(self._known, self._conn, tenant_id, key_id, self._now)
+        owner = "tenant" if key_id is None else "key"
+        return scope, Gate(limits, scope.used, under_way(scope.requests(), limits), owner)
+
+
+def under_way(requests: Iterable[Asked], limits: Limits) -> dict[Quota, float]:
+    gate = Gate(limits)
+    for ask in requests:
+        gate.begin(ask)
+    return gate.under_way
+
+
+def request_of(op: OpRow) -> Request:
+    return Request(op.tenant_id, op.kind, op.cost_tokens, op.run_id, op.sampler_id)
+
+
+def to_request(row: Sequence[Any]) -> Request:
+    return Request(*row)

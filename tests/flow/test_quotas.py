@@ -1,0 +1,279 @@
+"""Quotas as the worker keeps them: who is over one waits, nobody fails, others go on, and it ends by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.flow.house import House, settle
+from tinsmith.fake_engine import FakeEngine
+from tinsmith.store import quota_gates
+from tinsmith.store.quota_rules import Prices, Quota
+from tinsmith.store.rows import OpRow
+from tinsmith.types import OpState, SessionId, TenantId
+from tinsmith.worker.loop import Worker
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with contextlib.closing(House(tmp_path)) as house:
+        yield house
+
+
+def limit(house: House, tenant: TenantId | None = None, key: str | None = None, **limits: float | None) -> None:
+    changes = {Quota(name): amount for name, amount in limits.items()}
+    house.store.quotas.put(tenant or house.tenant, key, changes, time.time())
+
+
+def states(house: House, ops: list[OpRow]) -> list[OpState]:
+    return [house.get(op).state for op in ops]
+
+
+class Clock:
+    """A day whose end the test decides."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = timedelta()
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + self.ahead.total_seconds())
+
+    def to_midnight(self) -> None:
+        now = datetime.fromtimestamp(time.time(), UTC)
+        self.ahead += (now + timedelta(days=1)).replace(hour=0, minute=0, second=1, microsecond=0) - now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """At the beginning of a day."""
+    clock = Clock(monkeypatch)
+    clock.to_midnight()
+    return clock
+
+
+def test_tokens_of_a_day_are_exceeded_by_one_request_and_go_on_at_midnight(house: House, clock: Clock) -> None:
+    limit(house, tokens_per_day=10)
+    run = house.create_run()
+    passes = [house.forward_backward(run, seq, [1, 2, 3, 4]) for seq in range(1, 6)]
+    step = house.optim_step(run, 6)
+    worker = house.worker()
+    settle(worker)
+    assert states(house, passes) == ["done"] * 3 + ["queued"] * 2
+    assert house.get(step).state is OpState.QUEUED  # it costs nothing, but may not pass those before it
+    clock.to_midnight()
+    settle(worker)
+    assert states(house, [*passes, step]) == ["done"] * 6
+
+
+def test_others_are_served_while_one_is_paused(house: House, clock: Clock) -> None:
+    limit(house, tokens_per_day=3)
+    run = house.create_run()
+    mine = [house.forward_backward(run, seq, [1, 2, 3]) for seq in range(1, 4)]
+    house.be("bob")
+    other = house.create_run()
+    others = [house.forward_backward(other, seq, [1, 2, 3]) for seq in range(1, 4)]
+    settle(house.worker())
+    assert states(house, mine) == ["done", "queued", "queued"]
+    assert states(house, others) == ["done"] * 3
+
+
+def test_what_was_used_is_remembered_by_the_next_worker(house: House, clock: Clock) -> None:
+    limit(house, tokens_per_day=3)
+    run = house.create_run()
+    first = house.forward_backward(run, 1, [1, 2, 3])
+    settle(house.worker())
+    second = house.forward_backward(run, 2, [1, 2, 3])
+    settle(house.worker())
+    assert states(house, [first, second]) == ["done", "queued"]
+    limit(house, tokens_per_day=4)
+    settle(house.worker())
+    assert house.get(second).state is OpState.DONE
+
+
+def most_at_once(house: House, worker: Worker, ops: list[OpRow]) -> int:
+    """Work until all have ended; how many were computed at one time, as far as the rows said."""
+    most, until = 0, time.monotonic() + 30
+    while not all(state.is_final for state in states(house, ops)):
+        assert time.monotonic() < until
+        worker.step()
+        most = max(most, states(house, ops).count(OpState.RUNNING))
+        worker._must_look = True
+    return most
+
+
+def test_so_many_samples_are_computed_at_one_time_as_the_quota_says(house: House) -> None:
+    limit(house, requests=2)
+    sampler = house.sampler()
+    ops = [house.sample(sampler, seq) for seq in range(6)]
+    assert 1 <= most_at_once(house, house.worker(), ops) <= 2
+    assert states(house, ops) == ["done"] * 6
+
+
+def test_two_workers_together_keep_the_quota(house: House) -> None:
+    limit(house, requests=3)
+    sampler = house.sampler()
+    ops = [house.sample(sampler, seq) for seq in range(8)]
+    workers = [house.worker("one"), house.worker("two")]
+    most = 0
+    until = time.monotonic() + 30
+    while not all(state.is_final for state in states(house, ops)):
+        assert time.monotonic() < until
+        for worker in workers:
+            worker._must_look = True
+            worker.step()
+        most = max(most, states(house, ops).count(OpState.RUNNING))
+    assert 1 <= most <= 3
+
+
+def test_a_claim_is_judged_in_its_own_transaction(house: House) -> None:
+    """A worker that looked before others claimed gets no more than the quota leaves."""
+    limit(house, requests=2)
+    sampler = house.sampler()
+    ops = [house.sample(sampler, seq) for seq in range(4)]
+    one, two = (house.store.workers.register(slot, "fake/base", 60, time.time()) for slot in ("one", "two"))
+    assert len(house.store.ops.claim(one, [op.id for op in ops[:1]], time.time())) == 1
+    claimed = house.store.ops.claim(two, [op.id for op in ops[1:]], time.time())
+    assert [op.id for op in claimed] == [ops[1].id]
+
+
+def test_a_refused_claim_doesn_t_let_later_requests_of_the_run_pass(house: House) -> None:
+    """The limit is set between the worker's look and its claim: the step after the pass costs nothing, and waits."""
+    run = house.create_run()
+    worker = house.worker()
+    settle(worker)
+    ops = [house.forward_backward(run, 1, [1, 2]), house.optim_step(run, 2)]
+    worker._must_look = True
+    worker._queue.look()
+    assert len(worker._queue.ops) == 2
+    limit(house, tokens_per_day=0)
+    assert worker._claims.take_queued([ops[0].id]) == []
+    assert not worker._queue.ops
+    assert worker._queue.has_held
+    settle(worker)
+    assert states(house, ops) == ["queued", "queued"]
+    limit(house, tokens_per_day=None)
+    settle(worker)
+    assert states(house, ops) == ["done", "done"]
+
+
+def test_runs_of_a_tenant_take_turns_under_its_quota(house: House) -> None:
+    """None of them is starved by one that always has more."""
+    limit(house, requests=1)
+    runs = [house.create_run() for _ in range(2)]
+    worker = house.worker()
+    settle(worker)
+    ops = [house.forward_backward(run, seq, [1, 2]) for seq in (1, 2, 3) for run in runs]
+    settle(worker)
+    begun = sorted(ops, key=lambda op: house.get(op).started_at or 0.0)
+    assert [op.id for op in begun] == [op.id for op in ops]
+
+
+def test_queued_tokens_bound_what_is_computed_together_and_let_a_larger_one_run_alone(house: House) -> None:
+    limit(house, queued_tokens=50)
+    sampler = house.sampler()
+    ops = [house.sample(sampler, seq, max_tokens=20) for seq in range(4)] + [house.sample(sampler, 9, max_tokens=60)]
+    assert 1 <= most_at_once(house, house.worker(), ops) <= 2
+    assert states(house, ops) == ["done"] * 5
+
+
+def test_a_run_beyond_the_quota_is_made_when_a_session_ends(house: House) -> None:
+    limit(house, runs=1)
+    house.create_run()
+    worker = house.worker()
+    settle(worker)
+    first, house.session = (
+        SessionId(house.session),
+        house.store.sessions.create(house.tenant).session_id,
+    )
+    second = house.create_run()
+    op = house.forward_backward(second, 1, [1, 2])
+    settle(worker)
+    assert house.get(op).state is OpState.QUEUED
+    house.store.sessions.finish(house.tenant, first, "success", None, time.time())
+    settle(worker)
+    assert house.get(op).state is OpState.DONE
+
+
+def test_a_save_waits_for_room_among_the_checkpoints(house: House) -> None:
+    run = house.create_run()
+    first = house.save(run, 1, "first")
+    worker = house.worker()
+    settle(worker)
+    assert house.get(first).state is OpState.DONE
+    size = sum(row.size_bytes for row in house.store.ledger.storage(house.tenant, None, time.time()))
+    house.store.quotas._known._places.clear()
+    with house.store._database.write() as conn:
+        conn.exec_driver_sql("UPDATE runs SET adapter_bytes = ?", (size // 3,))
+    limit(house, storage_bytes=size * 1.5)
+    second = house.save(run, 2, "second")
+    settle(worker)
+    assert house.get(second).state is OpState.QUEUED
+    (kept,), _ = house.store.checkpoints.list(house.tenant, 10, 0)
+    house.store.checkpoints.delete(house.tenant, run, kept.kind, "first")
+    settle(worker)
+    assert house.get(second).state is OpState.DONE
+
+
+def test_a_key_s_quota_holds_for_the_sessions_that_it_opened(house: House) -> None:
+    key, _ = house.store.tenants.create_key(house.tenant, "ci")
+    limit(house, key=key.key_id, tokens_per_day=2)
+    plain = house.create_run()
+    house.session = house.store.sessions.create(house.tenant, key_id=key.key_id).session_id
+    bound = house.create_run()
+    ops = [house.forward_backward(run, seq, [1, 2, 3]) for run in (plain, bound) for seq in (1, 2)]
+    settle(house.worker())
+    assert states(house, ops) == ["done", "done", "done", "queued"]
+    use = {scope.key_id: scope.used[Quota.TOKENS_PER_DAY] for scope in house.store.quotas.list(time.time())}
+    assert use == {None: 9, key.key_id: 3}
+
+
+def test_money_of_a_month_is_what_its_tokens_cost(house: House, clock: Clock) -> None:
+    house.store.quotas._known.prices = Prices(training=1_000_000.0)
+    limit(house, usd_per_month=5)
+    run = house.create_run()
+    ops = [house.forward_backward(run, seq, [1, 2, 3]) for seq in range(1, 5)]
+    worker = house.worker()
+    settle(worker)
+    assert states(house, ops) == ["done", "done", "queued", "queued"]
+    (use,) = house.store.quotas.list(time.time(), "alice")
+    assert use.used[Quota.USD_PER_MONTH] == 6
+    for _ in range(31):
+        clock.to_midnight()
+    settle(worker)
+    assert states(house, ops) == ["done"] * 4
+
+
+def test_an_idle_worker_goes_on_at_once_when_a_request_of_the_tenant_has_ended(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when it would have looked by itself."""
+    woken: list[bool] = []
+    limit(house, requests=1)
+    sampler = house.sampler()
+    for seq in range(2):
+        house.sample(sampler, seq)
+    worker = house.worker()
+    monkeypatch.setattr(worker._recorder._storage._api, "_wake", lambda: woken.append(True))
+    settle(worker)
+    assert woken
+
+
+def test_tenants_without_quotas_cost_no_look_at_what_is_under_way(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(house, tokens_per_day=1)
+    house.be("bob")
+    run = house.create_run()
+    op = house.forward_backward(run, 1, [1, 2, 3])
+
+    def never(*_: object) -> None:
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(quota_gates.Gates, "_of", never)
+    settle(house.worker())
+    assert house.get(op).state is OpState.DONE
+    assert isinstance(house.engine, FakeEngine)
