@@ -22,7 +22,7 @@ LAYERS = (
     {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
-        "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
+        "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
         "adapter_files", "jsonform",
     },
     {
@@ -30,7 +30,10 @@ LAYERS = (
         "torch_probe", "verify", "backup",
     },
     {"worker", "api"},
-    {"admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "demo", "__main__"},
+    {
+        "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "demo",
+        "__main__",
+    },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}

@@ -193,6 +193,19 @@ class Settings:
         1.0, "How often a lost wake-up is made good by looking.", unit="s", group="durability"
     )
     lease_s: float = setting(10.0, "How long a worker that fell silent keeps its runs.", unit="s", group="durability")
+    hang_timeout_s: float = setting(
+        60.0,
+        "A process that shows no sign of life for this long is killed and started again.",
+        unit="s",
+        group="durability",
+    )
+    pass_timeout_s: float = setting(
+        0.0,
+        "A worker that is at one piece of a pass for this long ends itself, and what it was at is tried again one by "
+        "one; 0: thirty times what was measured, five minutes at least, half an hour for the first.",
+        unit="s",
+        group="durability",
+    )
     snapshot_debt_bytes: int = setting(
         64 * 2**20,
         "A run is snapshotted once this much payload would have to be replayed.",
@@ -290,6 +303,7 @@ class Settings:
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
+            "hang_timeout_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
             "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
@@ -297,7 +311,7 @@ class Settings:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
+        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "pass_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):

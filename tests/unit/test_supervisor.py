@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.service import is_alive, until
+from tinsmith.child import ChildSpec
 from tinsmith.config import Settings, child_env
 from tinsmith.errors import ConfigError
-from tinsmith.supervisor import Backoff, ChildSpec, Supervisor, describe_exit
+from tinsmith.supervisor import Backoff, Supervisor, describe_exit
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = """

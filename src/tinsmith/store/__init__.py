@@ -20,6 +20,7 @@ from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import check_schema, upgrade
 from tinsmith.store.ops import Ops
+from tinsmith.store.replays import Replays
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
 from tinsmith.store.session_search import SessionSearch
@@ -40,6 +41,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database)
+        self.replays = Replays(database)
         self.waiting = Waiting(database)
         self.endings = Endings(database)
         self.checkpoints = Checkpoints(database)
