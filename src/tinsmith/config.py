@@ -132,6 +132,11 @@ class Settings:
         "Time that a worker gives to sampling for each second of training, while there is work of both.",
         group="engine",
     )
+    workers_per_base: int = setting(
+        1,
+        "Worker processes of each base model. Each holds the base in memory and runs of its own; samples are shared.",
+        group="engine",
+    )
     separate_sampler: bool = setting(
         False,
         "Sample in a process of its own beside the one that trains a base model; each holds the base in memory.",
@@ -300,6 +305,7 @@ class Settings:
     def _check(self) -> None:
         positive = (
             "lora_max_rank", "max_body_bytes", "max_request_tokens",
+            "workers_per_base",
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",

@@ -30,7 +30,6 @@ UNUSABLE = 2  # the exit status of a child that says: not with these settings
 AGAIN_S = 1.0  # one press of Ctrl-C may arrive twice, through a wrapper such as timeout or make
 AWAY_S = 5 * BEAT_S  # a longer pause of this loop says that it was stopped itself
 LEAVE_S = 60.0  # for a process that was relieved
-SERVED_WAIT_S = 1.0  # before the restart of one that had come to serve: it isn't its start that fails
 
 
 class Ask(enum.Enum):
@@ -189,9 +188,9 @@ class Supervisor:
             log.error(f"{child.spec.name} died: {why}; its successor has started already")
             self._on_start()
             return
-        child.num_deaths, wait_s = self._backoff.after(child.num_deaths, uptime_s)
-        if process.spec.has_pulse and process.is_serving:
-            wait_s = min(wait_s, SERVED_WAIT_S)
+        has_served = process.spec.has_pulse and process.is_serving  # so it isn't its start that fails
+        num_deaths = min(child.num_deaths, 1) if has_served else child.num_deaths
+        child.num_deaths, wait_s = self._backoff.after(num_deaths, uptime_s)
         child.restart_at = time.monotonic() + wait_s
         log.error(
             f"{child.spec.name} died: {why}; restarting " + (f"in {wait_s:g} s" if wait_s else "at once"),
