@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,3 +163,26 @@ def worker(service: Service) -> int:
 def restart(service: Service) -> None:
     service.kill()
     service.restart()
+
+
+def test_a_worker_that_comes_back_after_its_lease_says_nothing(tmp_path: Path) -> None:
+    """Two workers of one base: one is stopped in the middle of its work, the other takes over, and then it goes on."""
+    flags = ("--workers-per-base", "2", "--lease-s", "1.5", "--hang-timeout-s", "60")
+    with running(tmp_path / "data", *FAKE, *flags) as service:
+        clients = [Strict(service) for _ in range(4)]
+        for client in clients:
+            client.step(1)
+        pids = service.info()["worker_pids"]
+        assert set(pids) == {"tinsmith/tiny", "tinsmith/tiny 2"}
+        stopped = pids["tinsmith/tiny"]
+        os.kill(stopped, signal.SIGSTOP)
+        for client in clients:
+            client.step(2)  # whoever held its run
+        os.kill(stopped, signal.SIGCONT)
+        for client in clients:
+            client.step(3)
+        until(lambda: not is_alive(stopped), 20)
+        until(lambda: service.info()["worker_pids"]["tinsmith/tiny"] != stopped, 20)
+        assert "lease lost" in service.log.read_text()
+        for client in clients:
+            client.step(4)

@@ -147,6 +147,21 @@ def step(worker: Worker) -> None:
         worker.step()
 
 
+def test_samples_are_shared(tmp_path: Path) -> None:
+    with contextlib.closing(House(tmp_path / "shared", workers_per_base=2)) as house:
+        first, second = ready(house, A), ready(house, B)
+        sampler = house.sampler()
+        ops = [house.sample(sampler, number, max_tokens=200) for number in range(8)]
+        for worker in (first, second, first, second):
+            worker._must_look = True
+            worker.step()
+        assert first._engine.num_samples >= 4
+        assert second._engine.num_samples >= 2
+        for worker in (first, second):
+            settle(worker)
+        assert {house.get(op).state for op in ops} == {OpState.DONE}
+
+
 def test_a_sample_waits_for_weights_that_the_other_has_not_written_yet(house: House) -> None:
     first, second = ready(house, A), ready(house, B)
     run = house.create_run()

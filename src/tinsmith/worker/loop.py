@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import structlog
 
@@ -225,13 +226,18 @@ class Worker:
         num_samples = self._engine.num_samples
         return Limits(
             self._passes.pass_work(),
-            MAX_SAMPLES - num_samples,
+            min(MAX_SAMPLES - num_samples, self._share_of_samples()),
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
             tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
             max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
+
+    def _share_of_samples(self) -> int:
+        """How many of those that wait are taken at a look: other workers of the base look at the same moment."""
+        num_workers = self._settings.workers_per_base
+        return MAX_SAMPLES if num_workers == 1 else ceil(self._queue.num_samples / num_workers)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""

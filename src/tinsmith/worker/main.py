@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -32,6 +33,7 @@ from tinsmith.worker.watchdog import Watchdog, watch
 
 log = structlog.get_logger("tinsmith.worker")
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")  # Linux: the kernel's own choice of whom to kill is moved by this
 EXIT_FENCED = 75
 EXIT_UNUSABLE = 2
 EXIT_FAILED = 1
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     crashpoints.arm_from(settings.crash_point)
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
+    with contextlib.suppress(OSError):
+        OOM_SCORE.write_text("500")  # what it loses is computed again: it goes before the API and `serve` do
     base = parse(args.base)
     stop = threading.Event()
     own_bell = Ringer(args.bell)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId, Role
+from tinsmith.types import OpId, OpKind, Role
 
 LOOK_AT_MOST = 4096
 
@@ -32,6 +32,10 @@ class QueueView:
     def ops(self) -> Collection[OpRow]:
         """Of each run in the order of its log; samples in the order of their arrival."""
         return self._ops.values()
+
+    @property
+    def num_samples(self) -> int:
+        return sum(op.kind is OpKind.SAMPLE for op in self._ops.values())
 
     def distrust(self) -> None:
         """Something was queued again, or may run now though it is old: read all at the next look."""
