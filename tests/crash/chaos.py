@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,8 @@ class Chaos:
         self._service, self._clients, self._rng = service, clients, rng
         self.count: Counter[str] = Counter()
 
-    def strike(self) -> None:
+    def strike(self, kind: str) -> None:
         """One kill, and sometimes a while until what was killed is back."""
-        kind = self._rng.choices(list(KINDS), list(KINDS.values()))[0]
         is_awaited = self._rng.random() < 0.6
         pause_s = self._rng.random() * 0.5
         index = self._rng.randrange(NUM_PROCESSES)
@@ -232,11 +231,15 @@ def _database(service: Service) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+def draw(kills: int, rng: random.Random) -> list[str]:
+    """Kinds of kills, as often as `KINDS` weighs them."""
+    return rng.choices(list(KINDS), list(KINDS.values()), k=kills)
+
+
 def run(
-    root: Path, kills: int, seed: int, *flags: str, say: Callable[[str], None] = lambda line: None
+    root: Path, kinds: Sequence[str], rng: random.Random, *flags: str, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, int]:
-    """So many kills, and all that must be true after them; how many there were of each kind."""
-    rng = random.Random(seed)
+    """These kills, and all that must be true after them; how many there were of each kind."""
     with contextlib.ExitStack() as held:
         service = Service(root / "data", "--port", str(_free_port()), *FLAGS, *flags)
         held.callback(lambda: service.stop() if service.process.poll() is None else 0)
@@ -245,9 +248,9 @@ def run(
         chaos = Chaos(service, clients, rng)
         until(lambda: all(len(journal.results) > 1 for journal in clients.journals()), 60)
         started = time.monotonic()
-        for number in range(1, kills + 1):
-            chaos.strike()
-            if number % max(1, kills // 20) == 0:
+        for number, kind in enumerate(kinds, 1):
+            chaos.strike(kind)
+            if number % max(1, len(kinds) // 20) == 0:
                 done = sum(len(journal.results) for journal in clients.journals())
                 say(f"{number} kills, {done} results, {time.monotonic() - started:.0f} s: {dict(chaos.count)}")
         until(service.is_ready, 60, service.log.read_text)
@@ -284,7 +287,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.keep or Path(scratch)
         root.mkdir(exist_ok=True)
-        count = run(root, args.kills, seed, *flags, say=lambda line: print(line, flush=True))
+        rng = random.Random(seed)
+        count = run(root, draw(args.kills, rng), rng, *flags, say=lambda line: print(line, flush=True))
     print(f"{args.kills} kills {count}: nothing lost, nothing done twice, no result changed, the same weights")
 
 
