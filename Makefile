@@ -7,7 +7,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak bench bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server
 
 fuzz: init ## requests and bodies that nobody thought of, hundreds for each route, other ones each time (half an hour)
 	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
+
+chaos: init ## processes killed at random while clients work, and everything compared with an undisturbed server. KILLS=500, ARGS="--seed N"
+	@$(BIN)/python -m tests.crash.chaos --kills $(or $(KILLS),500) $(ARGS)
+	@$(BIN)/python -m tests.crash.chaos --kills $(or $(REAL_KILLS),40) --device cpu $(ARGS)
+
+soak: init ## an hour of tenants that come and go, with a kill every minute: flat memory and disk, no stuck future. MINUTES=60
+	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --tenants
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py

@@ -22,7 +22,7 @@ LAYERS = (
     {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
-        "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
+        "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
         "adapter_files", "jsonform",
     },
     {
@@ -31,7 +31,7 @@ LAYERS = (
     },
     {"worker", "api"},
     {
-        "admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
+        "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
         "disk_command", "cli", "demo", "__main__",
     },
 )  # fmt: skip

@@ -156,6 +156,11 @@ class Settings:
         "Time that a worker gives to sampling for each second of training, while there is work of both.",
         group="engine",
     )
+    workers_per_base: int = setting(
+        1,
+        "Worker processes of each base model. Each holds the base in memory and runs of its own; samples are shared.",
+        group="engine",
+    )
     separate_sampler: bool = setting(
         False,
         "Sample in a process of its own beside the one that trains a base model; each holds the base in memory.",
@@ -217,6 +222,19 @@ class Settings:
         1.0, "How often a lost wake-up is made good by looking.", unit="s", group="durability"
     )
     lease_s: float = setting(10.0, "How long a worker that fell silent keeps its runs.", unit="s", group="durability")
+    hang_timeout_s: float = setting(
+        60.0,
+        "A process that shows no sign of life for this long is killed and started again.",
+        unit="s",
+        group="durability",
+    )
+    pass_timeout_s: float = setting(
+        0.0,
+        "A worker that is at one piece of a pass for this long ends itself, and what it was at is tried again one by "
+        "one; 0: thirty times what was measured, five minutes at least, half an hour for the first.",
+        unit="s",
+        group="durability",
+    )
     snapshot_debt_bytes: int = setting(
         64 * 2**20,
         "A run is snapshotted once this much payload would have to be replayed.",
@@ -311,9 +329,11 @@ class Settings:
     def _check(self) -> None:
         positive = (
             "lora_max_rank", "max_body_bytes", "max_request_tokens",
+            "workers_per_base",
             "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
+            "hang_timeout_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
             "chunk_max_bytes", "jwt_ttl_s",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
@@ -324,6 +344,7 @@ class Settings:
         may_be_zero = (
             "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
             "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
+            "pass_timeout_s",
         )  # fmt: skip
         for name in may_be_zero:
             if getattr(self, name) < 0:

@@ -27,7 +27,8 @@ SIGNING_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`."""
+    """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling
+    one under `sampler NAME`."""
 
     version: str
     url: str

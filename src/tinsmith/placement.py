@@ -1,6 +1,7 @@
-"""Which worker processes a server has, and what each of them does: one a base model, or two of them.
+"""Which worker processes a server has, and what each of them does: one a base model, or several of them.
 
-Two compute at the same time, where one takes turns between training and sampling; each holds the base in memory.
+Several compute at the same time; each holds the base in memory. They share the base's queue, each with runs of its own,
+or one of them samples while the others train.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from tinsmith.types import Role
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one worker process works. slot: its lasting name in the store."""
+    """Where one worker process works. slot: its lasting name in the store; nth: of its base and role, from 1."""
 
     ref: BaseRef
     role: Role
     slot: str
+    nth: int = 1
 
     @property
     def child_name(self) -> str:
-        return f"sampler {self.ref.name}" if self.role is Role.SAMPLE else f"worker {self.ref.name}"
+        kind = "sampler" if self.role is Role.SAMPLE else "worker"
+        return f"{kind} {self.ref.name}" + (f" {self.nth}" if self.nth > 1 else "")
 
     def bell(self, sockets: Path) -> Path:
         return sockets / f"worker-{self.slot}.sock"
@@ -37,16 +40,17 @@ class Place:
 
 
 def places(settings: Settings, refs: Sequence[BaseRef]) -> list[Place]:
-    """In the order of `refs`; of each base the one that trains first."""
-    if not settings.separate_sampler:
-        return [Place(ref, Role.ALL, str(number)) for number, ref in enumerate(refs)]
-    return [
-        Place(ref, role, slot)
-        for number, ref in enumerate(refs)
-        for role, slot in ((Role.TRAIN, str(number)), (Role.SAMPLE, f"{number}-sample"))
-    ]
+    """In the order of `refs`; of each base those that train first."""
+    found = []
+    for number, ref in enumerate(refs):
+        role = Role.TRAIN if settings.separate_sampler else Role.ALL
+        for nth in range(1, settings.workers_per_base + 1):
+            found.append(Place(ref, role, str(number) if nth == 1 else f"{number}-{nth}", nth))
+        if settings.separate_sampler:
+            found.append(Place(ref, Role.SAMPLE, f"{number}-sample"))
+    return found
 
 
 def num_threads(settings: Settings, num_cores: int) -> int:
-    """Compute threads of each worker: as set, or all cores, which a trainer and a sampler on them share."""
-    return settings.threads or max(1, num_cores // (2 if settings.separate_sampler else 1))
+    """Compute threads of each worker: as set, or all cores, which the workers of a base share."""
+    return settings.threads or max(1, num_cores // (settings.workers_per_base + settings.separate_sampler))

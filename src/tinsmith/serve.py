@@ -29,6 +29,7 @@ from rich.console import Console
 from tinsmith import __version__, observe
 from tinsmith.admin import ensure_admin_key
 from tinsmith.bases import BaseRef, describe, parse_all
+from tinsmith.child import ChildSpec
 from tinsmith.client import Client
 from tinsmith.config import Settings, child_env
 from tinsmith.cpu import math_env
@@ -38,7 +39,7 @@ from tinsmith.hub import fetch
 from tinsmith.placement import num_threads, places
 from tinsmith.relay import Relay, RelayStream
 from tinsmith.store import open_store
-from tinsmith.supervisor import ChildSpec, Supervisor, available_cores
+from tinsmith.supervisor import Patience, Supervisor, available_cores
 
 log = structlog.get_logger("tinsmith.serve")
 
@@ -47,6 +48,7 @@ BACKLOG = 2048
 HELD_PORT_S = 6.0  # the API of a killed server ends within 5 s and frees its port
 READY_POLL_S = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RELIEF_SIGNAL = signal.SIGUSR1  # a new API process takes over before the old one ends
 MAX_SOCKET_DIR_CHARS = 70  # a unix socket's path has room for about 100
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 # glibc keeps freed memory between passes: fetching it anew took up to a sixth of a large pass. oneDNN keeps so many
@@ -81,6 +83,8 @@ def serve(settings: Settings) -> int:
             describe(ref)
         resolved = _resolve(settings, refs, listener)
         secret = ensure_admin_key(data_dir, settings.sqlite_synchronous)
+        with contextlib.closing(open_store(data_dir.path)) as store:
+            store.replays.forget()
         listener.listen(BACKLOG)
         return _Serving(resolved, refs, data_dir, listener, sockets, out).run(secret)
 
@@ -112,13 +116,14 @@ class _Serving:
             on_line=self._on_line,
             on_start=self._record,
             on_death=self._vacate,
+            patience=Patience(settings.hang_timeout_s),
         )
         self._ended = threading.Event()
 
     def run(self, secret: str | None) -> int:
         stream = RelayStream(self._relay, self._err.is_terminal)
         observe.configure(self._settings, process="serve", stream=stream)
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in (*STOP_SIGNALS, RELIEF_SIGNAL)}
         watcher = threading.Thread(target=self._say_when_ready, name="ready", daemon=True)
         try:
             self._greet(secret)
@@ -138,7 +143,11 @@ class _Serving:
         return 0
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._supervisor.stop()  # and nothing else: the interrupted code may hold any lock
+        """Only an event is put: the interrupted code may hold any lock."""
+        if number == RELIEF_SIGNAL:
+            self._supervisor.relieve()
+        else:
+            self._supervisor.stop()
 
     def _record(self) -> None:
         """Write server.json for the children as they are now."""
@@ -215,6 +224,8 @@ def child_specs(
             (*api, "--parent-fd", str(parent_fd)),
             child_env(settings, math_env(), **common, OMP_NUM_THREADS="1"),
             (listen_fd, parent_fd),
+            has_pulse=True,
+            can_overlap=True,
         )
     ]
     for place in workers:
@@ -225,7 +236,7 @@ def child_specs(
         )
         own = place.settings(settings)
         env = child_env(own, {**math_env(), **WORKER_DEFAULTS}, **common, OMP_NUM_THREADS=str(own.threads))
-        specs.append(ChildSpec(place.child_name, argv, env, (parent_fd,)))
+        specs.append(ChildSpec(place.child_name, argv, env, (parent_fd,), has_pulse=True))
     return specs
 
 

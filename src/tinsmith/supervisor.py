@@ -1,44 +1,43 @@
-"""Keeps child processes alive: starts them, restarts the dead, backs off from those that keep dying, stops all.
+"""Keeps child processes alive: starts them, restarts the dead, ends those that hang, relieves, stops all.
 
-Knows processes, not what they do. One thread decides (`run`); helper threads only wait for exits and read output. A
-child has its own process group, so that Ctrl-C reaches the supervisor alone, and its output goes through a relay that
-never blocks it.
+Knows processes, not what they do. One thread decides (`run`); helper threads only wait for exits and read output
+(child.py). A child that keeps dying is restarted after pauses that grow; one that has been silent for too long is
+killed, and then restarted like any other. A process that can overlap is relieved without a gap: the new one serves
+before the old one is told to finish.
 """
 
 from __future__ import annotations
 
-import contextlib
+import enum
 import json
 import os
 import queue
 import signal
-import subprocess
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import structlog
 
+from tinsmith.child import Child, ChildSpec, Process
 from tinsmith.errors import ConfigError
+from tinsmith.pulse import BEAT_S
 
 log = structlog.get_logger("tinsmith.serve")
 
 UNUSABLE = 2  # the exit status of a child that says: not with these settings
 AGAIN_S = 1.0  # one press of Ctrl-C may arrive twice, through a wrapper such as timeout or make
-LAST_LINES = 20
-MAX_LINE_BYTES = 65536
+AWAY_S = 5 * BEAT_S  # a longer pause of this loop says that it was stopped itself
+LEAVE_S = 60.0  # for a process that was relieved
 
 
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
-    """How to start one child. pass_fds: file descriptors it inherits, under the same numbers."""
+class Ask(enum.Enum):
+    STOP = enum.auto()
+    RELIEVE = enum.auto()
 
-    name: str
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    pass_fds: tuple[int, ...] = ()
+
+_Event: TypeAlias = tuple[Child, Process] | Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,80 +56,15 @@ class Backoff:
         return before + 1, min(self.max_s, 2.0 ** (before - 1)) if before else 0.0
 
 
-class Child:
-    """One supervised process, through all its restarts."""
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a child may be silent before it counts as hung: once it serves, and while it starts. Seconds."""
 
-    def __init__(self, spec: ChildSpec, on_line: Callable[[str, str], None], on_exit: Callable[[Child], None]) -> None:
-        self.spec = spec
-        self.num_starts = 0
-        self.num_deaths = 0
-        self.restart_at: float | None = None
-        self.started_at = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
-        self._on_line = on_line
-        self._on_exit = on_exit
+    serving_s: float = 60.0
+    starting_s: float = 900.0
 
-    @property
-    def pid(self) -> int:
-        """Of the newest process; 0 before the first."""
-        return 0 if self._process is None else self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def status(self) -> int:
-        """Exit status of the newest process; negative for a signal."""
-        code = None if self._process is None else self._process.returncode
-        return 0 if code is None else code
-
-    @property
-    def last_lines(self) -> list[str]:
-        return list(self._last_lines)
-
-    def start(self) -> None:
-        """Start a process and the two threads that follow it.
-
-        Raises:
-            OSError: the machine can't start it.
-        """
-        self.restart_at = None
-        self.num_starts += 1
-        self.started_at = time.monotonic()
-        self._last_lines.clear()
-        process = subprocess.Popen(
-            self.spec.argv,
-            env=dict(self.spec.env),
-            pass_fds=self.spec.pass_fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
-        self._process = process
-        reader = threading.Thread(target=self._read, args=(process,), name=f"read {self.spec.name}", daemon=True)
-        reader.start()
-        threading.Thread(target=self._wait, args=(process, reader), name=f"wait {self.spec.name}", daemon=True).start()
-
-    def send(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        with process.stdout as out:
-            while raw := out.readline(MAX_LINE_BYTES):
-                line = raw.decode(errors="replace").rstrip()
-                self._last_lines.append(line)
-                self._on_line(self.spec.name, line)
-
-    def _wait(self, process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
-        process.wait()
-        reader.join(1.0)  # its last words; a grandchild may hold the pipe open for longer
-        self._on_exit(self)
+    def of(self, process: Process) -> float:
+        return self.serving_s if process.is_serving else max(self.serving_s, self.starting_s)
 
 
 class Supervisor:
@@ -142,21 +76,30 @@ class Supervisor:
         on_start: Callable[[], None],
         on_death: Callable[[str], None] = lambda name: None,
         backoff: Backoff | None = None,
+        patience: Patience | None = None,
         grace_s: float = 300.0,
     ) -> None:
         """`on_line(name, line)`: a child's output, from a helper thread. `on_start`: after each (re)start of a child.
         `on_death(name)`: after a child's death, before its restart.
         `grace_s`: how long children may take to stop."""
-        self._events: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # None: stop. Its put is safe in a signal
-        self.children = [Child(spec, on_line, self._events.put) for spec in specs]
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()  # its put is safe in a signal handler
+        self.children = [
+            Child(spec, on_line, lambda child, process: self._events.put((child, process))) for spec in specs
+        ]
         self._on_start = on_start
         self._on_death = on_death
         self._backoff = backoff or Backoff()
+        self._patience = patience or Patience()
         self._grace_s = grace_s
+        self._listened_at = time.monotonic()
 
     def stop(self) -> None:
         """Ask `run` to end; a second time: to end at once. May be called from a signal handler or another thread."""
-        self._events.put(None)
+        self._events.put(Ask.STOP)
+
+    def relieve(self) -> None:
+        """Ask for new processes in the place of those that can overlap. May be called as `stop`."""
+        self._events.put(Ask.RELIEVE)
 
     def run(self) -> None:
         """Start all children and keep them running until `stop`; returns once all of them have ended.
@@ -177,30 +120,83 @@ class Supervisor:
         while True:
             due = [child.restart_at for child in self.children if child.restart_at is not None]
             try:
-                child = self._events.get(timeout=max(0.0, min(due) - time.monotonic()) if due else None)
+                event = self._events.get(timeout=max(0.0, min([BEAT_S, *(at - time.monotonic() for at in due)])))
             except queue.Empty:
-                self._restart_due()
-                continue
-            if child is None:
+                event = None
+            if event is Ask.STOP:
                 return
-            self._died(child)
+            if event is Ask.RELIEVE:
+                self._begin_relief()
+            elif event is not None:
+                self._ended(*event)
+            self._listen()
             self._restart_due()
 
-    def _died(self, child: Child) -> None:
-        uptime_s = time.monotonic() - child.started_at
-        why = describe_exit(child.status)
-        if child.status == UNUSABLE and child.num_starts == 1:
+    def _listen(self) -> None:
+        """Hear all children: end those that hang, and let successors take over that serve."""
+        now = time.monotonic()
+        was_away = now - self._listened_at > AWAY_S  # this process was stopped, and perhaps all of them were
+        self._listened_at = now
+        for child in self.children:
+            for process in child.processes:
+                silent_s = process.silent_s(now)
+                if was_away:
+                    process.heard_at = now
+                elif silent_s > self._patience.of(process) and process.is_running:
+                    log.error(f"{child.spec.name} hangs: silent for {silent_s:.0f} s; ending it", pid=process.pid)
+                    process.heard_at = now
+                    process.send(signal.SIGKILL)
+            if child.successor is not None and child.successor.is_serving:
+                child.relieve(now)
+                log.info(f"{child.spec.name} relieved; the old one finishes what it has", pid=child.pid)
+                self._on_start()
+            for process, since in child.leaving.items():
+                if now - since > LEAVE_S:
+                    process.send(signal.SIGKILL)
+
+    def _begin_relief(self) -> None:
+        for child in self.children:
+            if child.spec.can_overlap:
+                try:
+                    child.start_successor()
+                except OSError as error:
+                    log.error(f"{child.spec.name} can't be relieved: {error}")
+
+    def _ended(self, child: Child, process: Process) -> None:
+        process.ended()
+        if process in child.leaving:
+            del child.leaving[process]
+        elif process is child.successor:
+            child.successor = None
+            why = describe_exit(process.status)
+            log.error(
+                f"{child.spec.name}: the new process died ({why}), the old one stays", last_lines=process.last_lines
+            )
+        elif process is child.process:
+            self._died(child, process)
+
+    def _died(self, child: Child, process: Process) -> None:
+        uptime_s = time.monotonic() - process.started_at
+        why = describe_exit(process.status)
+        if process.status == UNUSABLE and child.num_starts == 1:
             raise ConfigError(
-                f"{child.spec.name} can't start: {_gist(child.last_lines[-1]) if child.last_lines else why}"
+                f"{child.spec.name} can't start: {_gist(process.last_lines[-1]) if process.last_lines else why}"
             )
         self._on_death(child.spec.name)
-        child.num_deaths, wait_s = self._backoff.after(child.num_deaths, uptime_s)
+        if child.successor is not None:
+            child.process, child.successor = child.successor, None
+            log.error(f"{child.spec.name} died: {why}; its successor has started already")
+            self._on_start()
+            return
+        has_served = process.spec.has_pulse and process.is_serving  # so it isn't its start that fails
+        num_deaths = min(child.num_deaths, 1) if has_served else child.num_deaths
+        child.num_deaths, wait_s = self._backoff.after(num_deaths, uptime_s)
         child.restart_at = time.monotonic() + wait_s
         log.error(
             f"{child.spec.name} died: {why}; restarting " + (f"in {wait_s:g} s" if wait_s else "at once"),
             uptime_s=round(uptime_s, 1),
             deaths_in_a_row=child.num_deaths,
-            last_lines=child.last_lines if child.num_deaths > 1 else child.last_lines[-3:],
+            last_lines=process.last_lines if child.num_deaths > 1 else process.last_lines[-3:],
         )
 
     def _restart_due(self) -> None:
@@ -226,18 +222,28 @@ class Supervisor:
         deadline = asked + self._grace_s
         while any(child.is_running for child in self.children):
             try:
-                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+                event = self._events.get(timeout=max(0.0, min(BEAT_S, deadline - time.monotonic())))
             except queue.Empty:
+                event = None
+            if time.monotonic() >= deadline:
                 log.warning("stopping took too long; ending by force", grace_s=self._grace_s)
                 break
-            if event is None and time.monotonic() - asked > AGAIN_S:
+            if event is Ask.STOP and time.monotonic() - asked > AGAIN_S:
                 log.warning("asked twice; ending by force")
                 break
+            self._end_silent()
         for child in self.children:
-            if child.is_running:
-                child.send(signal.SIGKILL)
+            child.send(signal.SIGKILL)
         while any(child.is_running for child in self.children):
             self._events.get()
+
+    def _end_silent(self) -> None:
+        """One that hangs can't be waited for."""
+        now = time.monotonic()
+        for process in (one for child in self.children for one in child.processes):
+            if process.silent_s(now) > self._patience.of(process) and process.is_running:
+                log.error(f"{process.spec.name} hangs, and can't be stopped: ending it", pid=process.pid)
+                process.send(signal.SIGKILL)
 
 
 def describe_exit(status: int) -> str:

@@ -67,7 +67,7 @@ def test_an_outcome_that_comes_too_late_is_dropped(house: House) -> None:
     (claimed,) = house.store.ops.claim(worker._me, [op.id], time.time())
     worker._samples.admit(claimed)
     cancel(house, op)
-    worker._commit(worker._samples.step())
+    worker._settling.commit(worker._samples.step())
     row = house.get(op)
     assert (row.state, row.result) == ("cancelled", None)
     assert house.store.endings.reached([EndsAfter(op.sampler_id, 0)])

@@ -94,7 +94,7 @@ def test_an_outcome_that_comes_after_the_cancelling_counts_all_the_same(house: H
     house.store.endings.cancel(house.tenant, op.id, time.time())
     outcomes = worker._samples.step()
     for _ in range(2):
-        worker._commit(outcomes)
+        worker._settling.commit(outcomes)
     assert house.get(op).state == "cancelled"
     assert metered(house) == {(None, UsageKind.PREFILL): 3, (None, UsageKind.SAMPLE): 2 * 8}
 

@@ -78,7 +78,7 @@ def test_what_was_queued_again_is_seen(slow_scans: House) -> None:
     batch = worker._look()
     assert batch is not None
     worker._claim(batch)
-    worker._unclaim([op.id])
+    worker._settling.unclaim([op.id])
     while worker.step():
         pass
     assert house.get(op).state is OpState.DONE

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.service import is_alive, until
+from tinsmith.child import Child, ChildSpec
 from tinsmith.config import Settings, child_env
 from tinsmith.errors import ConfigError
-from tinsmith.supervisor import Backoff, ChildSpec, Supervisor, describe_exit
+from tinsmith.supervisor import Backoff, Patience, Supervisor, describe_exit
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = """
@@ -35,11 +36,14 @@ child.wait()
 class Watched:
     """A supervisor of scripts, running in a thread."""
 
-    def __init__(self, *codes: str, **options: Any) -> None:
+    def __init__(self, *codes: str | ChildSpec, **options: Any) -> None:
         self.lines: list[str] = []
         self.pids: list[list[int]] = []
         env = child_env(Settings(), {})
-        specs = [ChildSpec(f"child{i}", (sys.executable, "-c", code), env) for i, code in enumerate(codes)]
+        specs = [
+            ChildSpec(f"child{i}", (sys.executable, "-c", code), env) if isinstance(code, str) else code
+            for i, code in enumerate(codes)
+        ]
         self.supervisor = Supervisor(
             specs, on_line=lambda name, line: self.lines.append(line), on_start=self._started, **options
         )
@@ -175,3 +179,100 @@ def test_children_end_when_their_parent_is_killed() -> None:
 def test_exits_are_named() -> None:
     assert describe_exit(-9) == "killed by SIGKILL"
     assert describe_exit(1) == "exit status 1"
+
+
+BEATING = """
+import os, signal, sys, time
+fd = int(sys.argv[sys.argv.index("--pulse-fd") + 1])
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+print("up", flush=True)
+while True:
+    os.write(fd, b"!")
+    time.sleep(0.05)
+"""
+
+
+def pulsing(code: str, **options: Any) -> ChildSpec:
+    env = child_env(Settings(), {})
+    return ChildSpec("child", (sys.executable, "-c", code), env, has_pulse=True, **options)
+
+
+def serves(child: Child) -> bool:
+    return child.process is not None and child.process.is_serving and child.process.is_running
+
+
+def test_a_stopped_child_is_found_by_its_silence_and_replaced(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(BEATING), patience=Patience(1.0, 30.0))
+    until(lambda: serves(watched.supervisor.children[0]), 20)
+    (first,) = watched.pids[-1]
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: len(watched.pids) == 2, 20)
+    assert not is_alive(first)
+    watched.stop()
+
+
+def test_a_child_that_only_starts_has_more_time(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(SLEEP), patience=Patience(0.5, 3600.0))
+    until(lambda: "up" in watched.lines, 20)
+    time.sleep(2.5)
+    assert len(watched.pids) == 1
+    watched.supervisor.children[0].process.heard_at -= 3600.0
+    until(lambda: len(watched.pids) == 2, 20)
+    watched.stop()
+
+
+def test_a_successor_serves_before_the_first_one_is_told_to_finish(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(BEATING, can_overlap=True), SLEEP)
+    child, other = watched.supervisor.children
+    until(lambda: serves(child), 20)
+    before = child.process
+    both_ran = False
+
+    def is_relieved() -> bool:
+        nonlocal both_ran
+        both_ran = both_ran or (child.successor is not None and before.is_running)
+        return child.process is not before
+
+    watched.supervisor.relieve()
+    until(is_relieved, 20)
+    assert both_ran
+    assert child.process.is_serving
+    until(lambda: not before.is_running and not child.leaving, 20)
+    assert before.status == 0
+    assert child.num_deaths == 0
+    assert watched.pids[-1] == [child.pid, other.pid]
+    assert watched.pids[-1][1] == watched.pids[0][1], "what can't overlap stays"
+    watched.stop()
+
+
+def test_a_successor_that_dies_leaves_the_first_one_in_its_place(watch: Callable[..., Watched], tmp_path: Path) -> None:
+    mark = tmp_path / "second"
+    code = f"""
+import pathlib, time
+mark = pathlib.Path({str(mark)!r})
+if mark.exists():
+    time.sleep(0.5)
+    raise SystemExit(1)
+mark.touch()
+"""
+    watched = watch(pulsing(code + BEATING, can_overlap=True))
+    (child,) = watched.supervisor.children
+    until(lambda: serves(child), 20)
+    first = child.process
+    watched.supervisor.relieve()
+    until(lambda: child.successor is not None, 20)
+    until(lambda: child.successor is None, 20)
+    assert child.process is first
+    assert first.is_running
+    watched.stop()
+
+
+def test_one_that_served_is_not_taken_for_one_that_cannot_start(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(BEATING))
+    (child,) = watched.supervisor.children
+    for count in range(1, 5):
+        until(lambda: serves(child), 20)
+        os.kill(child.pid, signal.SIGKILL)
+        until(lambda count=count: len(watched.pids) == count + 1, 20)
+    assert child.num_deaths == 2, "the pauses stay at a second"
+    watched.stop()

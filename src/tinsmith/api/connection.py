@@ -74,7 +74,8 @@ class Connection(H11Protocol):
         self._express = express
         self._express_task: asyncio.Task[None] | None = None
         self._early = b""  # what came while the express lane had a request
-        self._is_leaving = False
+        self._is_leaving = False  # the next answer is the last one
+        self._lingers_until = 0.0
         self._stay = Stay()
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
@@ -116,6 +117,8 @@ class Connection(H11Protocol):
         answering = self._express.take(data) if self._is_between_requests() else None
         if answering is None:
             super().data_received(data)
+            if self._is_leaving:
+                self.shutdown()
         else:
             self._unset_keepalive_if_required()
             self._express_task = begin(self._answer(data, answering), self.loop)
@@ -157,8 +160,14 @@ class Connection(H11Protocol):
         else:
             self._watch()
 
+    def linger(self, seconds: float) -> None:
+        """The server ends, but a request that is on its way is answered still: the answer says that it is the last."""
+        self._lingers_until = self.loop.time() + seconds
+        self.loop.call_later(seconds, self.shutdown)
+
     def shutdown(self) -> None:
-        if self._express_task is not None:
+        has_answered = self.cycle is None or self.cycle.response_complete
+        if self._express_task is not None or (has_answered and self.loop.time() < self._lingers_until):
             self._is_leaving = True
         else:
             super().shutdown()

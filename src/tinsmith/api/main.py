@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
 import structlog
@@ -37,6 +38,7 @@ from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
 from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
+from tinsmith.pulse import BEAT_S, Pulse
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
@@ -46,18 +48,33 @@ log = structlog.get_logger("tinsmith.api")
 
 EXIT_UNUSABLE = 2
 GRACE_S = 10
+LINGER_S = 5.0  # longer than a client takes to ask again; less than GRACE_S
 BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
     """Ends the long polls as soon as it is told to stop, so that stopping waits for none of them.
 
+    Told by SIGUSR1 that another process has taken over, it accepts nothing more, and answers what still comes on its
+    open connections; each is closed with its next answer, or after `LINGER_S` without a request.
+
     A signal that was obeyed is not raised again, as uvicorn would: that ends the process before the store is closed.
     """
 
-    def __init__(self, config: uvicorn.Config, waiters: Waiters) -> None:
+    def __init__(self, config: uvicorn.Config, waiters: Waiters, pulse: Pulse) -> None:
         super().__init__(config)
         self._waiters = waiters
+        self._pulse = pulse
+        self._is_relieved = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._beat(asyncio.get_running_loop())
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._pulse.beat()
+        loop.call_later(BEAT_S, self._beat, loop)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -65,14 +82,27 @@ class Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_relief)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _linger(self) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.linger(LINGER_S)
+
+    def _on_relief(self, number: int, frame: FrameType | None) -> None:
+        self._is_relieved = True
+        self.handle_exit(number, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._waiters.close()
+        if self._is_relieved:
+            self._linger()
+            asyncio.get_running_loop().call_later(0.1, self._linger)  # those that were just being accepted
         await super().shutdown(sockets)
 
 
@@ -110,8 +140,8 @@ def build_services(
     )
 
 
-def make_server(services: Services) -> Server:
-    """A uvicorn server over the services; run it with `run(sockets=[...])`."""
+def make_server(services: Services, pulse: Pulse | None = None) -> Server:
+    """A uvicorn server over the services; run it with `run(sockets=[...])`. It beats on `pulse` while it serves."""
     app = build_app(services)
     express = Express(services, app.state[KEYS], app.state[BUDGET])
     config = uvicorn.Config(
@@ -129,13 +159,17 @@ def make_server(services: Services) -> Server:
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=most_connections(),
     )
-    return Server(config, services.waiters)
+    return Server(config, services.waiters, pulse or Pulse(None))
 
 
 def serve_api(
-    settings: Settings, sock: socket.socket | None, bell_path: Path, worker_bell_paths: Mapping[str, Sequence[Path]]
+    settings: Settings,
+    sock: socket.socket | None,
+    bell_path: Path,
+    worker_bell_paths: Mapping[str, Sequence[Path]],
+    pulse: Pulse | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT, or until SIGUSR1: then what comes on connections that are open is answered still.
 
     Args:
         sock: bound and listening or not; None: bind `settings.host` and `settings.port`.
@@ -150,7 +184,7 @@ def serve_api(
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
             services = build_services(settings, store, bell, worker_bell_paths, line)
             try:
-                server = make_server(services)
+                server = make_server(services, pulse)
                 heap.settle()
                 with sweeping(store, services.blobs, settings, partial(_beside_the_janitor, services)):
                     server.run(sockets=None if sock is None else [sock])
@@ -179,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for base, _, path in (text.rpartition("=") for text in args.worker_bell):
         bells.setdefault(base, []).append(Path(path))
     try:
-        serve_api(settings, sock, args.bell, bells)
+        serve_api(settings, sock, args.bell, bells, Pulse(args.pulse_fd))
     except TinsmithError as error:
         log.error("the API can't start", error=error.message)
         return EXIT_UNUSABLE
@@ -194,4 +228,5 @@ def _arguments() -> argparse.ArgumentParser:
         "--worker-bell", action="append", default=[], metavar="BASE=PATH", help="a worker's socket file"
     )
     parser.add_argument("--parent-fd", type=int, help="pipe whose closing means that the parent has gone")
+    parser.add_argument("--pulse-fd", type=int, help="pipe on which this process shows that it lives")
     return parser

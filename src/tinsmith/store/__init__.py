@@ -24,6 +24,7 @@ from tinsmith.store.ops import Ops
 from tinsmith.store.places import Places
 from tinsmith.store.quota_rules import FREE, Prices
 from tinsmith.store.quotas import Quotas
+from tinsmith.store.replays import Replays
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
 from tinsmith.store.session_search import SessionSearch
@@ -45,6 +46,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database, self.quotas)
+        self.replays = Replays(database)
         self.waiting = Waiting(database)
         self.endings = Endings(database)
         self.places = Places(database)

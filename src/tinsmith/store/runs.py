@@ -7,12 +7,13 @@ changes hands.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
-from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy import Connection, bindparam, func, literal_column, or_, select, update
 
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
@@ -21,9 +22,12 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
-from tinsmith.types import BlobKey, RunId, RunSpec, RunStatus, TenantId
+from tinsmith.types import BlobKey, Role, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
+RunIds: TypeAlias = list[RunId]
+ACTIVE_S = 60.0  # a run that was asked for something within that time is load
+PATIENCE_S = 2.0  # a worker that has nothing to do looks sooner than that
 
 COLUMNS = (
     runs.c.run_id, runs.c.tenant_id, runs.c.session_id, runs.c.model_seq_id, runs.c.spec, runs.c.user_metadata,
@@ -47,10 +51,24 @@ _LIST = (
 )
 _COUNT = select(func.count()).select_from(runs).where(_IS_LISTED)
 _WANTING = Prepared(
-    select(runs.c.run_id)
+    select(runs.c.run_id, runs.c.last_request_at)
     .where(runs.c.wants_worker.is_(True), runs.c.base_model == bindparam("base"))
     .limit(bindparam("limit"))
     .with_for_update(skip_locked=True)
+)
+_PEERS = Prepared(
+    select(workers.c.slot).where(
+        workers.c.base_model == bindparam("base"),
+        workers.c.is_ready,
+        workers.c.lease_until >= bindparam("now"),
+        workers.c.slot != bindparam("slot"),
+        workers.c.role != literal_column(f"'{Role.SAMPLE.value}'"),
+    )
+)
+_NUM_ACTIVE = Prepared(
+    select(func.count())
+    .select_from(runs)
+    .where(runs.c.lease_owner == bindparam("slot"), runs.c.last_request_at > bindparam("since"))
 )
 _SILENT = Prepared(
     select(workers.c.slot).where(
@@ -128,6 +146,9 @@ class Runs:
         lease is over by `now`, default: the clock) loses its place here: all of its runs become free, its running
         ops are queued again, and whatever it still tries to write is fenced. Writes nothing if there's nothing to take.
 
+        Where other workers of the base live, each leaves runs to those that hold fewer active ones; a run that nobody
+        took for `PATIENCE_S` goes to whoever looks.
+
         Raises:
             FencedError: this worker's place was taken.
         """
@@ -135,14 +156,14 @@ class Runs:
         watch = {"base": base_model, "now": now, "slot": worker.slot}
         with self._database.read() as conn:
             silent = _SILENT.first(conn, watch)
-            if silent is None and _WANTING.first(conn, {"base": base_model, "limit": 1}) is None:
+            if silent is None and not _choose(conn, watch, limit=limit):
                 return []
         with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             for (slot,) in _SILENT.all(conn, watch):
                 dispossess(conn, slot)
                 conn.execute(_RETIRE, {"of_slot": slot})
-            run_ids = [run_id for (run_id,) in _WANTING.all(conn, {"base": base_model, "limit": limit})]
+            run_ids = _choose(conn, watch, limit=limit)
             if not run_ids:
                 return []
             conn.execute(_REQUEUE, {"run_ids": run_ids})
@@ -206,6 +227,20 @@ class Runs:
             conn.execute(_SET_SNAPSHOT, {"of_run": run_id, "seq": seq, "blob": blob, "size": size})
             conn.execute(_UNPIN, {"of_run": run_id, "seq": seq})
         return previous
+
+
+def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int) -> RunIds:
+    """Of the runs that want a worker those that this one should take."""
+    wanting = _WANTING.all(conn, {"base": watch["base"], "limit": limit})
+    slots = [slot for (slot,) in _PEERS.all(conn, watch)] if wanting else []
+    if not slots:
+        return [run_id for run_id, _ in wanting]
+    since = watch["now"] - ACTIVE_S
+    mine, *others = (_NUM_ACTIVE.first(conn, {"slot": slot, "since": since})[0] for slot in (watch["slot"], *slots))
+    share = math.ceil((mine + sum(others) + len(wanting)) / (1 + len(slots))) - mine
+    left = [run_id for run_id, asked_at in wanting if asked_at < watch["now"] - PATIENCE_S]
+    fresh = [run_id for run_id, asked_at in wanting if asked_at >= watch["now"] - PATIENCE_S]
+    return left + fresh[: max(0, share - len(left))]
 
 
 def to_run(row: Sequence[Any]) -> RunRow:

@@ -177,6 +177,13 @@ ops = Table(
     Index("ix_ops_results", "finished_at", sqlite_where=FRESH_RESULT, postgresql_where=FRESH_RESULT_PG),
 )
 
+replays = Table(  # finished ops that a worker has begun to compute again, and not ended
+    "replays",
+    metadata,
+    Column("op_id", Text, primary_key=True),
+    Column("num_begun", Integer, nullable=False),
+)
+
 samplers = Table(
     "samplers",
     metadata,

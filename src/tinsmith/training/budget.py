@@ -33,7 +33,7 @@ class Budget:
         self._device = device
         self._number = settings.pass_max_tokens
         self._useful = USEFUL_TOKENS[device.type]
-        self._num_workers = len(settings.base_model)
+        self._num_workers = len(settings.base_model) * settings.workers_per_base
         self._checkpointing = settings.activation_checkpointing
         self._footprint: Footprint | None = None
         self._held = EVERYTHING  # tokens whose activations the free memory holds

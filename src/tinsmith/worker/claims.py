@@ -51,6 +51,8 @@ class Claims:
     def take(self, batch: Batch) -> Claimed:
         """Claim what is new in a batch; what left the queue meanwhile is not in the answer."""
         replays = {c.op_id for c in batch.ops if c.is_replay}
+        if replays:
+            self._store.replays.begin(self._me, replays)
         claimed = self.take_queued([c.op_id for c in batch.ops if not c.is_replay])
         poison = TinsmithError(POISON).as_failure()
         poisoned = [failed(op, poison) for op in claimed if op.attempts > MAX_ATTEMPTS]
@@ -69,6 +71,11 @@ class Claims:
         if len(claimed) < len(op_ids):
             self._queue.hold_back(set(op_ids) - {op.id for op in claimed})
         return claimed
+
+    def replayed(self, ops: Sequence[OpRow]) -> None:
+        """They were computed again, or not; either way this worker outlived it."""
+        if ops:
+            self._store.replays.end(self._me, [op.id for op in ops])
 
     def give_back(self, op_ids: Sequence[OpId]) -> None:
         """They are queued again, as if they had not been tried."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import structlog
 
@@ -19,7 +20,7 @@ from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
-from tinsmith.errors import CapacityError, CorruptError, FencedError, NoMemoryError
+from tinsmith.errors import CapacityError, CorruptError, FencedError
 from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
@@ -30,9 +31,8 @@ from tinsmith.worker.busy import Busy
 from tinsmith.worker.claims import Claims, Rings
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.decode_ahead import DecodeAhead
-from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
+from tinsmith.worker.outcomes import INTERNAL, failed
 from tinsmith.worker.passes import IDLE_PACK_S, Passes
-from tinsmith.worker.postponed import TOO_LONG
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.readahead import ReadAhead
@@ -40,9 +40,11 @@ from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import MAX_NEW_RUNS
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.samples import Samples
+from tinsmith.worker.settling import Settling
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.unwritten import Unwritten
+from tinsmith.worker.watchdog import Watchdog
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -66,9 +68,10 @@ class Worker:
         line: TokenSender | None = None,
         role: Role = Role.ALL,
         busy: Busy | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """`bell` rouses this loop, `wake` rings it from another thread, `api` tells the API process of outcomes, `line`
-        of samples under way."""
+        of samples under way. `watchdog` is told of each piece of work."""
         self._me = me
         self._store = store
         self._engine = engine
@@ -77,6 +80,7 @@ class Worker:
         self._base = engine.info.name
         self._role = role
         self._busy_clock = busy or Busy()
+        self._watchdog = watchdog or Watchdog()
         self._payloads = Payloads(blobs)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, role)
         self._recorder = Recorder(me, store, blobs, Rings(api, wake, self._queue), settings.inline_bytes)
@@ -86,9 +90,14 @@ class Worker:
         self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
         self._unwritten = Unwritten(settings.resident_adapters_mib * 2**20)
         self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder, self._unwritten)
+        self._claims = Claims(me, store, self._queue, self.runs)
+        self._suspects = Suspects()
+        self._settling = Settling(
+            self.runs, self._claims, self._queue, self._recorder, self._suspects, self._has_more, self._go_on
+        )
         self._barriers = Barriers(
             engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._unwritten,
-            self._settle_save, role,
+            self._settling.settle_save, role,
         )  # fmt: skip
         self._shares = Shares()
         self._samples = Samples(
@@ -97,9 +106,6 @@ class Worker:
         )  # fmt: skip
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
-        self._claims = Claims(me, store, self._queue, self.runs)
-        self._saving: set[OpId] = set()
-        self._suspects = Suspects()
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0
         self._looked_at = float("-inf")
@@ -119,14 +125,20 @@ class Worker:
         self._recorder.start(self._wake)
         try:
             while not stop.is_set():
-                if not self.step() and self._bell.wait(self._settings.scan_interval_s):
+                if self.step():
+                    continue
+                self._watchdog.rest()
+                if self._bell.wait(self._settings.scan_interval_s):
                     self._must_look = True
+            self._watchdog.begin()
             self.close()
+            self._watchdog.rest()
         finally:
             self._recorder.stop()
 
     def step(self) -> bool:
         """One turn. False if there was nothing to do."""
+        self._watchdog.begin()
         self._recorder.check()
         worked = self._writer.drain()
         if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
@@ -214,13 +226,18 @@ class Worker:
         num_samples = self._engine.num_samples
         return Limits(
             self._passes.pass_work(),
-            MAX_SAMPLES - num_samples,
+            min(MAX_SAMPLES - num_samples, self._share_of_samples()),
             num_samples,
             max_tenant_samples=self._settings.max_resident_samples,
             tenant_samples=Counter(op.tenant_id for op in self._samples.resident),
             max_new_runs=MAX_NEW_RUNS,
             passes_first=self._barriers_s > BARRIERS_S,
         )
+
+    def _share_of_samples(self) -> int:
+        """How many of those that wait are taken at a look: other workers of the base look at the same moment."""
+        num_workers = self._settings.workers_per_base
+        return MAX_SAMPLES if num_workers == 1 else ceil(self._queue.num_samples / num_workers)
 
     def _run(self, batch: Batch) -> None:
         """Claim and compute one batch. Anything unforeseen fails the batch's ops, one by one, and leaves no trace."""
@@ -238,22 +255,22 @@ class Worker:
             raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception as error:
             log.exception("batch failed", ops=[op.id for op in ops])
-            self._contain(ops, replays, error)
+            self._settling.contain(ops, replays, error)
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
         claimed = self._claims.take(batch)
-        self._commit(claimed.poisoned)
+        self._settling.commit(claimed.poisoned)
         return claimed.ops, claimed.replays
 
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        self._saving |= {op.id for op in ops if op.kind.is_save}
+        self._settling.begin_saves(ops)
         started = time.perf_counter()
         with self._busy_clock:
             outcomes = self._barriers.carry_out(ops, replays)
-        self._saving -= {outcome.op.id for outcome in outcomes}
+        self._settling.end_saves(outcomes)
         seconds = time.perf_counter() - started
         self._barriers_s += seconds
-        self._settle(outcomes, replays, seconds / max(1, len(ops)))
+        self._settling.settle(outcomes, replays, seconds / max(1, len(ops)))
 
     def _advance(self) -> float:
         """Compute a pack of the pass whose turn it is; at its end, record it. The seconds that it took."""
@@ -267,19 +284,21 @@ class Worker:
             self._decoded.want(self._queue.ops, self._engine.pass_max_tokens)
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
+            work = self._passes.pack_work(current, cap_s)
+            self._watchdog.begin(self._engine.pass_max_tokens / current.speed if current.speed else None)
             with self._busy_clock:
-                is_whole = not current.advance(self._passes.pack_work(current, cap_s))
+                is_whole = not current.advance(work)
                 outcomes = current.commit() if is_whole else []
             if is_whole:
                 self._passes.end(current)
-                self._settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
+                self._settling.settle(outcomes, current.replays, current.seconds / max(1, len(current.ready)))
                 self._must_plan = True
         except (FencedError, CapacityError, CorruptError):
             raise
         except Exception as error:
             log.exception("pass failed", ops=[op.id for op in current.ops])
             self._passes.end(current)
-            self._contain(current.ops, current.replays, error)
+            self._settling.contain(current.ops, current.replays, error)
         seconds = current.seconds - before
         self._passes.spent(current, seconds)
         return seconds
@@ -296,6 +315,7 @@ class Worker:
 
     def _step_samples(self) -> None:
         self._recorder.go()
+        self._watchdog.begin()
         try:
             with self._busy_clock:
                 outcomes = self._samples.step()
@@ -307,8 +327,8 @@ class Worker:
             else:
                 outcomes = []
                 self._suspects |= {op.id for op in abandoned}
-                self._unclaim([op.id for op in abandoned])
-        self._commit(outcomes)
+                self._settling.unclaim([op.id for op in abandoned])
+        self._settling.commit(outcomes)
         self._suspects -= {outcome.op.id for outcome in outcomes}
 
     def _admit_samples(self) -> None:
@@ -334,65 +354,11 @@ class Worker:
                 log.exception("sample refused", op=op.id)
                 refused = failed(op, INTERNAL)
             if refused is not None:
-                self._commit([refused])
+                self._settling.commit([refused])
 
-    def _settle(self, outcomes: Sequence[Outcome], replays: set[OpId], seconds: float) -> None:
-        """Have the new outcomes recorded, then count what was applied to each run.
+    def _has_more(self) -> bool:
+        return len(self._passes) > 0 or self._engine.num_samples > 0 or len(self._queue.ops) > 0
 
-        A replay that fails where its first run didn't leaves a state that the log doesn't describe: the run is given
-        up, and what was computed on it together with the replay fails too. One for which there was no memory is
-        computed again later, and all of its run with it.
-        """
-        short: set[RunId | None] = set()
-        for outcome in outcomes:
-            failure = outcome.finished.failure
-            if outcome.op.id in replays and failure is not None and self.runs.replay_failed(outcome.op, failure):
-                short.add(outcome.op.run_id)
-        if short:
-            self._put_back([outcome.op for outcome in outcomes if outcome.op.run_id in short], replays)
-            outcomes = [outcome for outcome in outcomes if outcome.op.run_id not in short]
-        self._commit([self.runs.as_it_stands(o) for o in outcomes if o.op.id not in replays])
-        for outcome in outcomes:
-            self.runs.applied(outcome.op, seconds)
-            self._suspects.discard(outcome.op.id)
-
-    def _settle_save(self, outcome: Outcome) -> None:
-        self._saving.discard(outcome.op.id)
-        self._settle([outcome], set(), 0.0)
-
-    def _commit(self, outcomes: Sequence[Outcome]) -> None:
-        if not outcomes:
-            return
-        has_more = len(self._passes) > 0 or self._engine.num_samples > 0 or len(self._queue.ops) > 0
-        self._recorder.record(outcomes, at_once=not has_more)
+    def _go_on(self, must_look: bool) -> None:
         self._must_plan = True
-
-    def _put_back(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
-        """Their runs wait for memory: what was computed of them is forgotten. After long their requests fail."""
-        self._unclaim([op.id for op in ops if op.id not in replays])
-        run_ids = {op.run_id for op in ops if op.run_id is not None}
-        self.runs.forget(run_ids)
-        self._queue.look()
-        told = [op.id for op in self._queue.ops if op.run_id in run_ids and self.runs.postponed.is_long(op.run_id)]
-        if told:
-            self._commit([failed(op, TOO_LONG) for op in self._claims.take_queued(told)])
-
-    def _contain(self, ops: Sequence[OpRow], replays: set[OpId], error: Exception) -> None:
-        """After an unforeseen error: a lone op fails (a lone replay costs its run, unless memory was lacking), several
-        are tried again one by one; their runs are read anew."""
-        failure = error.as_failure() if isinstance(error, NoMemoryError) else INTERNAL
-        new = [op for op in ops if op.id not in replays and op.id not in self._saving]
-        if len(ops) == 1:
-            self._commit([failed(op, failure) for op in new])
-            for op in ops:
-                if op.id in replays and self.runs.replay_failed(op, failure):
-                    self._put_back([op], replays)
-        else:
-            self._unclaim([op.id for op in new])
-            self._suspects |= {op.id for op in ops}
-        self.runs.forget(op.run_id for op in ops if op.run_id is not None)
-        self._must_look = True
-
-    def _unclaim(self, op_ids: Sequence[OpId]) -> None:
-        self._claims.give_back(op_ids)
-        self._must_look = True
+        self._must_look = self._must_look or must_look

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -20,6 +21,7 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
+from tinsmith.pulse import Pulse
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
 from tinsmith.store.rows import WorkerId
@@ -28,9 +30,11 @@ from tinsmith.types import BaseInfo, Role
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.loop import Worker
 from tinsmith.worker.slim import leave_out_unused
+from tinsmith.worker.watchdog import Watchdog, watch
 
 log = structlog.get_logger("tinsmith.worker")
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")  # Linux: the kernel's own choice of whom to kill is moved by this
 EXIT_FENCED = 75
 EXIT_UNUSABLE = 2
 EXIT_FAILED = 1
@@ -49,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     crashpoints.arm_from(settings.crash_point)
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
+    with contextlib.suppress(OSError):
+        OOM_SCORE.write_text("500")  # what it loses is computed again: it goes before the API and `serve` do
     base = parse(args.base)
     stop = threading.Event()
     own_bell = Ringer(args.bell)
@@ -63,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Bell(args.bell) as bell:
             line = TokenSender(line_path(args.api_bell))
-            _serve(args.slot, Role(args.role), base, settings, store, bell, Ringer(args.api_bell), own_bell, line, stop)
+            api, pulse = Ringer(args.api_bell), Pulse(args.pulse_fd)
+            _serve(args.slot, Role(args.role), base, settings, store, bell, api, own_bell, line, pulse, stop)
     except FencedError as error:
         log.error("another worker took over", slot=args.slot, error=error.message)
         return EXIT_FENCED
@@ -88,9 +95,12 @@ def _serve(
     api: Ringer,
     own_bell: Ringer,
     line: TokenSender,
+    pulse: Pulse,
     stop: threading.Event,
 ) -> None:
-    busy = Busy()
+    busy, watchdog = Busy(), Watchdog(settings.pass_timeout_s)
+    has_ended, is_ready = threading.Event(), threading.Event()
+    watch(watchdog, pulse, has_ended, is_ready.is_set)
     me = store.workers.register(slot, base.name, settings.lease_s, time.time(), role)
     renewing = threading.Thread(
         target=_renew, args=(store, me, settings.lease_s, busy, stop), name="lease", daemon=True
@@ -100,10 +110,11 @@ def _serve(
     engine = make_engine(describe(base), settings, role)
     heap.settle()
     store.workers.set_ready(me)
+    is_ready.set()
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
-    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role, busy).run(stop)
+    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role, busy, watchdog).run(stop)
     store.workers.deregister(me)
 
 
@@ -144,4 +155,5 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--bell", required=True, type=Path, help="socket on which this worker is woken")
     parser.add_argument("--api-bell", required=True, type=Path, help="socket of the API process")
     parser.add_argument("--parent-fd", type=int, default=None, help="pipe that closes when the parent is gone")
+    parser.add_argument("--pulse-fd", type=int, default=None, help="pipe on which this process shows that it lives")
     return parser

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId, Role
+from tinsmith.types import OpId, OpKind, Role
 
 LOOK_AT_MOST = 4096
 
@@ -46,6 +46,10 @@ class QueueView:
     def has_held(self) -> bool:
         """Whether quotas hold back any: they may begin when another request of their tenant has ended."""
         return bool(self._held)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(op.kind is OpKind.SAMPLE for op in self._ops.values())
 
     def distrust(self) -> None:
         """Something was queued again, or may run now though it is old: read all at the next look."""

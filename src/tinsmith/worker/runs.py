@@ -33,6 +33,7 @@ from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
 
+MAX_REPLAY_DEATHS = 4  # of workers that computed an op of the log again, before it is held to be the cause
 MAX_IDLE = 4096  # runs whose lease is kept though they aren't in memory
 
 
@@ -62,6 +63,7 @@ class HeldRuns:
         self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go, store.sessions.ended_among)
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
+        self._deaths: dict[OpId, int] = {}  # of workers that computed these finished ops again
         self.postponed = Postponed()
         self._in_debt: dict[RunId, HeldRun] = {}  # those whose state has changed since it was looked for snapshots
         self._idle: dict[RunId, HeldRun] = {}  # leased, not in the engine; the longest ago first
@@ -72,6 +74,8 @@ class HeldRuns:
     def lease(self) -> bool:
         """Take the runs of this base that have work and no living holder; whether there were any."""
         rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        if rows:
+            self._deaths = self._store.replays.begun()
         for row in rows:
             self._adopt(row)
         return bool(rows)
@@ -88,7 +92,8 @@ class HeldRuns:
         return [
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=SUSPECT if op.id in suspects else 0, is_replay=True, is_resident=self._engine.has_run(run_id),
+                attempts=max(SUSPECT * (op.id in suspects), self._deaths.get(op.id, 0)),
+                is_replay=True, is_resident=self._engine.has_run(run_id),
             )
             for run_id, held in self._replaying.items()
             for op in held.replays.values()
@@ -289,6 +294,11 @@ class HeldRuns:
             replays={seq: by_seq[seq] for seq in recovery.replays},
         )
         self._held[row.run_id] = self._idle[row.run_id] = held
+        killer = next((op for op in held.replays.values() if self._deaths.get(op.id, 0) >= MAX_REPLAY_DEATHS), None)
+        if killer is not None:
+            why = f"request {killer.seq_id} of its log ended {MAX_REPLAY_DEATHS} workers that computed it again"
+            self._give_up(held, why)
+            return
         if recovery.replays:
             self._replaying[row.run_id] = held
             log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))
