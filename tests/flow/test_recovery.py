@@ -74,9 +74,10 @@ def test_a_run_that_cannot_be_rebuilt_is_given_up_and_says_so(
     run, other = house.create_run(), house.create_run(seed=2)
     train(house, run, range(2))
     settle(house.worker())
-    path = next(p for p in files(house, area) if area == "payloads" or p.parent.name == run.replace(":", "-"))
-    whole = path.read_bytes()
-    damage(path)
+    paths = [p for p in files(house, area) if area == "payloads" or p.parent.name == run.replace(":", "-")]
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        damage(path)
 
     after = [house.forward_backward(run, 5, [9]), house.optim_step(run, 6)]
     fine = house.forward_backward(other, 1, [9])
@@ -90,7 +91,8 @@ def test_a_run_that_cannot_be_rebuilt_is_given_up_and_says_so(
     assert house.store.runs.get(house.tenant, run).status is RunStatus.CORRUPTED
     assert not house.engine.has_run(run)
 
-    path.write_bytes(whole)
+    for path, content in whole.items():
+        path.write_bytes(content)
     healed = house.forward_backward(run, 7, [1], forward_only=True)
     settle(house.worker())
     assert house.get(healed).state is OpState.DONE
@@ -104,7 +106,7 @@ def test_a_log_without_its_snapshot_does_not_stop_the_worker(build: Callable[...
     train(house, run, range(1))
     settle(house.worker())
     with contextlib.closing(sqlite3.connect(house.root / DATABASE_FILE)) as connection, connection:
-        connection.execute("UPDATE runs SET snapshot_blob = NULL WHERE run_id = ?", (run,))
+        connection.execute("UPDATE runs SET snapshot_blob = NULL, previous_blob = NULL WHERE run_id = ?", (run,))
     lost = house.forward_backward(run, 3, [1])
     fine = house.forward_backward(other, 1, [1])
     settle(house.worker())

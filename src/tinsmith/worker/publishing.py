@@ -21,8 +21,8 @@ from tinsmith.engine import Engine
 from tinsmith.store import Store
 from tinsmith.store.rows import WorkerId
 from tinsmith.types import BlobKey, RunState
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.recorder import Recorder
-from tinsmith.worker.snapshots import HeldRun
 from tinsmith.worker.unwritten import Unwritten
 from tinsmith.worker.writer import Writer
 

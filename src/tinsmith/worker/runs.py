@@ -18,17 +18,17 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
-from tinsmith.recovery import Logged, plan_recovery
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
 from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.postponed import LACKS, Postponed
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
-from tinsmith.worker.snapshots import HeldRun, Snapshots
+from tinsmith.worker.snapshots import Snapshots
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -59,7 +59,7 @@ class HeldRuns:
         self._recorder = recorder
         self._ahead = ahead
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
-        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go)
+        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go, self._fall_back)
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
         self.postponed = Postponed()
@@ -217,15 +217,15 @@ class HeldRuns:
         for run_id, held in list(self._in_debt.items()):
             if not self._snapshots.is_over(held) or held.given_up is not None:
                 del self._in_debt[run_id]
-            elif self._snapshots.can_start(held):
-                del self._in_debt[run_id]
+            elif self._snapshots.may_copy(held):
                 self._snapshots.start(held)
 
     def snapshot_all(self) -> None:
         """Start a snapshot of every run that has any debt: before a clean stop."""
         for held in self._held.values():
             if held.debt_bytes and self._snapshots.can_start(held):
-                self._snapshots.start(held)
+                self._snapshots.start(held, is_still=True)
+                self._writer.flush()
 
     def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> bool:
         """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle.
@@ -270,25 +270,37 @@ class HeldRuns:
         self._idle.clear()
 
     def _adopt(self, row: RunRow) -> None:
-        log_rows = self._store.ops.replayable(row.run_id, row.snapshot_seq)
         try:
-            recovery = plan_recovery(
-                row.run_id, row.snapshot_seq, row.snapshot_blob, [Logged(op.seq_id, op.kind) for op in log_rows]
-            )
+            self._hold(HeldRun.of(row, self._store.ops.replayable))
         except CorruptError as error:
-            held = HeldRun(row=row, snapshot=None, snapshot_seq=row.snapshot_seq, applied_seq=-1, replays={})
-            self._held[row.run_id] = held
-            self._give_up(held, error.message)
-            return
-        by_seq = {op.seq_id: op for op in log_rows}
-        held = HeldRun(
-            row=row,
-            snapshot=recovery.snapshot,
-            snapshot_seq=row.snapshot_seq,
-            applied_seq=recovery.applied_seq,
-            replays={seq: by_seq[seq] for seq in recovery.replays},
-        )
-        self._held[row.run_id] = self._idle[row.run_id] = held
-        if recovery.replays:
-            self._replaying[row.run_id] = held
-            log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))
+            if not self._fall_back(HeldRun.lost(row), error):
+                self._hold(HeldRun.lost(row))
+                self._give_up(self._held[row.run_id], error.message)
+
+    def _hold(self, held: HeldRun) -> None:
+        run_id = held.row.run_id
+        self._held[run_id] = self._idle[run_id] = held
+        self._replaying.pop(run_id, None)
+        self._in_debt.pop(run_id, None)
+        if held.replays:
+            self._replaying[run_id] = held
+            log.info("run to be replayed", run_id=run_id, above=held.snapshot_seq, ops=len(held.replays))
+
+    def _fall_back(self, held: HeldRun, trouble: TinsmithError) -> bool:
+        """The newest snapshot is damaged or gone: go on from the one before it, and its log. False: there is none."""
+        row = held.row
+        if held.is_fallen_back or not row.has_previous:
+            return False
+        try:
+            spare = HeldRun.fallen_back(row, self._store.ops.replayable)
+        except CorruptError:
+            return False
+        log.error(
+            "snapshot damaged; the run goes on from the one before it",
+            run_id=row.run_id, snapshot=row.snapshot_blob, error=trouble.message,
+            previous=row.previous_blob, above=row.previous_seq, replays=len(spare.replays),
+        )  # fmt: skip
+        if held.snapshot is not None:
+            self._ahead.drop(held.snapshot)
+        self._hold(spare)
+        return True
