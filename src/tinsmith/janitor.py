@@ -16,6 +16,7 @@ import structlog
 
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
+from tinsmith.crashpoints import crash_point
 from tinsmith.store import Store
 
 log = structlog.get_logger("tinsmith.janitor")
@@ -44,8 +45,10 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
         pass
     num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
     while dead := store.checkpoints.collect(now):
+        crash_point("janitor.before_delete")
         for key in dead:
             blobs.delete(key)
+            crash_point("janitor.half_deleted")
         num_files += len(dead)
     return Swept(len(sessions), num_results, num_files)
 

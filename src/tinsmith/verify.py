@@ -17,6 +17,7 @@ from functools import partial
 
 from tinsmith.blobs import Blobs, StoredFile
 from tinsmith.checkpoint_file import read_state_header
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
 from tinsmith.store import Store
 from tinsmith.store.upkeep import Naming, Reference
@@ -168,6 +169,7 @@ def _finding(
         mend = partial(store.upkeep.forget_previous, reference.owner)
     if mend is not None and repair.is_wanted:
         mend()
+        crash_point("repair.half_done")
         return Finding(owner, trouble, is_repaired=True)
     return Finding(owner, trouble, cure)
 

@@ -185,6 +185,7 @@ class Ops:
         with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in op_ids]
+            crash_point("store.before_claim_commit")
         crash_point("store.after_claim")
         return [to_op(row) for row in rows if row is not None]
 

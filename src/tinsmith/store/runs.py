@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import msgspec
 from sqlalchemy import bindparam, func, or_, select, update
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
@@ -198,7 +199,9 @@ class Runs:
         with self._database.write() as conn:
             require_current(conn, worker)
             require_leased(conn, worker, [run_id])
-            return put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
+            gone = put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
+            crash_point("store.before_snapshot_commit")
+        return gone
 
     def prune_payloads(self, run_id: RunId) -> BlobKeys:
         """Forget the payloads of final ops up to the snapshot before the newest, which aren't replayed any more.
@@ -213,6 +216,7 @@ class Runs:
         while not is_all:
             with self._database.write() as conn:
                 pruned, is_all = prune_some(conn, run_id)
+                crash_point("store.before_prune_commit")
             blobs += pruned
         return blobs
 

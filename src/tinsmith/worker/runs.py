@@ -16,6 +16,7 @@ import structlog
 
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
 from tinsmith.scheduler import SUSPECT, Candidate
@@ -72,6 +73,8 @@ class HeldRuns:
     def lease(self) -> bool:
         """Take the runs of this base that have work and no living holder; whether there were any."""
         rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        if rows:
+            crash_point("run.after_lease")
         for row in rows:
             self._adopt(row)
         return bool(rows)
@@ -105,6 +108,7 @@ class HeldRuns:
                 return False
             self._engine.import_run(held.row.spec, self._ahead.take(held.snapshot), may_keep=True)
             self._idle.pop(run_id, None)
+            crash_point("run.after_restore")
             log.debug("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
         self.residency.used(held)
         return True
@@ -246,6 +250,7 @@ class HeldRuns:
         """A run has left memory. One whose file lacks something (no payload, so quickly done) is read anew."""
         run_id = held.row.run_id
         self._in_debt.pop(run_id, None)
+        crash_point("run.after_eviction")
         if held.debt_ops:
             self._release([run_id])
         else:
@@ -265,6 +270,7 @@ class HeldRuns:
 
     def release_all(self) -> None:
         self._recorder.flush()
+        crash_point("run.before_release")
         self._store.runs.release(self._me, list(self._held))
         self._held.clear()
         self._idle.clear()
@@ -303,4 +309,5 @@ class HeldRuns:
         if held.snapshot is not None:
             self._ahead.drop(held.snapshot)
         self._hold(spare)
+        crash_point("run.after_fallback")
         return True
