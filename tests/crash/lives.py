@@ -8,11 +8,11 @@ modules loaded, which takes milliseconds.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sqlite3
 import sys
@@ -26,12 +26,15 @@ import structlog
 
 from tests.flow.house import House, settle, train
 from tinsmith import crashpoints
+from tinsmith.backup import back_up, restore
 from tinsmith.blobs import Blobs
+from tinsmith.errors import GoneError
 from tinsmith.janitor import sweep
-from tinsmith.store import DATABASE_FILE
+from tinsmith.store import DATABASE_FILE, Store, open_as_it_is, open_store
 from tinsmith.store.rows import OpRow
-from tinsmith.types import CheckpointKind, OpState, RunId, SamplerId
+from tinsmith.types import CheckpointKind, OpId, OpKind, OpState, RunId, SamplerId, TenantId
 from tinsmith.verify import verify
+from tinsmith.wire import wire_pb2 as pb
 from tinsmith.worker.loop import Worker
 
 FORKING = multiprocessing.get_context("forkserver")
@@ -44,7 +47,6 @@ SETTINGS: dict[str, Any] = {
     "max_resident_runs": 2,
     "session_timeout_s": 1e6,
 }
-PACKING = re.compile(rb"(pass_(?:runs|tokens):max\x11).{8}", re.DOTALL)  # of passes, not of a run
 NUM_RUNS = 3
 
 
@@ -59,7 +61,23 @@ class Home(House):
         self.tenant, self.session = json.loads(who.read_text())
 
     def acknowledged(self, row: OpRow) -> None:
-        _append(self.root / ACKNOWLEDGED, [row.tenant_id, row.id])
+        self.note(ACKNOWLEDGED, [row.tenant_id, row.id])
+
+    def note(self, what: str, entry: Any) -> None:
+        """What the client knows, in a file that isn't the server's."""
+        _append(self.root / what, entry)
+
+
+class NotedHome(Home):
+    """Says what the client knows into the notes of what is durable (test_power_loss.py) too, in the same order."""
+
+    synchronous = "FULL"
+
+    def note(self, what: str, entry: Any) -> None:
+        super().note(what, entry)
+        with Path(os.environ["POWER_LOSS_NOTES"], "index").open("a") as index:
+            fcntl.flock(index, fcntl.LOCK_EX)
+            index.write(f"{what} {json.dumps(entry)}\n")
 
 
 class Client:
@@ -126,18 +144,30 @@ def live(root: Path, crash_point: str, rounds: Iterable[int]) -> None:
     structlog.configure(processors=[_drop])
     crashpoints.arm_from(crash_point)
     with contextlib.closing(Home(root, **SETTINGS)) as home:
-        client = Client(home)
-        worker: Worker | None = None
-        for number in rounds:
-            if client.rounds()[number] == client.harm and worker is not None:
-                worker.close()
-                worker = None
-            client.rounds()[number]()
-            worker = worker or home.worker()
-            settle(worker)
-            see(home)
-        if worker is not None:
+        _live(home, rounds)
+
+
+def live_noted(root: str, synchronous: str) -> None:
+    """A whole life whose notes say what was durable when."""
+    structlog.configure(processors=[_drop])
+    NotedHome.synchronous = synchronous
+    with contextlib.closing(NotedHome(Path(root), **SETTINGS)) as home:
+        _live(home, range(8))
+
+
+def _live(home: Home, rounds: Iterable[int]) -> None:
+    client = Client(home)
+    worker: Worker | None = None
+    for number in rounds:
+        if client.rounds()[number] == client.harm and worker is not None:
             worker.close()
+            worker = None
+        client.rounds()[number]()
+        worker = worker or home.worker()
+        settle(worker)
+        see(home)
+    if worker is not None:
+        worker.close()
 
 
 def see(home: Home) -> None:
@@ -145,7 +175,15 @@ def see(home: Home) -> None:
     for tenant, op_id in _lines(home.root / ACKNOWLEDGED):
         row = home.store.ops.get(tenant, op_id)
         if row.state is OpState.DONE:
-            _append(home.root / SEEN, [op_id, hashlib.sha256(home.result(row)).hexdigest()])
+            home.note(SEEN, [op_id, hashlib.sha256(home.result(row)).hexdigest()])
+
+
+def has(store: Store, tenant: TenantId, op_id: OpId) -> bool:
+    """Whether the request is there."""
+    try:
+        return store.ops.get(tenant, op_id).id == op_id
+    except GoneError:
+        return False
 
 
 def account(root: Path, out: Path) -> None:
@@ -160,7 +198,7 @@ def account(root: Path, out: Path) -> None:
             row = home.store.ops.get(tenant, op_id)
             result = home.result(row)
             assert seen[op_id] == {hashlib.sha256(result).hexdigest()}, f"the result of {row.kind} was changed"
-            masked = PACKING.sub(rb"\1", result).replace(home.session.encode(), b"S").replace(op_id.encode(), b"R")
+            masked = plain(row, result).replace(home.session.encode(), b"S").replace(op_id.encode(), b"R")
             results[f"{(row.run_id or row.sampler_id or '').partition(':')[2]}/{row.seq_id}"] = masked.hex()
         with contextlib.closing(sqlite3.connect(root / DATABASE_FILE)) as connection:
             metered = dict(connection.execute("SELECT kind, sum(quantity) FROM usage GROUP BY kind").fetchall())
@@ -173,6 +211,31 @@ def account(root: Path, out: Path) -> None:
             state = home.state(run)
             states[run[-1]] = [state.step, {name: tensor.tobytes().hex() for name, tensor in state.tensors.items()}]
     out.write_text(json.dumps({"results": results, "metered": metered, "states": states, "findings": findings}))
+
+
+def plain(row: OpRow, result: bytes) -> bytes:
+    """A result without what tells how its pass was packed, and its metrics in one order."""
+    if row.kind not in (OpKind.FORWARD, OpKind.FORWARD_BACKWARD):
+        return result
+    output = pb.ForwardBackwardOutput.FromString(result)
+    del output.metrics["pass_runs:max"], output.metrics["pass_tokens:max"]
+    return bytes(output.SerializeToString(deterministic=True))
+
+
+def migrate(root: Path, crash_point: str) -> None:
+    crashpoints.arm_from(crash_point)
+    open_store(root).close()
+
+
+def keep(verb: str, source: Path, target: Path, crash_point: str) -> None:
+    crashpoints.arm_from(crash_point)
+    {"back_up": back_up, "restore": restore}[verb](source, target)
+
+
+def repair(root: Path, crash_point: str) -> None:
+    crashpoints.arm_from(crash_point)
+    with contextlib.closing(open_as_it_is(root / DATABASE_FILE)) as store:
+        verify(store, blobs_of(root), is_repairing=True)
 
 
 def die_and_tell(task: Callable[..., object], *args: Any) -> None:

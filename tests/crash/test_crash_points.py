@@ -2,8 +2,8 @@
 metered for is what it would have been.
 
 Points that the API and the worker pass are met by a server with the SDK as its client; those of the worker by a process
-with the worker's loop alone, which is much faster; those of commands by the command. `make crash-points` has a server die
-at every point that one passes.
+with the worker's loop alone, which is much faster; those of commands by the command. `make crash-points` has a server
+die at each point that one passes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from tinker import AdminClient, types
 from tests.crash import lives
 from tests.crash.test_kill import connect, datum, pids
 from tests.service import Service, running
-from tinsmith import crashpoints
-from tinsmith.backup import back_up, restore
 from tinsmith.crashpoints import NAMES
 from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
 from tinsmith.store.database import Database
@@ -55,8 +53,6 @@ NTH |= dict.fromkeys(("load.after_import", "run.after_lease", "run.before_releas
 NTH |= dict.fromkeys((name for name in NAMES if name.startswith(("save.", "snapshot.", "run.after_restore"))), 1)
 NTH |= {"recorder.after_result_files": 6, "recorder.before_ring": 6, "store.before_claim_commit": 6}
 NTH |= {"store.before_snapshot_commit": 2, "store.before_prune_commit": 2}
-# Of a worker's life; the others at the first passage and at the fourth, where there is one.
-ONCE = {"load.after_import", "run.after_fallback", "sampler.published"}
 RANDOM_SEEDS = range(int(os.environ.get("TINSMITH_RANDOM_LIVES", "2")))
 
 
@@ -120,10 +116,19 @@ def test_a_death_at_this_point_changes_nothing(tmp_path: Path, expected: list[An
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory after the first round."""
+    root = tmp_path_factory.mktemp("begun")
+    assert not lives.run(lives.live, root, "", range(1))
+    return root
+
+
+@pytest.fixture(scope="module")
+def calm(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a worker leaves that nobody disturbs."""
-    root = tmp_path_factory.mktemp("calm")
-    assert not lives.run(lives.live, root, "", range(8))
+    root = tmp_path_factory.mktemp("calm") / "data"
+    shutil.copytree(begun, root)
+    assert not lives.run(lives.live, root, "", range(1, 8))
     return accounted(root)
 
 
@@ -141,13 +146,13 @@ def test_a_calm_life_is_sound(calm: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LIVED)
-def test_a_worker_that_dies_at_this_point_loses_nothing(tmp_path: Path, calm: Any, name: str) -> None:
-    for nth in (1,) if name in ONCE else (1, 4):
+def test_a_worker_that_dies_at_this_point_loses_nothing(tmp_path: Path, begun: Path, calm: Any, name: str) -> None:
+    for nth in (1, 2, 4, 8) if IS_ALL else (1,):
         root = tmp_path / str(nth)
-        root.mkdir()
-        died = lives.run(lives.live, root, f"{name}:{nth}", range(8))
+        shutil.copytree(begun, root)
+        died = lives.run(lives.live, root, f"{name}:{nth}", range(1, 8))
         assert died or nth > 1, "the point was not passed"
-        lives.run(lives.live, root, "", range(8))
+        lives.run(lives.live, root, "", range(1, 8))
         assert accounted(root) == calm, f"after a death at {name}:{nth}"
 
 
@@ -168,51 +173,41 @@ def test_deaths_at_random_points_lose_nothing(tmp_path: Path, calm: Any, seed: i
 def test_a_migration_that_dies_is_done_by_the_next_start(tmp_path: Path, name: str) -> None:
     with contextlib.closing(Database(tmp_path / DATABASE_FILE)):
         pass
-    assert lives.run(migrate, tmp_path, name)
+    assert lives.run(lives.migrate, tmp_path, name)
     with contextlib.closing(open_store(tmp_path)) as store:
         assert store.upkeep.faults() == []
     with contextlib.closing(sqlite3.connect(tmp_path / DATABASE_FILE)) as connection:
         assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
 
 
-def migrate(root: Path, crash_point: str) -> None:
-    crashpoints.arm_from(crash_point)
-    open_store(root).close()
-
-
 @pytest.fixture
-def lived(tmp_path: Path) -> Path:
+def lived(tmp_path: Path, begun: Path) -> Path:
     root = tmp_path / "data"
-    root.mkdir()
-    lives.run(lives.live, root, "", range(3))
+    shutil.copytree(begun, root)
+    lives.run(lives.live, root, "", range(1, 3))
     return root
 
 
 @pytest.mark.parametrize("name", ["backup.half_copied", "backup.before_manifest"])
 def test_a_backup_that_dies_is_made_by_the_next(lived: Path, tmp_path: Path, name: str) -> None:
-    assert lives.run(keep, "back_up", lived, tmp_path / "backup", f"{name}:1")
+    assert lives.run(lives.keep, "back_up", lived, tmp_path / "backup", f"{name}:1")
     assert not (tmp_path / "backup" / "backup.json").exists()
-    lives.run(keep, "back_up", lived, tmp_path / "backup", "")
-    lives.run(keep, "restore", tmp_path / "backup", tmp_path / "data2", "")
+    lives.run(lives.keep, "back_up", lived, tmp_path / "backup", "")
+    lives.run(lives.keep, "restore", tmp_path / "backup", tmp_path / "data2", "")
     assert_sound(tmp_path / "data2")
 
 
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_restore_that_dies_leaves_no_database_and_the_backup_as_it_was(lived: Path, tmp_path: Path, nth: int) -> None:
-    lives.run(keep, "back_up", lived, tmp_path / "backup", "")
-    died = lives.run(keep, "restore", tmp_path / "backup", tmp_path / "data2", f"restore.half_moved:{nth}")
+    lives.run(lives.keep, "back_up", lived, tmp_path / "backup", "")
+    died = lives.run(lives.keep, "restore", tmp_path / "backup", tmp_path / "data2", f"restore.half_moved:{nth}")
     assert died
     is_done = (tmp_path / "data2" / DATABASE_FILE).exists()
     assert is_done == (nth == 2), "the database appears last"
     if not is_done:
         shutil.rmtree(tmp_path / "data2")
-        lives.run(keep, "restore", tmp_path / "backup", tmp_path / "data2", "")
+        lives.run(lives.keep, "restore", tmp_path / "backup", tmp_path / "data2", "")
     assert_sound(tmp_path / "data2")
-
-
-def keep(verb: str, source: Path, target: Path, crash_point: str) -> None:
-    crashpoints.arm_from(crash_point)
-    {"back_up": back_up, "restore": restore}[verb](source, target)
 
 
 def test_a_repair_that_dies_is_made_by_the_next(lived: Path) -> None:
@@ -220,15 +215,9 @@ def test_a_repair_that_dies_is_made_by_the_next(lived: Path) -> None:
         results = [found.blob for found in store.upkeep.references() if found.naming == "result"]
     for blob in results[:3]:
         (lived / "blobs" / blob).unlink()
-    assert lives.run(repair, lived, "repair.half_done:2")
-    lives.run(repair, lived, "")
+    assert lives.run(lives.repair, lived, "repair.half_done:2")
+    lives.run(lives.repair, lived, "")
     assert_sound(lived)
-
-
-def repair(root: Path, crash_point: str) -> None:
-    crashpoints.arm_from(crash_point)
-    with contextlib.closing(open_as_it_is(root / DATABASE_FILE)) as store:
-        verify(store, lives.blobs_of(root), is_repairing=True)
 
 
 def assert_sound(root: Path) -> None:

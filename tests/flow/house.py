@@ -38,11 +38,13 @@ BASE = BaseInfo("fake/base", "/nowhere", "Fake", vocab_size=100, max_context=256
 class House:
     """One data directory. `worker()` is a new worker process on it; the one before is dead from then on."""
 
+    synchronous = "NORMAL"
+
     def __init__(self, root: Path, **settings: Any) -> None:
         self.root = root
         defaults = {"data_dir": root, "scan_interval_s": 0.05, "device": "fake"}
         self.settings = Settings.load({}, **(defaults | settings))
-        self.store = open_store(root, synchronous="NORMAL")
+        self.store = open_store(root, synchronous=self.synchronous)
         self.blobs = Blobs(root / "blobs")
         self.be("alice")
         self._num_runs = 0
