@@ -31,7 +31,7 @@ from tinsmith import __version__
 from tinsmith.blobs import CHECKED_BYTES, Blobs, sync_directory
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import ConfigError, CorruptError
-from tinsmith.store import DATABASE_FILE, open_as_it_is
+from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
 from tinsmith.types import BlobKey
 
 MANIFEST = "backup.json"
@@ -134,7 +134,7 @@ def restore(backup: Path, data_dir: Path, progress: Progress = silent) -> Copied
                 shutil.copyfileobj(copied_from, file)
             file.flush()
             os.fsync(file.fileno())
-        with closing(open_as_it_is(made / DATABASE_FILE)) as store:
+        with closing(open_store(made)) as store:  # one of an older tinsmith is brought to this schema
             faults = store.upkeep.faults()
             if faults:
                 raise CorruptError(f"{backup} is damaged: {faults[0].owner}: {faults[0].problem}")

@@ -45,7 +45,7 @@ OF_COMMANDS = {
 LIVED = sorted(NAMES - OF_COMMANDS - {"api.after_payload_file"})
 # A fault that a server doesn't meet here, or not before it ends: its janitor waits for a minute.
 NOT_SERVED = OF_COMMANDS | {"run.after_fallback", "run.after_eviction", "janitor.before_delete", "janitor.half_deleted"}
-IS_ALL = bool(os.environ.get("TINSMITH_ALL_CRASH_POINTS"))
+DEATHS = os.environ.get("TINSMITH_TEST_DEATHS")
 # Every process of the server dies at the Nth passage; N is such that one or two of them do.
 NTH = dict.fromkeys(NAMES, 8) | {"store.before_finish_commit": 6, "store.after_finish_commit": 6}
 NTH |= dict.fromkeys((name for name in NAMES if name.startswith(("sampler.", "optim.", "pass."))), 2)
@@ -53,7 +53,7 @@ NTH |= dict.fromkeys(("load.after_import", "run.after_lease", "run.before_releas
 NTH |= dict.fromkeys((name for name in NAMES if name.startswith(("save.", "snapshot.", "run.after_restore"))), 1)
 NTH |= {"recorder.after_result_files": 6, "recorder.before_ring": 6, "store.before_claim_commit": 6}
 NTH |= {"store.before_snapshot_commit": 2, "store.before_prune_commit": 2}
-RANDOM_SEEDS = range(int(os.environ.get("TINSMITH_RANDOM_LIVES", "2")))
+RANDOM_SEEDS = range(int(DEATHS or 2))
 
 
 def everything(service: Service) -> list[Any]:
@@ -107,7 +107,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         return everything(service)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - NOT_SERVED if IS_ALL else SERVED))
+@pytest.mark.parametrize("name", sorted(NAMES - NOT_SERVED if DEATHS else SERVED))
 def test_a_death_at_this_point_changes_nothing(tmp_path: Path, expected: list[Any], name: str) -> None:
     with running(tmp_path / "data", *FLAGS, "--crash-point", f"{name}:{NTH[name]}") as service:
         before = pids(service)
@@ -147,7 +147,7 @@ def test_a_calm_life_is_sound(calm: Any) -> None:
 
 @pytest.mark.parametrize("name", LIVED)
 def test_a_worker_that_dies_at_this_point_loses_nothing(tmp_path: Path, begun: Path, calm: Any, name: str) -> None:
-    for nth in (1, 2, 4, 8) if IS_ALL else (1,):
+    for nth in (1, 2, 4, 8) if DEATHS else (1,):
         root = tmp_path / str(nth)
         shutil.copytree(begun, root)
         died = lives.run(lives.live, root, f"{name}:{nth}", range(1, 8))

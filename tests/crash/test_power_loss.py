@@ -25,7 +25,7 @@ from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
 from tinsmith.verify import verify
 
 HERE = Path(__file__).parent
-CUTS = int(os.environ.get("TINSMITH_POWER_CUTS", "5"))
+CUTS = int(os.environ.get("TINSMITH_TEST_DEATHS", "5"))
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build the shim with")
 
