@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from tinsmith.blobs import Blobs
+from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
 from tinsmith.store import Store
@@ -33,8 +34,8 @@ class Swept:
     num_files: int
 
 
-def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
-    """One round. `now`: unix seconds."""
+def sweep(store: Store, blobs: Blobs, settings: Settings, now: float, *, can_tell_age: bool = True) -> Swept:
+    """One round. `now`: unix seconds. can_tell_age: the clock wasn't set lately, so files' times tell their age."""
     sessions = store.sessions.expire(now - settings.session_timeout_s, now)
     num_results = 0
     while (expired := store.ops.expire_results(now - settings.result_ttl_s, now, PAGE)) > 0:
@@ -43,7 +44,7 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
         pass
     while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
-    num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
+    num_files = blobs.sweep(now - LEFTOVER_AFTER_S) if can_tell_age else 0
     while dead := store.checkpoints.collect(now):
         crash_point("janitor.before_delete")
         for key in dead:
@@ -53,15 +54,24 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
     return Swept(len(sessions), num_results, num_files)
 
 
+def note_step(store: Store, settings: Settings, by_s: float, now: float) -> None:
+    """The wall clock was set by so many seconds, if any: nobody is to look silent, or alive, for that alone."""
+    if by_s:
+        log.warning("the clock was set; silence is reckoned by the new time", by_s=round(by_s, 3))
+        store.silence.clock_was_set(by_s, now, settings.lease_s)
+
+
 @contextlib.contextmanager
 def sweeping(store: Store, blobs: Blobs, settings: Settings) -> Iterator[None]:
     """Sweep every now and then in a thread of its own, for as long as the block runs."""
     stop = threading.Event()
+    clock = Clock()
 
     def work() -> None:
         while not stop.wait(SWEEP_EVERY_S):
             try:
-                swept = sweep(store, blobs, settings, time.time())
+                note_step(store, settings, clock.step(), time.time())
+                swept = sweep(store, blobs, settings, time.time(), can_tell_age=clock.is_even(LEFTOVER_AFTER_S))
             except Exception:
                 log.exception("sweeping failed; trying again later")
                 continue

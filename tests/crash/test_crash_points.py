@@ -159,14 +159,14 @@ def test_a_worker_that_dies_at_this_point_loses_nothing(tmp_path: Path, begun: P
 @pytest.mark.parametrize("seed", RANDOM_SEEDS)
 def test_deaths_at_random_points_lose_nothing(tmp_path: Path, calm: Any, seed: int) -> None:
     draw = random.Random(seed)
-    points = [f"{draw.choice(LIVED)}:{draw.randint(1, 6)}" for _ in range(16)]
-    deaths = 0
+    deaths: list[str] = []
     for number in range(8):
-        for point in points[2 * number : 2 * number + 2]:
-            deaths += lives.run(lives.live, tmp_path, point, [number])
+        for _ in range(2):  # deaths at most: a request that kills four workers is given up
+            point = f"{draw.choice(LIVED)}:{draw.choice((1, 1, 2, 4))}"
+            deaths += [point] if lives.run(lives.live, tmp_path, point, [number]) else []
         lives.run(lives.live, tmp_path, "", [number])
-    assert deaths >= 2, points
-    assert accounted(tmp_path) == calm, points
+    assert deaths, "draw another seed"
+    assert accounted(tmp_path) == calm, deaths
 
 
 @pytest.mark.parametrize("name", ["migrate.after_commit", "migrate.before_commit"])

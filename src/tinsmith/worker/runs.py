@@ -8,6 +8,7 @@ the next worker tries again (a backup may have been restored).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -15,6 +16,7 @@ from dataclasses import replace
 import structlog
 
 from tinsmith.blobs import Blobs
+from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
@@ -59,6 +61,8 @@ class HeldRuns:
         self._writer = writer
         self._recorder = recorder
         self._ahead = ahead
+        self._clock = Clock()
+        self._lease_s = settings.lease_s
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
         self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go, self._fall_back)
         self._held: dict[RunId, HeldRun] = {}
@@ -72,7 +76,8 @@ class HeldRuns:
 
     def lease(self) -> bool:
         """Take the runs of this base that have work and no living holder; whether there were any."""
-        rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        can_judge = self._clock.is_even(self._lease_s)  # else the living, too, may seem silent
+        rows = self._store.runs.lease(self._me, self._base, limit=1024, now=time.time() if can_judge else 0.0)
         if rows:
             crash_point("run.after_lease")
         for row in rows:
