@@ -52,6 +52,9 @@ chaos: init ## processes killed at random while clients work, and everything com
 soak: init ## an hour of tenants that come and go, with a kill every minute: flat memory and disk, no stuck future. MINUTES=60
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --tenants
 
+crash-points: init ## a server dies at each named point, and workers at random ones, and the power is lost, many times (a quarter of an hour)
+	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
+
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
 

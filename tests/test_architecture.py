@@ -19,7 +19,7 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
+    {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory", "clock"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",

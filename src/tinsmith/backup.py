@@ -29,8 +29,9 @@ from msgspec import Struct
 
 from tinsmith import __version__
 from tinsmith.blobs import CHECKED_BYTES, Blobs, sync_directory
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import ConfigError, CorruptError
-from tinsmith.store import DATABASE_FILE, open_as_it_is
+from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
 from tinsmith.types import BlobKey
 
 MANIFEST = "backup.json"
@@ -103,6 +104,7 @@ def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied
         if file.key not in named:
             copy.discard(file)
     lost = tuple(f"the file {key} is missing" for key in sorted(missing))
+    crash_point("backup.before_manifest")
     made = Manifest(FORMAT, __version__, time.time(), copied.num_files, copied.num_bytes)
     _write_private(target / MANIFEST, msgspec.json.format(msgspec.json.encode(made)) + b"\n")
     return Copied(copied.num_files, copied.num_bytes, copied.num_new, lost + copied.damaged)
@@ -132,7 +134,7 @@ def restore(backup: Path, data_dir: Path, progress: Progress = silent) -> Copied
                 shutil.copyfileobj(copied_from, file)
             file.flush()
             os.fsync(file.fileno())
-        with closing(open_as_it_is(made / DATABASE_FILE)) as store:
+        with closing(open_store(made)) as store:  # one of an older tinsmith is brought to this schema
             faults = store.upkeep.faults()
             if faults:
                 raise CorruptError(f"{backup} is damaged: {faults[0].owner}: {faults[0].problem}")
@@ -146,6 +148,7 @@ def restore(backup: Path, data_dir: Path, progress: Progress = silent) -> Copied
         for name in (BLOBS, *KEY_FILES, DATABASE_FILE):
             with suppress(FileNotFoundError):
                 (made / name).rename(data_dir / name)
+                crash_point("restore.half_moved")
         sync_directory(data_dir)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -225,6 +228,7 @@ def _copy_files(source: Blobs, target: Blobs, named: set[BlobKey], progress: Pro
                 damaged.append(trouble)
                 continue
             num_new += 1
+            crash_point("backup.half_copied")
         num_files, num_bytes = num_files + 1, num_bytes + size
         progress(num_bytes, total)
     return Copied(num_files, num_bytes, num_new, tuple(damaged))

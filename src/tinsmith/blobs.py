@@ -170,6 +170,13 @@ class Blobs:
                         key = BlobKey(path.relative_to(self._root).as_posix())
                         yield StoredFile(key, found.st_size, found.st_mtime, name.startswith(TEMPORARY))
 
+    def beside(self, key: BlobKey) -> list[BlobKey]:
+        """The whole files in the same directory, itself among them."""
+        directory = self._path(key).parent
+        parent = key.rpartition("/")[0]
+        names = (entry.name for entry in os.scandir(directory) if not entry.name.startswith(TEMPORARY))
+        return [BlobKey(f"{parent}/{name}") for name in names]
+
     def hold(self, key: BlobKey, other: Blobs) -> bool:
         """Keep a file whatever happens to it in `other`, on the same disk and without a copy; False if it has gone.
 
@@ -219,6 +226,11 @@ class Blobs:
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
         self._known.add(directory)
+
+
+def tenant_of(key: BlobKey) -> TenantId:
+    """Whose file it is."""
+    return TenantId(key.split("/")[1])
 
 
 def payload_key(tenant: TenantId, op_id: OpId) -> BlobKey:

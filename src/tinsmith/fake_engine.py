@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
 from tinsmith.types import (
@@ -76,7 +77,11 @@ class FakePass:
 
     def commit(self) -> list[TrainResult | Failure]:
         runs = len({item.run_id for item in self._items})
-        return [self._engine.apply(item, runs, self._num_tokens) for item in self._items]
+        outcomes: list[TrainResult | Failure] = []
+        for item in self._items:
+            outcomes.append(self._engine.apply(item, runs, self._num_tokens))
+            crash_point("pass.half_merged")
+        return outcomes
 
 
 class FakeEngine:
@@ -167,6 +172,7 @@ class FakeEngine:
             run.step += 1
             results.append(OptimResult({"grad_norm": float(np.linalg.norm(grad)), "optimizer_step": float(run.step)}))
             run.parts["grad"] = np.zeros_like(grad)
+            crash_point("optim.half_done")
         return results
 
     def has_adapter(self, key: str) -> bool:

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import structlog
 
 from tinsmith.blobs import Blobs
+from tinsmith.clock import Clock
 from tinsmith.config import Settings
+from tinsmith.crashpoints import crash_point
 from tinsmith.store import Store
 from tinsmith.types import BlobKey
 
@@ -67,8 +69,8 @@ class Leftovers:
         return len(due)
 
 
-def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
-    """One round. `now`: unix seconds."""
+def sweep(store: Store, blobs: Blobs, settings: Settings, now: float, *, can_tell_age: bool = True) -> Swept:
+    """One round. `now`: unix seconds. can_tell_age: the clock wasn't set lately, so files' times tell their age."""
     sessions = store.sessions.expire(now - settings.session_timeout_s, now)
     num_results = 0
     while (expired := store.ops.expire_results(now - settings.result_ttl_s, now, PAGE)) > 0:
@@ -78,12 +80,21 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float) -> Swept:
     while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
     store.quotas.forget(now)
-    num_files = blobs.sweep(now - LEFTOVER_AFTER_S)
+    num_files = blobs.sweep(now - LEFTOVER_AFTER_S) if can_tell_age else 0
     while dead := store.checkpoints.collect(now):
+        crash_point("janitor.before_delete")
         for key in dead:
             blobs.delete(key)
+            crash_point("janitor.half_deleted")
         num_files += len(dead)
     return Swept(len(sessions), num_results, num_files)
+
+
+def note_step(store: Store, settings: Settings, by_s: float, now: float) -> None:
+    """The wall clock was set by so many seconds, if any: nobody is to look silent, or alive, for that alone."""
+    if by_s:
+        log.warning("the clock was set; silence is reckoned by the new time", by_s=round(by_s, 3))
+        store.silence.clock_was_set(by_s, now, settings.lease_s)
 
 
 @contextlib.contextmanager
@@ -94,14 +105,21 @@ def sweeping(
     (unix seconds) at each round, and once at the start."""
     stop = threading.Event()
     leftovers = Leftovers()
+    clock = Clock()
 
     def work() -> None:
         pause_s = 0.0
         while not stop.wait(pause_s):
             try:
                 beside(time.time())
-                swept = sweep(store, blobs, settings, time.time()) if pause_s else Swept(0, 0, 0)
-                leftovers.sweep(store, blobs, time.time(), time.monotonic())
+                note_step(store, settings, clock.step(), time.time())
+                can_tell_age = clock.is_even(LEFTOVER_AFTER_S)
+                if pause_s:
+                    swept = sweep(store, blobs, settings, time.time(), can_tell_age=can_tell_age)
+                else:
+                    swept = Swept(0, 0, 0)
+                if can_tell_age:
+                    leftovers.sweep(store, blobs, time.time(), time.monotonic())
             except Exception:
                 log.exception("sweeping failed; trying again later")
                 continue

@@ -6,6 +6,7 @@ Parses and prints; the work is done in `verify` and `backup`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
@@ -98,6 +99,9 @@ def _show(report: Report) -> None:
         console.print(table)
         if len(report.findings) > MOST_SHOWN:
             console.print(f"and {len(report.findings) - MOST_SHOWN} more: --json shows all")
+    for run_id, at in report.replaced[:MOST_SHOWN]:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+        console.print(f"{run_id}: a damaged snapshot was replaced, last {when}; look at the disk", highlight=False)
     done = "removed" if report.removed else "--repair removes them"
     if report.leftovers:
         size = _size(sum(file.size for file in report.leftovers))

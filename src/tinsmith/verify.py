@@ -2,8 +2,8 @@
 
 Whoever runs it while a server works sees no false alarm: files are listed before the rows are read, what is missing or
 damaged is looked up once more, and a file without a row is called a leftover only once it is older than any request
-that may be about to name it. What stays true: a repair never touches what a row names, but for the result of a request
-whose file is lost; that request then says that its result is gone.
+that may be about to name it. What stays true: a repair never touches what a row names, but for what is damaged and not
+needed: a lost result, whose request then says so, and a snapshot of a run that can be computed again without it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tinsmith.blobs import Blobs, StoredFile
 from tinsmith.checkpoint_file import read_state_header
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
 from tinsmith.store import Store
 from tinsmith.store.upkeep import Naming, Reference
@@ -28,10 +30,22 @@ _CURES = {
     Naming.RESULT: "with --repair the request says that its result is gone",
     Naming.PIN: "its run can't be computed again from its log: restore a backup, or go on from another checkpoint",
     Naming.SNAPSHOT: "its run can't be loaded: restore a backup, or go on from a checkpoint in a new run",
+    Naming.PREVIOUS: "nothing is lost as long as the newest is whole; the next snapshot takes its place",
     Naming.SAMPLER: "it answers with an error: restore a backup, or make a new sampler of the run",
     Naming.LOSS: "requests that use it fail: restore a backup, or send the loss again",
     Naming.CHECKPOINT: "restore a backup, or delete the checkpoint and save it again",
 }
+
+
+_SPARED = "nothing is lost: its run goes on from the snapshot before it, or from its log; look at the disk"
+
+
+@dataclass(frozen=True, slots=True)
+class _Repair:
+    """now: unix seconds."""
+
+    is_wanted: bool
+    now: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +60,17 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """num_files and num_bytes: of those that were read and checked. leftovers: files that no row names."""
+    """num_files and num_bytes: of those that were read and checked. leftovers: files that no row names.
+
+    replaced: runs of which a damaged snapshot was replaced while they were served, and when that was last (unix
+    seconds): nothing of them is lost, and something is wrong with the disk.
+    """
 
     num_files: int = 0
     num_bytes: int = 0
     findings: list[Finding] = field(default_factory=list)
     leftovers: list[StoredFile] = field(default_factory=list)
+    replaced: list[tuple[str, float]] = field(default_factory=list)
     removed: bool = False
 
     @property
@@ -74,7 +93,8 @@ def verify(
         now: unix seconds.
         progress: told the bytes that were read, and those there are.
     """
-    report = Report()
+    now = time.time() if now is None else now
+    report = Report(replaced=store.upkeep.damaged_snapshots())
     report.findings += [Finding(fault.owner, fault.problem, "restore a backup") for fault in store.upkeep.faults()]
     files = {file.key: file for file in blobs.files()}
     named = _by_file(store.upkeep.references())
@@ -93,8 +113,10 @@ def verify(
         still_named = _by_file(store.upkeep.references())
         for key, trouble in suspects.items():
             for reference in still_named.get(key, ()):
-                report.findings.append(_finding(store, reference, trouble, is_repairing=is_repairing))
-    youngest = math.inf if is_repairing else (time.time() if now is None else now) - LEFTOVER_AFTER_S
+                report.findings.append(_finding(store, reference, trouble, suspects, _Repair(is_repairing, now)))
+        if is_repairing:
+            named = _by_file(store.upkeep.references())
+    youngest = math.inf if is_repairing else now - LEFTOVER_AFTER_S
     due = store.upkeep.buried()
     report.leftovers = [
         file for key, file in files.items() if key not in named and key not in due and file.changed_at < youngest
@@ -129,12 +151,27 @@ def check_file(blobs: Blobs, key: BlobKey, references: Iterable[Reference]) -> s
     return None
 
 
-def _finding(store: Store, reference: Reference, trouble: str, *, is_repairing: bool) -> Finding:
+def _finding(
+    store: Store, reference: Reference, trouble: str, suspects: Container[BlobKey], repair: _Repair
+) -> Finding:
+    """What is wrong, and what to do about it, or that it was done. suspects: all damaged files."""
     owner = f"{reference.naming} of {reference.owner}"
-    if is_repairing and reference.naming is Naming.RESULT:
-        store.upkeep.give_up_result(OpId(reference.owner))
+    cure = _CURES[reference.naming]
+    mend: Callable[[], None] | None = None
+    if reference.naming is Naming.RESULT:
+        mend = partial(store.upkeep.give_up_result, OpId(reference.owner))
+    elif reference.naming is Naming.SNAPSHOT:
+        spare = store.upkeep.spare(reference.owner)
+        if spare is not None and spare.blob not in suspects:
+            cure = _SPARED
+            mend = partial(store.upkeep.go_back, reference.owner, repair.now)
+    elif reference.naming is Naming.PREVIOUS and store.upkeep.newest(reference.owner) not in suspects:
+        mend = partial(store.upkeep.forget_previous, reference.owner)
+    if mend is not None and repair.is_wanted:
+        mend()
+        crash_point("repair.half_done")
         return Finding(owner, trouble, is_repaired=True)
-    return Finding(owner, trouble, _CURES[reference.naming])
+    return Finding(owner, trouble, cure)
 
 
 def _by_file(references: Iterable[Reference]) -> dict[BlobKey, list[Reference]]:

@@ -38,11 +38,13 @@ BASE = BaseInfo("fake/base", "/nowhere", "Fake", vocab_size=100, max_context=256
 class House:
     """One data directory. `worker()` is a new worker process on it; the one before is dead from then on."""
 
+    synchronous = "NORMAL"
+
     def __init__(self, root: Path, **settings: Any) -> None:
         self.root = root
         defaults = {"data_dir": root, "scan_interval_s": 0.05, "device": "fake"}
         self.settings = Settings.load({}, **(defaults | settings))
-        self.store = open_store(root, synchronous="NORMAL")
+        self.store = open_store(root, synchronous=self.synchronous)
         self.blobs = Blobs(root / "blobs")
         self.be("alice")
         self._num_runs = 0
@@ -75,8 +77,11 @@ class House:
         run = NewRun(self.tenant, self.session, self._num_runs, spec)
         self._num_runs += 1
         op = self.op(OpKind.CREATE, run_id, 0, meta=to_meta(CreateMeta(spec)), payload=None)
-        self.store.ops.create_run(run, op, time.time())
+        self.acknowledged(self.store.ops.create_run(run, op, time.time()).row)
         return run_id
+
+    def acknowledged(self, row: OpRow) -> None:
+        """Told of every request that was stored."""
 
     def forward_backward(
         self, run: RunId, seq: int, tokens: list[int], *, forward_only: bool = False, copies: int = 1
@@ -137,7 +142,9 @@ class House:
         return self.enqueue(op)
 
     def enqueue(self, op: NewOp) -> OpRow:
-        return self.store.ops.enqueue(op, time.time()).row
+        row = self.store.ops.enqueue(op, time.time()).row
+        self.acknowledged(row)
+        return row
 
     def get(self, op: OpRow) -> OpRow:
         return self.store.ops.get(op.tenant_id, op.id)

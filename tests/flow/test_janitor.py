@@ -86,4 +86,10 @@ def test_a_deleted_checkpoint_stays_while_a_load_needs_it(house: House) -> None:
     settle(worker)
     worker.close()
     sweep(house.store, house.blobs, house.settings, time.time() + DAY)
+    assert house.blobs.exists(blob), "without the newest snapshot the load would be carried out again"
+    house.optim_step(run, 3)
+    worker = house.worker()
+    settle(worker)
+    worker.close()
+    sweep(house.store, house.blobs, house.settings, time.time() + DAY)
     assert not house.blobs.exists(blob)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.flow.house import House, settle, train
 from tinsmith.errors import CapacityError, CorruptError
-from tinsmith.store import DATABASE_FILE
+from tinsmith.store import DATABASE_FILE, database
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpKind, OpState, RunId, RunStatus, SamplerId
 from tinsmith.worker import loop, recorder
@@ -74,9 +75,10 @@ def test_a_run_that_cannot_be_rebuilt_is_given_up_and_says_so(
     run, other = house.create_run(), house.create_run(seed=2)
     train(house, run, range(2))
     settle(house.worker())
-    path = next(p for p in files(house, area) if area == "payloads" or p.parent.name == run.replace(":", "-"))
-    whole = path.read_bytes()
-    damage(path)
+    paths = [p for p in files(house, area) if area == "payloads" or p.parent.name == run.replace(":", "-")]
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        damage(path)
 
     after = [house.forward_backward(run, 5, [9]), house.optim_step(run, 6)]
     fine = house.forward_backward(other, 1, [9])
@@ -90,7 +92,8 @@ def test_a_run_that_cannot_be_rebuilt_is_given_up_and_says_so(
     assert house.store.runs.get(house.tenant, run).status is RunStatus.CORRUPTED
     assert not house.engine.has_run(run)
 
-    path.write_bytes(whole)
+    for path, content in whole.items():
+        path.write_bytes(content)
     healed = house.forward_backward(run, 7, [1], forward_only=True)
     settle(house.worker())
     assert house.get(healed).state is OpState.DONE
@@ -104,7 +107,7 @@ def test_a_log_without_its_snapshot_does_not_stop_the_worker(build: Callable[...
     train(house, run, range(1))
     settle(house.worker())
     with contextlib.closing(sqlite3.connect(house.root / DATABASE_FILE)) as connection, connection:
-        connection.execute("UPDATE runs SET snapshot_blob = NULL WHERE run_id = ?", (run,))
+        connection.execute("UPDATE runs SET snapshot_blob = NULL, previous_blob = NULL WHERE run_id = ?", (run,))
     lost = house.forward_backward(run, 3, [1])
     fine = house.forward_backward(other, 1, [1])
     settle(house.worker())
@@ -283,3 +286,48 @@ def die_of(house: House, monkeypatch: pytest.MonkeyPatch, killer: OpRow, run: Ru
         dies("import_run", lambda spec, state: spec.run_id == run and "grad/fake.lora_A" not in state.tensors)
     else:
         dies("step_samples", lambda: killer.id in engine._samples)
+
+
+@contextlib.contextmanager
+def locked(house: House, seconds: float) -> Iterator[None]:
+    """Another program holds the database for so long."""
+    with contextlib.closing(sqlite3.connect(house.root / DATABASE_FILE, check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        release = threading.Timer(seconds, other.rollback)
+        release.start()
+        try:
+            yield
+        finally:
+            release.join()
+
+
+def test_a_database_that_another_program_holds_for_a_moment_is_waited_for(build: Callable[..., House]) -> None:
+    house = build(snapshot_debt_bytes=1)
+    run = house.create_run()
+    worker = house.worker()
+    ops = train(house, run, range(1))
+    for step in range(1, 4):
+        with locked(house, 0.1):
+            settle(worker)
+            ops += train(house, run, range(step, step + 1))
+    settle(worker)
+    assert all(house.get(op).state is OpState.DONE for op in ops)
+    assert_same(house, run, undisturbed(build, 4))
+
+
+def test_a_database_that_another_program_keeps_costs_the_worker_and_no_request(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    house = build()
+    run = house.create_run()
+    ops = train(house, run, range(2))
+    worker = house.worker()
+    with locked(house, 0.5):
+        with pytest.raises(CapacityError):
+            settle(worker)
+        with pytest.raises(CapacityError, match="busy"):
+            house.forward_backward(run, 5, [1])
+    settle(house.worker())
+    assert all(house.get(op).state is OpState.DONE for op in ops)
+    assert_same(house, run, undisturbed(build, 2))

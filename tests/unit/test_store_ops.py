@@ -333,20 +333,32 @@ def test_payloads_are_dropped_when_no_replay_needs_them(world: Any) -> None:
     assert world.store.checkpoints.collect(world.now + 100) == []
 
 
-def test_prune_forgets_what_the_snapshot_covers_and_no_more(world: Any) -> None:
+def test_prune_forgets_what_no_kept_snapshot_leaves_to_be_replayed(world: Any) -> None:
     run = world.run()
     for seq in (1, 2, 3):
         world.put(run, seq, payload=None, payload_blob=blob(str(seq)))
     world.work_off()
-    prune = world.store.ops.prune_payloads
-    assert prune(run, 3) == []
-    world.store.runs.record_snapshot(world.worker, run, 2, blob("snap"), 10, world.now)
-    assert prune(run, 3) == [blob("1"), blob("2")]
-    assert prune(run, 3) == []
+    prune, record = world.store.runs.prune_payloads, world.store.runs.record_snapshot
+    assert prune(run) == []
+    record(world.worker, run, 2, blob("snap"), 10, world.now)
+    assert prune(run) == [], "should the snapshot be damaged, the log is whole"
+    record(world.worker, run, 3, blob("snap3"), 10, world.now)
+    assert prune(run) == [blob("1"), blob("2")]
+    assert prune(run) == []
     assert [op.seq_id for op in world.store.ops.replayable(run, 2)] == [3]
-    world.store.runs.record_snapshot(world.worker, run, 3, blob("snap3"), 10, world.now)
-    assert prune(run, 3) == [blob("3")]
-    assert prune(RunId("nope"), 3) == []
+    assert prune(RunId("nope")) == []
+
+
+def test_many_payloads_are_forgotten_in_short_transactions(world: Any) -> None:
+    run = world.run()
+    for seq in range(1, 150):
+        world.put(run, seq, payload=None, payload_blob=blob(str(seq)))
+    world.work_off()
+    for seq in (148, 149):
+        world.store.runs.record_snapshot(world.worker, run, seq, blob(f"snap{seq}"), 10, world.now)
+    assert len(world.store.runs.prune_payloads(run)) == 148
+    row = world.store.runs.get(world.tenant, run)
+    assert (row.pruned_seq, row.has_previous) == (148, True)
 
 
 def test_queue_position(world: Any) -> None:

@@ -186,19 +186,38 @@ def test_deregister_gives_everything_back(world: Any) -> None:
     assert [w.slot for w in world.store.workers.list()] == ["w0"]
 
 
-def test_record_snapshot_moves_forward_only(world: Any) -> None:
+def test_record_snapshot_moves_forward_only_and_keeps_the_one_before(world: Any) -> None:
     run = world.run()
     with pytest.raises(FencedError):
         world.store.runs.record_snapshot(world.worker, run, 0, blob("s0"), 5, world.now)
     world.lease()
     record = world.store.runs.record_snapshot
     assert record(world.worker, run, 0, blob("s0"), 5, world.now) is None
-    assert record(world.worker, run, 2, blob("s2"), 5, world.now) == blob("s0")
+    assert record(world.worker, run, 2, blob("s2"), 5, world.now) is None
     assert record(world.worker, run, 1, blob("s1"), 5, world.now) is None
-    row = world.store.runs.get(world.tenant, run)
-    assert (row.snapshot_seq, row.snapshot_blob) == (2, blob("s2"))
+    assert kept(world, run) == [(2, blob("s2")), (0, blob("s0"))]
     assert world.store.checkpoints.collect(world.now + 100) == [blob("s1")]
     assert record(world.worker, run, 2, blob("s2b"), 5, world.now) == blob("s2")
+    assert kept(world, run) == [(2, blob("s2b")), (0, blob("s0"))]
+    assert record(world.worker, run, 3, blob("s3"), 5, world.now) == blob("s0")
+    assert kept(world, run) == [(3, blob("s3")), (2, blob("s2b"))]
+
+
+def test_a_damaged_snapshot_is_replaced_and_the_one_before_it_stays(world: Any) -> None:
+    run = world.run()
+    world.lease()
+    record = world.store.runs.record_snapshot
+    record(world.worker, run, 0, blob("s0"), 5, world.now)
+    record(world.worker, run, 2, blob("s2"), 5, world.now)
+    assert world.store.upkeep.damaged_snapshots() == []
+    assert record(world.worker, run, 3, blob("s3"), 5, world.now, is_newest_damaged=True) == blob("s2")
+    assert kept(world, run) == [(3, blob("s3")), (0, blob("s0"))]
+    assert world.store.upkeep.damaged_snapshots() == [(run, world.now)]
+
+
+def kept(world: Any, run: RunId) -> list[tuple[int, str]]:
+    row = world.store.runs.get(world.tenant, run)
+    return [(row.snapshot_seq, row.snapshot_blob), (row.previous_seq, row.previous_blob)]
 
 
 def test_the_attempts_of_a_killing_op_add_up(world: Any) -> None:

@@ -183,7 +183,9 @@ def test_a_file_in_use_is_not_collected(world: Any) -> None:
     assert world.store.samplers.retire(4.0, 4.0) == 1
     assert world.state(load) == "done"
     assert checkpoints.collect(1e6) == []
-    world.store.runs.record_snapshot(world.worker, run, 1, blob("snap"), 1, 5.0)
+    for number in range(2):
+        assert checkpoints.collect(1e6) == [], "without the newest snapshot the load would be carried out again"
+        world.store.runs.record_snapshot(world.worker, run, 1 + number, blob(f"snap{number}"), 1, 5.0)
     assert checkpoints.collect(1e6) == [blob("a")]
     assert str(sampler).endswith(":0")
 

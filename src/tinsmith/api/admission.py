@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from tinsmith.api.services import Services
 from tinsmith.blobs import payload_key
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import UserError
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
 from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
@@ -140,4 +141,5 @@ async def _write_payload(
     if payload is None or len(payload) <= services.settings.inline_bytes:
         return None
     stored = await services.work(services.blobs.put, payload_key(principal.tenant_id, op_id), payload)
+    crash_point("api.after_payload_file")
     return stored.key

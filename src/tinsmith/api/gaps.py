@@ -37,7 +37,7 @@ async def close_gap(services: Services, op: OpRow) -> None:
         return
     timeout_s = services.settings.gap_timeout_s
     run = await services.work(services.store.runs.get, op.tenant_id, op.run_id)
-    if time.time() - run.last_request_at < timeout_s:
+    if not services.clock.is_even(timeout_s) or time.time() - run.last_request_at < timeout_s:
         return
     filled: list[int] = []
     while len(filled) < FILL_AT_MOST:

@@ -37,6 +37,7 @@ from tinsmith.api.together import Together
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
+from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
 from tinsmith.signing import Signer
@@ -93,6 +94,7 @@ class Services:
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
+    clock: Clock = field(init=False, default_factory=Clock)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
 from tinsmith.store.session_search import SessionSearch
 from tinsmith.store.sessions import Sessions
+from tinsmith.store.silence import Silence
 from tinsmith.store.tenants import Tenants
 from tinsmith.store.traces import Traces
 from tinsmith.store.upkeep import Upkeep
@@ -60,6 +61,7 @@ class Store:
         self.audit = Audit(database)
         self.session_search = SessionSearch(database)
         self.traces = Traces(database)
+        self.silence = Silence(database)
         self.upkeep = Upkeep(database)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import ConfigError
 from tinsmith.store.database import Database
 
@@ -33,6 +34,8 @@ def upgrade(database: Database, lock_file: Path) -> None:
             raise ConfigError(f"the database is of a newer tinsmith (schema {current}); upgrade tinsmith")
         config.attributes["connection"] = conn
         command.upgrade(config, "head")
+        crash_point("migrate.before_commit")
+    crash_point("migrate.after_commit")
 
 
 def check_schema(database: Database) -> None:

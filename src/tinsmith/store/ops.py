@@ -7,15 +7,15 @@ Owns every change of an op's state, but for cancelling (endings.py). What stays 
 * A final op never changes again: its result is written once, and expires as a whole.
 * A worker's write is one transaction, checked against its incarnation and its leases; fenced, it writes nothing.
 
-Which payloads are worth keeping follows from replay: those of DONE ops with an effect above the run's snapshot. All
-others are forgotten as soon as the op is final.
+Which payloads are worth keeping follows from replay: those of DONE ops with an effect above the run's snapshot before
+the newest (snapshots.py). All others are forgotten as soon as the op is final.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import JSON, and_, bindparam, exists, func, literal_column, or_, select, update
+from sqlalchemy import JSON, bindparam, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError, NotFoundError
@@ -29,7 +29,7 @@ from tinsmith.store.prepared import Prepared
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
 from tinsmith.store.schema import ops, runs, samplers
-from tinsmith.types import BlobKey, OpId, OpKind, OpState, RunId, TenantId
+from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 
 FINAL = [state.value for state in OpState if state.is_final]
 EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
@@ -76,20 +76,6 @@ _REPLAYABLE = (
     )
     .order_by(ops.c.seq_id)
 )
-_COVERED = select(runs.c.pruned_seq, runs.c.snapshot_seq).where(runs.c.run_id == bindparam("run_id")).with_for_update()
-_PRUNABLE = and_(
-    ops.c.run_id == bindparam("of_run"),
-    ops.c.seq_id > bindparam("above"),
-    ops.c.seq_id <= bindparam("upto"),
-    ops.c.state.in_(FINAL),
-)
-_PRUNED_BLOBS = select(ops.c.payload_blob).where(_PRUNABLE, ops.c.payload_blob.is_not(None))
-_PRUNE = (
-    update(ops)
-    .where(_PRUNABLE, or_(ops.c.payload.is_not(None), ops.c.payload_blob.is_not(None)))
-    .values(payload=None, payload_blob=None)
-)
-_SET_PRUNED = update(runs).where(runs.c.run_id == bindparam("of_run")).values(pruned_seq=bindparam("upto"))
 _PLACE = (
     select(ops.c.num, ops.c.base_model, ops.c.seq_id, ops.c.state, runs.c.head_seq)
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
@@ -204,6 +190,7 @@ class Ops:
             require_current(conn, worker)
             allowed = self._quotas.admissible(conn, op_ids, now)
             rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in allowed]
+            crash_point("store.before_claim_commit")
         crash_point("store.after_claim")
         return [to_op(row) for row in rows if row is not None]
 
@@ -255,25 +242,6 @@ class Ops:
         seq, with payload."""
         with self._database.read() as conn:
             return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
-
-    def prune_payloads(self, run_id: RunId, upto_seq: int) -> list[BlobKey]:
-        """Forget the payloads of final ops up to `upto_seq`, never beyond the recorded snapshot.
-
-        Returns:
-            The payload files, for the caller to delete.
-        """
-        with self._database.write() as conn:
-            run = conn.execute(_COVERED, {"run_id": run_id}).first()
-            if run is None:
-                return []
-            upto = min(upto_seq, run.snapshot_seq)
-            if upto <= run.pruned_seq:
-                return []
-            span = {"of_run": run_id, "above": run.pruned_seq, "upto": upto}
-            blobs = list(conn.execute(_PRUNED_BLOBS, span).scalars())
-            conn.execute(_PRUNE, span)
-            conn.execute(_SET_PRUNED, {"of_run": run_id, "upto": upto})
-        return blobs
 
     def queue_position(self, op_id: OpId) -> tuple[int, int | None]:
         """(queued ops of its base that arrived before it, the first seq_id of its run that it still waits for).

@@ -116,6 +116,8 @@ class RunRow:
     head_seq: the highest seq_id up to which every op has arrived; -1 before the first.
     epoch: how often the run was leased. lease_owner: the slot that holds it, None if it is free.
     snapshot_seq: the highest op that the snapshot holds; -1 without one.
+    previous_seq, previous_blob: of the snapshot before it; -1 and None if there was none.
+    pruned_seq: payloads of ops up to here are forgotten.
     """
 
     run_id: RunId
@@ -131,7 +133,16 @@ class RunRow:
     lease_owner: str | None
     snapshot_seq: int
     snapshot_blob: BlobKey | None
+    previous_seq: int
+    previous_blob: BlobKey | None
+    pruned_seq: int
     status: RunStatus
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether the run can be computed again without its newest snapshot: from the one before, or from CREATE."""
+        is_there = self.previous_blob is not None or self.previous_seq < 0
+        return is_there and self.pruned_seq <= self.previous_seq < self.snapshot_seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

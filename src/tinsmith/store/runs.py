@@ -15,24 +15,26 @@ from typing import Any, TypeAlias
 import msgspec
 from sqlalchemy import Connection, bindparam, func, literal_column, or_, select, update
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
-from tinsmith.store.graveyard import bury
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
+from tinsmith.store.snapshots import Snapshot, prune_some, put_snapshot
 from tinsmith.types import BlobKey, Role, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
 RunIds: TypeAlias = list[RunId]
+BlobKeys: TypeAlias = list[BlobKey]
 ACTIVE_S = 60.0  # a run that was asked for something within that time is load
 PATIENCE_S = 2.0  # a worker that has nothing to do looks sooner than that
 
 COLUMNS = (
     runs.c.run_id, runs.c.tenant_id, runs.c.session_id, runs.c.model_seq_id, runs.c.spec, runs.c.user_metadata,
     runs.c.created_at, runs.c.last_request_at, runs.c.head_seq, runs.c.epoch, runs.c.lease_owner, runs.c.snapshot_seq,
-    runs.c.snapshot_blob, runs.c.status,
+    runs.c.snapshot_blob, runs.c.previous_seq, runs.c.previous_blob, runs.c.pruned_seq, runs.c.status,
 )  # fmt: skip
 
 _GET = Prepared(
@@ -105,18 +107,7 @@ _RELEASE = (
     .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot"))
     .values(lease_owner=None, wants_worker=WANTS_WORKER)
 )
-_SNAPSHOT = select(runs.c.snapshot_seq, runs.c.snapshot_blob).where(runs.c.run_id == bindparam("run_id"))
-_SET_SNAPSHOT = (
-    update(runs)
-    .where(runs.c.run_id == bindparam("of_run"))
-    .values(snapshot_seq=bindparam("seq"), snapshot_blob=bindparam("blob"), snapshot_bytes=bindparam("size"))
-)
 _SET_STATUS = update(runs).where(runs.c.run_id == bindparam("of_run")).values(status=bindparam("new_status"))
-_UNPIN = (
-    update(ops)
-    .where(ops.c.run_id == bindparam("of_run"), ops.c.seq_id <= bindparam("seq"), ops.c.pin_blob.is_not(None))
-    .values(pin_blob=None)
-)
 
 
 class Runs:
@@ -203,15 +194,25 @@ class Runs:
             conn.execute(_SET_STATUS, {"of_run": run_id, "new_status": status.value})
 
     def record_snapshot(
-        self, worker: WorkerId, run_id: RunId, seq: int, blob: BlobKey, size: int, now: float
+        self,
+        worker: WorkerId,
+        run_id: RunId,
+        seq: int,
+        blob: BlobKey,
+        size: int,
+        now: float,
+        *,
+        is_newest_damaged: bool = False,
     ) -> BlobKey | None:
         """The run's state up to op `seq` is in `blob`, which is on disk: recovery starts there from now on.
 
-        CREATE and LOAD ops up to `seq` let go of the checkpoint that they read. A snapshot older than the recorded one
-        is ignored, and its file goes to the graveyard.
+        The snapshot that was the newest is kept as the one before, unless `is_newest_damaged`: then that one goes, and
+        the one before it, from which the run was computed again, stays. CREATE and LOAD ops that no kept snapshot
+        leaves to be replayed let go of the checkpoint that they read. A snapshot older than the recorded one is
+        ignored, and its file goes to the graveyard.
 
         Returns:
-            The file of the snapshot that this one replaces, for the caller to delete unless it is the same.
+            The file that this takes out of use, for the caller to delete unless it is `blob`.
 
         Raises:
             FencedError: the worker doesn't hold the run.
@@ -219,14 +220,26 @@ class Runs:
         with self._database.write() as conn:
             require_current(conn, worker)
             require_leased(conn, worker, [run_id])
-            recorded = conn.execute(_SNAPSHOT, {"run_id": run_id}).one()
-            previous: BlobKey | None = recorded.snapshot_blob
-            if seq < recorded.snapshot_seq:
-                bury(conn, [blob] if blob != previous else [], now)
-                return None
-            conn.execute(_SET_SNAPSHOT, {"of_run": run_id, "seq": seq, "blob": blob, "size": size})
-            conn.execute(_UNPIN, {"of_run": run_id, "seq": seq})
-        return previous
+            gone = put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
+            crash_point("store.before_snapshot_commit")
+        return gone
+
+    def prune_payloads(self, run_id: RunId) -> BlobKeys:
+        """Forget the payloads of final ops up to the snapshot before the newest, which aren't replayed any more.
+
+        In small transactions, so that no other writer waits for long.
+
+        Returns:
+            The payload files, for the caller to delete.
+        """
+        blobs: BlobKeys = []
+        is_all = False
+        while not is_all:
+            with self._database.write() as conn:
+                pruned, is_all = prune_some(conn, run_id)
+                crash_point("store.before_prune_commit")
+            blobs += pruned
+        return blobs
 
 
 def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int) -> RunIds:
@@ -246,7 +259,7 @@ def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int) -> RunIds
 def to_run(row: Sequence[Any]) -> RunRow:
     """A RunRow from a row of COLUMNS."""
     (run_id, tenant_id, session_id, model_seq_id, spec, user_metadata, created_at, last_request_at, head_seq, epoch,
-     lease_owner, snapshot_seq, snapshot_blob, status) = row  # fmt: skip
+     lease_owner, snapshot_seq, snapshot_blob, previous_seq, previous_blob, pruned_seq, status) = row  # fmt: skip
     return RunRow(
         run_id=run_id,
         tenant_id=tenant_id,
@@ -261,6 +274,9 @@ def to_run(row: Sequence[Any]) -> RunRow:
         lease_owner=lease_owner,
         snapshot_seq=snapshot_seq,
         snapshot_blob=snapshot_blob,
+        previous_seq=previous_seq,
+        previous_blob=previous_blob,
+        pruned_seq=pruned_seq,
         status=RunStatus(status),
     )
 

@@ -124,6 +124,10 @@ runs = Table(
     Column("snapshot_seq", BigInteger, nullable=False),
     Column("snapshot_blob", Text),
     Column("snapshot_bytes", BigInteger, nullable=False),
+    Column("previous_seq", BigInteger, nullable=False, server_default="-1"),  # of the snapshot before that one
+    Column("previous_blob", Text),
+    Column("previous_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("damaged_at", Float),  # when a snapshot that was found damaged was last replaced
     Column("status", Text, nullable=False),
     Column("adapter_bytes", BigInteger, nullable=False, server_default="0"),
     UniqueConstraint("session_id", "model_seq_id"),

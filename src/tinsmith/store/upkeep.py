@@ -43,6 +43,7 @@ class Naming(StrEnum):
     RESULT = "result"
     PIN = "pinned"  # what a CREATE, a LOAD or a custom loss reads, until a snapshot covers it
     SNAPSHOT = "snapshot"
+    PREVIOUS = "previous snapshot"  # from which a run is computed again if its newest is damaged
     SAMPLER = "sampler"
     LOSS = "loss"
     CHECKPOINT = "checkpoint"
@@ -50,7 +51,7 @@ class Naming(StrEnum):
     @property
     def is_private(self) -> bool:
         """Its key begins with the tenant of the row: it can't be shared."""
-        return self in (Naming.PAYLOAD, Naming.RESULT, Naming.SNAPSHOT, Naming.LOSS)
+        return self in (Naming.PAYLOAD, Naming.RESULT, Naming.SNAPSHOT, Naming.PREVIOUS, Naming.LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,13 @@ class RowFault:
 
     owner: str
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """The snapshot before a run's newest; without a file its log is whole."""
+
+    blob: BlobKey | None
 
 
 class Upkeep:
@@ -123,6 +131,35 @@ class Upkeep:
                 found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
         return found
 
+    def spare(self, run_id: str) -> Spare | None:
+        """From what the run can be computed again without its newest snapshot; None: from nothing."""
+        with self._database.read() as conn:
+            row = conn.execute(_SPARE, {"of_run": run_id}).first()
+        return None if row is None else Spare(row.previous_blob)
+
+    def newest(self, run_id: str) -> BlobKey | None:
+        """The file of its newest snapshot."""
+        with self._database.read() as conn:
+            return conn.execute(select(runs.c.snapshot_blob).where(runs.c.run_id == run_id)).scalar()
+
+    def damaged_snapshots(self) -> list[tuple[str, float]]:
+        """Runs of which a damaged snapshot was replaced, and when (unix seconds) that was last; newest first."""
+        with self._database.read() as conn:
+            return [(row.run_id, row.damaged_at) for row in conn.execute(_WERE_DAMAGED.limit(MOST_FAULTS))]
+
+    def go_back(self, run_id: str, now: float) -> None:
+        """The run's snapshot before the newest becomes its newest. Nobody else may use the database.
+
+        Its log begins above it then, as a run does that was never snapshotted since.
+        """
+        with self._database.write() as conn:
+            conn.execute(_GO_BACK, {"of_run": run_id, "now": now})
+
+    def forget_previous(self, run_id: str) -> None:
+        """The run has its newest snapshot alone from now on."""
+        with self._database.write() as conn:
+            conn.execute(_FORGET_PREVIOUS, {"of_run": run_id})
+
     def give_up_result(self, op_id: OpId) -> None:
         """Its file is lost: the request answers GoneError from now on."""
         with self._database.write() as conn:
@@ -152,6 +189,7 @@ _NAMED: tuple[tuple[Select[Any], Naming, bool], ...] = (
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.result_blob, ops.c.result_bytes), Naming.RESULT, False),
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.pin_blob), Naming.PIN, False),
     (_named(runs.c.tenant_id, runs.c.run_id, runs.c.snapshot_blob, runs.c.snapshot_bytes), Naming.SNAPSHOT, True),
+    (_named(runs.c.tenant_id, runs.c.run_id, runs.c.previous_blob, runs.c.previous_bytes), Naming.PREVIOUS, True),
     (
         _named(samplers.c.tenant_id, samplers.c.sampler_id, samplers.c.blob).where(samplers.c.promised_seq.is_(None)),
         Naming.SAMPLER,
@@ -215,12 +253,38 @@ _FAULTS: tuple[tuple[Select[Any], str], ...] = (
                 runs.c.head_seq > runs.c.max_seq,
                 runs.c.snapshot_seq > runs.c.head_seq,
                 runs.c.pruned_seq > runs.c.snapshot_seq,
+                runs.c.previous_seq > runs.c.snapshot_seq,
+                and_(runs.c.previous_seq >= 0, runs.c.previous_blob.is_(None)),
                 and_(runs.c.snapshot_seq >= 0, runs.c.snapshot_blob.is_(None)),
             )
         ),
         "its snapshot, its log and what was forgotten of it don't fit together",
     ),
 )
+_SPARE = select(runs.c.previous_blob).where(
+    runs.c.run_id == bindparam("of_run"),
+    or_(runs.c.previous_blob.is_not(None), runs.c.previous_seq < 0),
+    runs.c.pruned_seq <= runs.c.previous_seq,
+    runs.c.previous_seq < runs.c.snapshot_seq,
+)
+_WERE_DAMAGED = (
+    select(runs.c.run_id, runs.c.damaged_at)
+    .where(runs.c.damaged_at.is_not(None))
+    .order_by(runs.c.damaged_at.desc(), runs.c.run_id)
+)
+_NO_PREVIOUS = {"previous_seq": -1, "previous_blob": None, "previous_bytes": 0}
+_GO_BACK = (
+    update(runs)
+    .where(runs.c.run_id == bindparam("of_run"))
+    .values(
+        snapshot_seq=runs.c.previous_seq,
+        snapshot_blob=runs.c.previous_blob,
+        snapshot_bytes=runs.c.previous_bytes,
+        damaged_at=bindparam("now"),
+        **_NO_PREVIOUS,
+    )
+)
+_FORGET_PREVIOUS = update(runs).where(runs.c.run_id == bindparam("of_run")).values(**_NO_PREVIOUS)
 _GIVE_UP = (
     update(ops).where(ops.c.op_id == bindparam("lost_op_id")).values(is_expired=True, result=None, result_blob=None)
 )

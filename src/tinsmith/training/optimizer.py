@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.training.runs import RunSlot
 from tinsmith.types import AdamParams, Failure, OptimResult
 
@@ -53,6 +54,7 @@ def _step_group(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[
             alike.setdefault((own, _clip_divisor(own, norm)), []).append(slot)
     for (own, divisor), group in alike.items():
         _adamw(group, own, divisor)
+        crash_point("optim.half_done")
     return outcomes_of(slots, params, norms)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.model import BaseModel
 from tinsmith.training.budget import Budget
@@ -88,6 +89,7 @@ class TorchPass:
         assert self._next == len(self._data), "a pass was committed before all of it was computed"
         for staging in self._stagings.values():
             staging.commit()
+            crash_point("pass.half_merged")
         return [op.outcome() for op in self._ops]
 
     def _go_back(self, begun_at: int, refs: Sequence[DatumRef]) -> None:

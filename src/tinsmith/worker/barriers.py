@@ -16,6 +16,7 @@ import structlog
 from tinsmith.adapter_files import pack_external
 from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key, stem
 from tinsmith.checkpoint_file import read_state, state_pieces
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
 from tinsmith.store import Store
@@ -84,6 +85,7 @@ class Barriers:
         if op.kind is OpKind.LOAD:
             load = read_meta(op.meta, LoadMeta)
             self._import(run, load.blob, with_optimizer=load.optimizer)
+            crash_point("load.after_import")
             return succeeded(op, results.load_result(run.run_id, load.path))
         if op.kind is OpKind.SAVE:
             self._save(op, run)
@@ -120,6 +122,7 @@ class Barriers:
             except TinsmithError as error:
                 finished.append(failed(op, error.as_failure()))
         outcomes = self._engine.optim_step([item for _, item in ready]) if ready else []
+        crash_point("optim.after_step")
         for (op, _), outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Failure):
                 finished.append(failed(op, outcome))
@@ -256,7 +259,10 @@ class Barriers:
         self._unwritten.add(num_bytes)
 
         def write() -> BlobInfo:
-            return self._blobs.put(key, dump(state))
+            crash_point("save.before_file")
+            stored = self._blobs.put(key, dump(state))
+            crash_point("save.after_file")
+            return stored
 
         def written(info: BlobInfo | BaseException) -> None:
             held.num_saves -= 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Candidate
@@ -57,6 +58,7 @@ class OpenPass:
         stats = self.training.advance(max_work)
         seconds = time.perf_counter() - started
         self.seconds += seconds
+        crash_point("pass.after_pack")
         if stats is not None and stats.work >= MIN_PACK_WORK:
             speed = stats.work / max(seconds, 1e-6)
             self.speed = speed if not self.speed else 0.7 * self.speed + 0.3 * speed
@@ -66,6 +68,7 @@ class OpenPass:
         """The outcomes of all its ops, once all is computed."""
         started = time.perf_counter()
         results = self.training.commit()
+        crash_point("pass.after_merge")
         self.seconds += time.perf_counter() - started
         outcomes = list(self.refused)
         for (op, item), result in zip(self.ready, results, strict=True):

@@ -21,8 +21,8 @@ from tinsmith.engine import Engine
 from tinsmith.store import Store
 from tinsmith.store.rows import WorkerId
 from tinsmith.types import BlobKey, RunState
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.recorder import Recorder
-from tinsmith.worker.snapshots import HeldRun
 from tinsmith.worker.unwritten import Unwritten
 from tinsmith.worker.writer import Writer
 
@@ -68,6 +68,7 @@ class Publisher:
         """Make the run's weights an adapter now; `write` will write them."""
         num_bytes = self._engine.run_bytes(held.row.spec) // NUM_PARTS
         promise = _Promise(held, key, self._engine.publish_run(held.row.run_id, key), num_bytes)
+        crash_point("sampler.published")
         held.num_saves += 1
         self._bytes.add(num_bytes)
         self._unwritten[key] = promise
@@ -116,4 +117,5 @@ class Publisher:
         self._recorder.wait(mark)
         if not self._store.samplers.redeem(self._me, promise.key, made.key):
             self._blobs.delete(made.key)  # the sampler ended, or has newer weights
+        crash_point("sampler.after_row")
         return made

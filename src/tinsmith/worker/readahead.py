@@ -19,7 +19,7 @@ import structlog
 
 from tinsmith.blobs import Blobs
 from tinsmith.checkpoint_file import read_state
-from tinsmith.errors import TinsmithError
+from tinsmith.errors import CorruptError, NotFoundError, TinsmithError
 from tinsmith.types import BlobKey, FloatArray, RunState
 
 log = structlog.get_logger("tinsmith.worker")
@@ -71,6 +71,19 @@ class ReadAhead:
             self._add(key, _Entry(num_bytes, read))
             read.add_done_callback(lambda _: self._wake())
         return False
+
+    def trouble(self, key: BlobKey) -> TinsmithError | None:
+        """Why the file that was read, or isn't there, doesn't give a state; None if it does, or for lack of memory."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None if self._blobs.exists(key) else NotFoundError(f"no stored file {key}")
+        error = entry.read.exception() if entry.read.done() else None
+        return error if isinstance(error, CorruptError | NotFoundError) else None
+
+    def drop(self, key: BlobKey) -> None:
+        """Let go of a state that nobody will take."""
+        if key in self._entries:
+            self._drop(key)
 
     def take(self, key: BlobKey) -> RunState:
         """The state, which is the caller's from now on; read now if it wasn't before.

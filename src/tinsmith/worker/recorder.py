@@ -27,6 +27,7 @@ from typing import Protocol
 import structlog
 
 from tinsmith.blobs import Blobs, result_key
+from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import Store
 from tinsmith.store.rows import Finished, WorkerId
@@ -71,7 +72,10 @@ class _Storage:
         self._patiently(lambda: self._store.endings.meter(self._me, used, time.time()))
 
     def _write(self, outcomes: Sequence[Outcome]) -> None:
-        self._store.ops.finish(self._me, [self._spill(outcome) for outcome in outcomes], time.time())
+        finished = [self._spill(outcome) for outcome in outcomes]
+        crash_point("recorder.after_result_files")
+        self._store.ops.finish(self._me, finished, time.time())
+        crash_point("recorder.before_ring")
         self._api.ring()
 
     def _spill(self, outcome: Outcome) -> Finished:

@@ -14,11 +14,13 @@ from collections.abc import Set as AbstractSet
 
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
+from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Candidate, newcomers
 from tinsmith.types import RunId, TenantId
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.memory import FreeMemory
 from tinsmith.worker.readahead import ReadAhead
-from tinsmith.worker.snapshots import HeldRun, Snapshots
+from tinsmith.worker.snapshots import Snapshots
 
 MAX_NEW_RUNS = 8  # brought into memory by one batch
 READ_AHEAD_RUNS = 16  # whose states are looked for before there is room for them
@@ -36,15 +38,19 @@ class Residency:
         ahead: ReadAhead,
         settings: Settings,
         let_go: Callable[[HeldRun], None],
+        go_without: Callable[[HeldRun, TinsmithError], bool],
         ended_among: Callable[[Collection[RunId]], AbstractSet[RunId]],
     ) -> None:
-        """`let_go` is told of each run that has left; `ended_among` tells of which runs the sessions have ended."""
+        """`let_go` is told of each run that has left. `go_without`: a run's snapshot can't be read; whether the run has
+        taken another way, for which it has to be looked at anew. `ended_among` tells of which runs the sessions have
+        ended."""
         self._engine = engine
         self._snapshots = snapshots
         self._ahead = ahead
         self._max_runs = settings.max_resident_runs
         self._max_bytes = settings.resident_runs_mib * 2**20
         self._let_go = let_go
+        self._go_without = go_without
         self._memory = FreeMemory()
         self._resident: OrderedDict[RunId, HeldRun] = OrderedDict()  # the longest unused first
         self._leaving: dict[RunId, bool] = {}  # whether it leaves although it has work
@@ -86,6 +92,9 @@ class Residency:
         for run_id in newcomers(waiting, READ_AHEAD_RUNS, served):
             run = held[run_id]
             is_ready = run.snapshot is None or self._ahead.want(run.snapshot)
+            trouble = self._ahead.trouble(run.snapshot) if is_ready and run.snapshot is not None else None
+            if trouble is not None and self._go_without(run, trouble):
+                is_ready = False
             size = self._engine.run_bytes(run.row.spec)
             fits = (room > 0 and size <= room_bytes) or (not self._resident and room == self._max_runs)
             room -= 1

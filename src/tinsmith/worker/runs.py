@@ -8,6 +8,7 @@ the next worker tries again (a backup may have been restored).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -15,20 +16,22 @@ from dataclasses import replace
 import structlog
 
 from tinsmith.blobs import Blobs
+from tinsmith.clock import Clock
 from tinsmith.config import Settings
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
-from tinsmith.recovery import Logged, plan_recovery
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
 from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.postponed import LACKS, Postponed
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
-from tinsmith.worker.snapshots import HeldRun, Snapshots
+from tinsmith.worker.snapshots import Snapshots
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -59,8 +62,12 @@ class HeldRuns:
         self._writer = writer
         self._recorder = recorder
         self._ahead = ahead
+        self._clock = Clock()
+        self._lease_s = settings.lease_s
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
-        self.residency = Residency(engine, self._snapshots, ahead, settings, self._let_go, store.sessions.ended_among)
+        self.residency = Residency(
+            engine, self._snapshots, ahead, settings, self._let_go, self._fall_back, store.sessions.ended_among
+        )
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
         self._deaths: dict[OpId, int] = {}  # of workers that computed these finished ops again
@@ -73,8 +80,10 @@ class HeldRuns:
 
     def lease(self) -> bool:
         """Take the runs of this base that have work and no living holder; whether there were any."""
-        rows = self._store.runs.lease(self._me, self._base, limit=1024)
+        can_judge = self._clock.is_even(self._lease_s)  # else the living, too, may seem silent
+        rows = self._store.runs.lease(self._me, self._base, limit=1024, now=time.time() if can_judge else 0.0)
         if rows:
+            crash_point("run.after_lease")
             self._deaths = self._store.replays.begun()
         for row in rows:
             self._adopt(row)
@@ -110,6 +119,7 @@ class HeldRuns:
                 return False
             self._engine.import_run(held.row.spec, self._ahead.take(held.snapshot), may_keep=True)
             self._idle.pop(run_id, None)
+            crash_point("run.after_restore")
             log.debug("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
         self.residency.used(held)
         return True
@@ -222,15 +232,15 @@ class HeldRuns:
         for run_id, held in list(self._in_debt.items()):
             if not self._snapshots.is_over(held) or held.given_up is not None:
                 del self._in_debt[run_id]
-            elif self._snapshots.can_start(held):
-                del self._in_debt[run_id]
+            elif self._snapshots.may_copy(held):
                 self._snapshots.start(held)
 
     def snapshot_all(self) -> None:
         """Start a snapshot of every run that has any debt: before a clean stop."""
         for held in self._held.values():
             if held.debt_bytes and self._snapshots.can_start(held):
-                self._snapshots.start(held)
+                self._snapshots.start(held, is_still=True)
+                self._writer.flush()
 
     def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> bool:
         """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle.
@@ -251,6 +261,7 @@ class HeldRuns:
         """A run has left memory. One whose file lacks something (no payload, so quickly done) is read anew."""
         run_id = held.row.run_id
         self._in_debt.pop(run_id, None)
+        crash_point("run.after_eviction")
         if held.debt_ops:
             self._release([run_id])
         else:
@@ -270,35 +281,49 @@ class HeldRuns:
 
     def release_all(self) -> None:
         self._recorder.flush()
+        crash_point("run.before_release")
         self._store.runs.release(self._me, list(self._held))
         self._held.clear()
         self._idle.clear()
 
     def _adopt(self, row: RunRow) -> None:
-        log_rows = self._store.ops.replayable(row.run_id, row.snapshot_seq)
         try:
-            recovery = plan_recovery(
-                row.run_id, row.snapshot_seq, row.snapshot_blob, [Logged(op.seq_id, op.kind) for op in log_rows]
-            )
+            self._hold(HeldRun.of(row, self._store.ops.replayable))
         except CorruptError as error:
-            held = HeldRun(row=row, snapshot=None, snapshot_seq=row.snapshot_seq, applied_seq=-1, replays={})
-            self._held[row.run_id] = held
-            self._give_up(held, error.message)
-            return
-        by_seq = {op.seq_id: op for op in log_rows}
-        held = HeldRun(
-            row=row,
-            snapshot=recovery.snapshot,
-            snapshot_seq=row.snapshot_seq,
-            applied_seq=recovery.applied_seq,
-            replays={seq: by_seq[seq] for seq in recovery.replays},
-        )
-        self._held[row.run_id] = self._idle[row.run_id] = held
+            if not self._fall_back(HeldRun.lost(row), error):
+                self._hold(HeldRun.lost(row))
+                self._give_up(self._held[row.run_id], error.message)
+
+    def _hold(self, held: HeldRun) -> None:
+        run_id = held.row.run_id
+        self._held[run_id] = self._idle[run_id] = held
+        self._replaying.pop(run_id, None)
+        self._in_debt.pop(run_id, None)
         killer = next((op for op in held.replays.values() if self._deaths.get(op.id, 0) >= MAX_REPLAY_DEATHS), None)
         if killer is not None:
             why = f"request {killer.seq_id} of its log ended {MAX_REPLAY_DEATHS} workers that computed it again"
             self._give_up(held, why)
             return
-        if recovery.replays:
-            self._replaying[row.run_id] = held
-            log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))
+        if held.replays:
+            self._replaying[run_id] = held
+            log.info("run to be replayed", run_id=run_id, above=held.snapshot_seq, ops=len(held.replays))
+
+    def _fall_back(self, held: HeldRun, trouble: TinsmithError) -> bool:
+        """The newest snapshot is damaged or gone: go on from the one before it, and its log. False: there is none."""
+        row = held.row
+        if held.is_fallen_back or not row.has_previous:
+            return False
+        try:
+            spare = HeldRun.fallen_back(row, self._store.ops.replayable)
+        except CorruptError:
+            return False
+        log.error(
+            "snapshot damaged; the run goes on from the one before it",
+            run_id=row.run_id, snapshot=row.snapshot_blob, error=trouble.message,
+            previous=row.previous_blob, above=row.previous_seq, replays=len(spare.replays),
+        )  # fmt: skip
+        if held.snapshot is not None:
+            self._ahead.drop(held.snapshot)
+        self._hold(spare)
+        crash_point("run.after_fallback")
+        return True

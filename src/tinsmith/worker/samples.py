@@ -10,6 +10,7 @@ import structlog
 from google.protobuf.message import EncodeError
 
 from tinsmith.blobs import Blobs, stem
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, TinsmithError, UserError
 from tinsmith.store import Store
@@ -135,6 +136,8 @@ class Samples:
                 outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
                 self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
+        if outcomes:
+            crash_point("sample.before_record")
         return outcomes
 
     def drop_cancelled(self) -> dict[OpId, Usage]:

@@ -4,51 +4,37 @@ What stays true:
 
 * A snapshot is copied between steps, and only when no save of that run is still being written; it is recorded after the
   outcomes of all ops that it holds. Else an op below the snapshot could run again on a later state.
-* Payloads are forgotten only after the snapshot that covers them is recorded.
+* Payloads are forgotten only after a snapshot later than the one that covers them is recorded, and the snapshot before
+  the newest is kept: a run whose newest is damaged is computed again from that one.
+* Of runs that go on, few copies wait to be written; the others stay in debt meanwhile.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import structlog
 
-from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
+from tinsmith.blobs import BlobInfo, Blobs, snapshot_key, tenant_of
 from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
+from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
-from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import BlobKey, Failure, RunId, RunState
+from tinsmith.store.rows import WorkerId
+from tinsmith.types import BlobKey, RunId, RunState
+from tinsmith.worker.held import HeldRun
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
 
 
-@dataclass(slots=True)
-class HeldRun:
-    """A leased run. `replays` are finished ops above the snapshot that have not been computed again yet, by seq.
-
-    debt: of the ops that changed the state in memory since the snapshot.
-    given_up: why its state can't be had from its log and files.
-    """
-
-    row: RunRow
-    snapshot: BlobKey | None
-    snapshot_seq: int
-    applied_seq: int
-    replays: dict[int, OpRow]
-    debt_ops: int = 0
-    debt_bytes: int = 0
-    debt_s: float = 0.0
-    num_saves: int = 0
-    is_snapshotting: bool = False
-    given_up: Failure | None = None
-    used_at: float = field(default_factory=time.monotonic)
+MAX_COPIES = 4  # states that wait to be written, when passes go on beside
+LEFT_BY_OTHERS = re.compile(r"(\d+)-[0-9a-f]+\.[0-9a-f]+")  # see `snapshot_key`; the first number is the seq
 
 
 class Snapshots:
@@ -72,14 +58,21 @@ class Snapshots:
         self._writer = writer
         self._recorder = recorder
         self._on_disk = on_disk
+        self._num_copies = 0
 
     def is_over(self, held: HeldRun) -> bool:
-        """Its debt is past the settings."""
-        return held.debt_bytes >= self._settings.snapshot_debt_bytes or held.debt_s >= self._settings.snapshot_debt_s
+        """Its debt is past the settings, or its newest snapshot is damaged and a new one can take its place."""
+        is_bare = held.is_fallen_back and held.debt_ops > 0
+        settings = self._settings
+        return is_bare or held.debt_bytes >= settings.snapshot_debt_bytes or held.debt_s >= settings.snapshot_debt_s
 
     def can_start(self, held: HeldRun) -> bool:
         settled = not (held.num_saves or held.is_snapshotting or held.replays)
         return settled and self._engine.has_run(held.row.run_id)
+
+    def may_copy(self, held: HeldRun) -> bool:
+        """As `can_start`, for a run that isn't on its way out: copies are few, and one that failed is tried later."""
+        return self._num_copies < MAX_COPIES and time.monotonic() >= held.not_before and self.can_start(held)
 
     def start(self, held: HeldRun, *, is_still: bool = False) -> None:
         """Copy the state now; write and record it beside the loop. A failure is logged, and the log kept.
@@ -89,35 +82,68 @@ class Snapshots:
         run_id = held.row.run_id
         state = self._engine.export_run(run_id, copy=not is_still)
         seq, debt_ops, debt_bytes, debt_s = held.applied_seq, held.debt_ops, held.debt_bytes, held.debt_s
+        is_newest_damaged = held.is_fallen_back
         key = snapshot_key(held.row.tenant_id, run_id, seq)
         held.is_snapshotting = True
+        self._num_copies += not is_still
         mark = self._recorder.mark()
 
         def recorded(stored: BlobInfo | BaseException | None) -> None:
             held.is_snapshotting = False
-            if isinstance(stored, BaseException):
-                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(stored))
-            elif stored is not None:
+            self._num_copies -= not is_still
+            if isinstance(stored, BlobInfo):
                 held.debt_ops -= debt_ops
                 held.debt_bytes -= debt_bytes
                 held.debt_s -= debt_s
                 held.snapshot, held.snapshot_seq = stored.key, seq
+                held.is_fallen_back, held.retry_s = False, 0.0
                 self._on_disk(stored.key, state)
+            elif stored is None:
+                held.snapshot_failed()
+            else:
+                pause = held.snapshot_failed()
+                error = f"{type(stored).__name__}: {stored}"
+                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, again_in_s=pause, error=error)
 
-        self._writer.submit(lambda: self._write(run_id, seq, key, state, mark), recorded)
+        self._writer.submit(lambda: self._write(run_id, seq, key, state, mark, is_newest_damaged), recorded)
 
-    def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int) -> BlobInfo | None:
+    def _write(
+        self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int, is_newest_damaged: bool
+    ) -> BlobInfo | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
+        crash_point("snapshot.before_file")
         stored = self._blobs.put(key, state_pieces(state))
+        crash_point("snapshot.after_file")
         self._recorder.wait(mark)
         try:
-            previous = self._store.runs.record_snapshot(self._me, run_id, seq, stored.key, stored.size, time.time())
+            gone = self._store.runs.record_snapshot(
+                self._me, run_id, seq, stored.key, stored.size, time.time(), is_newest_damaged=is_newest_damaged
+            )
         except FencedError:
             log.warning("snapshot dropped: the run has another holder now", run_id=run_id, seq_id=seq)
             self._blobs.delete(stored.key)
             return None
-        stale = self._store.ops.prune_payloads(run_id, seq)
-        for old in [*stale, *([previous] if previous and previous != stored.key else [])]:
-            self._blobs.delete(old)
-        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
+        crash_point("snapshot.after_row")
+        num_dropped = self._delete_old(run_id, seq, stored.key, gone)
+        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=num_dropped)
         return stored
+
+    def _delete_old(self, run_id: RunId, seq: int, key: BlobKey, gone: BlobKey | None) -> int:
+        """What the recorded snapshot takes out of use, and what dead writers of this run left; how many payloads.
+
+        A later holder of the run begins with the recorded snapshot, so it writes none of a lower seq.
+        """
+        row = self._store.runs.get(tenant_of(key), run_id)
+        for left in self._blobs.beside(key):
+            match = LEFT_BY_OTHERS.fullmatch(left.rpartition("/")[2])
+            if match and int(match[1]) < seq and left not in (row.snapshot_blob, row.previous_blob):
+                self._blobs.delete(left)
+        if gone is not None and gone != key:
+            self._blobs.delete(gone)
+        stale = self._store.runs.prune_payloads(run_id)
+        crash_point("snapshot.after_prune")
+        for number, payload in enumerate(stale):
+            self._blobs.delete(payload)
+            if number == 0:
+                crash_point("snapshot.half_deleted")
+        return len(stale)
