@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="Make, list and revoke keys of a running server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+admin = typer.Typer(help="Rule the tenants of a running server.", no_args_is_help=True)
+app.add_typer(admin, name="admin")
 
 DataDirFlag = Annotated[
     Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
@@ -161,6 +163,26 @@ def revoke_key(
     except NotFoundError as error:
         raise NotFoundError(f"{error.message}; `tinsmith keys list` shows the ids of all keys") from None
     typer.echo(f"revoked {key['key_id']} ({key['name']})")
+
+
+@admin.command("weight")
+def set_weight(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name, from `tinsmith keys list`.")],
+    weight: Annotated[float, typer.Argument(help="Between 0.01 and 100; every tenant has 1 at first.")],
+    data_dir: DataDirFlag = None,
+) -> None:
+    """Set how much of the engine a tenant gets while others want it too: with 2, twice what one with 1 gets."""
+    made = _client(data_dir).call("POST", "/admin/weights", {"tenant": tenant, "weight": weight})
+    typer.echo(f"{made['tenant']} has the weight {made['weight']:g}")
+
+
+@admin.command("weights")
+def list_weights(data_dir: DataDirFlag = None) -> None:
+    """List the weights of all tenants."""
+    table = Table("tenant", "weight")
+    for row in _client(data_dir).call("GET", "/admin/weights")["weights"]:
+        table.add_row(row["tenant"], f"{row['weight']:g}")
+    Console().print(table)
 
 
 def _day_and_time(iso: str) -> str:

@@ -176,6 +176,8 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "POST /admin/keys": [],
         "GET /admin/keys": [],
         "DELETE /admin/keys/{key_id:str}": [],
+        "GET /admin/weights": [],
+        "POST /admin/weights": [],
     }
 
 

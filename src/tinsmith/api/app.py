@@ -33,6 +33,7 @@ from tinsmith.api import (
     search,
     sessions,
     sharing,
+    tenant_weights,
     tokenizers,
     traces,
     training,
@@ -111,7 +112,13 @@ CLOSED = (
 )
 OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
 ANTHROPIC = (messages.create_message, messages.count_message_tokens)
-ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
+ADMIN = (
+    keys.create_key,
+    keys.list_keys,
+    keys.revoke_key,
+    tenant_weights.list_weights,
+    tenant_weights.set_weight,
+)
 
 
 def build_app(services: Services) -> Litestar:

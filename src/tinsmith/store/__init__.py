@@ -28,6 +28,7 @@ from tinsmith.store.tenants import Tenants
 from tinsmith.store.traces import Traces
 from tinsmith.store.upkeep import Upkeep
 from tinsmith.store.waiting import Waiting
+from tinsmith.store.weights import Weights
 from tinsmith.store.workers import Workers
 
 DATABASE_FILE = "tinsmith.db"
@@ -41,6 +42,7 @@ class Store:
         self.runs = Runs(database)
         self.ops = Ops(database)
         self.waiting = Waiting(database)
+        self.weights = Weights(database)
         self.endings = Endings(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
