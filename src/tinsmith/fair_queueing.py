@@ -3,7 +3,8 @@
 Every tenant, and within it every line (a run, or a sampler), has a tag: the virtual time at which its next op starts.
 The least tag is next; an op of c tokens moves its tenant's tag on by c / weight, and its line's by c. Who had nothing
 waiting starts at the clock, which is the start tag of what was taken last, or earlier if one who waits is behind that:
-so nobody saves up turns by being idle, nobody pays for what was taken while nobody waited, and who comes is next.
+so nobody saves up turns by being idle, nobody pays for what was taken while nobody waited, and who comes is next. Where
+nothing was left waiting, all are level again.
 
 Bounds (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for levels above one another, Bennett and Zhang,
 "Hierarchical Packet Fair Queueing", SIGCOMM 1996), with l the largest op of one and w its weight:
@@ -103,7 +104,7 @@ class _Level(Generic[K]):
         self.tags[key] = self.tags.get(key, self._clock) + amount
 
     def rest(self) -> None:
-        """Nothing is under way or waits: all start level after it."""
+        """Nobody waits: all start level after it."""
         self._clock = max([self._clock, *self.tags.values()])
         self.tags.clear()
 
@@ -127,15 +128,11 @@ class Shares:
         active = frozenset(lines)
         self._entered = active
         tenants = frozenset(line.tenant_id for line in active)
-        here = tenants | busy
-        if not here:
-            self._tenants.rest()
-            self._lines.clear()
-            self._waiting = frozenset()
-            return Standing(weights=self._weights)
         self._waiting = frozenset(line for line in self._waiting if line in active or line.tenant_id in busy)
-        self._lines = {tenant: level for tenant, level in self._lines.items() if tenant in here}
         stayed = frozenset(line.tenant_id for line in self._waiting)
+        if not stayed:
+            self._tenants.rest()
+        self._lines = {tenant: level for tenant, level in self._lines.items() if tenant in stayed}
         self._tenants.enter(tenants, stayed & tenants, busy)
         tags: dict[Line, float] = {}
         own: dict[TenantId, set[Line]] = {tenant: set() for tenant in tenants}
