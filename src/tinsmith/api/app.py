@@ -205,7 +205,9 @@ def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAs
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         look = partial(_look, services)
-        watching = services.waiters.watching(partial(services.work, look), services.recent, look)
+        watching = services.waiters.watching(
+            partial(services.work, look), services.recent, look, partial(services.work, services.store.ops.ended_since)
+        )
         async with watching:
             with services.pieces.listening():
                 yield

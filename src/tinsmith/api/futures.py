@@ -5,6 +5,7 @@ Large ones are read from their files as fast as the client takes them, so many o
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
@@ -16,8 +17,9 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.gaps import close_gap
 from tinsmith.api.outgo import PIECE_BYTES, closing_with
-from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.services import Services, ServicesDep, Where
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store.ops import COUNT_AHEAD
 from tinsmith.store.rows import OpRow
 from tinsmith.types import BlobKey, Failure, OpId, OpState, TenantId
 from tinsmith.virtual_file import VirtualFile
@@ -77,22 +79,29 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
 
 async def try_again(services: Services, op: OpRow) -> bytes:
     """The body of the 408 for an op that isn't final yet."""
-    await close_gap(services, op)
-    return _try_again(op.id, await services.work(why_waiting, services, op))
+    where = await services.where(op)
+    if where.missing_seq is not None and time.time() - op.created_at > services.settings.gap_timeout_s:
+        await close_gap(services, op)
+    return _try_again(op.id, _reason(op, where))
 
 
 def why_waiting(services: Services, op: OpRow) -> str:
     """What an unfinished op waits for, in words."""
-    if op.base_model not in services.ready_bases():
+    return _reason(op, services.look_where(op))
+
+
+def _reason(op: OpRow, where: Where) -> str:
+    if not where.has_worker:
         return f"the base model {op.base_model} is still being loaded"
     if op.state is OpState.RUNNING:
         return "running"
-    ahead, missing = services.store.ops.queue_position(op.id)
-    if missing is not None:
-        return f"request {missing} of this run has not arrived, and this one is number {op.seq_id}"
-    if ahead == 0:
+    if where.missing_seq is not None:
+        return f"request {where.missing_seq} of this run has not arrived, and this one is number {op.seq_id}"
+    if where.num_ahead == 0:
         return "next in the queue"
-    return f"{ahead} request{'s' if ahead > 1 else ''} ahead in the queue"
+    if where.num_ahead >= COUNT_AHEAD:
+        return f"at least {COUNT_AHEAD} requests ahead in the queue"
+    return f"{where.num_ahead} request{'s' if where.num_ahead > 1 else ''} ahead in the queue"
 
 
 def _try_again(op_id: OpId, reason: str) -> bytes:

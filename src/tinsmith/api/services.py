@@ -44,6 +44,7 @@ from tinsmith.types import BaseInfo, OpId, TenantId
 T = TypeVar("T")
 NUM_THREADS = 4
 NUM_DIGESTING = 2
+FEW = 4  # reads of a row that are carried out on the event loop together, each within some 50 us
 TENANT_THREADS = 2  # of `NUM_THREADS`
 TENANT_WRITES = 2  # one that is written, and one to go on with
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
@@ -56,6 +57,15 @@ class ServedBase:
 
     info: BaseInfo
     tokenizer_files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where an op stands that isn't final. missing_seq: the first request of its run that it still waits for."""
+
+    num_ahead: int
+    missing_seq: int | None
+    has_worker: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +98,12 @@ class Services:
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
+    placing: Together[OpRow, Where] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
-        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
+        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
+        object.__setattr__(self, "placing", Together(self.working, self._look_where_all, self.look_where, FEW))
 
     async def enqueue(self, new: NewOp) -> Enqueued:
         """Record a request, together with those that come at the same time; it is on disk when this returns.
@@ -104,6 +116,17 @@ class Services:
     async def op(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
         """Raises: GoneError: no such op of this tenant, or its result has expired."""
         return await self.reading.ask(tenant_id, (tenant_id, op_id))
+
+    async def where(self, op: OpRow) -> Where:
+        """Where it stands."""
+        return await self.placing.ask(op.tenant_id, op)
+
+    def look_where(self, op: OpRow) -> Where:
+        """The same, by a call that blocks."""
+        return Where(*self.store.ops.queue_position(op.id), op.base_model in self.ready_bases())
+
+    def _look_where_all(self, ops: Sequence[OpRow]) -> Sequence[Where | Exception]:
+        return [self.look_where(op) for op in ops]
 
     def _enqueue_all(self, news: Sequence[NewOp]) -> Sequence[Enqueued | Exception]:
         """One that the database can't take, for a reason that nobody foresaw, is not to cost the others theirs."""
