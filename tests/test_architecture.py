@@ -26,8 +26,8 @@ LAYERS = (
         "adapter_files", "jsonform",
     },
     {
-        "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",
-        "torch_probe", "verify", "backup", "disk_use",
+        "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
+        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use",
     },
     {"worker", "api"},
     {

@@ -167,6 +167,26 @@ def revoke_key(
     typer.echo(f"revoked {key['key_id']} ({key['name']})")
 
 
+@admin.command("weight")
+def set_weight(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name, from `tinsmith keys list`.")],
+    weight: Annotated[float, typer.Argument(help="Between 0.01 and 100; every tenant has 1 at first.")],
+    data_dir: DataDirFlag = None,
+) -> None:
+    """Set how much of the engine a tenant gets while others want it too: with 2, twice what one with 1 gets."""
+    made = _client(data_dir).call("POST", "/admin/weights", {"tenant": tenant, "weight": weight})
+    typer.echo(f"{made['tenant']} has the weight {made['weight']:g}")
+
+
+@admin.command("weights")
+def list_weights(data_dir: DataDirFlag = None) -> None:
+    """List the weights of all tenants."""
+    table = Table("tenant", "weight")
+    for row in _client(data_dir).call("GET", "/admin/weights")["weights"]:
+        table.add_row(row["tenant"], f"{row['weight']:g}")
+    Console().print(table)
+
+
 def _day_and_time(iso: str) -> str:
     """ "2026-01-31 12:34" of an ISO time in UTC."""
     return iso[:16].replace("T", " ")

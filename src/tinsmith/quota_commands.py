@@ -19,7 +19,7 @@ from tinsmith.store.quota_rules import MEANINGS, Quota
 
 SUFFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
-admin = typer.Typer(help="Set and list quotas of a running server.", no_args_is_help=True)
+admin = typer.Typer(help="Rule the tenants of a running server: quotas and weights.", no_args_is_help=True)
 
 DataDirFlag = Annotated[
     Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")

@@ -1,4 +1,4 @@
-"""What goes into the next step: a pure function of the runnable ops, the limits and what each tenant had so far.
+"""What goes into the next step: a pure function of the runnable ops, the limits and whose turn it is.
 
 It decides order, sharing and fairness, and knows no rows, files, tensors or clocks. What stays true:
 
@@ -6,53 +6,29 @@ It decides order, sharing and fairness, and knows no rows, files, tensors or clo
 * Barriers are cheap and go first, so that as many runs as possible reach the next pass together; where they have kept a
   pass waiting for long, it goes first.
 * Runs that aren't in memory come in a few at a time, so that a flood of new ones stays a queue.
-* A pass is filled tenant by tenant, the least served first, so that a tenant with ten runs gets one share.
+* What passes and samples take follows one order, that of `fair_queueing`, and a pass is a cut of it: it ends before the
+  first op that there is no room for, which is the first of the next one. So the bounds stated there hold to the token:
+  a tenant with ten runs gets one share, and a run that floods takes nothing from its sibling.
 * An op whose worker died under it (a suspect) runs alone, so that it can't take others with it a second time. Samples
   live long beside others, so one of them is a suspect only from its second death on.
-* A tenant that comes, or comes back, starts level with the least served of those at work: it neither waits for them
-  nor makes them wait for what they had before (`Shares`).
+
+Passes and samples have accounts of their own (`Shares`): what one resource gives to a tenant while nobody else wants it
+is not held against it at the other. How the time is split between the two is the loop's policy (`sampling_share`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from tinsmith.types import OpId, OpKind, RunId, TenantId
+from tinsmith.fair_queueing import Line, Standing, Turn, line_of
+from tinsmith.types import OpId, OpKind, RunId, SamplerId, TenantId
 
 SUSPECT = 1  # deaths of workers that make an op of a run a suspect
 SAMPLE_SUSPECT = 2
-
-
-class Shares:
-    """Tokens that each tenant has been given, trained and sampled, in the virtual time of fair queueing."""
-
-    def __init__(self) -> None:
-        self._given: dict[TenantId, float] = {}
-        self._active: frozenset[TenantId] = frozenset()
-        self._now = 0.0
-
-    def enter(self, tenants: Iterable[TenantId]) -> Mapping[TenantId, float]:
-        """What each tenant has been given, of all that have work now; those that had none until now catch up first."""
-        active = frozenset(tenants)
-        staying = active & self._active
-        if staying:
-            self._now = max(self._now, min(self._given[tenant] for tenant in staying))
-        elif self._active:  # a pause: all start level after it
-            self._now = max(self._now, *(self._given[tenant] for tenant in self._active))
-        for tenant in active - self._active:
-            self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
-        self._active = active
-        return {tenant: self._given[tenant] for tenant in active}
-
-    def of(self, tenants: Iterable[TenantId]) -> Mapping[TenantId, float]:
-        """The same for some of them, between two calls of `enter`."""
-        return {tenant: max(self._given.get(tenant, 0.0), self._now) for tenant in tenants}
-
-    def charge(self, tenant: TenantId, num_tokens: int) -> None:
-        self._given[tenant] = self._given.get(tenant, self._now) + num_tokens
+LEVEL = Standing()  # nobody has had anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +44,7 @@ class Candidate:
     attempts: int = 0
     is_replay: bool = False
     is_resident: bool = True  # its run is in the engine
+    sampler_id: SamplerId | None = None
 
     @property
     def is_suspect(self) -> bool:
@@ -91,24 +68,32 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The ops of one step. At most one of `barriers` and `passes` is filled; samples are admitted beside either."""
+    """The ops of one step. At most one of `barriers` and `passes` is filled; samples are admitted beside either.
+
+    trained, sampled: what the choice did to the virtual time of either account, for `Shares.took`.
+    """
 
     barriers: tuple[Candidate, ...] = ()
     passes: tuple[Candidate, ...] = ()
     samples: tuple[Candidate, ...] = ()
+    trained: Turn = Turn()
+    sampled: Turn = Turn()
 
     @property
     def ops(self) -> tuple[Candidate, ...]:
         return self.barriers + self.passes + self.samples
 
 
-def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[TenantId, float]) -> Batch | None:
+def plan(
+    candidates: Iterable[Candidate], limits: Limits, trained: Standing = LEVEL, sampled: Standing = LEVEL
+) -> Batch | None:
     """Choose the next step.
 
     Args:
         candidates: all that may run now; of each run the contiguous prefix of its open ops.
         limits: the token budget of a pass, and how many sample requests can still be taken in.
-        served: tokens that each tenant has been given, from `Shares`; absent means none.
+        trained: whose turn it is to train, from `Shares`.
+        sampled: whose turn it is to sample.
 
     Returns:
         The batch, or None when there is nothing to do. An op larger than the budget is taken alone.
@@ -124,8 +109,9 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
         ops.sort(key=lambda c: c.seq_id)
 
     absent = [ops for ops in by_run.values() if not ops[0].is_resident]
-    coming = {c.run_id for c in _fair(([ops[0]] for ops in absent), limits.max_new_runs, served, price=lambda _: 1)}
-    by_run = {run: ops for run, ops in by_run.items() if ops[0].is_resident or run in coming}
+    coming, _ = _fair(([ops[0]] for ops in absent), limits.max_new_runs, trained, price=lambda _: 1)
+    there = {c.run_id for c in coming}
+    by_run = {run: ops for run, ops in by_run.items() if ops[0].is_resident or run in there}
 
     suspects = [ops[0] for ops in by_run.values() if ops[0].is_suspect]
     if suspects:
@@ -135,42 +121,48 @@ def plan(candidates: Iterable[Candidate], limits: Limits, served: Mapping[Tenant
     if suspects and not limits.num_samples and limits.max_new_samples > 0:
         return Batch(samples=(min(suspects, key=lambda c: (c.attempts, c.op_id)),))
     max_new_samples = 0 if suspects else limits.max_new_samples  # let those that are there end first
-    chosen_samples = _fair(([s] for s in _within_share(samples, limits)), max_new_samples, served, price=lambda _: 1)
+    chosen_samples, sampled_turn = _choose_samples(samples, max_new_samples, limits, sampled)
     barriers = tuple(ops[0] for ops in by_run.values() if not ops[0].kind.is_pass)
-    passes: tuple[Candidate, ...] = ()
-    if limits.passes_first or not barriers:
-        passes = _choose_pass(by_run.values(), limits.pass_max_tokens, served)
+    max_tokens = limits.pass_max_tokens if limits.passes_first or not barriers else 0
+    passes, trained_turn = _choose_pass(by_run.values(), max_tokens, trained)
     if passes:
         barriers = ()
-    batch = Batch(barriers=barriers, passes=passes, samples=tuple(chosen_samples))
+    trained_turn = replace(trained_turn, offered=frozenset(line_of(ops[0]) for ops in by_run.values()))
+    batch = Batch(barriers, passes, chosen_samples, trained_turn, sampled_turn)
     return batch if batch.ops else None
 
 
-def newcomers(candidates: Iterable[Candidate], max_runs: int, served: Mapping[TenantId, float]) -> list[RunId]:
+def newcomers(candidates: Iterable[Candidate], max_runs: int, trained: Standing) -> list[RunId]:
     """The first `max_runs` runs of these candidates, in the order in which they are to be brought into memory."""
     first: dict[RunId, Candidate] = {}
     for candidate in candidates:
         if candidate.run_id is not None:
             first.setdefault(candidate.run_id, candidate)
-    chosen = _fair(([candidate] for candidate in first.values()), max_runs, served, price=lambda _: 1)
+    chosen, _ = _fair(([candidate] for candidate in first.values()), max_runs, trained, price=lambda _: 1)
     return [candidate.run_id for candidate in chosen if candidate.run_id is not None]
 
 
-def _within_share(samples: Iterable[Candidate], limits: Limits) -> Iterator[Candidate]:
-    """Of each tenant's samples the first ones, up to its limit."""
-    counts = Counter(limits.tenant_samples)
+def _choose_samples(
+    samples: Iterable[Candidate], max_new: int, limits: Limits, sampled: Standing
+) -> tuple[tuple[Candidate, ...], Turn]:
+    """Each tenant's up to its limit; of a sampler's the first ones."""
+    lines: dict[Line, list[Candidate]] = defaultdict(list)
     for sample in samples:
-        counts[sample.tenant_id] += 1
-        if limits.max_tenant_samples is None or counts[sample.tenant_id] <= limits.max_tenant_samples:
-            yield sample
+        lines[line_of(sample)].append(sample)
+    room: Counter[TenantId] | None = None
+    if limits.max_tenant_samples is not None:
+        room = Counter({line.tenant_id: limits.max_tenant_samples for line in lines})
+        room.subtract(limits.tenant_samples)
+    chosen, turn = _fair(lines.values(), max_new, sampled, price=lambda _: 1, room=room)
+    return tuple(chosen), turn
 
 
 def _choose_pass(
-    runs: Iterable[Sequence[Candidate]], max_tokens: int, served: Mapping[TenantId, float]
-) -> tuple[Candidate, ...]:
+    runs: Iterable[Sequence[Candidate]], max_tokens: int, trained: Standing
+) -> tuple[tuple[Candidate, ...], Turn]:
     open_runs = [_commuting_prefix(ops) for ops in runs]
-    chosen = _fair(open_runs, max_tokens, served, price=lambda c: c.cost_tokens)
-    return tuple(sorted(chosen, key=lambda c: (c.run_id or "", c.seq_id)))
+    chosen, turn = _fair(open_runs, max_tokens, trained, price=lambda c: c.cost_tokens)
+    return tuple(sorted(chosen, key=lambda c: (c.run_id or "", c.seq_id))), turn
 
 
 def _commuting_prefix(ops: Sequence[Candidate]) -> list[Candidate]:
@@ -185,34 +177,50 @@ def _commuting_prefix(ops: Sequence[Candidate]) -> list[Candidate]:
 def _fair(
     queues: Iterable[Sequence[Candidate]],
     budget: int,
-    served: Mapping[TenantId, float],
+    standing: Standing,
     price: Callable[[Candidate], int],
-) -> list[Candidate]:
-    """Take from the queues (each in its own order) until the budget is spent, the least served tenant first.
+    room: Counter[TenantId] | None = None,
+) -> tuple[list[Candidate], Turn]:
+    """Take from the queues, each a line's and in its own order, whoever has the least tag first, until there comes one
+    for which the budget has no room left. The first op always fits.
 
-    `price` is what an op takes of the budget; what it adds to its tenant's share are its tokens.
-
-    Within a tenant the queue from which least was taken goes first. The first op always fits.
+    `price` is what an op takes of the budget; what it adds to tags are its tokens. `room`: how many ops more each
+    tenant may have; who has had them stands aside and doesn't wait.
     """
-    tenants: dict[TenantId, list[tuple[int, int, int]]] = defaultdict(list)
-    lines = [list(q) for q in queues if q]
-    for index, line in enumerate(lines):
-        heapq.heappush(tenants[line[0].tenant_id], (0, index, 0))
-    turns = [(served.get(tenant, 0.0), tenant) for tenant in tenants]
+    lines = {line_of(queue[0]): queue for queue in queues if queue}
+    own: dict[TenantId, list[tuple[float, bool, int, Line, int]]] = defaultdict(list)
+    for number, line in enumerate(lines):
+        own[line.tenant_id].append((standing.lines.get(line, 0.0), line not in standing.waiting, number, line, 0))
+    for heap in own.values():
+        heapq.heapify(heap)
+    stayed = {line.tenant_id for line in standing.waiting}
+    turns = [(standing.tenants.get(tenant, 0.0), tenant not in stayed, tenant) for tenant in own]
     heapq.heapify(turns)
     taken: list[Candidate] = []
-    spent = 0
-    while turns:
-        share, tenant = heapq.heappop(turns)
-        given, index, position = heapq.heappop(tenants[tenant])
-        op = lines[index][position]
-        if spent + price(op) > budget and (taken or budget <= 0):
-            continue  # this tenant's next op doesn't fit; a smaller one of another tenant may
+    clock, clocks, spent = 0.0, dict[TenantId, float](), 0
+    while turns and budget > 0:
+        tag, _, tenant = turns[0]
+        if room is not None and room[tenant] <= 0:
+            heapq.heappop(turns)
+            del own[tenant]
+            continue
+        line_tag, _, number, line, position = own[tenant][0]
+        op = lines[line][position]
+        clock, clocks[tenant] = tag, line_tag
+        if taken and spent + price(op) > budget:
+            break
         taken.append(op)
         spent += price(op)
+        if room is not None:
+            room[tenant] -= 1
         tokens = max(1, op.cost_tokens)
-        if position + 1 < len(lines[index]):
-            heapq.heappush(tenants[tenant], (given + tokens, index, position + 1))
-        if tenants[tenant]:
-            heapq.heappush(turns, (share + tokens, tenant))
-    return taken
+        if position + 1 < len(lines[line]):
+            heapq.heapreplace(own[tenant], (line_tag + tokens, False, number, line, position + 1))
+        else:
+            heapq.heappop(own[tenant])
+        if own[tenant]:
+            heapq.heapreplace(turns, (tag + tokens / standing.weight(tenant), False, tenant))
+        else:
+            heapq.heappop(turns)
+    waiting = frozenset(entry[3] for _, _, tenant in turns for entry in own[tenant])
+    return taken, Turn(clock, clocks, frozenset(lines), waiting)

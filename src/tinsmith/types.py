@@ -267,6 +267,7 @@ class SampleItem:
     prompt: int32 [P]. Sample i of the request draws from the stream (seed, i, position).
     prompt_logprobs_last_n: of the prompt, score the last N tokens alone (with their top-k); None: all but the first.
     scope: only requests of one scope may share computed prompts, so that nobody learns what others asked.
+    weight: the part of the seats that requests of its scope may hold, beside those of other scopes.
     prompt_alt_tokens_k: draws at each prompt position, at the request's temperature, whatever its top_k and top_p.
     """
 
@@ -283,6 +284,7 @@ class SampleItem:
     prompt_targets: PromptTargets | None = None
     prompt_alt_tokens_k: int = 0
     scope: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

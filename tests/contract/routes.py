@@ -178,6 +178,8 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "DELETE /admin/keys/{key_id:str}": [],
         "GET /admin/quotas": [],
         "PUT /admin/quotas": [],
+        "GET /admin/weights": [],
+        "POST /admin/weights": [],
     }
 
 

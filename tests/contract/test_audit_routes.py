@@ -33,11 +33,13 @@ ACTS: dict[str, list[str]] = {  # by route: the events of its probes in tests/co
     "POST /admin/keys": ["organization_create", "organization_key_create", "organization_key_create"],
     "DELETE /admin/keys/{key_id:str}": ["organization_key_revoke"],
     "DELETE /auth/apikey/me": ["organization_key_revoke"],
+    "POST /admin/weights": ["organization_weight_set"],
 }
 ROUTINE: dict[str, str] = {
     **dict.fromkeys(
         [
             "GET /admin/keys",
+            "GET /admin/weights",
             "GET /audit",
             "GET /auth/apikey/me",
             "GET /billing/usage/checkpoints/current",
@@ -135,6 +137,12 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
     if route == "POST /admin/keys":
         names = ("carol", "carol")
         return [Probe("POST", "/admin/keys", {"name": "ci", "tenant": name}) for name in names]
+    if route == "POST /admin/weights":
+        return [
+            Probe(
+                "POST", "/admin/weights", {"tenant": scene.house.store.tenants.list_keys()[0].tenant_name, "weight": 2}
+            )
+        ]
     if route == "DELETE /admin/keys/{key_id:str}":
         row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
         return [Probe("DELETE", f"/admin/keys/{row.key_id}")]

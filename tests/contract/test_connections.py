@@ -166,7 +166,7 @@ def test_too_many_connections_are_turned_away(few_connections: None, live: Any) 
 
 
 def test_the_file_limit_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = ((1024, 672, 112), (64, 1, 1), (1_000_000, 10_000, 256), (connection.resource.RLIM_INFINITY, 10_000, 256))
+    cases = ((1024, 672, 112), (64, 1, 1), (1_000_000, 12_000, 256), (connection.resource.RLIM_INFINITY, 12_000, 256))
     for soft, most, most_files in cases:
         monkeypatch.setattr(connection.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert (connection.most_connections(), connection.most_read_out()) == (most, most_files)

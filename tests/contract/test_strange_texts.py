@@ -54,6 +54,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "a"}]}]},
     ],
     "POST /admin/keys": [{"name": "a", "tenant": "a"}],
+    "POST /admin/weights": [{"tenant": "a", "weight": 1}],
     "POST /auth/token": [{"a": "a"}],
     "POST /telemetry": [{"events": [{"a": "a"}]}],
     "POST /client/config": [{"sdk_version": "a"}],

@@ -134,6 +134,12 @@ def test_a_key_needs_a_name(served: Path, stub: Stub, flags: tuple[str, ...]) ->
     assert stub.calls == []
 
 
+def test_a_tenants_weight_is_set(served: Path, stub: Stub) -> None:
+    stub.answer = (200, {"tenant": "alice", "weight": 2.0})
+    assert run("admin", "weight", "alice", "2", "--data-dir", served).stdout == "alice has the weight 2\n"
+    assert stub.calls == [("POST", "/api/v1/admin/weights", "tml-admin", {"tenant": "alice", "weight": 2.0})]
+
+
 def test_an_unknown_key_is_refused_with_the_way_to_the_ids(served: Path, stub: Stub) -> None:
     stub.answer = (404, {"detail": "no key 999"})
     error = failure("keys", "revoke", "999", "--data-dir", served)

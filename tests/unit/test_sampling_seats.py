@@ -16,8 +16,9 @@ from tinsmith.sampling.stop import StopRule
 from tinsmith.types import OpId, SampleItem, SamplingParams
 
 
-def request(tenant: str, adapter: str | None = None, num_samples: int = 1000) -> Request:
-    item = SampleItem(OpId("r"), adapter, np.zeros(3, np.int32), SamplingParams(), num_samples, 0, scope=tenant)
+def request(tenant: str, adapter: str | None = None, num_samples: int = 1000, weight: float = 1.0) -> Request:
+    prompt = np.zeros(3, np.int32)
+    item = SampleItem(OpId("r"), adapter, prompt, SamplingParams(), num_samples, 0, scope=tenant, weight=weight)
     return Request(
         item, None, StopRule(frozenset(), (), NoText()), 9, streams(0, num_samples), PromptScores(item)
     )  # fmt: skip

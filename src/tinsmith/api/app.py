@@ -34,6 +34,7 @@ from tinsmith.api import (
     search,
     sessions,
     sharing,
+    tenant_weights,
     tokenizers,
     traces,
     training,
@@ -112,7 +113,15 @@ CLOSED = (
 )
 OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
 ANTHROPIC = (messages.create_message, messages.count_message_tokens)
-ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key, quotas.list_quotas, quotas.set_quotas)
+ADMIN = (
+    keys.create_key,
+    keys.list_keys,
+    keys.revoke_key,
+    quotas.list_quotas,
+    quotas.set_quotas,
+    tenant_weights.list_weights,
+    tenant_weights.set_weight,
+)
 
 
 def build_app(services: Services) -> Litestar:
@@ -199,7 +208,9 @@ def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAs
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         look = partial(_look, services)
-        watching = services.waiters.watching(partial(services.work, look), services.recent, look)
+        watching = services.waiters.watching(
+            partial(services.work, look), services.recent, look, partial(services.work, services.store.ops.ended_since)
+        )
         async with watching:
             with services.pieces.listening():
                 yield

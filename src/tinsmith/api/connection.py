@@ -35,7 +35,7 @@ REST_S = 30.0
 UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
-MAX_CONNECTIONS = 10_000
+MAX_CONNECTIONS = 12_000
 RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 

@@ -12,7 +12,7 @@ from litestar.params import JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
-from tinsmith.api.pauses import ACTIVE, why_waiting
+from tinsmith.api.pauses import ACTIVE
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UnsupportedError
 from tinsmith.store.rows import Ended, EndsAfter, Principal
@@ -118,7 +118,7 @@ def _paused(services: Services, sampler_id: SamplerId, clone: int) -> list[OpId]
     This answer can't say why they wait. A client that is told of them asks for each by retrieve_future, which can.
     """
     oldest = services.store.endings.waiting(sampler_id, clone * CLONE_SEQS, (clone + 1) * CLONE_SEQS, FEW)
-    return [op.id for op in oldest if why_waiting(services, op).state != ACTIVE]
+    return [op.id for op in oldest if services.look_why_waiting(op).state != ACTIVE]
 
 
 def _completion(end: Ended) -> Completion:

@@ -5,6 +5,7 @@ Large ones are read from their files as fast as the client takes them, so many o
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.gaps import close_gap
 from tinsmith.api.outgo import PIECE_BYTES, closing_with
-from tinsmith.api.pauses import ACTIVE, Waiting, why_waiting
+from tinsmith.api.pauses import ACTIVE, Waiting
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.rows import OpRow
@@ -80,8 +81,10 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
 
 async def try_again(services: Services, op: OpRow) -> bytes:
     """The body of the 408 for an op that isn't final yet."""
-    await close_gap(services, op)
-    return _try_again(op.id, await services.work(why_waiting, services, op))
+    why = await services.why_waiting(op)
+    if why.missing_seq is not None and time.time() - op.created_at > services.settings.gap_timeout_s:
+        await close_gap(services, op)
+    return _try_again(op.id, why)
 
 
 def _try_again(op_id: OpId, why: Waiting) -> bytes:

@@ -28,6 +28,7 @@ from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
+from tinsmith.api.pauses import Waiting, why_waiting
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
@@ -48,6 +49,7 @@ from tinsmith.types import BaseInfo, OpId, TenantId
 T = TypeVar("T")
 NUM_THREADS = 4
 NUM_DIGESTING = 2
+FEW = 4  # reads of a row that are carried out on the event loop together, each within some 50 us
 TENANT_THREADS = 2  # of `NUM_THREADS`
 TENANT_WRITES = 2  # one that is written, and one to go on with
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
@@ -96,11 +98,13 @@ class Services:
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
+    placing: Together[OpRow, Waiting] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
-        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
+        object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
+        object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
 
     async def enqueue(self, new: NewOp) -> Enqueued:
         """Record a request, together with those that come at the same time; it is on disk when this returns.
@@ -113,6 +117,18 @@ class Services:
     async def op(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
         """Raises: GoneError: no such op of this tenant, or its result has expired."""
         return await self.reading.ask(tenant_id, (tenant_id, op_id))
+
+    async def why_waiting(self, op: OpRow) -> Waiting:
+        """What an unfinished op waits for."""
+        return await self.placing.ask(op.tenant_id, op)
+
+    def look_why_waiting(self, op: OpRow) -> Waiting:
+        """The same, by a call that blocks."""
+        is_ready = op.base_model in self.ready_bases()
+        return why_waiting(self.store, self.pace, op, self.settings.session_timeout_s, is_ready=is_ready)
+
+    def _why_all(self, ops: Sequence[OpRow]) -> Sequence[Waiting | Exception]:
+        return [self.look_why_waiting(op) for op in ops]
 
     def _enqueue_all(self, news: Sequence[NewOp]) -> Sequence[Enqueued | Exception]:
         """One that the database can't take, for a reason that nobody foresaw, is not to cost the others theirs."""

@@ -6,7 +6,7 @@ turn in every batch, so that who calls a thousand times at once stands beside an
 
 A call that comes alone is carried out on the event loop itself, as long as such calls are brief and have to wait for
 nobody: two hops between threads cost as much as a short write to a good disk. While calls come alone, the next one is
-taken to do so too, and begins at once.
+taken to do so too, and begins at once. Reads cost so little that a few are carried out there as well (`few`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ class Together(Generic[T, R]):
         executor: Executor,
         carry_out: Callable[[Sequence[T]], Outcomes[R]],
         at_once: Callable[[T], R] | None = None,
+        few: int = 1,
     ) -> None:
         """`carry_out` runs on the executor: one outcome for each call, in their order; an exception is for its call
         alone. What it raises itself is for all of them. `at_once` does the same for one call, on the event loop, where
-        that waits for nobody, and raises TakenError where it would."""
+        that waits for nobody, and raises TakenError where it would. few: so many calls at most go that way together.
+        """
         self._executor = executor
         self._carry_out = carry_out
         self._at_once = at_once
+        self._few = few
         self._brief = Brief()
         self._waiting: OrderedDict[TenantId, deque[tuple[T, asyncio.Future[R]]]] = OrderedDict()
         self._is_under_way = False
@@ -68,10 +71,13 @@ class Together(Generic[T, R]):
         if not batch:
             self._is_under_way = False
             return
-        if len(batch) == 1 and self._is_done_at_once(*batch[0]):
-            self._is_under_way = False
-            self._is_quiet = True
-            return
+        if len(batch) <= self._few:
+            is_alone = len(batch) == 1
+            batch = [(call, future) for call, future in batch if not self._is_done_at_once(call, future)]
+            if not batch:
+                self._is_under_way = False
+                self._is_quiet = is_alone
+                return
         calls = [call for call, _ in batch]
         running = loop.run_in_executor(self._executor, self._brief.timed, partial(self._carry_out, calls))
         running.add_done_callback(lambda ended: self._end(loop, batch, ended))

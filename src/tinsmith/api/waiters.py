@@ -3,12 +3,13 @@
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
 them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
 hands on the rows that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on
-the event loop itself, as long as such looks are brief.
+the event loop itself, as long as such looks are brief; where many are, by a look at what has ended lately.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TypeAlias
@@ -28,8 +29,11 @@ log = structlog.get_logger("tinsmith.api")
 Awaited: TypeAlias = OpId | EndsAfter
 Ended: TypeAlias = OpRow | None  # what an op has come to; None for a sampler
 EndedAmong = Callable[[Sequence[Awaited]], Awaitable[Mapping[Awaited, Ended]]]
+EndedSince = Callable[[float], Awaitable[Sequence[OpId]]]  # seconds since the epoch
 AtOnce = Callable[[Sequence[Awaited]], Mapping[Awaited, Ended]]
 FEW = 8  # rows of at most `inline_bytes` each, read in half a millisecond
+MANY = 256  # to look at each of 10,000 takes 15 ms
+MARGIN_S = 0.25  # from a time that is recorded to its commit, mostly; what takes longer is found by the next scan
 
 
 class Waiters:
@@ -37,6 +41,7 @@ class Waiters:
         self._bell = bell
         self._scan_interval_s = scan_interval_s
         self._waiting: dict[Awaited, set[asyncio.Future[Ended | bool]]] = {}
+        self._marks: set[EndsAfter] = set()  # of those that are awaited
         self._rung = asyncio.Event()
         self._recent = Recent()
         self._at_once: AtOnce | None = None
@@ -60,6 +65,8 @@ class Waiters:
             future.set_result(False)
         else:
             self._waiting.setdefault(op_id, set()).add(future)
+            if isinstance(op_id, EndsAfter):
+                self._marks.add(op_id)
         return future
 
     def is_awaited(self, op_id: Awaited) -> bool:
@@ -72,6 +79,7 @@ class Waiters:
             futures.discard(future)
             if not futures:
                 del self._waiting[op_id]
+                self._marks.discard(op_id)
 
     async def hold(self, future: asyncio.Future[Ended | bool], hold_s: float) -> bool:
         """Wait for a registered op. True once it is final, False after `hold_s` or at shutdown.
@@ -110,18 +118,24 @@ class Waiters:
                 if not future.done():
                     future.set_result(False)
         self._waiting.clear()
+        self._marks.clear()
 
     @asynccontextmanager
     async def watching(
-        self, ended_among: EndedAmong, recent: Recent | None = None, at_once: AtOnce | None = None
+        self,
+        ended_among: EndedAmong,
+        recent: Recent | None = None,
+        at_once: AtOnce | None = None,
+        ended_since: EndedSince | None = None,
     ) -> AsyncIterator[None]:
         """Run the watcher on this event loop. When it is rung, it looks for the end of `recent` requests too.
-        `at_once` looks as `ended_among` does, and blocks meanwhile; either is timed by `brief`."""
+        `at_once` looks as `ended_among` does, and blocks meanwhile; either is timed by `brief`. `ended_since` names
+        what has ended, for looks that shall not cost more the more is awaited."""
         loop = asyncio.get_running_loop()
         self._recent, self._at_once = recent or Recent(), at_once
         if self._bell is not None:
             loop.add_reader(self._bell.fileno(), self._on_bell, self._bell)
-        task = asyncio.create_task(self._watch(ended_among), name="waiters")
+        task = asyncio.create_task(self._watch(ended_among, ended_since), name="waiters")
         try:
             yield
         finally:
@@ -138,8 +152,10 @@ class Waiters:
             self._rung.set()
 
     def _is_seen_at_once(self) -> bool:
+        if self._at_once is None or len(self._waiting) > FEW or not self.brief.is_now:
+            return False
         awaited = self._awaited(self._recent.open_ids())
-        if self._at_once is None or len(awaited) > FEW or not self.brief.is_now:
+        if len(awaited) > FEW:
             return False
         if awaited:
             self.num_looks += 1
@@ -150,17 +166,26 @@ class Waiters:
             self._hand_on(ended)
         return True
 
-    async def _watch(self, ended_among: EndedAmong) -> None:
+    async def _watch(self, ended_among: EndedAmong, ended_since: EndedSince | None) -> None:
+        looked_at, scanned_at = time.time(), float("-inf")
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._scan_interval_s):  # wait_for may swallow a cancellation (bpo-37658)
                     await self._rung.wait()
-            awaited = self._awaited(self._recent.open_ids() if self._rung.is_set() else ())
+            recent = self._recent.open_ids() if self._rung.is_set() else ()
             self._rung.clear()
-            if not awaited:
-                continue
-            self.num_looks += 1
+            since, looked_at = looked_at - MARGIN_S, time.time()
+            is_scan = time.monotonic() - scanned_at > self._scan_interval_s
             try:
+                if ended_since is not None and len(self._waiting) > MANY and not is_scan:
+                    lately = [op_id for op_id in await ended_since(since) if op_id in self._waiting]
+                    awaited: list[Awaited] = [*self._marks, *lately, *recent]
+                else:
+                    scanned_at = time.monotonic()
+                    awaited = self._awaited(recent)
+                if not awaited:
+                    continue
+                self.num_looks += 1
                 ended = await ended_among(awaited)
             except Exception:  # part of the HTTP edge: one failed look must not end all later wake-ups
                 log.exception("looking for finished requests failed; trying again")
@@ -174,6 +199,7 @@ class Waiters:
         for awaited, outcome in ended.items():
             if isinstance(outcome, OpRow) and awaited not in self._waiting:
                 self._recent.ended(outcome)
+            self._marks.discard(awaited)
             for future in self._waiting.pop(awaited, ()):
                 if not future.done():
                     future.set_result(outcome)

@@ -1,8 +1,9 @@
 """Whose sequences are decoded together: the seats are shared between tenants, and a tenant's between its snapshots.
 
 A tenant takes another seat only while it holds less than `RATIO` times the free ones (dynamic thresholds: Choudhury and
-Hahne 1998). So a tenant alone leaves an eighth free, and one that comes finds a seat at once; where many want them,
-each ends up with the same number as seats fall free. Pure counting.
+Hahne 1998), times its weight, where the greatest weight of those who are there counts as 1. So a tenant alone leaves an
+eighth free, and one that comes finds a seat at once; where many want them, each ends up with as many as its weight
+says, as seats fall free. Pure counting.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ class Seats:
     def __init__(self, total: int, seated: Iterable[Sequence]) -> None:
         self._by_tenant: Counter[str] = Counter()
         self._by_line: Counter[tuple[str, str | None]] = Counter()
+        self._weights: dict[str, float] = {}
         self._free = total
         self._refused: set[Request] = set()
         for sequence in seated:
+            self.note(sequence.request)
             self.take(sequence.request)
+
+    def note(self, request: Request) -> None:
+        """It is among those who want seats, with its tenant's weight."""
+        self._weights[request.tenant] = request.item.weight
 
     def take(self, request: Request) -> None:
         self._by_tenant[request.tenant] += 1
@@ -43,17 +50,24 @@ class Seats:
         held = self._by_tenant[tenant]
         if self._free <= 0:
             return 0
-        return max((RATIO * self._free - held) // (RATIO + 1), 0 if held else 1)
+        ratio = RATIO * self._weights.get(tenant, 1.0) / max(self._weights.values(), default=1.0)
+        return max(int((ratio * self._free - held) // (ratio + 1)), 0 if held else 1)
+
+    def _held(self, request: Request) -> tuple[float, int]:
+        by_weight = self._by_tenant[request.tenant] / self._weights.get(request.tenant, 1.0)
+        return by_weight, self._by_line[request.line]
 
     def in_turn(self, ready: Iterable[Request]) -> Iterator[Request]:
-        """Who may begin a sequence next, until nobody may: of those whose tenant, then whose snapshot holds least, the
-        first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
-        heap: list[tuple[int, int, int, Request]] = [
+        """Who may begin a sequence next, until nobody may: of those whose tenant, by weight, then whose snapshot holds
+        least, the first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
+        heap: list[tuple[float, int, int, Request]] = [
             (0, 0, order, request) for order, request in enumerate(ready) if request.num_unstarted
         ]
+        for *_, request in heap:
+            self.note(request)
         while heap:
             by_tenant, by_line, order, request = heap[0]
-            held = self._by_tenant[request.tenant], self._by_line[request.line]
+            held = self._held(request)
             if self.room(request.tenant) <= 0:
                 heapq.heappop(heap)
             elif held != (by_tenant, by_line):  # what is held never shrinks here, so others are before it at most
@@ -81,11 +95,13 @@ class Coming:
             self.add(request)
 
     def add(self, request: Request) -> None:
+        self._seats.note(request)
         self._unstarted[request.tenant] += request.num_unstarted
         self._num_requests[request.tenant] += 1
         self._lines.add(request.line)
 
     def may_come(self, request: Request) -> bool:
+        self._seats.note(request)
         room = self._seats.room(request.tenant)
         if room > self._unstarted[request.tenant]:
             return True

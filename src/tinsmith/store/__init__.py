@@ -34,6 +34,7 @@ from tinsmith.store.tenants import Tenants
 from tinsmith.store.traces import Traces
 from tinsmith.store.upkeep import Upkeep
 from tinsmith.store.waiting import Waiting
+from tinsmith.store.weights import Weights
 from tinsmith.store.workers import Workers
 
 DATABASE_FILE = "tinsmith.db"
@@ -49,6 +50,7 @@ class Store:
         self.ops = Ops(database, self.quotas)
         self.replays = Replays(database)
         self.waiting = Waiting(database)
+        self.weights = Weights(database)
         self.endings = Endings(database)
         self.places = Places(database)
         self.files = Files(database)

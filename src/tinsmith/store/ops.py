@@ -31,6 +31,8 @@ from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, Worker
 from tinsmith.store.schema import ops, runs, samplers
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 
+COUNT_AHEAD = 1000
+
 FINAL = [state.value for state in OpState if state.is_final]
 EFFECTS = [kind.value for kind in OpKind if kind.has_effect]
 
@@ -65,6 +67,7 @@ _FINAL_AMONG = Prepared(
         or_(*(ops.c.state == literal_column(f"'{state}'") for state in FINAL)),
     )
 )
+_ENDED_SINCE = Prepared(select(ops.c.op_id).where(ops.c.finished_at > bindparam("since"), ops.c.is_expired.is_(False)))
 _OUTCOME = Prepared(select(*WITH_RESULT).where(ops.c.op_id == bindparam("op_id")))
 _REPLAYABLE = (
     select(*WITH_PAYLOAD)
@@ -76,12 +79,24 @@ _REPLAYABLE = (
     )
     .order_by(ops.c.seq_id)
 )
-_PLACE = (
+_PLACE = Prepared(
     select(ops.c.num, ops.c.base_model, ops.c.seq_id, ops.c.state, runs.c.head_seq)
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.op_id == bindparam("op_id"))
 )
-_AHEAD = select(func.count()).where(ops.c.base_model == bindparam("base"), ops.c.num < bindparam("num"), IS_QUEUED)
+_AHEAD = Prepared(
+    select(func.count()).select_from(
+        select(ops.c.num)
+        .where(
+            ops.c.base_model == bindparam("base"),
+            ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind]),  # for the queue's index
+            ops.c.num < bindparam("num"),
+            IS_QUEUED,
+        )
+        .limit(literal_column(str(COUNT_AHEAD)))
+        .subquery()
+    )
+)
 _QUEUED_SAMPLES = select(func.count()).where(
     ops.c.kind == "sample", IS_QUEUED, ops.c.tenant_id == bindparam("tenant_id")
 )
@@ -237,6 +252,11 @@ class Ops:
             final = _FINAL_AMONG.all(conn, {"op_ids": list(op_ids)})
             return {op_id: to_op(_OUTCOME.first(conn, {"op_id": op_id})) for (op_id,) in final}
 
+    def ended_since(self, since: float) -> list[OpId]:
+        """Those that have had an outcome from that time on, by the clock of whoever recorded it."""
+        with self._database.read() as conn:
+            return [op_id for (op_id,) in _ENDED_SINCE.all(conn, {"since": since})]
+
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
         """DONE ops above `above_seq` that changed the run's state, or made a sampler whose file isn't written yet; by
         seq, with payload."""
@@ -246,15 +266,18 @@ class Ops:
     def queue_position(self, op_id: OpId) -> tuple[int, int | None]:
         """(queued ops of its base that arrived before it, the first seq_id of its run that it still waits for).
 
-        (0, None) for an op that isn't queued.
+        (0, None) for an op that isn't queued. No more than `COUNT_AHEAD` are counted: thousands may ask.
         """
         with self._database.read() as conn:
-            place = conn.execute(_PLACE, {"op_id": op_id}).first()
-            if place is None or place.state != OpState.QUEUED:
+            place = _PLACE.first(conn, {"op_id": op_id})
+            if place is None:
                 return 0, None
-            ahead = conn.execute(_AHEAD, {"base": place.base_model, "num": place.num}).scalar_one()
-        is_early = place.head_seq is not None and place.head_seq < place.seq_id
-        return ahead, place.head_seq + 1 if is_early else None
+            num, base_model, seq_id, state, head_seq = place
+            if state != OpState.QUEUED:
+                return 0, None
+            (ahead,) = _AHEAD.first(conn, {"base": base_model, "num": num})
+        is_early = head_seq is not None and head_seq < seq_id
+        return int(ahead), head_seq + 1 if is_early else None
 
     def num_queued_samples(self, tenant_id: TenantId) -> int:
         """Sample requests of the tenant that no worker has taken yet."""

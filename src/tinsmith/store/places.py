@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import bindparam, func, literal_column, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.schema import FRESH_RESULT, ops, runs
-from tinsmith.types import OpId, OpState, TenantId
+from tinsmith.types import OpId, OpKind, OpState, TenantId
 
+COUNT_AHEAD = 1000  # of the requests before one: thousands may ask
 MAX_ENDED = 10_000  # looked at for the pace
 
 _PLACE = Prepared(
@@ -26,14 +27,23 @@ _PLACE = Prepared(
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.op_id == bindparam("op_id"))
 )  # fmt: skip
+_QUEUED_BEFORE = (
+    select(ops.c.tenant_id, func.coalesce(ops.c.run_id, ops.c.sampler_id).label("own"))
+    .where(
+        ops.c.base_model == bindparam("base"),
+        ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind]),  # for the queue's index
+        ops.c.num < bindparam("num"),
+        IS_QUEUED,
+    )
+    .limit(literal_column(str(COUNT_AHEAD)))
+    .subquery()
+)
 _AHEAD = Prepared(
     select(
-        ops.c.tenant_id,
+        _QUEUED_BEFORE.c.tenant_id,
         func.count().label("num"),
-        func.coalesce(func.sum(func.coalesce(ops.c.run_id, ops.c.sampler_id) == bindparam("own")), 0).label("num_own"),
-    )
-    .where(ops.c.base_model == bindparam("base"), ops.c.num < bindparam("num"), IS_QUEUED)
-    .group_by(ops.c.tenant_id)
+        func.coalesce(func.sum(_QUEUED_BEFORE.c.own == bindparam("own")), 0).label("num_own"),
+    ).group_by(_QUEUED_BEFORE.c.tenant_id)
 )
 _ENDED = (
     select(ops.c.base_model, ops.c.tenant_id)
@@ -50,12 +60,18 @@ _PACE = Prepared(
 class Ahead:
     """Queued requests of the same base that arrived before one: by tenant, and those of its own run or sampler.
 
-    missing: the first seq_id of its run that has not arrived, if it waits for that.
+    missing: the first seq_id of its run that has not arrived, if it waits for that. No more than `COUNT_AHEAD` are
+    counted.
     """
 
     by_tenant: dict[TenantId, int]
     num_own: int
     missing: int | None = None
+
+    @property
+    def is_more(self) -> bool:
+        """There may be more than are counted."""
+        return sum(self.by_tenant.values()) >= COUNT_AHEAD
 
 
 class Places:

@@ -55,6 +55,7 @@ tenants = Table(
     Column("tenant_id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
+    Column("weight", Float, nullable=False, server_default="1"),
 )
 
 keys = Table(

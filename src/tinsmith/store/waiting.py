@@ -71,8 +71,8 @@ class Waiting:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
         waiting samples of the base, oldest first. At most `limit` of either.
 
-        Where there are more, every run has its first ones among them, and every tenant its oldest samples. Of what the
-        worker's role excludes there are none.
+        Where there are more, every tenant has its first ones among them: of each of its runs those that are next, of
+        each of its samplers the oldest. Of what the worker's role excludes there are none.
         """
         with self._database.read() as conn:
             newest = _newest(conn)
@@ -93,14 +93,19 @@ class Waiting:
 
 
 class _Fair:
-    """A query in an order; where that is cut by the limit, the first rows of every share instead, still in order."""
+    """A query in an order; where that is cut by the limit, the first rows of every tenant instead, and of a tenant's
+    the first of each line (a run, a sampler), still in order."""
 
-    def __init__(self, query: Select[Any], order: tuple[Any, ...], share: Any) -> None:
+    def __init__(self, query: Select[Any], order: tuple[Any, ...], line: Any) -> None:
         self._all = Prepared(query.order_by(*order).limit(_MOST))
-        turn = func.row_number().over(partition_by=share, order_by=order)
-        ranked = query.add_columns(*(c.label(f"order_{i}") for i, c in enumerate(order)), turn.label("turn")).subquery()
+        turn = func.row_number().over(partition_by=line, order_by=order)
+        labelled = (c.label(f"order_{i}") for i, c in enumerate(order))
+        in_lines = query.add_columns(*labelled, ops.c.tenant_id.label("of_tenant"), turn.label("turn")).subquery()
+        keys = [in_lines.c[f"order_{i}"] for i in range(len(order))]
+        place = func.row_number().over(partition_by=in_lines.c.of_tenant, order_by=(in_lines.c.turn, *keys))
+        ranked = select(in_lines, place.label("place")).subquery()
         keys = [ranked.c[f"order_{i}"] for i in range(len(order))]
-        chosen = select(ranked).order_by(ranked.c.turn, *keys).limit(_MOST).subquery()
+        chosen = select(ranked).order_by(ranked.c.place, *keys).limit(_MOST).subquery()
         in_order = (chosen.c[f"order_{i}"] for i in range(len(order)))
         self._shared = Prepared(select(*list(chosen.c)[: len(LIGHT)]).order_by(*in_order))
 
@@ -114,7 +119,7 @@ class _Fair:
 
 
 _OF_RUNS = _Fair(_RUNNABLE_IN_RUNS, (ops.c.run_id, ops.c.seq_id), ops.c.run_id)
-_SAMPLES = _Fair(_WAITING_SAMPLES, (ops.c.num,), ops.c.tenant_id)
+_SAMPLES = _Fair(_WAITING_SAMPLES, (ops.c.num,), ops.c.sampler_id)
 
 
 def _is_for(role: Role, op: OpRow) -> bool:

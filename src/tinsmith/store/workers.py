@@ -13,6 +13,7 @@ from sqlalchemy import bindparam, insert, select, update
 from tinsmith.errors import FencedError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import dispossess
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import WorkerId, WorkerRow
 from tinsmith.store.schema import workers
 from tinsmith.types import Role
@@ -39,8 +40,8 @@ _RENEW = (
     .values(lease_until=bindparam("until"), busy_s=bindparam("busy"), measured_at=bindparam("now"))
 )
 _SET_READY = update(workers).where(_IS_ME).values(is_ready=True)
-_READY = select(workers.c.base_model, workers.c.role).where(
-    workers.c.is_ready, workers.c.lease_until > bindparam("now")
+_READY = Prepared(
+    select(workers.c.base_model, workers.c.role).where(workers.c.is_ready, workers.c.lease_until > bindparam("now"))
 )
 _LEAVE = update(workers).where(_IS_ME).values(incarnation=workers.c.incarnation + 1, lease_until=0.0, is_ready=False)
 
@@ -115,7 +116,7 @@ class Workers:
     def ready_bases(self, now: float) -> set[str]:
         """The base models that living workers have loaded, so that both training and sampling are done."""
         with self._database.read() as conn:
-            loaded = [(row.base_model, Role(row.role)) for row in conn.execute(_READY, {"now": now})]
+            loaded = [(base, Role(role)) for base, role in _READY.all(conn, {"now": now})]
         return {base for base, role in loaded if role.trains} & {base for base, role in loaded if role.samples}
 
     def deregister(self, worker: WorkerId) -> None:

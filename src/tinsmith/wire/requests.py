@@ -225,6 +225,11 @@ class SetQuotas(Struct, forbid_unknown_fields=True):
     key_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
 
 
+class SetWeight(Struct):
+    tenant: Annotated[str, Meta(min_length=1, max_length=128)]
+    weight: Annotated[float, Meta(ge=0.01, le=100)]
+
+
 def decode_optim_step(body: bytes) -> AdamParams:
     """The AdamW parameters of an optim_step request; what was no number in the client is NaN.
 

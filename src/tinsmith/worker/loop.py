@@ -21,11 +21,12 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError
-from tinsmith.scheduler import Batch, Candidate, Limits, Shares, plan
+from tinsmith.scheduler import Batch, Candidate, Limits, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
 from tinsmith.types import OpId, OpKind, Role, RunId
+from tinsmith.worker.accounts import Accounts
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.claims import Claims, Rings
@@ -99,13 +100,12 @@ class Worker:
             engine, store, blobs, self._payloads, self.runs, self._writer, self._publisher, self._unwritten,
             self._settling.settle_save, role,
         )  # fmt: skip
-        self._shares = Shares()
+        self._accounts = Accounts(store, settings.scan_interval_s)
         self._samples = Samples(
-            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
-            Telling(engine, line),
-        )  # fmt: skip
+            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._accounts, Telling(engine, line)
+        )
         self._decoded = DecodeAhead(blobs)
-        self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
+        self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._accounts)
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0
         self._looked_at = float("-inf")
@@ -207,15 +207,17 @@ class Worker:
             Candidate(
                 op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
                 attempts=self._suspects.attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
+                sampler_id=op.sampler_id,
             )
             for op in self._runnable()
         ]  # fmt: skip
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
         candidates = self._passes.beside(waiting)
-        tenants = {c.tenant_id for c in candidates} | self._passes.tenants
-        served = self._shares.enter(tenants)
-        return plan(self.runs.choose(candidates, served), self._limits(), served)
+        trained, sampled = self._accounts.enter(candidates, self._passes.tenants, self._samples.tenants)
+        batch = plan(self.runs.choose(candidates, trained), self._limits(), trained, sampled)
+        self._accounts.took(batch)
+        return batch
 
     def _runnable(self) -> list[OpRow]:
         """Queued ops; of the samples those whose weights are here, of the saves those for which there is memory."""
@@ -335,14 +337,18 @@ class Worker:
         self._must_look = True
         self._queue.look()
         waiting = [
-            Candidate(op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._suspects.attempts(op))
+            Candidate(
+                op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._suspects.attempts(op),
+                sampler_id=op.sampler_id,
+            )
             for op in self._runnable()
             if op.kind is OpKind.SAMPLE
-        ]
+        ]  # fmt: skip
         if self._suspects.are_among(self._samples.resident) or any(sample.is_suspect for sample in waiting):
             return
-        batch = plan(waiting, self._limits(), self._shares.of(c.tenant_id for c in waiting))
+        batch = plan(waiting, self._limits(), sampled=self._accounts.enter_samples(waiting, self._samples.tenants))
         if batch is not None:
+            self._accounts.took(batch)
             ops, _ = self._claim(batch)
             self._admit(ops)
 

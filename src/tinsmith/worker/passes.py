@@ -1,14 +1,15 @@
 """Training passes under way. Each is computed pack by pack, and they take turns: a long one keeps nobody waiting.
 
 A tenant has one pass at a time, so what it sends meanwhile goes together into its next one. The pass of the tenants
-that had the least time goes first; who comes, or comes back, starts level with the least served of those at work.
+that had the least time for their weight goes first; who comes, or comes back, starts level with the least served of
+those at work.
 Nothing of a pass takes effect before all of it is computed, so it doesn't matter to a run what was computed in between.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +22,7 @@ from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpId, RunId, TenantId, TrainItem
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.training import encode_train_result
+from tinsmith.worker.accounts import Accounts
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.decode_ahead import DecodeAhead
 from tinsmith.worker.outcomes import Outcome, computed, failed
@@ -88,16 +90,16 @@ class Passes:
         payloads: Payloads,
         decoded: DecodeAhead,
         runs: HeldRuns,
-        charge: Callable[[TenantId, int], None],
+        accounts: Accounts,
     ) -> None:
-        """`charge` counts work against a tenant."""
+        """accounts: charged with the work of what begins."""
         self._engine = engine
         self._payloads = payloads
         self._decoded = decoded
         self._runs = runs
-        self._charge = charge
+        self._accounts = accounts
         self._open: list[OpenPass] = []
-        self._given: dict[TenantId, float] = {}  # seconds of computing
+        self._given: dict[TenantId, float] = {}  # seconds of computing, by weight
         self._now = 0.0  # what the least served had when it was looked last
         self._speed = 0.0
         self._tempo = Tempo()
@@ -136,7 +138,7 @@ class Passes:
                     self._runs.replay_failed(op, error.as_failure())
         ready = [(op, item) for op, item in ready if self._runs.given_up(op.run_id) is None]
         for op, item in ready:
-            self._charge(op.tenant_id, item.work)
+            self._accounts.charge_pass(op, item.work)
         self._note_begin([(op, item) for op, item in ready if op.id not in replays])
         training = self._engine.start_pass([item for _, item in ready])
         one = OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed)
@@ -171,9 +173,12 @@ class Passes:
         return chosen
 
     def spent(self, one: OpenPass, seconds: float) -> None:
-        """It was computed for so long; its tenants share in that."""
-        for tenant in one.tenants:
-            self._given[tenant] += seconds / len(one.tenants)
+        """It was computed for so long; its tenants share in that by their work in it."""
+        work = dict.fromkeys(one.tenants, 1)
+        for op, item in one.ready:
+            work[op.tenant_id] += item.work
+        for tenant, own in work.items():
+            self._given[tenant] += seconds * own / sum(work.values()) / self._accounts.weight(tenant)
 
     def _had(self, one: OpenPass) -> float:
         return min(self._given[tenant] for tenant in one.tenants)

@@ -15,8 +15,9 @@ from collections.abc import Set as AbstractSet
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import TinsmithError
+from tinsmith.fair_queueing import Standing
 from tinsmith.scheduler import Candidate, newcomers
-from tinsmith.types import RunId, TenantId
+from tinsmith.types import RunId
 from tinsmith.worker.held import HeldRun
 from tinsmith.worker.memory import FreeMemory
 from tinsmith.worker.readahead import ReadAhead
@@ -77,7 +78,7 @@ class Residency:
         self._leaving.pop(run_id, None)
 
     def choose(
-        self, candidates: Sequence[Candidate], held: Mapping[RunId, HeldRun], served: Mapping[TenantId, float]
+        self, candidates: Sequence[Candidate], held: Mapping[RunId, HeldRun], trained: Standing
     ) -> list[Candidate]:
         """The candidates that may be planned: of runs in memory, and of some that can come in now.
 
@@ -89,7 +90,7 @@ class Residency:
         room, room_bytes = self._max_runs - len(self._resident), self._max_bytes - self._engine.runs_bytes
         waiting = [c for c in absent if c.run_id not in coming]
         self.num_coming = 0
-        for run_id in newcomers(waiting, READ_AHEAD_RUNS, served):
+        for run_id in newcomers(waiting, READ_AHEAD_RUNS, trained):
             run = held[run_id]
             is_ready = run.snapshot is None or self._ahead.want(run.snapshot)
             trouble = self._ahead.trouble(run.snapshot) if is_ready and run.snapshot is not None else None

@@ -9,7 +9,7 @@ the next worker tries again (a backup may have been restored).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -21,10 +21,11 @@ from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
+from tinsmith.fair_queueing import Standing
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus, TenantId
+from tinsmith.types import BlobKey, Failure, OpId, RunId, RunState, RunStatus
 from tinsmith.worker.held import HeldRun
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.postponed import LACKS, Postponed
@@ -89,10 +90,10 @@ class HeldRuns:
             self._adopt(row)
         return bool(rows)
 
-    def choose(self, candidates: Sequence[Candidate], served: Mapping[TenantId, float]) -> list[Candidate]:
+    def choose(self, candidates: Sequence[Candidate], trained: Standing) -> list[Candidate]:
         """See `Residency.choose`. Of runs that aren't held, or that wait for memory, there is none."""
         held = [c for c in candidates if c.run_id is None or self._may_run(c.run_id)]
-        return self.residency.choose(held, self._held, served)
+        return self.residency.choose(held, self._held, trained)
 
     def _may_run(self, run_id: RunId) -> bool:
         return run_id in self._held and not self.postponed.is_waiting(run_id)

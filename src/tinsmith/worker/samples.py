@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -20,6 +21,7 @@ from tinsmith.types import Array, BlobKey, Failure, OpId, SampleResult, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
+from tinsmith.worker.accounts import Accounts
 from tinsmith.worker.decode import Payloads
 from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.publishing import Publisher
@@ -41,17 +43,17 @@ class Samples:
         payloads: Payloads,
         publisher: Publisher,
         ahead: ReadAhead,
-        charge: Callable[[TenantId, int], None],
+        accounts: Accounts,
         telling: Telling,
     ) -> None:
-        """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end."""
+        """accounts: charged with what a request may cost at its start, corrected at its end."""
         self._engine = engine
         self._store = store
         self._blobs = blobs
         self._payloads = payloads
         self._publisher = publisher
         self._ahead = ahead
-        self._charge = charge
+        self._accounts = accounts
         self.num_coming = 0
         self._telling = telling
         self._resident: dict[OpId, OpRow] = {}
@@ -61,6 +63,11 @@ class Samples:
     @property
     def resident(self) -> Collection[OpRow]:
         return self._resident.values()
+
+    @property
+    def tenants(self) -> frozenset[TenantId]:
+        """Whose requests these are."""
+        return frozenset(op.tenant_id for op in self._resident.values())
 
     def ready(self, ops: Sequence[OpRow]) -> list[OpRow]:
         """Those of the waiting requests whose weights are here, or can be taken in without waiting for a disk.
@@ -109,14 +116,16 @@ class Samples:
     def admit(self, op: OpRow) -> Outcome | None:
         """Hand a claimed request to the engine; its outcome, if it is refused."""
         try:
-            item = self._payloads.sample_item(op, self._adapter(op))
+            item = replace(
+                self._payloads.sample_item(op, self._adapter(op)), weight=self._accounts.weight(op.tenant_id)
+            )
             self._engine.submit_sample(item)
         except TinsmithError as error:
             return failed(op, error.as_failure())
         self._resident[op.id] = op
         self._held_bytes[op.tenant_id] += op.payload_bytes
         self._prompt_tokens[op.id] = int(item.prompt.size)
-        self._charge(op.tenant_id, op.cost_tokens)
+        self._accounts.charge_sample(op, op.cost_tokens)
         if read_meta(op.meta, SampleMeta).stream:
             self._telling.begin(op.id)
         return None
@@ -134,7 +143,7 @@ class Samples:
             else:
                 usage = _usage(num_prompt, result)
                 outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
-                self._charge(op.tenant_id, min(0, usage.sampled_tokens - op.cost_tokens))
+                self._accounts.charge_sample(op, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         if outcomes:
             crash_point("sample.before_record")
@@ -150,7 +159,7 @@ class Samples:
             del self._prompt_tokens[op_id]
             self._telling.end(op_id)
             cost = self._engine.cancel_sample(op_id)
-            self._charge(op.tenant_id, min(0, cost.num_sampled - op.cost_tokens))
+            self._accounts.charge_sample(op, min(0, cost.num_sampled - op.cost_tokens))
             used[op_id] = Usage(
                 prefill_tokens=cost.num_prefilled, cached_tokens=cost.num_cached, sampled_tokens=cost.num_sampled
             )
@@ -162,7 +171,7 @@ class Samples:
         for op in abandoned:
             self._engine.cancel_sample(op.id)
             self._telling.end(op.id)
-            self._charge(op.tenant_id, -op.cost_tokens)
+            self._accounts.charge_sample(op, -op.cost_tokens)
         self._resident.clear()
         self._held_bytes.clear()
         self._prompt_tokens.clear()

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 from tinsmith.api.admission import Draft, admit, new_op_id
 from tinsmith.api.endings import cancel
 from tinsmith.api.futures import failure_of, result_of
-from tinsmith.api.pauses import why_waiting
 from tinsmith.api.sampling import fill_sample, room_for_sample, weight_of
 from tinsmith.api.services import Services
 from tinsmith.api.texts.fields import FieldError
@@ -216,9 +215,8 @@ class Desk:
 
     def _overdue(self, op: OpRow) -> str:
         waited = self._services.settings.answer_hold_s
-        return (
-            f"no answer within {waited:.0f} s ({why_waiting(self._services, op).reason}): send the request again later"
-        )
+        why = self._services.look_why_waiting(op).reason
+        return f"no answer within {waited:.0f} s ({why}): send the request again later"
 
     def _result(self, op: OpRow) -> SampleResult:
         if op.state is OpState.DONE:

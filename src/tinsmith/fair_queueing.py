@@ -1,0 +1,161 @@
+"""Start-time fair queueing in two levels: between tenants by weight, and between the lines of a tenant. Pure.
+
+Every tenant, and within it every line (a run, or a sampler), has a tag: the virtual time at which its next op starts.
+The least tag is next; an op of c tokens moves its tenant's tag on by c / weight, and its line's by c. Who had nothing
+waiting starts at the clock, which is the start tag of what was taken last, or earlier if one who waits is behind that:
+so nobody saves up turns by being idle, nobody pays for what was taken while nobody waited, and who comes is next. Where
+nothing was left waiting, all are level again.
+
+Bounds (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for levels above one another, Bennett and Zhang,
+"Hierarchical Packet Fair Queueing", SIGCOMM 1996), with l the largest op of one and w its weight:
+
+* Share (their theorem 1): of two that both wait all the time, W_f / w_f and W_m / w_m, the tokens taken of each by
+  weight, differ by at most l_f / w_f + l_m / w_m, over any interval. The same holds between the lines of a tenant.
+* Delay (their theorem 4, without a server's speed): before the op of one who comes, at most one op of each other
+  that waits is taken. Before the op of a line that comes while its tenant waits, at most one op of each sibling and, of
+  each other tenant m, l_m + w_m / w_f times the tokens of those siblings' ops and of l_f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from tinsmith.types import RunId, SamplerId, TenantId
+
+K = TypeVar("K", bound=Hashable)
+SPARE = 64  # tags that are kept though they say nothing any more, before it is looked for those
+
+
+class Line(NamedTuple):
+    """What of a tenant's takes turns: a run's ops, or a sampler's. `name` is its id."""
+
+    tenant_id: TenantId
+    name: str
+
+
+class Queued(Protocol):
+    """An op, as far as it says whose it is."""
+
+    @property
+    def tenant_id(self) -> TenantId: ...
+    @property
+    def run_id(self) -> RunId | None: ...
+    @property
+    def sampler_id(self) -> SamplerId | None: ...
+
+
+def line_of(op: Queued) -> Line:
+    return Line(op.tenant_id, op.run_id or op.sampler_id or "")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One moment's tags. Who isn't named has none yet; a weight that isn't named is 1.
+
+    waiting: lines that were left with an op for which there was no room; of equals they go first.
+    """
+
+    tenants: Mapping[TenantId, float] = field(default_factory=dict)
+    lines: Mapping[Line, float] = field(default_factory=dict)
+    weights: Mapping[TenantId, float] = field(default_factory=dict)
+    waiting: AbstractSet[Line] = frozenset()
+
+    def weight(self, tenant_id: TenantId) -> float:
+        return self.weights.get(tenant_id, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a choice did to the virtual time.
+
+    clock, clocks: of all and of each tenant, the start tag of what was taken last, or was next when there was no more
+    room. offered: the lines that were looked at. waiting: those of them that were left with something to choose.
+    """
+
+    clock: float = 0.0
+    clocks: Mapping[TenantId, float] = field(default_factory=dict)
+    offered: AbstractSet[Line] = frozenset()
+    waiting: AbstractSet[Line] = frozenset()
+
+
+class _Level(Generic[K]):
+    """Tags of those who share one thing, and its clock."""
+
+    def __init__(self) -> None:
+        self.tags: dict[K, float] = {}
+        self._clock = 0.0
+
+    def enter(self, active: AbstractSet[K], waiting: AbstractSet[K], busy: AbstractSet[K] = frozenset()) -> None:
+        """Those of the active who did not wait start at the clock. busy: whose tags are kept beside theirs."""
+        level = min([self._clock, *(self.tags[key] for key in waiting)])
+        if len(self.tags) > 2 * (len(active) + len(busy)) + SPARE:
+            kept = active | busy
+            self.tags = {key: tag for key, tag in self.tags.items() if key in kept or tag > level}
+        for key in active - waiting:
+            self.tags[key] = max(self.tags.get(key, level), level)
+
+    def advance(self, clock: float) -> None:
+        self._clock = max(self._clock, clock)
+
+    def charge(self, key: K, amount: float) -> None:
+        self.tags[key] = self.tags.get(key, self._clock) + amount
+
+    def rest(self) -> None:
+        """Nobody waits: all start level after it."""
+        self._clock = max([self._clock, *self.tags.values()])
+        self.tags.clear()
+
+
+class Shares:
+    """What tenants and their lines have had of one thing, in virtual time. It knows neither clocks nor rows."""
+
+    def __init__(self) -> None:
+        self._tenants: _Level[TenantId] = _Level()
+        self._lines: dict[TenantId, _Level[Line]] = {}
+        self._waiting: frozenset[Line] = frozenset()
+        self._entered: frozenset[Line] = frozenset()
+        self._weights: Mapping[TenantId, float] = {}
+
+    def weigh(self, weights: Mapping[TenantId, float]) -> None:
+        """From now on tenants have these weights, above 0; those that are not named have 1."""
+        self._weights = weights
+
+    def enter(self, lines: Iterable[Line], busy: AbstractSet[TenantId] = frozenset()) -> Standing:
+        """The tags of all lines that have something to choose from. busy: tenants of whom something is under way."""
+        active = frozenset(lines)
+        self._entered = active
+        tenants = frozenset(line.tenant_id for line in active)
+        self._waiting = frozenset(line for line in self._waiting if line in active or line.tenant_id in busy)
+        stayed = frozenset(line.tenant_id for line in self._waiting)
+        if not stayed:
+            self._tenants.rest()
+        self._lines = {tenant: level for tenant, level in self._lines.items() if tenant in stayed}
+        self._tenants.enter(tenants, stayed & tenants, busy)
+        tags: dict[Line, float] = {}
+        own: dict[TenantId, set[Line]] = {tenant: set() for tenant in tenants}
+        for line in active:
+            own[line.tenant_id].add(line)
+        for tenant, mine in own.items():
+            level = self._lines.setdefault(tenant, _Level())
+            level.enter(mine, self._waiting & mine)
+            tags.update((line, level.tags[line]) for line in mine)
+        return Standing({t: self._tenants.tags[t] for t in tenants}, tags, self._weights, self._waiting)
+
+    def took(self, turn: Turn) -> None:
+        """A choice was made from the last standing; who stood there and was offered nothing waits, too."""
+        self._waiting |= self._entered
+        self._waiting = (self._waiting - turn.offered) | turn.waiting
+        self._tenants.advance(turn.clock)
+        for tenant, clock in turn.clocks.items():
+            if tenant in self._lines:
+                self._lines[tenant].advance(clock)
+
+    def charge(self, op: Queued, num_tokens: float) -> None:
+        """So many tokens are computed for it; a negative number gives back what was charged too much."""
+        line = line_of(op)
+        self._tenants.charge(line.tenant_id, num_tokens / self._weights.get(line.tenant_id, 1.0))
+        if line.tenant_id in self._lines:
+            self._lines[line.tenant_id].charge(line, num_tokens)
