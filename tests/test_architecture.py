@@ -19,7 +19,7 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
+    {"", "types", "scopes", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
@@ -30,7 +30,10 @@ LAYERS = (
         "torch_probe", "verify", "backup",
     },
     {"worker", "api"},
-    {"admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "demo", "__main__"},
+    {
+        "admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "cli_keys", "demo",
+        "__main__",
+    },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}

@@ -234,6 +234,12 @@ class Settings:
         unit="s",
         group="access",
     )
+    unknown_keys_per_minute: int = setting(
+        300,
+        "Unknown keys that one address may send a minute; beyond it, it is told to come back later (429). Keys that "
+        "were good within the hour go on.",
+        group="access",
+    )
     serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
     download_ttl_s: float = setting(
         3600.0, "How long a signed link to a file of a checkpoint works.", unit="s", group="access"
@@ -291,7 +297,7 @@ class Settings:
             "host_cache_mib", "max_resident_samples", "kv_cache_mib",
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
-            "chunk_max_bytes", "jwt_ttl_s",
+            "chunk_max_bytes", "jwt_ttl_s", "unknown_keys_per_minute",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip
         for name in positive:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import structlog
 import zstandard
 
+from tinsmith.api.access import NEEDS
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
@@ -97,6 +98,7 @@ class Express:
             b"/api/v1/optim_step": self._optim_step,
         }
         self._paths = frozenset(self._handlers)
+        self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
@@ -106,7 +108,10 @@ class Express:
         if request is None:
             return None
         principal = self._keys.known(_secret_of(request))
-        return None if principal is None else self._answered(request, principal)
+        if principal is None or not principal.scope.allows(self._needs[request.path]):
+            return None
+        self._services.underway.begin(principal.key_id)
+        return self._answered(request, principal)
 
     async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
         request_id = request_id_of(request.headers.get(b"x-request-id", b""))

@@ -31,6 +31,7 @@ from tinsmith.api.places import CALLER, Places
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
+from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -87,6 +88,7 @@ class Services:
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
+    underway: Underway = field(init=False, default_factory=Underway)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
 
     def __post_init__(self) -> None:
