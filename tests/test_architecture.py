@@ -23,7 +23,7 @@ LAYERS = (
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "jsonform",
+        "adapter_files", "jsonform", "tls",
     },
     {
         "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",
@@ -147,7 +147,7 @@ def test_torch_stays_in_its_rooms() -> None:
 
 def test_no_http_in_the_worker_and_below() -> None:
     rooms = {room_of(path) for path in sources() if tops_of(path) & HTTP}
-    assert rooms <= {"api", "client", "cli", "demo", "serve"}
+    assert rooms <= {"api", "client", "cli", "cli_keys", "demo", "serve"}
 
 
 def test_sql_is_spoken_in_the_store_alone() -> None:

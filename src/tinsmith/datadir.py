@@ -27,7 +27,8 @@ SIGNING_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`."""
+    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`. certificate: the file
+    of the one that the server shows; empty: it speaks http."""
 
     version: str
     url: str
@@ -35,6 +36,7 @@ class ServerInfo:
     pid: int
     api_pid: int
     worker_pids: dict[str, int]
+    certificate: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
 from tinsmith.api.guesses import Guesses
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
-from tinsmith.api.marks import SECURITY_HEADERS, log_request, request_id_of
+from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.outgo import Unread, with_outgo
 from tinsmith.api.services import Services
@@ -61,6 +61,7 @@ OPEN = (  # and /schema, the OpenAPI document and its page
     tokenizers.hub_file,
     traces.fetch_trace,
     reference.asset,
+    reference.start,
 )
 CLOSED = (
     client.client_config,
@@ -169,7 +170,7 @@ def build_app(services: Services) -> Litestar:
     )
 
 
-def with_edge(app: ASGIApp) -> ASGIApp:
+def with_edge(app: ASGIApp, *, is_tls: bool = False) -> ASGIApp:
     """Give every request an id (its own `X-Request-Id` if it is sane), a log line that says whose it was, and the
     security headers.
 
@@ -189,8 +190,9 @@ def with_edge(app: ASGIApp) -> ASGIApp:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                marks = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
-                message["headers"] = [*message.get("headers", []), *marks]
+                own = list(message.get("headers", []))
+                mark = (b"x-request-id", request_id.encode())
+                message["headers"] = [*own, mark, *security_headers(own, is_tls=is_tls)]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):

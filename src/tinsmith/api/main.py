@@ -38,12 +38,14 @@ from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
+from tinsmith.tls import Certificate
 from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
 
 EXIT_UNUSABLE = 2
 GRACE_S = 10
+CERTIFICATE_LOOK_S = 10.0
 BACKLOG = 2048
 
 
@@ -53,9 +55,11 @@ class Server(uvicorn.Server):
     A signal that was obeyed is not raised again, as uvicorn would: that ends the process before the store is closed.
     """
 
-    def __init__(self, config: uvicorn.Config, waiters: Waiters) -> None:
+    def __init__(self, config: uvicorn.Config, waiters: Waiters, certificate: Certificate | None = None) -> None:
         super().__init__(config)
         self._waiters = waiters
+        self._certificate = certificate
+        self._looking: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,9 +73,22 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._certificate is not None:
+            self._looking = asyncio.create_task(_keep_fresh(self._certificate), name="certificate")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._waiters.close()
+        if self._looking is not None:
+            self._looking.cancel()
         await super().shutdown(sockets)
+
+
+async def _keep_fresh(certificate: Certificate) -> None:
+    while True:
+        await asyncio.sleep(CERTIFICATE_LOOK_S)
+        await asyncio.to_thread(certificate.load_if_changed)
 
 
 def build_services(
@@ -111,11 +128,13 @@ def build_services(
 def make_server(services: Services) -> Server:
     """A uvicorn server over the services; run it with `run(sockets=[...])`."""
     app = build_app(services)
+    settings = services.settings
+    certificate = Certificate(Path(settings.tls_certificate), Path(settings.tls_key)) if settings.has_tls else None
     express = Express(services, app.state[KEYS], app.state[BUDGET])
     config = uvicorn.Config(
-        with_edge(app),
-        host=services.settings.host,
-        port=services.settings.port,
+        with_edge(app, is_tls=settings.has_tls),
+        host=settings.host,
+        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -126,8 +145,9 @@ def make_server(services: Services) -> Server:
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=most_connections(),
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
     )
-    return Server(config, services.waiters)
+    return Server(config, services.waiters, certificate)
 
 
 def serve_api(
