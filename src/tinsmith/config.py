@@ -256,6 +256,9 @@ class Settings:
     )
 
     log_level: str = setting("info", "debug, info, warning or error.", group="logging")
+    log_prompts: bool = setting(
+        False, "Log the prompt of every sample request, as token ids. Else no prompt is in any log.", group="logging"
+    )
     log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
 
     crash_point: str = setting(
