@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
+N ?= 1000000
 # a test that ran into its time limit, and nothing else, is tried once more, and the report says so (CONTRIBUTING.md)
 RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points audit release bench bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +43,8 @@ contract: init ## the contract suite with every supported SDK; prints which call
 cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
 	@$(BIN)/python -m scripts.cookbook $(RECIPES)
 
-fuzz: init ## requests and bodies that nobody thought of, hundreds for each route, other ones each time (half an hour)
+fuzz: init ## a million broken inputs (N=... for more or fewer, goes on where it stopped), then requests that nobody thought of (half an hour)
+	@$(BIN)/python -m tests.fuzz --count $(N)
 	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
 
 chaos: init ## processes killed at random while clients work, and everything compared with an undisturbed server. KILLS=500, ARGS="--seed N"
@@ -55,6 +57,12 @@ soak: init ## an hour of tenants that come and go, with a kill every minute: fla
 crash-points: init ## a server dies at each named point, and workers at random ones, and the power is lost, many times (a quarter of an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
 
+audit: init ## known weaknesses of the pinned dependencies; without its service it says so and fails nothing
+	@$(BIN)/python -m scripts.audit
+
+release: init ## dist/: sdist, wheel, bill of materials (CycloneDX) and checksums, after the audit
+	@$(BIN)/python -m scripts.release
+
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
 
@@ -65,4 +73,4 @@ docs: init ## the pages that are generated from the code
 	@$(BIN)/python scripts/make_settings_page.py
 
 clean: ## remove what the other verbs made
-	rm -rf $(VENV) .venv-* .cookbook build dist curves .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cookbook build dist curves .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

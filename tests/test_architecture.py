@@ -19,24 +19,24 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory", "clock"},
+    {"", "types", "scopes", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory", "clock"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "jsonform",
+        "adapter_files", "jsonform", "tls",
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use",
+        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use", "export",
     },
     {"worker", "api"},
     {
         "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
-        "disk_command", "cli", "demo", "__main__",
+        "disk_command", "cli", "cli_keys", "demo", "__main__",
     },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}
+TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe", "export"}
 HTTP = {"litestar", "uvicorn", "httpx", "urllib", "http", "requests", "starlette"}
 SQL = {"sqlalchemy", "alembic", "sqlite3"}
 
@@ -147,7 +147,7 @@ def test_torch_stays_in_its_rooms() -> None:
 
 def test_no_http_in_the_worker_and_below() -> None:
     rooms = {room_of(path) for path in sources() if tops_of(path) & HTTP}
-    assert rooms <= {"api", "client", "cli", "demo", "serve"}
+    assert rooms <= {"api", "client", "cli", "cli_keys", "demo", "serve"}
 
 
 def test_sql_is_spoken_in_the_store_alone() -> None:

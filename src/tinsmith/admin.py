@@ -6,6 +6,7 @@ import contextlib
 
 from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
+from tinsmith.scopes import Scope
 from tinsmith.store import open_store
 
 ADMIN = "admin"
@@ -31,6 +32,6 @@ def ensure_admin_key(data_dir: DataDir, synchronous: str) -> str | None:
                 )
             return None
         tenant = store.tenants.by_name(ADMIN) or store.tenants.create(ADMIN)
-        _, secret = store.tenants.create_key(tenant.tenant_id, ADMIN, is_admin=True)
+        _, secret = store.tenants.create_key(tenant.tenant_id, ADMIN, scope=Scope.ADMIN)
         data_dir.write_admin_key(secret)
         return secret

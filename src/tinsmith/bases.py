@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tinsmith.errors import ConfigError
+from tinsmith.errors import ConfigError, echo
 from tinsmith.types import BaseInfo
 
 SHIPPED_NAME = "tinsmith/tiny"
@@ -74,6 +74,13 @@ def parse(text: str) -> BaseRef:
     Raises:
         ConfigError: it is none of these, or its directory lacks what a model needs.
     """
+    try:
+        return _parse(text)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name beyond the file system's, nobody's home
+        raise ConfigError(f"--base-model {echo(text)}: no path that can be looked at ({echo(str(error))})") from None
+
+
+def _parse(text: str) -> BaseRef:
     name, equals, given = text.partition("=")
     if equals:
         return _local(text, name.strip(), given.strip())

@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tinsmith import __version__, doctor
-from tinsmith.client import Client, connect
+from tinsmith.cli_keys import keys
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
 from tinsmith.disk_command import disk_command
-from tinsmith.errors import ConfigError, NotFoundError, TinsmithError
+from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.quota_commands import admin
@@ -38,13 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-keys = typer.Typer(help="Make, list and revoke keys of a running server.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(admin, name="admin")
-
-DataDirFlag = Annotated[
-    Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
-]
 
 
 def main() -> int:
@@ -118,82 +111,6 @@ def demo(
 def version() -> None:
     """Print the version."""
     typer.echo(f"tinsmith {__version__}")
-
-
-@keys.command("create")
-def create_key(
-    name: Annotated[str, typer.Option("--name", help="Whose key it is; shown in lists.")],
-    tenant: Annotated[
-        str | None,
-        typer.Option("--tenant", help="The tenant it belongs to, made if new; by default called as the key."),
-    ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="It may make and revoke keys.")] = False,
-    data_dir: DataDirFlag = None,
-) -> None:
-    """Make a key. Its secret is printed now and never again."""
-    for flag, value in (("--name", name), ("--tenant", tenant)):
-        if value is not None and not value.strip():
-            raise ConfigError(f"{flag} must not be empty")
-    body = {"name": name, "tenant": tenant or name, "is_admin": admin}
-    key = _client(data_dir).call("POST", "/admin/keys", body)
-    typer.echo(key["secret"])
-    Console(stderr=True, highlight=False, markup=False).print(
-        f"key {key['key_id']} for tenant {key['tenant']}; it is not shown again"
-    )
-
-
-@keys.command("list")
-def list_keys(data_dir: DataDirFlag = None) -> None:
-    """List all keys, the revoked ones too. Secrets are not kept."""
-    table = Table("id", "name", "tenant", "admin")
-    table.add_column("created", no_wrap=True)
-    table.add_column("revoked", no_wrap=True)
-    for key in _client(data_dir).call("GET", "/admin/keys")["keys"]:
-        cells = (key["key_id"], key["name"], key["tenant"], "yes" if key.get("is_admin") else "")
-        table.add_row(*cells, _day_and_time(key["created_at"]), _day_and_time(key.get("revoked_at") or ""))
-    Console().print(table)
-
-
-@keys.command("revoke")
-def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="The key's id, from `tinsmith keys list`.")],
-    data_dir: DataDirFlag = None,
-) -> None:
-    """Revoke a key; it stops working within a second."""
-    try:
-        key = _client(data_dir).call("DELETE", f"/admin/keys/{urllib.parse.quote(key_id, safe='')}")
-    except NotFoundError as error:
-        raise NotFoundError(f"{error.message}; `tinsmith keys list` shows the ids of all keys") from None
-    typer.echo(f"revoked {key['key_id']} ({key['name']})")
-
-
-@admin.command("weight")
-def set_weight(
-    tenant: Annotated[str, typer.Argument(help="The tenant's name, from `tinsmith keys list`.")],
-    weight: Annotated[float, typer.Argument(help="Between 0.01 and 100; every tenant has 1 at first.")],
-    data_dir: DataDirFlag = None,
-) -> None:
-    """Set how much of the engine a tenant gets while others want it too: with 2, twice what one with 1 gets."""
-    made = _client(data_dir).call("POST", "/admin/weights", {"tenant": tenant, "weight": weight})
-    typer.echo(f"{made['tenant']} has the weight {made['weight']:g}")
-
-
-@admin.command("weights")
-def list_weights(data_dir: DataDirFlag = None) -> None:
-    """List the weights of all tenants."""
-    table = Table("tenant", "weight")
-    for row in _client(data_dir).call("GET", "/admin/weights")["weights"]:
-        table.add_row(row["tenant"], f"{row['weight']:g}")
-    Console().print(table)
-
-
-def _day_and_time(iso: str) -> str:
-    """ "2026-01-31 12:34" of an ISO time in UTC."""
-    return iso[:16].replace("T", " ")
-
-
-def _client(data_dir: Path | None) -> Client:
-    return connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
 
 
 def _demo_main() -> Callable[[Path], Any]:

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from tinsmith.config import LOOPBACK, client_address
@@ -20,6 +21,7 @@ from tinsmith.errors import (
     TinsmithError,
     UserError,
 )
+from tinsmith.tls import trusting
 
 TIMEOUT_S = 30.0
 READY_TIMEOUT_S = 1.5
@@ -32,12 +34,16 @@ BY_STATUS: dict[int, type[TinsmithError]] = {
 
 
 class Client:
-    def __init__(self, url: str, key: str = "") -> None:
+    """certificate: the file of the server's own one, which is then the only one that is trusted."""
+
+    def __init__(self, url: str, key: str = "", certificate: str = "") -> None:
         self.url = url.rstrip("/")
         self._key = key
         is_local = urllib.parse.urlsplit(url).hostname in LOOPBACK
-        proxies = [urllib.request.ProxyHandler({})] if is_local else []
-        self._opener = urllib.request.build_opener(*proxies)
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})] if is_local else []
+        if certificate:
+            handlers.append(urllib.request.HTTPSHandler(context=trusting(Path(certificate))))
+        self._opener = urllib.request.build_opener(*handlers)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The answer's JSON, None if it has no body. `path` begins after /api/v1.
@@ -78,7 +84,7 @@ def connect(data_dir: DataDir) -> Client:
     """
     info, key = data_dir.info(), data_dir.admin_key()
     if info is not None and key is not None:
-        return Client(info.url, key)
+        return Client(info.url, key, info.certificate)
     address = client_address()
     if address is None:
         raise ConfigError(

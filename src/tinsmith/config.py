@@ -276,6 +276,16 @@ class Settings:
         unit="s",
         group="access",
     )
+    unknown_keys_per_minute: int = setting(
+        300,
+        "Unknown keys that one address may send a minute; beyond it, it is told to come back later (429). Keys that "
+        "were good within the hour go on.",
+        group="access",
+    )
+    tls_certificate: str = setting(
+        "", "Certificate (PEM, with its chain): serve https. Read again when the file changes.", group="access"
+    )
+    tls_key: str = setting("", "The certificate's key (PEM, without a password).", group="access")
     serve_tokenizers: bool = setting(True, "Serve tokenizer files (never weights) without a key.", group="access")
     download_ttl_s: float = setting(
         3600.0, "How long a signed link to a file of a checkpoint works.", unit="s", group="access"
@@ -288,6 +298,9 @@ class Settings:
     )
 
     log_level: str = setting("info", "debug, info, warning or error.", group="logging")
+    log_prompts: bool = setting(
+        False, "Log the prompt of every sample request, as token ids. Else no prompt is in any log.", group="logging"
+    )
     log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
 
     crash_point: str = setting(
@@ -314,13 +327,22 @@ class Settings:
             if value is not None:
                 values[name] = value
         made = cls(**values)
-        made = replace(made, data_dir=Path(made.data_dir).expanduser().absolute())
+        made = replace(
+            made,
+            data_dir=Path(made.data_dir).expanduser().absolute(),
+            tls_certificate=_absolute(made.tls_certificate),
+            tls_key=_absolute(made.tls_key),
+        )
         made._check()
         return made
 
     def as_env(self) -> dict[str, str]:
         """The settings as environment variables, for a child process."""
         return {ENV_PREFIX + name.upper(): _show(value) for name, value in asdict(self).items()}
+
+    @property
+    def has_tls(self) -> bool:
+        return bool(self.tls_certificate)
 
     @property
     def is_loopback(self) -> bool:
@@ -335,7 +357,7 @@ class Settings:
             "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
             "hang_timeout_s",
             "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
-            "chunk_max_bytes", "jwt_ttl_s",
+            "chunk_max_bytes", "jwt_ttl_s", "unknown_keys_per_minute",
             "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
         )  # fmt: skip
         for name in positive:
@@ -354,6 +376,8 @@ class Settings:
                 raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("--tls-certificate and --tls-key go together: give both, or none to serve http")
         if not self.base_model:
             raise ConfigError("--base-model: name at least one model to serve")
         choices = {
@@ -368,6 +392,11 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{_flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
+def _absolute(path: str) -> str:
+    """The path as it is meant from here; empty stays empty."""
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def env_name(f: Field[Any]) -> str:

@@ -27,8 +27,8 @@ SIGNING_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling
-    one under `sampler NAME`."""
+    """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling one under
+    `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http."""
 
     version: str
     url: str
@@ -36,6 +36,7 @@ class ServerInfo:
     pid: int
     api_pid: int
     worker_pids: dict[str, int]
+    certificate: str = ""
 
 
 @dataclass(frozen=True, slots=True)

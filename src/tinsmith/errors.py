@@ -101,6 +101,12 @@ class CapacityError(TinsmithError):
     category = "capacity"
 
 
+class GuessingError(CapacityError):
+    """Too many unknown keys came from one address."""
+
+    code = "too_many_unknown_keys"
+
+
 class BusyError(CapacityError):
     """All that the server has of something is in use, whoever uses it."""
 

@@ -84,3 +84,25 @@ def _show(scopes: Sequence[dict[str, Any]]) -> None:
 
 def _number(quota: str, amount: float) -> str:
     return f"{amount:,.2f}" if quota == Quota.USD_PER_MONTH else f"{amount:,.0f}"
+
+
+@admin.command("weight")
+def set_weight(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name, from `tinsmith keys list`.")],
+    weight: Annotated[float, typer.Argument(help="Between 0.01 and 100; every tenant has 1 at first.")],
+    data_dir: DataDirFlag = None,
+) -> None:
+    """Set how much of the engine a tenant gets while others want it too: with 2, twice what one with 1 gets."""
+    client = connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
+    made = client.call("POST", "/admin/weights", {"tenant": tenant, "weight": weight})
+    typer.echo(f"{made['tenant']} has the weight {made['weight']:g}")
+
+
+@admin.command("weights")
+def list_weights(data_dir: DataDirFlag = None) -> None:
+    """List the weights of all tenants."""
+    table = Table("tenant", "weight")
+    client = connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
+    for row in client.call("GET", "/admin/weights")["weights"]:
+        table.add_row(row["tenant"], f"{row['weight']:g}")
+    Console().print(table)

@@ -40,6 +40,7 @@ from tinsmith.placement import num_threads, places
 from tinsmith.relay import Relay, RelayStream
 from tinsmith.store import open_store
 from tinsmith.supervisor import Patience, Supervisor, available_cores
+from tinsmith.tls import Certificate
 
 log = structlog.get_logger("tinsmith.serve")
 
@@ -68,6 +69,8 @@ def serve(settings: Settings) -> int:
     """
     out = Console(highlight=False, soft_wrap=True)
     refs = parse_all(settings.base_model)
+    if settings.has_tls:
+        Certificate(Path(settings.tls_certificate), Path(settings.tls_key))
     data_dir = DataDir(settings.data_dir)
     data_dir.make()
     with contextlib.ExitStack() as held:
@@ -156,7 +159,10 @@ class _Serving:
             place.child_name.removeprefix("worker "): child.pid
             for place, child in zip(self._places, workers, strict=True)
         }
-        info = ServerInfo(__version__, self._url, self._settings.port, os.getpid(), api.pid, pids)
+        settings = self._settings
+        info = ServerInfo(
+            __version__, self._url, settings.port, os.getpid(), api.pid, pids, certificate=settings.tls_certificate
+        )
         try:
             self._data_dir.write_info(info)
         except OSError as error:
@@ -185,7 +191,7 @@ class _Serving:
         say(f"API reference: {self._url}/schema", markup=False)
 
     def _say_when_ready(self) -> None:
-        client = Client(local_url(self._settings))
+        client = Client(local_url(self._settings), certificate=self._settings.tls_certificate)
         names = ", ".join(ref.name for ref in self._refs)
         waiting = f"loading {names}"
         with self._err.status(waiting) if self._err.is_terminal else contextlib.nullcontext():
@@ -269,7 +275,8 @@ def bind(host: str, port: int, may_be_left: bool) -> socket.socket:
 def local_url(settings: Settings) -> str:
     """How this machine reaches the server."""
     host = ANY_HOST.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "https" if settings.has_tls else "http"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
 def _bind_trouble(host: str, port: int, error: OSError) -> str:

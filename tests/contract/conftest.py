@@ -28,6 +28,7 @@ from tinsmith.blobs import Blobs, checkpoint_key
 from tinsmith.checkpoint_file import dump_state
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
+from tinsmith.scopes import Scope
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
@@ -194,7 +195,7 @@ class House:
         self.store = open_store(self.settings.data_dir, synchronous="NORMAL")
         self.blobs = Blobs(self.settings.data_dir / "blobs")
         alice, bob = self.store.tenants.create("alice"), self.store.tenants.create("bob")
-        _, self.key = self.store.tenants.create_key(alice.tenant_id, "laptop", is_admin=True)
+        _, self.key = self.store.tenants.create_key(alice.tenant_id, "laptop", scope=Scope.ADMIN)
         _, self.other_key = self.store.tenants.create_key(bob.tenant_id, "laptop")
         self.tenant_id = alice.tenant_id
         self.api_bell = Bell(self.root / "api.sock")

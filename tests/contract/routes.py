@@ -175,6 +175,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         ],
         "POST /admin/keys": [],
         "GET /admin/keys": [],
+        "POST /admin/keys/{key_id:str}/rotate": [],
         "DELETE /admin/keys/{key_id:str}": [],
         "GET /admin/quotas": [],
         "PUT /admin/quotas": [],

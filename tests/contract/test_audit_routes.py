@@ -31,6 +31,7 @@ ACTS: dict[str, list[str]] = {  # by route: the events of its probes in tests/co
     f"GET {CHECKPOINT}/archive": ["checkpoint_archive_link_create"] * KEPT,
     f"GET {CHECKPOINT}/external_weights_urls": ["checkpoint_external_links_create"],
     "POST /admin/keys": ["organization_create", "organization_key_create", "organization_key_create"],
+    "POST /admin/keys/{key_id:str}/rotate": ["organization_key_rotate"],
     "DELETE /admin/keys/{key_id:str}": ["organization_key_revoke"],
     "DELETE /auth/apikey/me": ["organization_key_revoke"],
     "POST /admin/weights": ["organization_weight_set"],
@@ -146,6 +147,9 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
     if route == "DELETE /admin/keys/{key_id:str}":
         row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
         return [Probe("DELETE", f"/admin/keys/{row.key_id}")]
+    if route == "POST /admin/keys/{key_id:str}/rotate":
+        row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
+        return [Probe("POST", f"/admin/keys/{row.key_id}/rotate", {})]
     if route == f"DELETE {CHECKPOINT}/publish":
         scene.do([Probe("POST", probe.path) for probe in found])
     return found

@@ -15,6 +15,7 @@ from tinsmith.api.auth import KeyCache
 from tinsmith.api.places import CALLER
 from tinsmith.blobs import checkpoint_key
 from tinsmith.checkpoint_file import dump_state
+from tinsmith.scopes import Scope
 from tinsmith.store.rows import NewCheckpoint, Principal
 from tinsmith.types import CheckpointKind, RunSpec, TenantId
 
@@ -76,7 +77,7 @@ def test_many_requests_with_one_key_are_one_look() -> None:
     async def look(secret: str) -> Principal | None:
         looks.append(secret)
         await asyncio.sleep(0.01)
-        return Principal(TenantId("t"), "t", "k", is_admin=False) if secret == "good" else None
+        return Principal(TenantId("t"), "t", "k", Scope.FULL) if secret == "good" else None
 
     async def ask() -> list[Any]:
         keys = KeyCache(look)

@@ -18,7 +18,13 @@ from tinsmith.config import Settings
 from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError, ForbiddenError, NotFoundError, TinsmithError
 
-KEY = {"key_id": "k1", "name": "alice", "tenant": "alice", "created_at": "2026-01-01T00:00:00+00:00"}
+KEY = {
+    "key_id": "k1",
+    "name": "alice",
+    "tenant": "alice",
+    "scope": "full",
+    "created_at": "2026-01-01T00:00:00+00:00",
+}
 
 
 class Stub(ThreadingHTTPServer):
@@ -115,7 +121,7 @@ def test_a_key_is_made_and_shown_once(served: Path, stub: Stub) -> None:
     done = run("keys", "create", "--name", "alice", "--data-dir", served)
     assert done.stdout == "tml-new\n"
     assert "not shown again" in done.stderr
-    body = {"name": "alice", "tenant": "alice", "is_admin": False}
+    body = {"name": "alice", "tenant": "alice", "scope": "full"}
     assert stub.calls == [("POST", "/api/v1/admin/keys", "tml-admin", body)]
 
 

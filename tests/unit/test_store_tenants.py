@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tinsmith.errors import GoneError, NotFoundError, UserError
+from tinsmith.scopes import Scope
 from tinsmith.store.rows import NewCheckpoint, NewSampler
 from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, RunId, RunSpec, SamplerId, SessionId, TenantId
 
@@ -23,7 +24,7 @@ def checkpoint(run: RunId, name: str, kind: CheckpointKind = TRAINING, **more: A
 
 def test_keys_open_until_revoked(world: Any) -> None:
     tenants = world.store.tenants
-    key, secret = tenants.create_key(world.tenant, "laptop", is_admin=True)
+    key, secret = tenants.create_key(world.tenant, "laptop", scope=Scope.ADMIN)
     assert secret.startswith("tml-")
     assert len(secret) > 40
     who = tenants.authenticate(secret)

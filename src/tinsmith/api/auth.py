@@ -1,7 +1,8 @@
 """Who is asking: a key, or a token that stands for one, from `X-API-Key` or `Authorization: Bearer` to a principal.
 
 Every route under a guard is closed; there are no exceptions inside. Keys and tokens that were good are remembered for
-`TTL_S`, so those of a revoked key work for at most that long, and a token that ends for that much longer.
+`TTL_S`; a key that is revoked is forgotten at once, with the tokens that stand for it and the connections that use it,
+and one that expires isn't remembered beyond its end.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from litestar import Request
@@ -18,12 +21,15 @@ from litestar.datastructures import State
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
 
+from tinsmith.api.guesses import Guesses, address_of
 from tinsmith.api.places import CALLER
-from tinsmith.api.tokens import PREFIX
-from tinsmith.errors import AuthError, ForbiddenError
+from tinsmith.api.tokens import PREFIX as TOKEN
+from tinsmith.api.underway import Underway
+from tinsmith.errors import AuthError, ForbiddenError, GuessingError
 from tinsmith.store.rows import Principal
 
 TTL_S = 1.0
+GOOD_S = 3600.0  # for so long a good key is no guess
 MAX_REMEMBERED = 10_000
 
 Call = Request[Principal, str, State]
@@ -31,67 +37,116 @@ Connection = ASGIConnection[BaseRouteHandler, Principal, str, State]
 
 
 class KeyCache:
-    """Remembers good keys by their hash, never by themselves."""
+    """Remembers good keys by their hash, never by themselves.
 
-    def __init__(self, authenticate: Callable[[str], Coroutine[Any, Any, Principal | None]]) -> None:
+    Args:
+        guesses: what each address may try; None: there's no bound.
+    """
+
+    def __init__(
+        self,
+        authenticate: Callable[[str], Coroutine[Any, Any, Principal | None]],
+        guesses: Guesses | None = None,
+    ) -> None:
         self._authenticate = authenticate
+        self._guesses = guesses
         self._known: dict[bytes, tuple[Principal, float]] = {}
         self._asked: dict[bytes, asyncio.Future[Principal | None]] = {}
+        self._were_good: OrderedDict[bytes, float] = OrderedDict()
+        self._num_forgotten = 0
 
     def known(self, secret: str) -> Principal | None:
         """Whose key this is, if it was good a moment ago."""
-        known = self._known.get(_digest(secret))
-        return known[0] if known is not None and known[1] > time.monotonic() else None
+        principal, until = self._known.get(_digest(secret), (None, 0.0))
+        if principal is None or until <= time.monotonic() or _has_expired(principal):
+            return None
+        return principal
 
-    async def principal(self, secret: str) -> Principal:
-        """Raises: AuthError: no such key, or it was revoked."""
-        now = time.monotonic()
-        digest = _digest(secret)
-        known = self._known.get(digest)
-        if known is not None and known[1] > now:
-            return known[0]
-        principal = await self._ask_once(digest, secret)
+    async def principal(self, secret: str, address: str = "") -> Principal:
+        """address: where it comes from.
+
+        Raises:
+            AuthError: no such key, or it was revoked or has expired.
+            GuessingError: too many such keys came from there.
+        """
+        known = self.known(secret)
+        if known is not None:
+            return known
+        digest, num_forgotten = _digest(secret), -1
+        while num_forgotten != self._num_forgotten:  # else this may be the answer of before a revocation
+            num_forgotten = self._num_forgotten
+            principal = await self._ask_once(digest, secret, address)
         if principal is None:
             self._known.pop(digest, None)
-            raise AuthError("this key is unknown or was revoked: make one with `tinsmith keys create`")
+            raise AuthError("this key is unknown, was revoked or has expired: make one with `tinsmith keys create`")
+        now = time.monotonic()
+        self._were_good.pop(digest, None)
+        self._were_good[digest] = now
+        if len(self._were_good) > MAX_REMEMBERED:
+            self._were_good.popitem(last=False)
         if len(self._known) >= MAX_REMEMBERED:
             self._known.clear()
         self._known[digest] = (principal, now + TTL_S)
         return principal
 
-    async def _ask_once(self, digest: bytes, secret: str) -> Principal | None:
+    def forget(self, key_id: str) -> None:
+        """The key was revoked, or its end was moved: it is looked up anew, and so are tokens that stand for it."""
+        self._num_forgotten += 1
+        self._asked.clear()
+        for digest in [digest for digest, (known, _) in self._known.items() if known.key_id == key_id]:
+            del self._known[digest]
+
+    async def _ask_once(self, digest: bytes, secret: str, address: str) -> Principal | None:
         """Many requests with one key at the same time are one question."""
         asked = self._asked.get(digest)
         if asked is None:
-            asked = self._asked[digest] = asyncio.ensure_future(self._authenticate(secret))
-            asked.add_done_callback(lambda _: self._asked.pop(digest, None))
+            asked = self._asked[digest] = asyncio.ensure_future(self._ask(digest, secret, address))
+            asked.add_done_callback(partial(self._answered, digest))
         return await asyncio.shield(asked)
+
+    def _answered(self, digest: bytes, asked: asyncio.Future[Principal | None]) -> None:
+        if self._asked.get(digest) is asked:
+            del self._asked[digest]
+
+    async def _ask(self, digest: bytes, secret: str, address: str) -> Principal | None:
+        """A key that was good lately is no guess; a token is none at all, as nobody else can sign one."""
+        was_good = time.monotonic() - self._were_good.get(digest, -GOOD_S) < GOOD_S
+        if self._guesses is None or was_good or secret.startswith(TOKEN):
+            return await self._authenticate(secret)
+        wait_s = self._guesses.wait_s(address)
+        if wait_s:
+            raise GuessingError(f"too many unknown keys came from this address: try again in {wait_s} s")
+        self._guesses.count(address)
+        principal = await self._authenticate(secret)
+        if principal is not None:
+            self._guesses.forgive(address)
+        return principal
+
+
+def _has_expired(principal: Principal) -> bool:
+    return principal.expires_at is not None and principal.expires_at <= time.time()
 
 
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
 
 
-def key_guard(keys: KeyCache) -> Guard:
+def key_guard(keys: KeyCache, underway: Underway) -> Guard:
     """A guard that puts the caller's principal into the request, or refuses it."""
 
     async def require_key(connection: Connection, handler: BaseRouteHandler) -> None:
-        principal = await keys.principal(secret_of(connection))
+        host = connection.client.host if connection.client is not None else ""
+        principal = await keys.principal(secret_of(connection), address_of(host))
         connection.scope["user"] = principal
+        underway.begin(principal.key_id)
         CALLER.set(principal.tenant_id)
 
     return require_key
 
 
-def admin_guard(connection: Connection, handler: BaseRouteHandler) -> None:
-    """Runs after the key guard."""
-    if not connection.user.is_admin:
-        raise ForbiddenError("this needs an admin key")
-
-
 def key_itself_guard(connection: Connection, handler: BaseRouteHandler) -> None:
     """What lasts isn't for a token that ends soon. Runs after the key guard."""
-    if secret_of(connection).startswith(PREFIX):
+    if secret_of(connection).startswith(TOKEN):
         raise ForbiddenError(
             "this needs the key itself, not a token (JWT) that was made from it: send the key as X-API-Key"
         )

@@ -76,7 +76,7 @@ class Connection(H11Protocol):
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False  # the next answer is the last one
         self._lingers_until = 0.0
-        self._stay = Stay()
+        self._stay = Stay(self._cut)
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -98,6 +98,9 @@ class Connection(H11Protocol):
         if self._looking is not None:
             self._looking.cancel()
         super().connection_lost(exc)
+
+    def _cut(self) -> None:
+        self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()

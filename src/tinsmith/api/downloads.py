@@ -2,7 +2,8 @@
 
 The archive of any checkpoint is a tar of a PEFT adapter; external checkpoints have a link for each file as well.
 Answers are streamed, a piece of the stored file at a time (see adapter_files.py), and can be resumed: `Range`,
-`If-Range`, `ETag`. A download that has begun goes on to its end though the checkpoint be deleted meanwhile.
+`If-Range`, `ETag`. A download that has begun goes on to its end though the checkpoint be deleted meanwhile, but ends
+when the key is revoked that its link was made with.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ async def download(
 ) -> Response[Any]:
     """A file by its signed link, whole or from a place on. No key is needed."""
     query = parse_query(dict(request.query_params))
+    services.underway.begin(query.key)
     row = await services.work(follow_link, services, run_id, kind, name, file, query)
     CALLER.set(row.tenant_id)
     etag = f'"{version_of(row)}-{file}"'

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import structlog
 import zstandard
 
+from tinsmith.api.access import NEEDS
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
@@ -25,7 +26,7 @@ from tinsmith.api.errors import fault, lack_of, refusal
 from tinsmith.api.futures import come_to, failure_of, try_again
 from tinsmith.api.gaps import MAX_AHEAD
 from tinsmith.api.intake import Budget
-from tinsmith.api.marks import SECURITY_HEADERS, log_request, request_id_of
+from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
 from tinsmith.api.services import Services
@@ -41,7 +42,6 @@ from tinsmith.wire.results import failure_result
 
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
 MAX_RUNS = 4096
-SECURITY = b"".join(b"%s: %s\r\n" % header for header in SECURITY_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An answer to a request, with the id that both bear."""
+    """An answer to a request, with the id that both bear. security: header lines of every answer."""
 
     answer: Answer
     request_id: str
+    security: bytes
 
     @property
     def closes(self) -> bool:
@@ -73,7 +74,7 @@ class Answered:
             f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\ncontent-type: {answer.media}\r\n"
             f"content-length: {len(answer.body)}\r\n{extra}x-request-id: {self.request_id}\r\n"
         )
-        return b"".join((head.encode("latin-1"), dated, SECURITY, b"\r\n", answer.body))
+        return b"".join((head.encode("latin-1"), dated, self.security, b"\r\n", answer.body))
 
 
 Handler: TypeAlias = Callable[[Principal, PlainRequest], Awaitable[Answer | None]]
@@ -96,7 +97,10 @@ class Express:
             b"/api/v1/forward_backward": self._forward_backward,
             b"/api/v1/optim_step": self._optim_step,
         }
+        headers = security_headers(is_tls=services.settings.has_tls)
+        self._security = b"".join(b"%s: %s\r\n" % header for header in headers)
         self._paths = frozenset(self._handlers)
+        self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
@@ -106,7 +110,10 @@ class Express:
         if request is None:
             return None
         principal = self._keys.known(_secret_of(request))
-        return None if principal is None else self._answered(request, principal)
+        if principal is None or not principal.scope.allows(self._needs[request.path]):
+            return None
+        self._services.underway.begin(principal.key_id)
+        return self._answered(request, principal)
 
     async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
         request_id = request_id_of(request.headers.get(b"x-request-id", b""))
@@ -124,7 +131,7 @@ class Express:
             if answer is None:
                 return None
             log_request("POST", path, answer.status, time.monotonic() - started, principal)
-        return Answered(answer, request_id)
+        return Answered(answer, request_id, self._security)
 
     async def _retrieve(self, principal: Principal, request: PlainRequest) -> Answer | None:
         if not request.headers.get(b"content-type", b"").startswith(b"application/json"):

@@ -63,8 +63,9 @@ async def get_own_key(request: Call, services: ServicesDep) -> SelfKey:
 
 @delete("/auth/apikey/me", status_code=204, guards=[key_itself_guard])
 async def delete_own_key(request: Call, services: ServicesDep) -> None:
-    """Revoke the key that the request came with; it stops working within a second."""
+    """Revoke the key that the request came with; it stops working at once."""
     await services.write(services.store.tenants.revoke_key, request.user.key_id, by=request.user)
+    services.underway.revoked(request.user.key_id)
 
 
 def _describe(services: Services, principal: Principal) -> SelfKey:

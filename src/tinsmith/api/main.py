@@ -42,6 +42,7 @@ from tinsmith.pulse import BEAT_S, Pulse
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
+from tinsmith.tls import Certificate
 from tinsmith.tokenline import TokenLine, line_path
 
 log = structlog.get_logger("tinsmith.api")
@@ -49,6 +50,7 @@ log = structlog.get_logger("tinsmith.api")
 EXIT_UNUSABLE = 2
 GRACE_S = 10
 LINGER_S = 5.0  # longer than a client takes to ask again; less than GRACE_S
+CERTIFICATE_LOOK_S = 10.0
 BACKLOG = 2048
 
 
@@ -61,14 +63,20 @@ class Server(uvicorn.Server):
     A signal that was obeyed is not raised again, as uvicorn would: that ends the process before the store is closed.
     """
 
-    def __init__(self, config: uvicorn.Config, waiters: Waiters, pulse: Pulse) -> None:
+    def __init__(
+        self, config: uvicorn.Config, waiters: Waiters, pulse: Pulse, certificate: Certificate | None = None
+    ) -> None:
         super().__init__(config)
         self._waiters = waiters
         self._pulse = pulse
+        self._certificate = certificate
+        self._looking: asyncio.Task[None] | None = None
         self._is_relieved = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._certificate is not None:
+            self._looking = asyncio.create_task(_keep_fresh(self._certificate), name="certificate")
         if not self.should_exit:
             self._beat(asyncio.get_running_loop())
 
@@ -100,10 +108,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._waiters.close()
+        if self._looking is not None:
+            self._looking.cancel()
         if self._is_relieved:
             self._linger()
             asyncio.get_running_loop().call_later(0.1, self._linger)  # those that were just being accepted
         await super().shutdown(sockets)
+
+
+async def _keep_fresh(certificate: Certificate) -> None:
+    while True:
+        await asyncio.sleep(CERTIFICATE_LOOK_S)
+        await asyncio.to_thread(certificate.load_if_changed)
 
 
 def build_services(
@@ -143,11 +159,13 @@ def build_services(
 def make_server(services: Services, pulse: Pulse | None = None) -> Server:
     """A uvicorn server over the services; run it with `run(sockets=[...])`. It beats on `pulse` while it serves."""
     app = build_app(services)
+    settings = services.settings
+    certificate = Certificate(Path(settings.tls_certificate), Path(settings.tls_key)) if settings.has_tls else None
     express = Express(services, app.state[KEYS], app.state[BUDGET])
     config = uvicorn.Config(
-        with_edge(app),
-        host=services.settings.host,
-        port=services.settings.port,
+        with_edge(app, is_tls=settings.has_tls),
+        host=settings.host,
+        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -158,8 +176,9 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=most_connections(),
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
     )
-    return Server(config, services.waiters, pulse or Pulse(None))
+    return Server(config, services.waiters, pulse or Pulse(None), certificate)
 
 
 def serve_api(

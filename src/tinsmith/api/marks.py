@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from uuid import uuid4
 
 import structlog
@@ -18,6 +19,26 @@ SECURITY_HEADERS = (
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 )
+DATA_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+PAGE_POLICY = (  # of what a browser shows: all that it loads is served from here, and scripts are files
+    b"content-security-policy",
+    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+)
+NOT_KEPT = (b"cache-control", b"no-store")
+HTTPS_ALONE = (b"strict-transport-security", b"max-age=31536000")
+
+
+def security_headers(own: Iterable[tuple[bytes, bytes]] = (), *, is_tls: bool = False) -> list[tuple[bytes, bytes]]:
+    """What is added to an answer's own headers."""
+    sent = dict(own)
+    is_page = sent.get(b"content-type", b"").startswith(b"text/html")
+    return [
+        *SECURITY_HEADERS,
+        PAGE_POLICY if is_page else DATA_POLICY,
+        *([] if NOT_KEPT[0] in sent else [NOT_KEPT]),
+        *([HTTPS_ALONE] if is_tls else []),
+    ]
 
 
 def request_id_of(header: bytes) -> str:

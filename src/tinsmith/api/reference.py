@@ -6,9 +6,10 @@ A browser that opens it talks to nobody else, so it works without internet and t
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
-from litestar import get
-from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar import Request, get
+from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath
 from litestar.response import File
@@ -26,6 +27,32 @@ FILES = {
     "swagger-ui.css": "text/css",
     "favicon-32x32.png": "image/png",
 }
+PAGE = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>tinsmith</title>
+<link rel="icon" href="{ASSETS}/favicon-32x32.png">
+<link rel="stylesheet" href="{ASSETS}/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-container"></div>
+<script src="{ASSETS}/swagger-ui-bundle.js"></script>
+<script src="{ASSETS}/swagger-ui-standalone-preset.js"></script>
+<script src="{ASSETS}/start.js"></script>
+</body>
+</html>
+""".encode()
+START = f"""SwaggerUIBundle({{
+  url: "{PATH}/openapi.json",
+  dom_id: "#swagger-container",
+  deepLinking: true,
+  showExtensions: true,
+  showCommonExtensions: true,
+  presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
+}});
+"""
 
 
 @get(f"{ASSETS}/{{name:str}}", include_in_schema=False, sync_to_thread=False)
@@ -39,13 +66,21 @@ def asset(name: FromPath[str]) -> File:
     )
 
 
+@get(f"{ASSETS}/start.js", include_in_schema=False, media_type="text/javascript", sync_to_thread=False)
+def start() -> str:
+    """A file, and no part of the page, so that the page may forbid scripts within."""
+    return START
+
+
+class Page(OpenAPIRenderPlugin):
+    def __init__(self) -> None:
+        super().__init__(path="/swagger")
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return PAGE
+
+
 def openapi_config() -> DocumentConfig:
-    page = SwaggerRenderPlugin(
-        js_url=f"{ASSETS}/swagger-ui-bundle.js",
-        css_url=f"{ASSETS}/swagger-ui.css",
-        standalone_preset_js_url=f"{ASSETS}/swagger-ui-standalone-preset.js",
-        favicon=f'<link rel="icon" href="{ASSETS}/favicon-32x32.png">',
-    )
     schemes = {
         "key": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
         "bearer": SecurityScheme(type="http", scheme="bearer"),
@@ -54,6 +89,6 @@ def openapi_config() -> DocumentConfig:
         title="tinsmith",
         version=__version__,
         path=PATH,
-        render_plugins=[page],
+        render_plugins=[Page()],
         components=Components(security_schemes=dict(schemes)),
     )

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
+import structlog
 from litestar import get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import Struct
@@ -27,6 +28,8 @@ from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import SampleMeta, to_meta
 from tinsmith.wire.requests import CreateSamplingSession, JoinSamplingSession, SamplerAddress
 from tinsmith.wire.sampling import decode_sample
+
+log = structlog.get_logger("tinsmith.api")
 
 
 class SamplingSessionCreated(Struct):
@@ -164,6 +167,8 @@ def fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: D
     info = services.base(draft.base_model).info
     check_sample(asked, info, services.settings)
     num_prompt = int(asked.prompt.size)
+    if services.settings.log_prompts:
+        log.info("prompt", sampler_id=sampler_id, num_samples=asked.num_samples, prompt=asked.prompt.tolist())
     max_tokens = info.max_context - num_prompt if asked.params.max_tokens is None else asked.params.max_tokens
     meta = SampleMeta(
         seed=secrets.randbelow(MAX_SEED) if asked.seed is None else asked.seed,

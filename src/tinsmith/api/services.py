@@ -35,6 +35,7 @@ from tinsmith.api.polls import Polls
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
+from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
@@ -97,6 +98,7 @@ class Services:
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
+    underway: Underway = field(init=False, default_factory=Underway)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 

@@ -7,7 +7,7 @@ be used answers like one that leads nowhere.
 A token speaks for one checkpoint as it is stored, until it expires: it ends when the checkpoint is deleted or saved
 again, and when the key that it was made with is revoked. It holds no secret and no tenant, and is
 kept nowhere: what it says is signed. The key of another tenant is as good as a token for all of that tenant's
-checkpoints.
+checkpoints, if its scope is full.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tinsmith.api.links import version_of
 from tinsmith.api.paging import iso_time
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import NotFoundError
+from tinsmith.scopes import Scope
 from tinsmith.store.rows import CheckpointRow, Principal
 from tinsmith.types import RunId
 from tinsmith.wire.paths import TinkerPath, parse_kind, parse_path
@@ -141,6 +142,8 @@ def _opened(services: Services, token: str, place: TinkerPath) -> CheckpointRow 
         owner = None if claims is None else services.store.tenants.principal(claims.key_id)
     else:
         owner = services.store.tenants.authenticate(token)
+        if owner is not None and not owner.scope.allows(Scope.FULL):
+            return None
     if owner is None:
         return None
     row = services.store.checkpoints.get(owner.tenant_id, place.run_id, place.kind, place.name)

@@ -7,18 +7,24 @@ nobody, as many as they can ask for within `poll_hold_s`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 
 class Stay:
-    """Of one connection. For the event loop's own thread."""
+    """Of one connection. For the event loop's own thread.
 
-    __slots__ = ("_futures", "is_over")
+    Args:
+        cut: closes the connection at once.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, cut: Callable[[], None] = lambda: None) -> None:
         self._futures: set[asyncio.Future[Any]] = set()
         self.is_over = False
+        self.cut = cut
+        self.key_id: str | None = None  # of the key that was last used on it
+        self.on_end: Callable[[Stay], None] | None = None
 
     def end(self) -> None:
         """The connection is lost: nothing is waited for any more."""
@@ -26,6 +32,8 @@ class Stay:
         for future in self._futures:
             _give_up(future)
         self._futures.clear()
+        if self.on_end is not None:
+            self.on_end(self)
 
     def add(self, future: asyncio.Future[Any]) -> None:
         """It is awaited for this connection now; it comes to False if that is lost meanwhile, or was before."""

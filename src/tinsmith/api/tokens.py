@@ -1,7 +1,7 @@
 """JWTs: short-lived stand-ins for a key, signed by this server (HS256).
 
 A token names the key that it was made for and speaks for it as long as both hold: it ends with its time, and with the
-key, within a second of its revocation. It holds who its holder is, so that a client can say so without asking.
+key, at once. It holds who its holder is, so that a client can say so without asking.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tokens:
         """A token for the principal. not_after: when the token ends that it is asked for with; the new one ends no
         later, so that a token that was taken can't be prolonged."""
         now = time.time()
-        until = now + self._ttl_s
+        until = min(now + self._ttl_s, float("inf") if principal.expires_at is None else principal.expires_at)
         claims = {
             "iss": ISSUER,
             "sub": user_urn(principal.tenant_id),

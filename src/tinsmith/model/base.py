@@ -153,6 +153,8 @@ def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTraine
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
             local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, bindparam, select, update
 
 from tinsmith.errors import FencedError, NotFoundError, UserError
+from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import is_taken, put_checkpoint
 from tinsmith.store.endings import meter_cancelled, number_ends
@@ -98,7 +99,7 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
 
 
 def _note_export(conn: Connection, row: _Open, made: NewCheckpoint, now: float) -> None:
-    by = Principal(row.tenant_id, row.meta.get("actor", ""), row.meta.get("actor_key_id", ""), is_admin=False)
+    by = Principal(row.tenant_id, row.meta.get("actor", ""), row.meta.get("actor_key_id", ""), Scope.FULL)
     path = f"tinker://{made.run_id}/{made.kind}/{made.name}"
     details = {"model_id": made.run_id, "tinker_path": path, "recipients": str(len(row.meta.get("recipients", ())))}
     note(conn, "checkpoint_export", row.tenant_id, by, details, now)

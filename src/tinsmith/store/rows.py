@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinsmith.scopes import Scope
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import (
     BlobKey,
@@ -56,7 +57,12 @@ class Principal:
     tenant_id: TenantId
     tenant_name: str
     key_id: str
-    is_admin: bool
+    scope: Scope
+    expires_at: float | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        return self.scope is Scope.ADMIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +80,15 @@ class KeyRow:
     tenant_id: TenantId
     tenant_name: str
     name: str
-    is_admin: bool
+    scope: Scope
     created_at: float
-    revoked_at: float | None
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    successor_id: str | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        return self.scope is Scope.ADMIN
 
 
 @dataclass(frozen=True, slots=True)

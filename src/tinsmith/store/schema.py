@@ -65,9 +65,11 @@ keys = Table(
     Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), nullable=False),
     Column("name", Text, nullable=False),
     Column("digest", Text, nullable=False, unique=True),  # sha256 of the secret, hex
-    Column("is_admin", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
+    Column("scope", Text, nullable=False, server_default="full"),
+    Column("expires_at", Float),
+    Column("successor_id", Text),  # the key that took its place
 )
 
 sessions = Table(

@@ -1,20 +1,24 @@
 """Tenants and their keys.
 
 Owns the way from a secret to who it speaks for. A secret is shown once, at its creation, and only its sha256 is stored:
-it is 256 random bits, which need no slow hash. A revoked key stays as a row, so that its name can still be looked up.
+it is 256 random bits, which need no slow hash. A revoked key stays as a row, as does one that has expired, so that its
+name can still be looked up.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, or_, select, update
 
 from tinsmith.errors import NotFoundError, UserError
+from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.rows import KeyRow, Principal, TenantRow
@@ -29,8 +33,8 @@ _INSERT_TENANT = insert(tenants).inline()
 _INSERT_KEY = insert(keys).inline()
 _KEYS = (
     select(
-        keys.c.key_id, keys.c.tenant_id, tenants.c.name, keys.c.name, keys.c.is_admin, keys.c.created_at,
-        keys.c.revoked_at,
+        keys.c.key_id, keys.c.tenant_id, tenants.c.name, keys.c.name, keys.c.scope, keys.c.created_at,
+        keys.c.expires_at, keys.c.revoked_at, keys.c.successor_id,
     )
     .join(tenants, tenants.c.tenant_id == keys.c.tenant_id)
     .order_by(keys.c.created_at, keys.c.key_id)
@@ -41,10 +45,15 @@ _REVOKE = (
     .where(keys.c.key_id == bindparam("id"), keys.c.revoked_at.is_(None))
     .values(revoked_at=bindparam("now"))
 )
+_SUCCEED = (
+    update(keys)
+    .where(keys.c.key_id == bindparam("id"))
+    .values(expires_at=bindparam("until"), successor_id=bindparam("successor"))
+)
 _PRINCIPAL = (
-    select(keys.c.tenant_id, tenants.c.name, keys.c.key_id, keys.c.is_admin)
+    select(keys.c.digest, keys.c.tenant_id, tenants.c.name, keys.c.key_id, keys.c.scope, keys.c.expires_at)
     .join(tenants, tenants.c.tenant_id == keys.c.tenant_id)
-    .where(keys.c.revoked_at.is_(None))
+    .where(keys.c.revoked_at.is_(None), or_(keys.c.expires_at.is_(None), keys.c.expires_at > bindparam("now")))
 )
 _AUTHENTICATE = _PRINCIPAL.where(keys.c.digest == bindparam("digest"))
 _BY_KEY_ID = _PRINCIPAL.where(keys.c.key_id == bindparam("key_id"))
@@ -80,35 +89,62 @@ class Tenants:
         tenant_id: TenantId,
         name: str,
         *,
-        is_admin: bool = False,
+        scope: Scope = Scope.FULL,
+        expires_at: float | None = None,
         now: float | None = None,
         by: Principal | None = None,
     ) -> tuple[KeyRow, str]:
-        """A new key and its secret, which can't be had again.
+        """A new key and its secret, which can't be had again. expires_at: unix seconds; None: it lasts.
 
         Raises:
             NotFoundError: no such tenant.
         """
-        secret = PREFIX + secrets.token_urlsafe(32)
-        key_id = "k" + secrets.token_hex(8)
         created_at = time.time() if now is None else now
         with self._database.write() as conn:
             tenant_name = conn.execute(_TENANT_NAME, {"tenant_id": tenant_id}).scalar()
             if tenant_name is None:
                 raise NotFoundError(f"no tenant {tenant_id}")
-            conn.execute(
-                _INSERT_KEY,
-                {
-                    "key_id": key_id,
-                    "tenant_id": tenant_id,
-                    "name": name,
-                    "digest": _digest(secret),
-                    "is_admin": is_admin,
-                    "created_at": created_at,
-                },
-            )
-            row = KeyRow(key_id, tenant_id, tenant_name, name, is_admin, created_at, None)
+            made = KeyRow("", tenant_id, tenant_name, name, scope, created_at, expires_at)
+            row, secret = _insert_key(conn, made)
             note(conn, "organization_key_create", tenant_id, by, _about(row), created_at)
+        return row, secret
+
+    def rotate_key(
+        self,
+        key_id: str,
+        grace_s: float,
+        expires_at: float | None = None,
+        now: float | None = None,
+        *,
+        by: Principal | None = None,
+    ) -> tuple[KeyRow, str]:
+        """A successor of the key, with its tenant, name and scope, and the successor's secret. The key itself works for
+        `grace_s` more, or until its own end if that is sooner.
+
+        Args:
+            expires_at: of the successor; None: it lives as long as the key was made for.
+
+        Raises:
+            NotFoundError: no such key.
+            UserError: it was revoked, has expired, or has a successor.
+        """
+        at = time.time() if now is None else now
+        with self._database.write() as conn:
+            found = conn.execute(_KEY, {"key_id": key_id}).first()
+            if found is None:
+                raise NotFoundError(f"no key {key_id}")
+            old = _to_key(found)
+            if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= at):
+                raise UserError(f"key {key_id} was revoked or has expired: make a new one")
+            if old.successor_id is not None:
+                raise UserError(f"key {key_id} was rotated already: its successor is {old.successor_id}")
+            if expires_at is None and old.expires_at is not None:
+                expires_at = at + old.expires_at - old.created_at
+            row, secret = _insert_key(conn, replace(old, created_at=at, expires_at=expires_at))
+            until = at + grace_s if old.expires_at is None else min(old.expires_at, at + grace_s)
+            conn.execute(_SUCCEED, {"id": key_id, "until": until, "successor": row.key_id})
+            details = {**_about(row), "rotated_key_id": key_id, "rotated_key_expires_at": str(int(until))}
+            note(conn, "organization_key_rotate", row.tenant_id, by, details, at)
         return row, secret
 
     def list_keys(self) -> list[KeyRow]:
@@ -141,23 +177,44 @@ class Tenants:
             raise NotFoundError(f"no key {key_id}")
         return _to_key(row)
 
-    def authenticate(self, secret: str) -> Principal | None:
-        """Who the secret speaks for; None for an unknown or revoked one."""
+    def authenticate(self, secret: str, now: float | None = None) -> Principal | None:
+        """Who the secret speaks for; None for an unknown, expired or revoked one."""
+        digest = _digest(secret)
         with self._database.read() as conn:
-            row = conn.execute(_AUTHENTICATE, {"digest": _digest(secret)}).first()
-        return None if row is None else Principal(*row)
+            row = conn.execute(_AUTHENTICATE, {"digest": digest, "now": time.time() if now is None else now}).first()
+        return None if row is None or not hmac.compare_digest(row[0], digest) else _to_principal(row)
 
-    def principal(self, key_id: str) -> Principal | None:
-        """Who a key speaks for, by its id: for what was signed in exchange for it; None for a revoked one."""
+    def principal(self, key_id: str, now: float | None = None) -> Principal | None:
+        """Who a key speaks for, by its id: for what was signed in exchange for it; None for one that doesn't work any
+        more."""
         with self._database.read() as conn:
-            row = conn.execute(_BY_KEY_ID, {"key_id": key_id}).first()
-        return None if row is None else Principal(*row)
+            row = conn.execute(_BY_KEY_ID, {"key_id": key_id, "now": time.time() if now is None else now}).first()
+        return None if row is None else _to_principal(row)
+
+
+def _insert_key(conn: Connection, row: KeyRow) -> tuple[KeyRow, str]:
+    """The row under an id of its own, and its secret."""
+    secret = PREFIX + secrets.token_urlsafe(32)
+    made = replace(row, key_id="k" + secrets.token_hex(8))
+    values = {
+        "key_id": made.key_id,
+        "tenant_id": made.tenant_id,
+        "name": made.name,
+        "digest": _digest(secret),
+        "scope": made.scope.value,
+        "created_at": made.created_at,
+        "expires_at": made.expires_at,
+    }
+    conn.execute(_INSERT_KEY, values)
+    return made, secret
 
 
 def _about(row: KeyRow) -> dict[str, str]:
     """A key as the audit log speaks of it."""
     role = "administrator" if row.is_admin else "user"
-    return {"organization": row.tenant_name, "key_id": row.key_id, "key_name": row.name, "role": role}
+    until = {} if row.expires_at is None else {"expires_at": str(int(row.expires_at))}
+    about = {"organization": row.tenant_name, "key_id": row.key_id, "key_name": row.name, "role": role}
+    return {**about, "scope": row.scope.value, **until}
 
 
 def _digest(secret: str) -> str:
@@ -165,4 +222,10 @@ def _digest(secret: str) -> str:
 
 
 def _to_key(row: Sequence[Any]) -> KeyRow:
-    return KeyRow(*row)
+    key_id, tenant_id, tenant_name, name, scope, *times = row
+    return KeyRow(key_id, tenant_id, tenant_name, name, Scope(scope), *times)
+
+
+def _to_principal(row: Sequence[Any]) -> Principal:
+    _, tenant_id, tenant_name, key_id, scope, expires_at = row
+    return Principal(tenant_id, tenant_name, key_id, Scope(scope), expires_at)

@@ -14,8 +14,11 @@ import msgspec
 from msgspec import Meta, Struct, structs
 
 from tinsmith.errors import UnsupportedError, echo
+from tinsmith.scopes import Scope
 from tinsmith.types import AdamParams
 from tinsmith.wire.media import WireError, decode_json
+
+MAX_KEY_S = 10 * 366 * 24 * 3600.0
 
 NonNegative = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TrainingSeq = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -210,11 +213,22 @@ class CreateAccessToken(Struct):
 
 
 class CreateKey(Struct):
-    """tenant None: the caller's own."""
+    """tenant None: the caller's own. scope None: full, or admin with `is_admin`. expires_s: from now on; None: it
+    lasts."""
 
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     tenant: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     is_admin: bool = False
+    scope: Scope | None = None
+    expires_s: Annotated[float, Meta(ge=1, le=MAX_KEY_S)] | None = None
+
+
+class RotateKey(Struct):
+    """grace_s: for how long the key works beside its successor. expires_s: of the successor, from now on; None: it
+    lives as long as the key was made for."""
+
+    grace_s: Annotated[float, Meta(ge=0, le=MAX_KEY_S)] = 24 * 3600.0
+    expires_s: Annotated[float, Meta(ge=1, le=MAX_KEY_S)] | None = None
 
 
 class SetQuotas(Struct, forbid_unknown_fields=True):

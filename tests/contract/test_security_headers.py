@@ -1,0 +1,84 @@
+"""What every answer bears for browsers and caches, by whichever way it came; the bound on unknown keys over HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.contract.conftest import House
+from tests.contract.raw import Raw
+from tests.contract.routes import closed_routes, concrete
+from tests.contract.standing import standing
+
+EVERY = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
+DATA = "default-src 'none'; frame-ancestors 'none'"
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str]]:
+    with standing(tmp_path_factory.mktemp("headers"), unknown_keys_per_minute=30) as made:
+        yield made
+
+
+def test_answers_are_not_kept_framed_or_sniffed(stand: tuple[House, str]) -> None:
+    with closing(Raw(stand[1], stand[0].key)) as raw:
+        for route in closed_routes():
+            if route == "DELETE /auth/apikey/me":
+                continue
+            method, path = concrete(route)
+            answer = raw.send(method, path, content=b"{}")
+            assert EVERY.items() <= dict(answer.headers).items(), route
+            assert answer.headers["content-security-policy"] == DATA, route
+            assert answer.headers["cache-control"] in ("no-store", "private, no-store", "no-cache"), route
+            assert "strict-transport-security" not in answer.headers, route
+
+
+def test_the_express_lane_says_the_same(stand: tuple[House, str]) -> None:
+    with closing(Raw(stand[1], stand[0].key)) as raw:
+        raw.send("GET", "/sessions")
+        fast = raw.send("POST", "/retrieve_future", json={"request_id": "req-0"})
+        assert EVERY.items() <= dict(fast.headers).items()
+        assert (fast.headers["content-security-policy"], fast.headers["cache-control"]) == (DATA, "no-store")
+
+
+def test_the_page_runs_files_of_this_server_alone(stand: tuple[House, str]) -> None:
+    page = httpx.get(f"{stand[1]}/schema")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert not re.findall(r"<script(?![^>]*\ssrc=)[^>]*>", page.text)
+    assert not re.findall(r"\son\w+=", page.text)
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(loaded) == 5
+    for path in loaded:
+        assert path.startswith("/schema/assets/")
+        assert httpx.get(stand[1] + path).status_code == 200
+    start = httpx.get(f"{stand[1]}/schema/assets/start.js").text
+    assert httpx.get(stand[1] + re.findall(r'url: "([^"]+)"', start)[0]).json()["openapi"]
+
+
+def test_many_unknown_keys_are_told_to_wait_and_good_ones_go_on(stand: tuple[House, str]) -> None:
+    house, url = stand
+
+    def ask(secret: str) -> Any:
+        return httpx.get(f"{url}/api/v1/sessions", headers={"X-API-Key": secret})
+
+    assert ask(house.key).status_code == 200
+    answers = [ask(f"tml-guess{number}") for number in range(60)]
+    assert [answer.status_code for answer in answers[:20]] == [401] * 20
+    late = answers[-1]
+    assert (late.status_code, late.json()["code"], late.json()["category"]) == (
+        429,
+        "too_many_unknown_keys",
+        "capacity",
+    )
+    assert int(late.headers["retry-after"]) > 0
+    assert ask(house.key).status_code == 200
+    elsewhere = [httpx.get(f"{url}/oai/api/v1/models", headers={"X-API-Key": f"tml-{n}"}) for n in range(5)]
+    assert 429 in {answer.status_code for answer in elsewhere}

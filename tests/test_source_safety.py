@@ -1,0 +1,92 @@
+"""What the source may not contain: ways in which bytes that came from outside become code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+SRC = Path(__file__).resolve().parents[1] / "src" / "tinsmith"
+NO_MODULES = {
+    "pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml", "xmlrpc", "pty",
+    "code", "codeop", "zipimport", "imp", "runpy",
+}  # fmt: skip
+NO_CALLS = {"eval", "exec", "compile", "__import__", "execfile", "input", "breakpoint"}
+NO_ATTRIBUTES = {  # of a module of this name
+    "torch": {"load", "save"},
+    "np": {"load", "save", "savez", "fromregex"},
+    "numpy": {"load", "save", "savez", "fromregex"},
+    "os": {"system", "popen", "spawnl", "spawnv", "execv", "execve", "execvp"},
+    "subprocess": {"getoutput", "getstatusoutput"},
+    "tempfile": {"mktemp"},
+    "tarfile": {"TarFile.extractall"},
+    "shutil": {"unpack_archive"},
+    "ssl": {"_create_unverified_context", "CERT_NONE"},
+}
+NO_METHODS = {"extractall", "extract"}  # archives are read in place
+NO_ARGUMENTS = {("shell", True), ("allow_pickle", True), ("trust_remote_code", True), ("verify", False)}
+SOURCES = sorted(path for path in SRC.rglob("*.py") if path.name != "wire_pb2.py")
+
+
+def offences(text: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in NO_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            found += [str(node.module)] if (node.module or "").partition(".")[0] in NO_MODULES else []
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [f"{node.value.id}.{node.attr}"] if node.attr in NO_ATTRIBUTES.get(node.value.id, ()) else []
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in NO_CALLS:
+                found.append(f"{node.func.id}()")
+            if isinstance(node.func, ast.Attribute) and node.func.attr in NO_METHODS:
+                found.append(f".{node.func.attr}()")
+            found += [
+                f"{keyword.arg}={keyword.value.value}"
+                for keyword in node.keywords
+                if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in NO_ARGUMENTS
+            ]
+    return found
+
+
+def test_no_way_from_bytes_to_code() -> None:
+    found = {str(path.relative_to(SRC)): offences(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_the_walk_sees_it() -> None:
+    for text in (
+        "import pickle", "from marshal import loads", "eval('1')", "exec(x)", "torch.load(f)", "np.load(f)",
+        "os.system(x)", "subprocess.run(x, shell=True)", "np.fromfile(f, allow_pickle=True)", "tar.extractall(p)",
+        "__import__('x')", "AutoModel.from_pretrained(x, trust_remote_code=True)", "httpx.get(u, verify=False)",
+    ):  # fmt: skip
+        assert offences(text), text
+
+
+def test_base_models_are_safetensors_alone() -> None:
+    """transformers would take pickled weights where there are no others, and run code of the directory."""
+    text = (SRC / "model" / "base.py").read_text(encoding="utf-8")
+    calls = [
+        {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    assert calls
+    for call in calls:
+        assert call["use_safetensors"] is True
+        assert call["trust_remote_code"] is False
+
+
+def test_signatures_and_digests_are_compared_in_constant_time() -> None:
+    """Where a secret, or what follows from one, meets what a client sent: by `compare_digest`."""
+    for name in ("signing.py", "store/tenants.py"):
+        assert "hmac.compare_digest(" in (SRC / name).read_text(encoding="utf-8"), name
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
+                continue
+            names = [getattr(side, "id", getattr(side, "attr", "")) for side in (node.left, *node.comparators)]
+            assert not {"signature", "secret", "password", "expected_signature", "mac"} & set(names), (
+                path,
+                node.lineno,
+            )
