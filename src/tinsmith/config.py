@@ -17,6 +17,7 @@ from typing import Any, Self, get_type_hints
 from tinsmith.errors import ConfigError
 
 ENV_PREFIX = "TINSMITH_"
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -248,6 +249,16 @@ class Settings:
     log_level: str = setting("info", "debug, info, warning or error.", group="logging")
     log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
 
+    metrics_address: str = setting(
+        "",
+        "HOST:PORT on which /metrics is answered without a key, for a Prometheus that sends none; empty: nowhere. On "
+        "the server's own port it needs an administrator's key.",
+        group="watching",
+    )
+    metrics_tenants: int = setting(
+        20, "Tenants that figures name; those after them are counted together as `other`.", group="watching"
+    )
+
     crash_point: str = setting(
         "",
         "For tests: NAME or NAME:N; a process dies by SIGKILL when it comes past that point the Nth time.",
@@ -364,6 +375,12 @@ def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | No
 def point_sdk_at(url: str, key: str) -> None:
     """Make SDK clients of this process talk to `url`, and load tokenizers from disk alone."""
     os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
+
+
+def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:
+    """Where the processes of this server count; None for one that was started alone."""
+    named = (os.environ if env is None else env).get(METRICS_DIR)
+    return Path(named) if named else None
 
 
 def child_env(settings: Settings, defaults: Mapping[str, str], **forced: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tinsmith.errors import ConfigError
@@ -27,7 +27,8 @@ SIGNING_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`."""
+    """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`. restarts: how often
+    each child was started again since the server's start."""
 
     version: str
     url: str
@@ -35,6 +36,7 @@ class ServerInfo:
     pid: int
     api_pid: int
     worker_pids: dict[str, int]
+    restarts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

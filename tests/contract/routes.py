@@ -176,6 +176,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "POST /admin/keys": [],
         "GET /admin/keys": [],
         "DELETE /admin/keys/{key_id:str}": [],
+        "GET /admin/runs": [],
     }
 
 
@@ -200,7 +201,11 @@ def belongings(raw: Raw) -> Ids:
 
 def closed_routes() -> list[str]:
     """ "METHOD /path" of every route that needs a key."""
-    rooms = (("", (*app.CLOSED, *app.ADMIN)), ("/oai/api/v1", app.OPENAI), ("/anthropic/api/v1", app.ANTHROPIC))
+    rooms = (
+        ("", (*app.CLOSED, *app.ADMIN, *app.WATCHING)),
+        ("/oai/api/v1", app.OPENAI),
+        ("/anthropic/api/v1", app.ANTHROPIC),
+    )
     return sorted(
         f"{method} {prefix}{path}"
         for prefix, handlers in rooms

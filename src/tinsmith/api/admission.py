@@ -17,6 +17,7 @@ from msgspec import Struct
 from tinsmith.api.services import Services
 from tinsmith.blobs import payload_key
 from tinsmith.errors import UserError
+from tinsmith.series import FAILED_OPS, OPS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
 from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
 from tinsmith.wire.media import JSON
@@ -106,6 +107,9 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         if blob:
             await services.work(services.blobs.delete, blob)
         raise
+    if enqueued.is_new and draft.failure is not None:
+        OPS.add(draft.kind, "refused")
+        FAILED_OPS.add(draft.failure.code)
     if blob and not enqueued.is_new:
         await services.work(services.blobs.delete, blob)
     if not enqueued.row.state.is_final:

@@ -27,6 +27,7 @@ from tinsmith.api import (
     identity,
     keys,
     losses,
+    metrics,
     reference,
     runs,
     sampling,
@@ -112,6 +113,7 @@ CLOSED = (
 OPENAI = (models.list_models, models.get_model, chat.create_chat_completion, completions.create_completion)
 ANTHROPIC = (messages.create_message, messages.count_message_tokens)
 ADMIN = (keys.create_key, keys.list_keys, keys.revoke_key)
+WATCHING = (metrics.latest_runs,)  # for admins, who may come with a token too
 
 
 def build_app(services: Services) -> Litestar:
@@ -146,6 +148,8 @@ def build_app(services: Services) -> Litestar:
             Router("/anthropic/api/v1", route_handlers=ANTHROPIC, guards=[guard], security=reference.NEEDS_KEY),
             Router("/oai/api/v1", route_handlers=OPENAI, guards=[guard], security=reference.NEEDS_KEY),
             Router("/api/v1", route_handlers=ADMIN, guards=for_admins, security=reference.NEEDS_KEY),
+            Router("/api/v1", route_handlers=WATCHING, guards=[guard, admin_guard], security=reference.NEEDS_KEY),
+            Router("/", route_handlers=[metrics.get_metrics], guards=[guard, admin_guard]),
         ],
         dependencies={
             "services": Provide(provide_services, sync_to_thread=False),
@@ -189,7 +193,8 @@ def with_edge(app: ASGIApp) -> ASGIApp:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await app(scope, receive, send_marked)
-            log_request(scope["method"], scope["path"], status, time.monotonic() - started, scope.get("user"))
+            route = scope.get("path_template", "")
+            log_request(scope["method"], scope["path"], status, time.monotonic() - started, scope.get("user"), route)
 
     return edge
 

@@ -123,7 +123,7 @@ class Express:
                 answer = _failed(path, request_id, error)
             if answer is None:
                 return None
-            log_request("POST", path, answer.status, time.monotonic() - started, principal)
+            log_request("POST", path, answer.status, time.monotonic() - started, principal, path)
         return Answered(answer, request_id)
 
     async def _retrieve(self, principal: Principal, request: PlainRequest) -> Answer | None:

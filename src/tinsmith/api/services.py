@@ -25,6 +25,7 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
+from tinsmith.api.figures import Watched
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
@@ -36,6 +37,7 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
+from tinsmith.metrics import Counting
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
@@ -84,6 +86,8 @@ class Services:
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
+    counting: Counting = field(default_factory=partial(Counting, (), "api", None))
+    watched: Watched = field(init=False)
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
@@ -91,6 +95,8 @@ class Services:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
+        polls = partial(getattr, self.waiters, "num_waiting")
+        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
 
     async def enqueue(self, new: NewOp) -> Enqueued:

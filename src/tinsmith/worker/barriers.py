@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 
 import structlog
 
+from tinsmith import series
 from tinsmith.adapter_files import pack_external
 from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key, stem
 from tinsmith.checkpoint_file import read_state, state_pieces
@@ -119,7 +120,10 @@ class Barriers:
                 ready.append((op, OptimItem(op.id, run.run_id, self._payloads.adam_params(op))))
             except TinsmithError as error:
                 finished.append(failed(op, error.as_failure()))
+        started = time.perf_counter()
         outcomes = self._engine.optim_step([item for _, item in ready]) if ready else []
+        if ready:
+            series.OPTIM_SECONDS.observe(time.perf_counter() - started)
         for (op, _), outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Failure):
                 finished.append(failed(op, outcome))

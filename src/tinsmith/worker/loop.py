@@ -43,6 +43,7 @@ from tinsmith.worker.samples import Samples
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.unwritten import Unwritten
+from tinsmith.worker.watch import Watch
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -74,15 +75,16 @@ class Worker:
         self._engine = engine
         self._settings = settings
         self._bell = bell
-        self._base = engine.info.name
         self._role = role
         self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
-        self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes)
+        self._watch = Watch(me.slot, store, engine, settings.metrics_tenants)
+        self._recorder = Recorder(me, store, blobs, api, settings.inline_bytes, self._watch.recorded)
         self._wake = wake
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
-        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
+        base = engine.info.name
+        self.runs = HeldRuns(me, base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
         self._unwritten = Unwritten(settings.resident_adapters_mib * 2**20)
         self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder, self._unwritten)
         self._barriers = Barriers(
@@ -92,11 +94,11 @@ class Worker:
         self._shares = Shares()
         self._samples = Samples(
             engine, store, blobs, self._payloads, self._publisher, self._ahead, self._shares.charge,
-            Telling(engine, line),
+            Telling(engine, line), self._watch.use,
         )  # fmt: skip
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
-        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
+        self._queue = QueueView(me, base, store, settings.scan_interval_s, self._role)
         self._claims = Claims(me, store, self._queue, self.runs)
         self._saving: set[OpId] = set()
         self._suspects = Suspects()
@@ -143,11 +145,11 @@ class Worker:
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self._publisher.write()
         self.runs.snapshot_due()
+        self._watch.levels(len(self.runs.residency))
         computing = self._passes.runs
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True
-        is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
-        is_busy = worked or batch is not None or is_at_work or self._must_plan
+        is_busy = worked or batch is not None or self._must_plan or len(self._passes) + self._engine.num_samples > 0
         if not is_busy:
             self._recorder.go()
         return is_busy

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import structlog
 
-from tinsmith import crashpoints, heap, lifeline, observe
+from tinsmith import crashpoints, heap, lifeline, observe, series
 from tinsmith.bases import BaseRef, describe, parse
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
-from tinsmith.config import Settings
+from tinsmith.config import Settings, metrics_dir
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
+from tinsmith.metrics import Counting
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments().parse_args(argv)
     settings = Settings.load()
     observe.configure(settings, process=f"worker {args.slot}")
+    counting = Counting(series.TABLE, f"worker-{args.slot}", metrics_dir())
+    counting.start()
     crashpoints.arm_from(settings.crash_point)
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("the worker ends, to be started again", base=base.name, error=error.message)
         return EXIT_FAILED
     finally:
+        counting.flush()
         store.close()
     return 0
 

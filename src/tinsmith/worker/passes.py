@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from tinsmith import series
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Candidate
@@ -61,6 +62,13 @@ class OpenPass:
             speed = stats.work / max(seconds, 1e-6)
             self.speed = speed if not self.speed else 0.7 * self.speed + 0.3 * speed
         return stats is not None and not self.training.is_computed
+
+    def count(self) -> None:
+        """Tell of it, once it has ended."""
+        series.PASS_SECONDS.observe(self.seconds)
+        series.PASS_RUNS.observe(len({item.run_id for _, item in self.ready}))
+        series.PASS_TENANTS.observe(len({op.tenant_id for op, _ in self.ready}))
+        series.PASS_TOKENS.observe(sum(item.num_tokens for _, item in self.ready))
 
     def commit(self) -> list[Outcome]:
         """The outcomes of all its ops, once all is computed."""
@@ -179,6 +187,7 @@ class Passes:
         """It is computed, or it failed."""
         if one in self._open:
             self._open.remove(one)
+            one.count()
             self._speed = one.speed
             now = time.time()
             for _, item in one.ready:

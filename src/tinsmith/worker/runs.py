@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import structlog
 
+from tinsmith import series
 from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
@@ -166,7 +167,8 @@ class HeldRuns:
             f"the state of the run {run_id} is lost: {why}. Restore the data directory from a backup and start the "
             "server again, or make a new run from the last checkpoint"
         )
-        log.error("run given up", run_id=run_id, why=why)
+        log.error("run given up", run_id=run_id, tenant_id=held.row.tenant_id, why=why)
+        series.CORRUPTED.add()
         held.given_up = CorruptError(message).as_failure()
         held.replays.clear()
         self._replaying.pop(run_id, None)
@@ -185,7 +187,8 @@ class HeldRuns:
         held = self._held.get(op.run_id) if op.run_id else None
         if held is None or held.given_up is not None:
             return
-        held.replays.pop(op.seq_id, None)
+        if held.replays.pop(op.seq_id, None) is not None:
+            series.REPLAYED.add(op.kind)
         if not held.replays:
             self._replaying.pop(held.row.run_id, None)
             self.postponed.forget(held.row.run_id)

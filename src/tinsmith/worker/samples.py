@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import structlog
 from google.protobuf.message import EncodeError
 
+from tinsmith import series
 from tinsmith.blobs import Blobs, stem
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, TinsmithError, UserError
@@ -42,8 +44,10 @@ class Samples:
         ahead: ReadAhead,
         charge: Callable[[TenantId, int], None],
         telling: Telling,
+        use: Callable[[TenantId, Usage], None],
     ) -> None:
-        """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end."""
+        """`charge` counts tokens against a tenant: what a request may cost at its start, corrected at its end. `use` is
+        told what was computed for a cancelled one."""
         self._engine = engine
         self._store = store
         self._blobs = blobs
@@ -53,6 +57,7 @@ class Samples:
         self._charge = charge
         self.num_coming = 0
         self._telling = telling
+        self._use = use
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
         self._held_bytes: Counter[TenantId] = Counter()  # of their payloads
@@ -123,7 +128,12 @@ class Samples:
     def step(self) -> list[Outcome]:
         """Advance all resident sequences; the outcomes of the requests that ended."""
         outcomes: list[Outcome] = []
-        for op_id, result in self._engine.step_samples():
+        started = time.perf_counter()
+        ended = self._engine.step_samples()
+        series.SAMPLE_STEP.observe(time.perf_counter() - started)
+        for op_id in self._engine.begun_samples():
+            series.SAMPLE_FIRST.observe(max(0.0, time.time() - self._resident[op_id].created_at))
+        for op_id, result in ended:
             op = self._resident.pop(op_id)
             self._let_go(op)
             self._telling.end(op_id)
@@ -151,6 +161,7 @@ class Samples:
             used[op_id] = Usage(
                 prefill_tokens=cost.num_prefilled, cached_tokens=cost.num_cached, sampled_tokens=cost.num_sampled
             )
+            self._use(op.tenant_id, used[op_id])
         return used
 
     def abandon(self) -> list[OpRow]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from tinsmith import series
 from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
 from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
@@ -96,6 +97,7 @@ class Snapshots:
         def recorded(stored: BlobInfo | BaseException | None) -> None:
             held.is_snapshotting = False
             if isinstance(stored, BaseException):
+                series.SNAPSHOT_FAILURES.add()
                 log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(stored))
             elif stored is not None:
                 held.debt_ops -= debt_ops
@@ -108,6 +110,7 @@ class Snapshots:
 
     def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int) -> BlobInfo | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
+        started = time.perf_counter()
         stored = self._blobs.put(key, state_pieces(state))
         self._recorder.wait(mark)
         try:
@@ -119,5 +122,7 @@ class Snapshots:
         stale = self._store.ops.prune_payloads(run_id, seq)
         for old in [*stale, *([previous] if previous and previous != stored.key else [])]:
             self._blobs.delete(old)
+        series.SNAPSHOT_SECONDS.observe(time.perf_counter() - started)
+        series.SNAPSHOT_BYTES.add(by=stored.size)
         log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
         return stored
