@@ -30,7 +30,10 @@ LAYERS = (
         "torch_probe", "verify", "backup",
     },
     {"worker", "api"},
-    {"admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "demo", "__main__"},
+    {
+        "admin", "client", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "cli", "top", "demo",
+        "__main__",
+    },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe"}

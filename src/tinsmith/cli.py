@@ -27,6 +27,7 @@ from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.serve import serve
 from tinsmith.store import open_store
+from tinsmith.top.main import top_command
 
 app = typer.Typer(
     name="tinsmith",
@@ -100,6 +101,7 @@ app.command("migrate")(with_settings(_migrate))
 app.command("verify")(verify_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
+app.command("top")(top_command)
 
 
 @app.command("demo")

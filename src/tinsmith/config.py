@@ -372,6 +372,11 @@ def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | No
     return (url.rstrip("/"), source.get("TINKER_API_KEY", "")) if url else None
 
 
+def client_key(env: Mapping[str, str] | None = None) -> str:
+    """The key that the SDK's own variable holds; empty if it is not set."""
+    return (os.environ if env is None else env).get("TINKER_API_KEY", "")
+
+
 def point_sdk_at(url: str, key: str) -> None:
     """Make SDK clients of this process talk to `url`, and load tokenizers from disk alone."""
     os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")

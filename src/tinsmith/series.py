@@ -52,6 +52,7 @@ SAMPLE_FIRST = Histogram(
 SAMPLE_STEP = Histogram(
     "tinsmith_sample_step_seconds", "One step of the sampler: each resident sequence gets a token.", buckets=SECONDS
 )
+WORKER_BUSY = Counter("tinsmith_worker_busy_seconds_total", "Time in which a worker computed.", "worker")
 KV_USED = Gauge("tinsmith_kv_used_bytes", "Memory for keys and values that samples hold.", "worker")
 KV_FREE = Gauge("tinsmith_kv_free_bytes", "Memory for keys and values that is free.", "worker")
 RESIDENT_RUNS = Gauge("tinsmith_resident_runs", "Runs in the memory where passes are computed.", "worker")
@@ -87,7 +88,6 @@ SNAPSHOTS_SIZE = Series("tinsmith_snapshots_bytes", "What these snapshots take."
 CHECKPOINTS = Series("tinsmith_checkpoints", "Checkpoints, by kind.", "kind")
 CHECKPOINTS_SIZE = Series("tinsmith_checkpoints_bytes", "What they take.", "kind")
 WORKER_READY = Series("tinsmith_worker_ready", "1 while a worker has its base loaded.", "worker", "base_model", "role")
-WORKER_BUSY = ReadCounter("tinsmith_worker_busy_seconds_total", "Computing of a worker since it was started.", "worker")
 RESTARTS = ReadCounter("tinsmith_restarts_total", "Restarts of a process that had died.", "process")
 PROCESS_MEMORY = Series("tinsmith_process_memory_bytes", "Resident memory of a process.", "process")
 PROCESS_CPU = ReadCounter("tinsmith_process_cpu_seconds_total", "Processor time of a process.", "process")

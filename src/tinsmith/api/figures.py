@@ -70,7 +70,6 @@ class _Reader(Collector):
             series.WORKER_READY,
             {(row.slot, row.base_model, row.role.value): float(row.slot in alive) for row in workers},
         )
-        yield _family(series.WORKER_BUSY, {(row.slot,): row.busy_s for row in workers})
         info = self._data_dir.left_info()
         if info is not None:
             yield from _of_processes(info)

@@ -145,7 +145,7 @@ class Worker:
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self._publisher.write()
         self.runs.snapshot_due()
-        self._watch.levels(len(self.runs.residency))
+        self._watch.levels(len(self.runs.residency), self._busy_clock.seconds)
         computing = self._passes.runs
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True

@@ -29,6 +29,7 @@ class Watch:
         kept = series.TENANT_TOKENS.kept("tenant")
         self._tenants = TenantLabels(most_tenants, lambda tenant: store.overview.tenant_name(TenantId(tenant)), kept)
         self._levels_at = float("-inf")
+        self._busy_s = 0.0
 
     def recorded(self, outcomes: Sequence[Outcome]) -> None:
         """They are on disk now."""
@@ -59,12 +60,15 @@ class Watch:
                 series.TOKENS.add(kind, by=count)
                 series.TENANT_TOKENS.add(self._tenants[tenant_id], kind, by=count)
 
-    def levels(self, num_runs: int) -> None:
-        """How full the engine is, if that was not said a moment ago. num_runs: in its memory."""
+    def levels(self, num_runs: int, busy_s: float) -> None:
+        """How full the engine is, if that was not said a moment ago. num_runs: in its memory; busy_s: it has computed
+        for so long."""
         now = time.monotonic()
         if now - self._levels_at < LEVELS_EVERY_S:
             return
         self._levels_at = now
+        series.WORKER_BUSY.add(self._slot, by=max(0.0, busy_s - self._busy_s))
+        self._busy_s = busy_s
         used, total = self._engine.kv_bytes
         series.KV_USED.set(used, self._slot)
         series.KV_FREE.set(max(0, total - used), self._slot)
