@@ -91,7 +91,7 @@ def _ops(house: House) -> float:
 
 
 def _answer_us() -> float:
-    return _per_call(lambda: log_request("POST", "/api/v1/x", 200, 0.001, None, "/api/v1/x"))
+    return _per_call(lambda: log_request("POST", "/api/v1/x", 200, 0.001, None, "/api/v1/x", None))
 
 
 def _per_call(call: Callable[[], object]) -> float:

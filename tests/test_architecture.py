@@ -19,11 +19,11 @@ GENERATED = {"wire_pb2.py"}
 
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"", "types", "loss_graph", "errors", "config", "cpu", "heap", "crashpoints", "host_memory"},
+    {"", "types", "loss_graph", "errors", "config", "setting_values", "cpu", "heap", "crashpoints", "host_memory"},
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "jsonform", "metrics", "series",
+        "adapter_files", "jsonform", "metrics", "series", "tracing", "otel",
     },
     {
         "scheduler", "recovery", "engine", "fake_engine", "model", "training", "sampling", "torch_engine", "janitor",
@@ -107,8 +107,12 @@ def test_what_is_used_is_declared_and_the_other_way_round() -> None:
         used["demo" if room_of(path) == "demo" else "rest"] |= {
             owner_of(owners[top], declared | demo) for top in foreign
         }
-    gpu = {distribution(re.split(r"[<>=]", text)[0]) for text in project["optional-dependencies"]["gpu"]}
-    assert used["rest"] - gpu == declared
+    extras = {
+        distribution(re.split(r"[<>=]", text)[0])
+        for extra in ("gpu", "otel")
+        for text in project["optional-dependencies"][extra]
+    }
+    assert used["rest"] - extras == declared
     assert used["demo"] <= declared | demo
 
 

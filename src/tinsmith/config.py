@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from tinsmith.errors import ConfigError
+from tinsmith.setting_values import ENV_PREFIX, flag, parse, show
 
-ENV_PREFIX = "TINSMITH_"
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -259,6 +259,18 @@ class Settings:
         20, "Tenants that figures name; those after them are counted together as `other`.", group="watching"
     )
 
+    otlp_endpoint: str = setting(
+        "",
+        "Where traces go: the URL of an OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318;"
+        " empty: nowhere. Needs tinsmith[otel].",
+        group="watching",
+    )
+    trace_share: float = setting(
+        1.0,
+        "Share of requests that are traced, from 0 to 1; one that comes with a traceparent is as its client says.",
+        group="watching",
+    )
+
     crash_point: str = setting(
         "",
         "For tests: NAME or NAME:N; a process dies by SIGKILL when it comes past that point the Nth time.",
@@ -278,7 +290,7 @@ class Settings:
         for f in fields(cls):
             raw = source.get(env_name(f))
             if raw is not None:
-                values[f.name] = _parse(f.name, types[f.name], raw)
+                values[f.name] = parse(f.name, types[f.name], raw)
         for name, value in overrides.items():
             if value is not None:
                 values[name] = value
@@ -289,7 +301,7 @@ class Settings:
 
     def as_env(self) -> dict[str, str]:
         """The settings as environment variables, for a child process."""
-        return {ENV_PREFIX + name.upper(): _show(value) for name, value in asdict(self).items()}
+        return {ENV_PREFIX + name.upper(): show(value) for name, value in asdict(self).items()}
 
     @property
     def is_loopback(self) -> bool:
@@ -307,13 +319,15 @@ class Settings:
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
+                raise ConfigError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
+        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "metrics_tenants"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
+                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
             if not DEVICE.fullmatch(value):
-                raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+                raise ConfigError(f"{flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+        if not 0 <= self.trace_share <= 1:
+            raise ConfigError(f"--trace-share must lie between 0 and 1, not {self.trace_share:g}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if not self.base_model:
@@ -329,40 +343,11 @@ class Settings:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{_flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ConfigError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
 
 def env_name(f: Field[Any]) -> str:
     return ENV_PREFIX + f.name.upper()
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
-
-
-def _parse(name: str, kind: Any, raw: str) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.strip().lower()]
-        if kind is int:
-            return int(raw)
-        if kind is float:
-            return float(raw)
-        if kind is Path:
-            return Path(raw)
-        if kind is str:
-            return raw
-        return tuple(part.strip() for part in raw.split(",") if part.strip())
-    except (ValueError, KeyError):
-        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r} is not a {getattr(kind, '__name__', 'list')}") from None
 
 
 def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | None:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from msgspec import Struct
 
+from tinsmith import tracing
 from tinsmith.api.services import Services
 from tinsmith.blobs import payload_key
 from tinsmith.errors import UserError
@@ -97,7 +98,7 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         payload_blob=blob,
         payload_bytes=len(draft.payload or b""),
         media=draft.media,
-        meta=draft.meta,
+        meta=tracing.carry(draft.meta),
         failure=draft.failure,
     )
     looks_before = services.waiters.num_looks

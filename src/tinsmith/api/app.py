@@ -15,6 +15,7 @@ from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinsmith import tracing
 from tinsmith.api import (
     audit,
     billing,
@@ -178,7 +179,8 @@ def with_edge(app: ASGIApp) -> ASGIApp:
         if scope["type"] != ScopeType.HTTP:
             await app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        headers = dict(scope["headers"])
+        request_id = request_id_of(headers.get(b"x-request-id", b""))
         scope["request_id"] = request_id  # type: ignore[typeddict-unknown-key]
         started = time.monotonic()
         status = 0
@@ -191,10 +193,11 @@ def with_edge(app: ASGIApp) -> ASGIApp:
                 message["headers"] = [*message.get("headers", []), *marks]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        traced = tracing.request(scope["method"], scope["path"], headers.get(b"traceparent", b""), request_id)
+        with structlog.contextvars.bound_contextvars(request_id=request_id), traced as asked:
             await app(scope, receive, send_marked)
-            route = scope.get("path_template", "")
-            log_request(scope["method"], scope["path"], status, time.monotonic() - started, scope.get("user"), route)
+            route, seconds = scope.get("path_template", ""), time.monotonic() - started
+            log_request(scope["method"], scope["path"], status, seconds, scope.get("user"), route, asked)
 
     return edge
 
@@ -223,7 +226,3 @@ def _ended_among(services: Services, awaited: Sequence[Awaited]) -> Mapping[Awai
     for op_id, row in services.store.ops.ended_among(op_ids).items():
         ended[op_id] = row
     return ended
-
-
-def _request_id(scope: Scope) -> str:
-    return request_id_of(dict(scope["headers"]).get(b"x-request-id", b""))

@@ -23,7 +23,7 @@ from typing import cast
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, heap, lifeline, observe, series
+from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
 from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.express import Express
@@ -184,10 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for base, _, path in (text.rpartition("=") for text in args.worker_bell):
         bells.setdefault(base, []).append(Path(path))
     try:
+        tracing.start(settings, "api")
         serve_api(settings, sock, args.bell, bells, counting)
     except TinsmithError as error:
         log.error("the API can't start", error=error.message)
         return EXIT_UNUSABLE
+    finally:
+        tracing.stop()
     return 0
 
 

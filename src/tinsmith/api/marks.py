@@ -11,6 +11,7 @@ import structlog
 from tinsmith.metrics import OTHER
 from tinsmith.series import HTTP_REQUESTS, HTTP_SECONDS
 from tinsmith.store.rows import Principal
+from tinsmith.tracing import Asked
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -29,8 +30,13 @@ def request_id_of(header: bytes) -> str:
     return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
 
 
-def log_request(method: str, path: str, status: int, seconds: float, caller: Principal | None, route: str) -> None:
-    """Leave what there is to know of an answered request. route: the path with names in place of ids; empty: none."""
+def log_request(
+    method: str, path: str, status: int, seconds: float, caller: Principal | None, route: str, asked: Asked | None
+) -> None:
+    """Leave what there is to know of an answered request. route: the path with names in place of ids; empty: none.
+    asked: its span, if it is traced."""
+    if asked is not None:
+        asked.answered(status, route, "" if caller is None else caller.tenant_name)
     HTTP_REQUESTS.add(route or OTHER, str(status))
     HTTP_SECONDS.observe(seconds, route or OTHER)
     HTTP_SECONDS.publish(PUBLISH_EVERY_S)

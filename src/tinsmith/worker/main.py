@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from tinsmith import crashpoints, heap, lifeline, observe, series
+from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
 from tinsmith.bases import BaseRef, describe, parse
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, end)
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous)
     try:
+        tracing.start(settings, f"worker {args.slot}")
         with Bell(args.bell) as bell:
             line = TokenSender(line_path(args.api_bell))
             _serve(args.slot, Role(args.role), base, settings, store, bell, Ringer(args.api_bell), own_bell, line, stop)
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     finally:
         counting.flush()
+        tracing.stop()
         store.close()
     return 0
 

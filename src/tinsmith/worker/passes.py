@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from tinsmith import series
+from tinsmith import series, tracing
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.scheduler import Candidate
@@ -47,6 +47,7 @@ class OpenPass:
     is_suspect: bool = False
     seconds: float = 0.0
     speed: float = 0.0
+    began_at: float = field(default_factory=time.time)
 
     @property
     def tenants(self) -> frozenset[TenantId]:
@@ -65,10 +66,16 @@ class OpenPass:
 
     def count(self) -> None:
         """Tell of it, once it has ended."""
+        counts = {
+            "runs": len({item.run_id for _, item in self.ready}),
+            "tenants": len({op.tenant_id for op, _ in self.ready}),
+            "tokens": sum(item.num_tokens for _, item in self.ready),
+        }
         series.PASS_SECONDS.observe(self.seconds)
-        series.PASS_RUNS.observe(len({item.run_id for _, item in self.ready}))
-        series.PASS_TENANTS.observe(len({op.tenant_id for op, _ in self.ready}))
-        series.PASS_TOKENS.observe(sum(item.num_tokens for _, item in self.ready))
+        series.PASS_RUNS.observe(counts["runs"])
+        series.PASS_TENANTS.observe(counts["tenants"])
+        series.PASS_TOKENS.observe(counts["tokens"])
+        tracing.computed([op for op in self.ops if op.id not in self.replays], self.began_at, time.time(), counts)
 
     def commit(self) -> list[Outcome]:
         """The outcomes of all its ops, once all is computed."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from tinsmith import series
+from tinsmith import series, tracing
 from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
 from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
@@ -23,7 +23,7 @@ from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
-from tinsmith.types import BlobKey, Failure, RunId, RunState
+from tinsmith.types import BlobKey, Failure, RunState
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.writer import Writer
 
@@ -106,10 +106,11 @@ class Snapshots:
                 held.snapshot, held.snapshot_seq = stored.key, seq
                 self._on_disk(stored.key, state)
 
-        self._writer.submit(lambda: self._write(run_id, seq, key, state, mark), recorded)
+        self._writer.submit(lambda: self._write(held.row, seq, key, state, mark), recorded)
 
-    def _write(self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int) -> BlobInfo | None:
+    def _write(self, row: RunRow, seq: int, key: BlobKey, state: RunState, mark: int) -> BlobInfo | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
+        run_id = row.run_id
         started = time.perf_counter()
         stored = self._blobs.put(key, state_pieces(state))
         self._recorder.wait(mark)
@@ -122,7 +123,9 @@ class Snapshots:
         stale = self._store.ops.prune_payloads(run_id, seq)
         for old in [*stale, *([previous] if previous and previous != stored.key else [])]:
             self._blobs.delete(old)
-        series.SNAPSHOT_SECONDS.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        series.SNAPSHOT_SECONDS.observe(seconds)
         series.SNAPSHOT_BYTES.add(by=stored.size)
+        tracing.snapshot(run_id, row.tenant_id, time.time() - seconds, time.time(), stored.size)
         log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
         return stored

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tinsmith import series
+from tinsmith import series, tracing
 from tinsmith.engine import Engine
 from tinsmith.metrics import TenantLabels
 from tinsmith.store import Store
@@ -36,9 +36,11 @@ class Watch:
         now = time.time()
         for outcome in outcomes:
             op, finished = outcome.op, outcome.finished
+            code = "" if finished.failure is None else finished.failure.code
             series.OPS.add(op.kind, finished.state)
-            if finished.failure is not None:
-                series.FAILED_OPS.add(finished.failure.code)
+            if code:
+                series.FAILED_OPS.add(code)
+            tracing.op(op, finished.state, code, now)
             series.OP_SECONDS.observe(max(0.0, now - op.created_at), op.kind)
             if op.started_at is not None:
                 wait_s = max(0.0, op.started_at - op.created_at)
