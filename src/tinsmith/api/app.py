@@ -194,6 +194,7 @@ def with_edge(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         traced = tracing.request(scope["method"], scope["path"], headers.get(b"traceparent", b""), request_id)
+        structlog.contextvars.clear_contextvars()
         with structlog.contextvars.bound_contextvars(request_id=request_id), traced as asked:
             await app(scope, receive, send_marked)
             route, seconds = scope.get("path_template", ""), time.monotonic() - started

@@ -17,6 +17,7 @@ from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
+from structlog.contextvars import bind_contextvars
 
 from tinsmith.api.places import CALLER
 from tinsmith.api.tokens import PREFIX
@@ -79,6 +80,7 @@ def key_guard(keys: KeyCache) -> Guard:
         principal = await keys.principal(secret_of(connection))
         connection.scope["user"] = principal
         CALLER.set(principal.tenant_id)
+        bind_contextvars(tenant=principal.tenant_name, tenant_id=principal.tenant_id)
 
     return require_key
 

@@ -115,7 +115,8 @@ class Express:
         started = time.monotonic()
         CALLER.set(principal.tenant_id)
         traced = tracing.request("POST", path, request.headers.get(b"traceparent", b""), request_id)
-        with structlog.contextvars.bound_contextvars(request_id=request_id), traced as asked:
+        marks = {"request_id": request_id, "tenant": principal.tenant_name, "tenant_id": principal.tenant_id}
+        with structlog.contextvars.bound_contextvars(**marks), traced as asked:
             try:
                 answer = await self._handlers[request.path](principal, request)
             except TinsmithError as error:

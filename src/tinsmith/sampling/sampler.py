@@ -325,7 +325,7 @@ class Sampler:
                 self._fail(request, error, ended)
 
     def _fail(self, request: Request, error: Exception, ended: Ended) -> None:
-        log.error("sample failed", op_id=request.item.op_id, exc_info=error)
+        log.error("sample failed", op_id=request.item.op_id, tenant_id=request.tenant, exc_info=error)
         self._drop(request)
         ended.append((request.item.op_id, INTERNAL))
 

@@ -29,6 +29,7 @@ from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.unwritten import Unwritten
+from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -266,7 +267,7 @@ class Barriers:
             held.num_saves -= 1
             self._unwritten.remove(num_bytes)
             if isinstance(info, BaseException):
-                log.error("checkpoint not written", op_id=op.id, error=str(info))
+                log.error("checkpoint not written", **about([op]), error=str(info))
                 message = f"the checkpoint could not be written ({type(info).__name__}): mend the disk, save again"
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return

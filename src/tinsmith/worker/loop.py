@@ -43,7 +43,7 @@ from tinsmith.worker.samples import Samples
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.unwritten import Unwritten
-from tinsmith.worker.watch import Watch
+from tinsmith.worker.watch import Watch, about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -239,7 +239,7 @@ class Worker:
         except (FencedError, CapacityError, CorruptError):
             raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception as error:
-            log.exception("batch failed", ops=[op.id for op in ops])
+            log.exception("batch failed", **about(ops))
             self._contain(ops, replays, error)
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
@@ -279,7 +279,7 @@ class Worker:
         except (FencedError, CapacityError, CorruptError):
             raise
         except Exception as error:
-            log.exception("pass failed", ops=[op.id for op in current.ops])
+            log.exception("pass failed", **about(current.ops))
             self._passes.end(current)
             self._contain(current.ops, current.replays, error)
         seconds = current.seconds - before
@@ -303,7 +303,7 @@ class Worker:
                 outcomes = self._samples.step()
         except Exception:
             abandoned = self._samples.abandon()
-            log.exception("sampler step failed", ops=[op.id for op in abandoned])
+            log.exception("sampler step failed", **about(abandoned))
             if len(abandoned) == 1:
                 outcomes = [failed(abandoned[0], INTERNAL)]
             else:
@@ -333,7 +333,7 @@ class Worker:
             try:
                 refused = self._samples.admit(op)
             except Exception:
-                log.exception("sample refused", op=op.id)
+                log.exception("sample refused", **about([op]))
                 refused = failed(op, INTERNAL)
             if refused is not None:
                 self._commit([refused])

@@ -30,6 +30,7 @@ from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import HeldRun, Snapshots
+from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -106,7 +107,14 @@ class HeldRuns:
                 return False
             self._engine.import_run(held.row.spec, self._ahead.take(held.snapshot), may_keep=True)
             self._idle.pop(run_id, None)
-            log.debug("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
+            tenant_id = held.row.tenant_id
+            log.debug(
+                "run restored",
+                run_id=run_id,
+                tenant_id=tenant_id,
+                snapshot_seq=held.snapshot_seq,
+                replays=len(held.replays),
+            )
         self.residency.used(held)
         return True
 
@@ -127,7 +135,10 @@ class HeldRuns:
             raise
         except TinsmithError as error:
             what = "is gone" if isinstance(error, NotFoundError) else "is damaged"
-            log.error("snapshot unreadable", run_id=run_id, snapshot=held.snapshot, error=error.message)
+            tenant_id = held.row.tenant_id
+            log.error(
+                "snapshot unreadable", run_id=run_id, tenant_id=tenant_id, snapshot=held.snapshot, error=str(error)
+            )
             self._give_up(held, f"its snapshot up to request {held.snapshot_seq} {what}")
         if held.given_up is not None:
             raise CorruptError(held.given_up.message)
@@ -157,7 +168,7 @@ class HeldRuns:
         if failure.code in LACKS:
             self.postponed.add(held.row.run_id, failure)
             return True
-        log.error("replay failed", run_id=op.run_id, seq_id=op.seq_id, op_id=op.id, error=failure.message)
+        log.error("replay failed", **about([op]), error=failure.message)
         self._give_up(held, f"request {op.seq_id} of its log can't be computed again")
         return False
 
@@ -294,4 +305,11 @@ class HeldRuns:
         self._held[row.run_id] = self._idle[row.run_id] = held
         if recovery.replays:
             self._replaying[row.run_id] = held
-            log.info("run to be replayed", run_id=row.run_id, above=row.snapshot_seq, ops=len(recovery.replays))
+            tenant_id = row.tenant_id
+            log.info(
+                "run to be replayed",
+                run_id=row.run_id,
+                tenant_id=tenant_id,
+                above=row.snapshot_seq,
+                ops=len(recovery.replays),
+            )

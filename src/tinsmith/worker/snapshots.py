@@ -98,7 +98,7 @@ class Snapshots:
             held.is_snapshotting = False
             if isinstance(stored, BaseException):
                 series.SNAPSHOT_FAILURES.add()
-                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, error=str(stored))
+                log.error("snapshot failed; the log is kept", **_about(held.row), seq_id=seq, error=str(stored))
             elif stored is not None:
                 held.debt_ops -= debt_ops
                 held.debt_bytes -= debt_bytes
@@ -117,7 +117,7 @@ class Snapshots:
         try:
             previous = self._store.runs.record_snapshot(self._me, run_id, seq, stored.key, stored.size, time.time())
         except FencedError:
-            log.warning("snapshot dropped: the run has another holder now", run_id=run_id, seq_id=seq)
+            log.warning("snapshot dropped: the run has another holder now", **_about(row), seq_id=seq)
             self._blobs.delete(stored.key)
             return None
         stale = self._store.ops.prune_payloads(run_id, seq)
@@ -127,5 +127,9 @@ class Snapshots:
         series.SNAPSHOT_SECONDS.observe(seconds)
         series.SNAPSHOT_BYTES.add(by=stored.size)
         tracing.snapshot(run_id, row.tenant_id, time.time() - seconds, time.time(), stored.size)
-        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
+        log.info("run snapshotted", **_about(row), seq_id=seq, bytes=stored.size, payloads_dropped=len(stale))
         return stored
+
+
+def _about(row: RunRow) -> dict[str, str]:
+    return {"run_id": row.run_id, "tenant_id": row.tenant_id}
