@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from litestar.testing import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.contract.conftest import House
 from tests.unit.test_metrics import samples
@@ -19,8 +21,9 @@ from tinsmith import series
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.metrics import listening
 from tinsmith.config import METRICS_DIR
+from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError
-from tinsmith.metrics import Counting
+from tinsmith.metrics import Counter, Counting, Gauge, Histogram
 
 ADAM = {"adam_params": {"learning_rate": 0.1}}
 
@@ -117,3 +120,23 @@ def test_often_asked_is_read_twice_a_second_at_most(
     for _ in range(20):
         read(client, house.key)
     assert num_reads == 1
+
+
+def test_every_series_of_the_table_is_in_the_text(house: House, watched: Any) -> None:
+    services, client = watched
+    for one in series.TABLE:
+        if isinstance(one, Counter):
+            one.add(*one.labels)
+        elif isinstance(one, Gauge):
+            one.set(1, *one.labels)
+        elif isinstance(one, Histogram):
+            one.observe(1, *one.labels)
+    info = ServerInfo("0", "http://x", 1, os.getpid(), os.getpid(), {"tinsmith/tiny": os.getpid()}, {"api": 2})
+    DataDir(services.settings.data_dir).write_info(info)
+    families = {family.name: family for family in text_string_to_metric_families(read(client, house.key).text)}
+    for one in series.TABLE:
+        family = families[one.family]
+        assert (family.type, family.documentation) == (one.kind, one.help)
+        assert all(set(sample.labels) - {"le"} == set(one.labels) for sample in family.samples), one.name
+    assert samples(read(client, house.key).content)[("tinsmith_restarts_total", ("api",))] == 2
+    assert samples(read(client, house.key).content)[("tinsmith_process_memory_bytes", ("api",))] > 10**6
