@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,7 +55,7 @@ class ReadCounter(Series):
     kind = "counter"
 
 
-class Meter(Series):
+class Meter(Series, ABC):
     """A series that this process counts in. What was counted is kept in memory until the next `flush`."""
 
     def __init__(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = ()) -> None:
@@ -92,11 +93,13 @@ class Meter(Series):
         """Values of a label that this process's place has counted under, in this process and those before it."""
         return set() if self._counting is None else self._counting.kept(label)
 
+    @abstractmethod
     def _make(self, registry: CollectorRegistry) -> Any:
-        raise NotImplementedError
+        """The library's own series."""
 
+    @abstractmethod
     def _put(self, child: Any, counted: Any) -> None:
-        raise NotImplementedError
+        """Give what was counted to one of the library's children."""
 
 
 class Counter(Meter):
