@@ -71,6 +71,8 @@ bench-gpu: init ## the table of one NVIDIA GPU; writes docs/benchmarks-gpu.md. R
 
 docs: init ## the pages that are generated from the code
 	@$(BIN)/python scripts/make_settings_page.py
+	@$(BIN)/python scripts/make_metrics_table.py
+	@$(BIN)/python scripts/make_board.py
 
 clean: ## remove what the other verbs made
 	rm -rf $(VENV) .venv-* .cookbook build dist curves .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,7 @@ import hashlib
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
+from tinsmith.series import FSYNC
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
 TEMPORARY = ".tmp-"
@@ -83,7 +85,9 @@ class Blobs:
                 digest.update(piece)
                 size += temporary.file.write(piece)
             temporary.file.flush()
+            started = time.perf_counter()
             os.fsync(temporary.file.fileno())
+            FSYNC.observe(time.perf_counter() - started)
             temporary.path = path.with_name(f"{path.name}.{digest.hexdigest()[:DIGEST_CHARS]}")
         crash_point("blob.after_rename")
         sync_directory(path.parent)

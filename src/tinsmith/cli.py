@@ -27,6 +27,7 @@ from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.quota_commands import admin
 from tinsmith.serve import serve
 from tinsmith.store import open_store
+from tinsmith.top.main import top_command
 
 app = typer.Typer(
     name="tinsmith",
@@ -97,6 +98,7 @@ app.command("verify")(verify_command)
 app.command("disk")(disk_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
+app.command("top")(top_command)
 
 
 @app.command("demo")

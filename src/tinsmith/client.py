@@ -52,20 +52,31 @@ class Client:
             TinsmithError: what the server answered, or that it can't be reached.
         """
         data = None if body is None else json.dumps(body).encode()
-        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": "application/json"}
-        request = urllib.request.Request(f"{self.url}/api/v1{path}", data, headers, method=method)
+        content = self._send(method, f"/api/v1{path}", data)
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise ConfigError(f"{self.url} did not answer with JSON; is it a tinsmith server? ({error})") from None
+
+    def text(self, path: str) -> str:
+        """What GET of a path answers. Raises: as `call`."""
+        return self._send("GET", path, None).decode(errors="replace")
+
+    def _send(self, method: str, path: str, data: bytes | None) -> bytes:
+        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": "application/json, text/plain"}
+        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as answer:
-                content = answer.read()
-                return json.loads(content) if content else None
+                content: bytes = answer.read()
+                return content
         except urllib.error.HTTPError as error:
             with error:
                 raise BY_STATUS.get(error.code, UserError)(_detail(error)) from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ConfigError(f"no server answers at {self.url} ({reason}); start one with `tinsmith serve`") from None
-        except ValueError as error:
-            raise ConfigError(f"{self.url} did not answer with JSON; is it a tinsmith server? ({error})") from None
+        except ValueError as error:  # of the URL
+            raise ConfigError(f"{self.url!r} is no URL of a server: {error}") from None
 
     def is_ready(self) -> bool:
         """Whether every base model has been loaded; False too if nobody answers."""

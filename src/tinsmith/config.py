@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from tinsmith.errors import ConfigError
+from tinsmith.setting_values import ENV_PREFIX, flag, parse, show
 
-ENV_PREFIX = "TINSMITH_"
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -303,6 +304,28 @@ class Settings:
     )
     log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
 
+    metrics_address: str = setting(
+        "",
+        "HOST:PORT on which /metrics is answered without a key, for a Prometheus that sends none; empty: nowhere. On "
+        "the server's own port it needs an administrator's key.",
+        group="watching",
+    )
+    metrics_tenants: int = setting(
+        20, "Tenants that figures name; those after them are counted together as `other`.", group="watching"
+    )
+
+    otlp_endpoint: str = setting(
+        "",
+        "Where traces go: the URL of an OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318;"
+        " empty: nowhere. Needs tinsmith[otel].",
+        group="watching",
+    )
+    trace_share: float = setting(
+        1.0,
+        "Share of requests that are traced, from 0 to 1; one that comes with a traceparent is as its client says.",
+        group="watching",
+    )
+
     crash_point: str = setting(
         "",
         "For tests: NAME or NAME:N; a process dies by SIGKILL when it comes past that point the Nth time.",
@@ -322,7 +345,7 @@ class Settings:
         for f in fields(cls):
             raw = source.get(env_name(f))
             if raw is not None:
-                values[f.name] = _parse(f.name, types[f.name], raw)
+                values[f.name] = parse(f.name, types[f.name], raw)
         for name, value in overrides.items():
             if value is not None:
                 values[name] = value
@@ -338,7 +361,7 @@ class Settings:
 
     def as_env(self) -> dict[str, str]:
         """The settings as environment variables, for a child process."""
-        return {ENV_PREFIX + name.upper(): _show(value) for name, value in asdict(self).items()}
+        return {ENV_PREFIX + name.upper(): show(value) for name, value in asdict(self).items()}
 
     @property
     def has_tls(self) -> bool:
@@ -362,18 +385,20 @@ class Settings:
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
+                raise ConfigError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
         may_be_zero = (
             "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
             "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
-            "pass_timeout_s",
+            "pass_timeout_s", "metrics_tenants",
         )  # fmt: skip
         for name in may_be_zero:
             if getattr(self, name) < 0:
-                raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
+                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
             if not DEVICE.fullmatch(value):
-                raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+                raise ConfigError(f"{flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+        if not 0 <= self.trace_share <= 1:
+            raise ConfigError(f"--trace-share must lie between 0 and 1, not {self.trace_share:g}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -391,7 +416,7 @@ class Settings:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{_flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ConfigError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
 
 def _absolute(path: str) -> str:
@@ -403,35 +428,6 @@ def env_name(f: Field[Any]) -> str:
     return ENV_PREFIX + f.name.upper()
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
-
-
-def _parse(name: str, kind: Any, raw: str) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[raw.strip().lower()]
-        if kind is int:
-            return int(raw)
-        if kind is float:
-            return float(raw)
-        if kind is Path:
-            return Path(raw)
-        if kind is str:
-            return raw
-        return tuple(part.strip() for part in raw.split(",") if part.strip())
-    except (ValueError, KeyError):
-        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r} is not a {getattr(kind, '__name__', 'list')}") from None
-
-
 def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | None:
     """The server and key that the SDK's own variables name; None if TINKER_BASE_URL is not set."""
     source = os.environ if env is None else env
@@ -439,9 +435,20 @@ def client_address(env: Mapping[str, str] | None = None) -> tuple[str, str] | No
     return (url.rstrip("/"), source.get("TINKER_API_KEY", "")) if url else None
 
 
+def client_key(env: Mapping[str, str] | None = None) -> str:
+    """The key that the SDK's own variable holds; empty if it is not set."""
+    return (os.environ if env is None else env).get("TINKER_API_KEY", "")
+
+
 def point_sdk_at(url: str, key: str) -> None:
     """Make SDK clients of this process talk to `url`, and load tokenizers from disk alone."""
     os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
+
+
+def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:
+    """Where the processes of this server count; None for one that was started alone."""
+    named = (os.environ if env is None else env).get(METRICS_DIR)
+    return Path(named) if named else None
 
 
 def child_env(settings: Settings, defaults: Mapping[str, str], **forced: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tinsmith.errors import ConfigError
@@ -28,7 +28,8 @@ SIGNING_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling one under
-    `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http."""
+    `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http. restarts: how often
+    each child was started again since the server's start."""
 
     version: str
     url: str
@@ -37,6 +38,7 @@ class ServerInfo:
     api_pid: int
     worker_pids: dict[str, int]
     certificate: str = ""
+    restarts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

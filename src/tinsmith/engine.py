@@ -168,6 +168,15 @@ class Engine(Protocol):
         """Admit what fits, prefill some, advance each decoding sequence by one token; return what ended."""
         ...
 
+    def begun_samples(self) -> list[OpId]:
+        """The requests that got their first token in the last `step_samples`, those that ended with it too."""
+        ...
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """Memory for keys and values: (what samples hold, all)."""
+        ...
+
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         """What the unfinished sequences of some requests have got by now.
 

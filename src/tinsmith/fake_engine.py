@@ -93,6 +93,7 @@ class FakeEngine:
         self._runs: dict[RunId, _Run] = {}
         self._adapters: dict[str, FloatArray] = {}
         self._samples: dict[OpId, tuple[SampleItem, int]] = {}
+        self._begun: list[OpId] = []
         self.num_forwards = 0
         self.pass_max_tokens = pass_max_tokens or USEFUL_TOKENS
 
@@ -204,13 +205,23 @@ class FakeEngine:
 
     def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
         ended: list[tuple[OpId, SampleResult | Failure]] = []
+        self._begun = []
         for op_id, (item, left) in list(self._samples.items()):
+            if left == self._length(item):
+                self._begun.append(op_id)
             if left > TOKENS_PER_STEP:
                 self._samples[op_id] = (item, left - TOKENS_PER_STEP)
                 continue
             del self._samples[op_id]
             ended.append((op_id, self._sample(item)))
         return ended
+
+    def begun_samples(self) -> list[OpId]:
+        return self._begun
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         pieces: list[SamplePiece] = []

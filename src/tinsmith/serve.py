@@ -31,7 +31,7 @@ from tinsmith.admin import ensure_admin_key
 from tinsmith.bases import BaseRef, describe, parse_all
 from tinsmith.child import ChildSpec
 from tinsmith.client import Client
-from tinsmith.config import Settings, child_env
+from tinsmith.config import METRICS_DIR, Settings, child_env
 from tinsmith.cpu import math_env
 from tinsmith.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
 from tinsmith.errors import ConfigError, TinsmithError
@@ -160,8 +160,9 @@ class _Serving:
             for place, child in zip(self._places, workers, strict=True)
         }
         settings = self._settings
+        restarts = {child.spec.name: child.num_starts - 1 for child in self._supervisor.children}
         info = ServerInfo(
-            __version__, self._url, settings.port, os.getpid(), api.pid, pids, certificate=settings.tls_certificate
+            __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, restarts
         )
         try:
             self._data_dir.write_info(info)
@@ -220,7 +221,12 @@ def child_specs(
 ) -> list[ChildSpec]:
     """The API first, then the workers of each base, in the order of `refs`."""
     workers = places(settings, refs)
-    common = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    common = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        METRICS_DIR: str(sockets / "metrics"),
+    }
     api = [sys.executable, "-m", "tinsmith.api", "--fd", str(listen_fd), "--bell", str(sockets / "api.sock")]
     for place in workers:
         api += ["--worker-bell", f"{place.ref.name}={place.bell(sockets)}"]
@@ -304,4 +310,5 @@ def _socket_dir() -> Iterator[Path]:
     parent = tempfile.gettempdir()
     short = parent if len(parent) <= MAX_SOCKET_DIR_CHARS else "/tmp"
     with tempfile.TemporaryDirectory(prefix=SOCKET_DIR_PREFIX, dir=short, ignore_cleanup_errors=True) as path:
+        (Path(path) / "metrics").mkdir()
         yield Path(path)

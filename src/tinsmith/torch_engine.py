@@ -169,5 +169,12 @@ class TorchEngine:
     def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
         return self._sampler.step()
 
+    def begun_samples(self) -> list[OpId]:
+        return self._sampler.begun
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        return self._sampler.kv_bytes
+
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         return self._sampler.progress(since)

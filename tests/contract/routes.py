@@ -181,6 +181,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "PUT /admin/quotas": [],
         "GET /admin/weights": [],
         "POST /admin/weights": [],
+        "GET /admin/runs": [],
     }
 
 
@@ -205,7 +206,11 @@ def belongings(raw: Raw) -> Ids:
 
 def closed_routes() -> list[str]:
     """ "METHOD /path" of every route that needs a key."""
-    rooms = (("", (*app.CLOSED, *app.ADMIN)), ("/oai/api/v1", app.OPENAI), ("/anthropic/api/v1", app.ANTHROPIC))
+    rooms = (
+        ("", (*app.CLOSED, *app.ADMIN, *app.WATCHING)),
+        ("/oai/api/v1", app.OPENAI),
+        ("/anthropic/api/v1", app.ANTHROPIC),
+    )
     return sorted(
         f"{method} {prefix}{path}"
         for prefix, handlers in rooms

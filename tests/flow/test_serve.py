@@ -39,7 +39,7 @@ def test_a_server_says_how_to_reach_it(data_dir: Path) -> None:
         data_dir, *FAKE, "--base-model", "tinsmith/tiny", "--base-model", f"org/big={SHIPPED_PATH}"
     ) as service:
         info = service.info()
-        assert set(info) == {"version", "url", "port", "pid", "api_pid", "worker_pids", "certificate"}
+        assert set(info) == {"version", "url", "port", "pid", "api_pid", "worker_pids", "certificate", "restarts"}
         assert info["pid"] == service.process.pid
         assert set(info["worker_pids"]) == {"tinsmith/tiny", "org/big"}
         assert all(map(is_alive, children(service)))

@@ -78,6 +78,13 @@ NEEDS: Mapping[str, Scope] = {
     "list_keys": Scope.ADMIN,
     "rotate_key": Scope.ADMIN,
     "revoke_key": Scope.ADMIN,
+    # the tenants, and how the server does
+    "list_quotas": Scope.ADMIN,
+    "set_quotas": Scope.ADMIN,
+    "list_weights": Scope.ADMIN,
+    "set_weight": Scope.ADMIN,
+    "latest_runs": Scope.ADMIN,
+    "get_metrics": Scope.ADMIN,
 }
 
 

@@ -14,11 +14,14 @@ from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct
+from structlog.contextvars import bind_contextvars
 
+from tinsmith import tracing
 from tinsmith.api.services import Services
 from tinsmith.blobs import payload_key
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import UserError
+from tinsmith.series import FAILED_OPS, OPS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
 from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
 from tinsmith.wire.media import JSON
@@ -103,7 +106,7 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         payload_blob=blob,
         payload_bytes=len(draft.payload or b""),
         media=draft.media,
-        meta=draft.meta,
+        meta=tracing.carry(draft.meta),
         failure=draft.failure,
     )
     looks_before = services.waiters.num_looks
@@ -113,8 +116,13 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         if blob:
             await services.work(services.blobs.delete, blob)
         raise
+    if enqueued.is_new and draft.failure is not None:
+        OPS.add(draft.kind, "refused")
+        FAILED_OPS.add(draft.failure.code)
     if blob and not enqueued.is_new:
         await services.work(services.blobs.delete, blob)
+    ids = {"op_id": enqueued.row.id, "run_id": draft.run_id, "sampler_id": draft.sampler_id}
+    bind_contextvars(kind=draft.kind.value, **{name: each for name, each in ids.items() if each is not None})
     if not enqueued.row.state.is_final:
         if services.waiters.num_looks == looks_before:
             services.recent.opened(enqueued.row)

@@ -15,6 +15,7 @@ from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinsmith import tracing
 from tinsmith.api import (
     audit,
     billing,
@@ -27,6 +28,7 @@ from tinsmith.api import (
     identity,
     keys,
     losses,
+    metrics,
     quotas,
     reference,
     runs,
@@ -126,6 +128,7 @@ ADMIN = (
     tenant_weights.list_weights,
     tenant_weights.set_weight,
 )
+WATCHING = (metrics.latest_runs,)  # for admins, who may come with a token too
 
 
 def build_app(services: Services) -> Litestar:
@@ -164,6 +167,8 @@ def build_app(services: Services) -> Litestar:
             Router("/anthropic/api/v1", route_handlers=ANTHROPIC, guards=guards, security=reference.NEEDS_KEY),
             Router("/oai/api/v1", route_handlers=OPENAI, guards=guards, security=reference.NEEDS_KEY),
             Router("/api/v1", route_handlers=ADMIN, guards=for_admins, security=reference.NEEDS_KEY),
+            Router("/api/v1", route_handlers=WATCHING, guards=guards, security=reference.NEEDS_KEY),
+            Router("/", route_handlers=[metrics.get_metrics], guards=guards),
         ],
         dependencies={
             "services": Provide(provide_services, sync_to_thread=False),
@@ -192,7 +197,8 @@ def with_edge(app: ASGIApp, *, is_tls: bool = False) -> ASGIApp:
         if scope["type"] != ScopeType.HTTP:
             await app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        headers = dict(scope["headers"])
+        request_id = request_id_of(headers.get(b"x-request-id", b""))
         scope["request_id"] = request_id  # type: ignore[typeddict-unknown-key]
         started = time.monotonic()
         status = 0
@@ -206,9 +212,12 @@ def with_edge(app: ASGIApp, *, is_tls: bool = False) -> ASGIApp:
                 message["headers"] = [*own, mark, *security_headers(own, is_tls=is_tls)]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        traced = tracing.request(scope["method"], scope["path"], headers.get(b"traceparent", b""), request_id)
+        structlog.contextvars.clear_contextvars()
+        with structlog.contextvars.bound_contextvars(request_id=request_id), traced as asked:
             await app(scope, receive, send_marked)
-            log_request(scope["method"], scope["path"], status, time.monotonic() - started, scope.get("user"))
+            route, seconds = scope.get("path_template", ""), time.monotonic() - started
+            log_request(scope["method"], scope["path"], status, seconds, scope.get("user"), route, asked)
 
     return edge
 
@@ -239,7 +248,3 @@ def _ended_among(services: Services, awaited: Sequence[Awaited]) -> Mapping[Awai
     for op_id, row in services.store.ops.ended_among(op_ids).items():
         ended[op_id] = row
     return ended
-
-
-def _request_id(scope: Scope) -> str:
-    return request_id_of(dict(scope["headers"]).get(b"x-request-id", b""))

@@ -20,6 +20,7 @@ from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
+from structlog.contextvars import bind_contextvars
 
 from tinsmith.api.guesses import Guesses, address_of
 from tinsmith.api.places import CALLER
@@ -140,6 +141,7 @@ def key_guard(keys: KeyCache, underway: Underway) -> Guard:
         connection.scope["user"] = principal
         underway.begin(principal.key_id)
         CALLER.set(principal.tenant_id)
+        bind_contextvars(tenant=principal.tenant_name, tenant_id=principal.tenant_id)
 
     return require_key
 

@@ -30,6 +30,7 @@ from tinsmith.errors import (
     UserError,
     echo,
 )
+from tinsmith.series import REFUSED
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -69,6 +70,7 @@ def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Respon
 def refusal(path: str, error: TinsmithError) -> tuple[int, dict[str, str], Problem]:
     """(status, headers, body) of an answer to a request of `path`; a fault of ours is logged."""
     status = status_of(error)
+    REFUSED.add(error.code)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     if status == 408:
         headers["connection"] = "close"
@@ -98,6 +100,7 @@ def answer_framework(request: Request[Any, Any, Any], error: HTTPException) -> R
         code=CODES.get(status, UserError.code),
         category="user",
     )
+    REFUSED.add(problem.code)
     return Response(problem, status_code=status)
 
 
@@ -125,6 +128,7 @@ def answer_unknown(request: Request[Any, Any, Any], error: Exception) -> Respons
 def fault(path: str, request_id: str, error: Exception) -> Problem:
     """The body of an answer to a request on which the server failed; the error is logged."""
     log.error("request failed", path=path, exc_info=error)
+    REFUSED.add(TinsmithError.code)
     detail = f"internal error; the server's log has the details under request id {request_id}"
     return Problem(detail=detail, code=TinsmithError.code, category="server")
 

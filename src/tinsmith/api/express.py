@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import structlog
 import zstandard
 
+from tinsmith import tracing
 from tinsmith.api.access import NEEDS
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import KeyCache
@@ -120,7 +121,9 @@ class Express:
         path = request.path.decode()
         started = time.monotonic()
         CALLER.set(principal.tenant_id)
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        traced = tracing.request("POST", path, request.headers.get(b"traceparent", b""), request_id)
+        marks = {"request_id": request_id, "tenant": principal.tenant_name, "tenant_id": principal.tenant_id}
+        with structlog.contextvars.bound_contextvars(**marks), traced as asked:
             try:
                 answer = await self._handlers[request.path](principal, request)
             except TinsmithError as error:
@@ -130,7 +133,7 @@ class Express:
                 answer = _failed(path, request_id, error)
             if answer is None:
                 return None
-            log_request("POST", path, answer.status, time.monotonic() - started, principal)
+            log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
         return Answered(answer, request_id, self._security)
 
     async def _retrieve(self, principal: Principal, request: PlainRequest) -> Answer | None:

@@ -47,7 +47,8 @@ async def close_gap(services: Services, op: OpRow) -> None:
         await services.enqueue(_never_arrived(op, missing, timeout_s))
         filled.append(missing)
     if filled:
-        log.warning("requests never arrived", run_id=op.run_id, seq_ids=filled[:8], count=len(filled))
+        ids = {"run_id": op.run_id, "tenant_id": op.tenant_id}
+        log.warning("requests never arrived", **ids, seq_ids=filled[:8], count=len(filled))
         services.ring(op.base_model)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,10 +24,11 @@ from typing import cast
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, heap, lifeline, observe
+from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
 from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.express import Express
+from tinsmith.api.metrics import listening
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.unpolled import give_up_unpolled
@@ -34,10 +36,11 @@ from tinsmith.api.waiters import Waiters
 from tinsmith.bases import describe, parse_all, tokenizer_files
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
-from tinsmith.config import Settings
+from tinsmith.config import Settings, metrics_dir
 from tinsmith.datadir import DataDir
 from tinsmith.errors import TinsmithError
 from tinsmith.janitor import sweeping
+from tinsmith.metrics import Counting
 from tinsmith.pulse import BEAT_S, Pulse
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
@@ -186,6 +189,7 @@ def serve_api(
     sock: socket.socket | None,
     bell_path: Path,
     worker_bell_paths: Mapping[str, Sequence[Path]],
+    counting: Counting,
     pulse: Pulse | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until SIGUSR1: then what comes on connections that are open is answered still.
@@ -194,21 +198,24 @@ def serve_api(
         sock: bound and listening or not; None: bind `settings.host` and `settings.port`.
         bell_path: where this process listens for workers' rings.
         worker_bell_paths: by base model, where its workers listen.
+        counting: what this process counts, begun.
 
     Raises:
-        ConfigError: a base's directory is missing or not a model's.
+        ConfigError: a base's directory is missing or not a model's, or the address for metrics can't be used.
     """
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
-            services = build_services(settings, store, bell, worker_bell_paths, line)
+            services = replace(build_services(settings, store, bell, worker_bell_paths, line), counting=counting)
             try:
                 server = make_server(services, pulse)
                 heap.settle()
-                with sweeping(store, services.blobs, settings, partial(_beside_the_janitor, services)):
+                listens = listening(settings.metrics_address, services.watched.text)
+                with listens, sweeping(store, services.blobs, settings, partial(_beside_the_janitor, services)):
                     server.run(sockets=None if sock is None else [sock])
             finally:
                 services.close()
+                counting.flush()
     finally:
         store.close()
 
@@ -223,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments().parse_args(argv)
     settings = Settings.load()
     observe.configure(settings, process="api")
+    counting = Counting(series.TABLE, "api", metrics_dir())
+    counting.start()
     crashpoints.arm_from(settings.crash_point)
     raise_file_limit()
     if args.parent_fd is not None:
@@ -232,10 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for base, _, path in (text.rpartition("=") for text in args.worker_bell):
         bells.setdefault(base, []).append(Path(path))
     try:
-        serve_api(settings, sock, args.bell, bells, Pulse(args.pulse_fd))
+        tracing.start(settings, "api")
+        serve_api(settings, sock, args.bell, bells, counting, Pulse(args.pulse_fd))
     except TinsmithError as error:
         log.error("the API can't start", error=error.message)
         return EXIT_UNUSABLE
+    finally:
+        tracing.stop()
     return 0
 
 

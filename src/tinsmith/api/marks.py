@@ -9,10 +9,14 @@ from uuid import uuid4
 
 import structlog
 
+from tinsmith.metrics import OTHER
+from tinsmith.series import HTTP_REQUESTS, HTTP_SECONDS
 from tinsmith.store.rows import Principal
+from tinsmith.tracing import Asked
 
 log = structlog.get_logger("tinsmith.api")
 
+PUBLISH_EVERY_S = 0.25
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -47,7 +51,16 @@ def request_id_of(header: bytes) -> str:
     return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
 
 
-def log_request(method: str, path: str, status: int, seconds: float, caller: Principal | None) -> None:
+def log_request(
+    method: str, path: str, status: int, seconds: float, caller: Principal | None, route: str, asked: Asked | None
+) -> None:
+    """Leave what there is to know of an answered request. route: the path with names in place of ids; empty: none.
+    asked: its span, if it is traced."""
+    if asked is not None:
+        asked.answered(status, route, "" if caller is None else caller.tenant_name)
+    HTTP_REQUESTS.add(route or OTHER, str(status))
+    HTTP_SECONDS.observe(seconds, route or OTHER)
+    HTTP_SECONDS.publish(PUBLISH_EVERY_S)
     is_routine = status < 400 or status == 408 or path.endswith("/healthz")
     level = logging.DEBUG if is_routine else logging.INFO
     who = {} if caller is None else {"tenant": caller.tenant_name}

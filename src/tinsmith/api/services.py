@@ -26,6 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
+from tinsmith.api.figures import Watched
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
 from tinsmith.api.pauses import Waiting, why_waiting
@@ -42,6 +43,7 @@ from tinsmith.blobs import Blobs
 from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
+from tinsmith.metrics import Counting
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
@@ -94,6 +96,8 @@ class Services:
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
     disk: DiskRoom = field(init=False)
+    counting: Counting = field(default_factory=partial(Counting, (), "api", None))
+    watched: Watched = field(init=False)
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
@@ -105,6 +109,8 @@ class Services:
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
+        polls = partial(getattr, self.waiters, "num_waiting")
+        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
 

@@ -56,7 +56,8 @@ class Waiters:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(futures) for futures in self._waiting.values())
+        """From any thread."""
+        return sum(map(len, list(self._waiting.values())))
 
     def expect(self, op_id: Awaited) -> asyncio.Future[Ended | bool]:
         """Register for an op's end, or a sampler's next one. Register first, then read: no end can slip between."""

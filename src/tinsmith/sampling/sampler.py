@@ -66,7 +66,7 @@ INTERNAL = Failure("internal", "server", "the server failed on this request; its
 class Sampler:
     """All sample requests of one base model. Not thread-safe.
 
-    memory: what the requests hold; to be looked at, not changed.
+    memory: what the requests hold; to be looked at, not changed. begun: requests whose first token the last step gave.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class Sampler:
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
         self._intake = Intake(self._stages, settings)
+        self.begun: list[OpId] = []
 
     def has_adapter(self, key: str) -> bool:
         return key in self._adapters
@@ -134,6 +135,12 @@ class Sampler:
     def num_samples(self) -> int:
         """Requests submitted and not yet returned by `step`."""
         return len(self._requests)
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """(held by requests, all)."""
+        block_bytes = self.memory.kv.shape.block_bytes
+        return self.memory.num_held_blocks * block_bytes, self.memory.kv.total * block_bytes
 
     @property
     def preemptions(self) -> PreemptionCounts:
@@ -178,6 +185,7 @@ class Sampler:
     def step(self) -> Ended:
         """Move every running sequence on by one token, compute some prompts, start sequences; return what ended."""
         ended: Ended = []
+        self.begun = []
         self._await_grammars(ended)
         with torch.inference_mode():
             self._grow()
@@ -317,7 +325,7 @@ class Sampler:
                 self._fail(request, error, ended)
 
     def _fail(self, request: Request, error: Exception, ended: Ended) -> None:
-        log.error("sample failed", op_id=request.item.op_id, exc_info=error)
+        log.error("sample failed", op_id=request.item.op_id, tenant_id=request.tenant, exc_info=error)
         self._drop(request)
         ended.append((request.item.op_id, INTERNAL))
 
@@ -330,6 +338,9 @@ class Sampler:
             self._drop(request)
             ended.append((op_id, NON_FINITE))
             return
+        if not request.has_begun:
+            request.has_begun = True
+            self.begun.append(op_id)
         sequence.tokens.append(drawn.token)
         sequence.logprobs.append(logprob)
         if drawn.top is not None:

@@ -27,6 +27,7 @@ class Request:
 
     num_cached: tokens at the prompt's beginning that needed no computing.
     arrival: its number among all requests. sequences: those under way. num_preempted: how often its prompt lost its KV.
+    has_begun: it has a token.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
     first_logits_V: float32, the logits after the whole prompt. grammar: of its schema, there before the prefill.
     """
@@ -42,6 +43,7 @@ class Request:
     num_cached: int = 0
     num_started: int = 0
     num_preempted: int = 0
+    has_begun: bool = False
     prompt_kv: PromptKV | PagedPrompt | None = None
     first_logits_V: Tensor | None = None
     grammar: Grammar | None = None

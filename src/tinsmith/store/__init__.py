@@ -16,6 +16,7 @@ from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
+from tinsmith.store.figures import Overview
 from tinsmith.store.files import Files
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.losses import Losses
@@ -65,6 +66,7 @@ class Store:
         self.traces = Traces(database)
         self.silence = Silence(database)
         self.upkeep = Upkeep(database)
+        self.overview = Overview(database)
 
     def close(self) -> None:
         """Close all connections. Calls made afterwards raise RuntimeError."""

@@ -28,6 +28,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError, TakenError
+from tinsmith.series import COMMIT
 from tinsmith.store.prepared import driver_of
 
 BUSY_TIMEOUT_S = 10.0
@@ -78,7 +79,7 @@ class Database:
                 driver.execute("PRAGMA busy_timeout=0").close()  # `_begin_write` waits
                 if not is_durable:
                     driver.execute("PRAGMA synchronous=NORMAL").close()
-            with errors_by_name(), _transaction(connection, is_write=True, may_wait=may_wait):
+            with errors_by_name(), _transaction(connection, is_write=True, may_wait=may_wait, is_durable=is_durable):
                 yield connection
 
     @contextmanager
@@ -187,7 +188,9 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
 
 
 @contextmanager
-def _transaction(connection: Connection, *, is_write: bool, may_wait: bool = True) -> Iterator[None]:
+def _transaction(
+    connection: Connection, *, is_write: bool, may_wait: bool = True, is_durable: bool = False
+) -> Iterator[None]:
     """Begun and ended on the driver: SQLAlchemy takes part only where one of its statements is run."""
     driver = driver_of(connection)
     if is_write:
@@ -196,10 +199,13 @@ def _transaction(connection: Connection, *, is_write: bool, may_wait: bool = Tru
         driver.execute("BEGIN").close()
     try:
         yield
+        started = time.perf_counter()
         if connection.in_transaction():
             connection.commit()
         else:
             driver.commit()
+        if is_durable:
+            COMMIT.observe(time.perf_counter() - started)
     except BaseException:
         if connection.in_transaction():
             connection.rollback()

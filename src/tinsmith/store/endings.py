@@ -14,6 +14,7 @@ from itertools import count
 from sqlalchemy import Connection, bindparam, literal_column, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
+from tinsmith.series import OPS
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
@@ -135,6 +136,7 @@ class Endings:
             conn.execute(_CANCEL, {"id": op_id, "now": now})
             bury(conn, [op.payload_blob], now)
             number_ends(conn, [(op.sampler_id, op_id)])
+        OPS.add(OpKind.SAMPLE, OpState.CANCELLED)
         return op
 
     def open_since(self, before: float) -> list[OpRow]:
@@ -205,6 +207,7 @@ def cancel_samples(conn: Connection, session_ids: Sequence[SessionId], now: floa
         conn.execute(_CANCEL, [{"id": row.op_id, "now": now} for row in rows])
         bury(conn, [row.payload_blob for row in rows], now)
         number_ends(conn, [(row.sampler_id, row.op_id) for row in rows])
+        OPS.add(OpKind.SAMPLE, OpState.CANCELLED, by=len(rows))
     return {row.base_model for row in rows}
 
 

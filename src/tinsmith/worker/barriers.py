@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 
 import structlog
 
+from tinsmith import series
 from tinsmith.adapter_files import pack_external
 from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key, stem
 from tinsmith.checkpoint_file import read_state, state_pieces
@@ -29,6 +30,7 @@ from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.unwritten import Unwritten
+from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -121,8 +123,11 @@ class Barriers:
                 ready.append((op, OptimItem(op.id, run.run_id, self._payloads.adam_params(op))))
             except TinsmithError as error:
                 finished.append(failed(op, error.as_failure()))
+        started = time.perf_counter()
         outcomes = self._engine.optim_step([item for _, item in ready]) if ready else []
         crash_point("optim.after_step")
+        if ready:
+            series.OPTIM_SECONDS.observe(time.perf_counter() - started)
         for (op, _), outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, Failure):
                 finished.append(failed(op, outcome))
@@ -268,7 +273,7 @@ class Barriers:
             held.num_saves -= 1
             self._unwritten.remove(num_bytes)
             if isinstance(info, BaseException):
-                log.error("checkpoint not written", op_id=op.id, error=str(info))
+                log.error("checkpoint not written", **about([op]), error=str(info))
                 message = f"the checkpoint could not be written ({type(info).__name__}): mend the disk, save again"
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return

@@ -45,6 +45,7 @@ from tinsmith.worker.settling import Settling
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.unwritten import Unwritten
+from tinsmith.worker.watch import Watch, about
 from tinsmith.worker.watchdog import Watchdog
 from tinsmith.worker.writer import Writer
 
@@ -78,17 +79,19 @@ class Worker:
         self._engine = engine
         self._settings = settings
         self._bell = bell
-        self._base = engine.info.name
         self._role = role
         self._busy_clock = busy or Busy()
         self._watchdog = watchdog or Watchdog()
         self._payloads = Payloads(blobs)
-        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, role)
-        self._recorder = Recorder(me, store, blobs, Rings(api, wake, self._queue), settings.inline_bytes)
+        base = engine.info.name
+        self._watch = Watch(me.slot, store, engine, settings.metrics_tenants)
+        self._queue = QueueView(me, base, store, settings.scan_interval_s, role)
+        rings = Rings(api, wake, self._queue)
+        self._recorder = Recorder(me, store, blobs, rings, settings.inline_bytes, self._watch.recorded)
         self._wake = wake
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
-        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
+        self.runs = HeldRuns(me, base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
         self._unwritten = Unwritten(settings.resident_adapters_mib * 2**20)
         self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder, self._unwritten)
         self._claims = Claims(me, store, self._queue, self.runs)
@@ -102,8 +105,9 @@ class Worker:
         )  # fmt: skip
         self._accounts = Accounts(store, settings.scan_interval_s)
         self._samples = Samples(
-            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._accounts, Telling(engine, line)
-        )
+            engine, store, blobs, self._payloads, self._publisher, self._ahead, self._accounts,
+            Telling(engine, line), self._watch.use,
+        )  # fmt: skip
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._accounts)
         self._busy: frozenset[RunId] = frozenset()
@@ -155,11 +159,11 @@ class Worker:
         self._sample_for(self._settings.sampling_share * (barriers_s + self._advance()))
         self._publisher.write()
         self.runs.snapshot_due()
+        self._watch.levels(len(self.runs.residency), self._busy_clock.seconds)
         computing = self._passes.runs
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True
-        is_at_work = len(self._passes) > 0 or self._engine.num_samples > 0
-        is_busy = worked or batch is not None or is_at_work or self._must_plan
+        is_busy = worked or batch is not None or self._must_plan or len(self._passes) + self._engine.num_samples > 0
         if not is_busy:
             self._recorder.go()
         return is_busy
@@ -256,7 +260,7 @@ class Worker:
         except (FencedError, CapacityError, CorruptError):
             raise  # of the database: no op is to blame, and the next worker finds them all
         except Exception as error:
-            log.exception("batch failed", ops=[op.id for op in ops])
+            log.exception("batch failed", **about(ops))
             self._settling.contain(ops, replays, error)
 
     def _claim(self, batch: Batch) -> tuple[list[OpRow], set[OpId]]:
@@ -298,7 +302,7 @@ class Worker:
         except (FencedError, CapacityError, CorruptError):
             raise
         except Exception as error:
-            log.exception("pass failed", ops=[op.id for op in current.ops])
+            log.exception("pass failed", **about(current.ops))
             self._passes.end(current)
             self._settling.contain(current.ops, current.replays, error)
         seconds = current.seconds - before
@@ -323,7 +327,7 @@ class Worker:
                 outcomes = self._samples.step()
         except Exception:
             abandoned = self._samples.abandon()
-            log.exception("sampler step failed", ops=[op.id for op in abandoned])
+            log.exception("sampler step failed", **about(abandoned))
             if len(abandoned) == 1:
                 outcomes = [failed(abandoned[0], INTERNAL)]
             else:
@@ -357,7 +361,7 @@ class Worker:
             try:
                 refused = self._samples.admit(op)
             except Exception:
-                log.exception("sample refused", op=op.id)
+                log.exception("sample refused", **about([op]))
                 refused = failed(op, INTERNAL)
             if refused is not None:
                 self._settling.commit([refused])

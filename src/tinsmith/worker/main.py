@@ -14,13 +14,14 @@ from pathlib import Path
 
 import structlog
 
-from tinsmith import crashpoints, heap, lifeline, observe
+from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
 from tinsmith.bases import BaseRef, describe, parse
 from tinsmith.bell import Bell, Ringer
 from tinsmith.blobs import Blobs
-from tinsmith.config import Settings
+from tinsmith.config import Settings, metrics_dir
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
+from tinsmith.metrics import Counting
 from tinsmith.pulse import Pulse
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments().parse_args(argv)
     settings = Settings.load()
     observe.configure(settings, process=f"worker {args.slot}")
+    counting = Counting(series.TABLE, f"worker-{args.slot}", metrics_dir())
+    counting.start()
     crashpoints.arm_from(settings.crash_point)
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, end)
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
+        tracing.start(settings, f"worker {args.slot}")
         with Bell(args.bell) as bell:
             line = TokenSender(line_path(args.api_bell))
             api, pulse = Ringer(args.api_bell), Pulse(args.pulse_fd)
@@ -81,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("the worker ends, to be started again", base=base.name, error=error.message)
         return EXIT_FAILED
     finally:
+        counting.flush()
+        tracing.stop()
         store.close()
     return 0
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+from tinsmith import series, tracing
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
@@ -49,6 +50,7 @@ class OpenPass:
     is_suspect: bool = False
     seconds: float = 0.0
     speed: float = 0.0
+    began_at: float = field(default_factory=time.time)
 
     @property
     def tenants(self) -> frozenset[TenantId]:
@@ -65,6 +67,19 @@ class OpenPass:
             speed = stats.work / max(seconds, 1e-6)
             self.speed = speed if not self.speed else 0.7 * self.speed + 0.3 * speed
         return stats is not None and not self.training.is_computed
+
+    def count(self) -> None:
+        """Tell of it, once it has ended."""
+        counts = {
+            "runs": len({item.run_id for _, item in self.ready}),
+            "tenants": len({op.tenant_id for op, _ in self.ready}),
+            "tokens": sum(item.num_tokens for _, item in self.ready),
+        }
+        series.PASS_SECONDS.observe(self.seconds)
+        series.PASS_RUNS.observe(counts["runs"])
+        series.PASS_TENANTS.observe(counts["tenants"])
+        series.PASS_TOKENS.observe(counts["tokens"])
+        tracing.computed([op for op in self.ops if op.id not in self.replays], self.began_at, time.time(), counts)
 
     def commit(self) -> list[Outcome]:
         """The outcomes of all its ops, once all is computed."""
@@ -187,6 +202,7 @@ class Passes:
         """It is computed, or it failed."""
         if one in self._open:
             self._open.remove(one)
+            one.count()
             self._speed = one.speed
             now = time.time()
             for _, item in one.ready:

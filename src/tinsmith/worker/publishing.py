@@ -99,7 +99,9 @@ class Publisher:
     def _submit(self, promise: _Promise) -> None:
         def written(made: BlobInfo | BaseException) -> None:
             if isinstance(made, BaseException):
-                log.error("a sampler's file could not be written; trying again", key=promise.key, error=str(made))
+                row = promise.held.row
+                ids = {"run_id": row.run_id, "tenant_id": row.tenant_id, "key": promise.key}
+                log.error("a sampler's file could not be written; trying again", **ids, error=str(made))
                 self._due.append(replace(promise, not_before=time.monotonic() + RETRY_S))
                 return
             promise.held.num_saves -= 1

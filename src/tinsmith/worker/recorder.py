@@ -56,17 +56,27 @@ class Rings(Protocol):
 class _Storage:
     """Writes outcomes where the API finds them. A full disk or a busy database is waited for, until `is_stopped`."""
 
-    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Rings, inline_bytes: int) -> None:
+    def __init__(
+        self,
+        me: WorkerId,
+        store: Store,
+        blobs: Blobs,
+        api: Rings,
+        inline_bytes: int,
+        recorded: Callable[[Sequence[Outcome]], None],
+    ) -> None:
         self._me = me
         self._store = store
         self._blobs = blobs
         self._api = api
         self._inline_bytes = inline_bytes
+        self._recorded = recorded
         self.is_stopped = False
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
         encoded = [outcome.encoded() for outcome in outcomes]
         self._patiently(lambda: self._write(encoded))
+        self._recorded(encoded)
 
     def meter(self, used: Mapping[OpId, Usage]) -> None:
         self._patiently(lambda: self._store.endings.meter(self._me, used, time.time()))
@@ -100,9 +110,17 @@ class _Storage:
 
 
 class Recorder:
-    def __init__(self, me: WorkerId, store: Store, blobs: Blobs, api: Rings, inline_bytes: int) -> None:
-        """`api` is rung once outcomes can be fetched."""
-        self._storage = _Storage(me, store, blobs, api, inline_bytes)
+    def __init__(
+        self,
+        me: WorkerId,
+        store: Store,
+        blobs: Blobs,
+        api: Rings,
+        inline_bytes: int,
+        recorded: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+    ) -> None:
+        """`api` is rung once outcomes can be fetched; then `recorded` is told of them, on the thread that recorded."""
+        self._storage = _Storage(me, store, blobs, api, inline_bytes, recorded)
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._waiting: deque[Outcome] = deque()

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import structlog
 
+from tinsmith import series
 from tinsmith.blobs import Blobs
 from tinsmith.clock import Clock
 from tinsmith.config import Settings
@@ -33,6 +34,7 @@ from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import Snapshots
+from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -121,7 +123,13 @@ class HeldRuns:
             self._engine.import_run(held.row.spec, self._ahead.take(held.snapshot), may_keep=True)
             self._idle.pop(run_id, None)
             crash_point("run.after_restore")
-            log.debug("run restored", run_id=run_id, snapshot_seq=held.snapshot_seq, replays=len(held.replays))
+            log.debug(
+                "run restored",
+                run_id=run_id,
+                tenant_id=held.row.tenant_id,
+                snapshot_seq=held.snapshot_seq,
+                replays=len(held.replays),
+            )
         self.residency.used(held)
         return True
 
@@ -142,7 +150,10 @@ class HeldRuns:
             raise
         except TinsmithError as error:
             what = "is gone" if isinstance(error, NotFoundError) else "is damaged"
-            log.error("snapshot unreadable", run_id=run_id, snapshot=held.snapshot, error=error.message)
+            tenant_id = held.row.tenant_id
+            log.error(
+                "snapshot unreadable", run_id=run_id, tenant_id=tenant_id, snapshot=held.snapshot, error=str(error)
+            )
             self._give_up(held, f"its snapshot up to request {held.snapshot_seq} {what}")
         if held.given_up is not None:
             raise CorruptError(held.given_up.message)
@@ -172,7 +183,7 @@ class HeldRuns:
         if failure.code in LACKS:
             self.postponed.add(held.row.run_id, failure)
             return True
-        log.error("replay failed", run_id=op.run_id, seq_id=op.seq_id, op_id=op.id, error=failure.message)
+        log.error("replay failed", **about([op]), error=failure.message)
         self._give_up(held, f"request {op.seq_id} of its log can't be computed again")
         return False
 
@@ -182,7 +193,8 @@ class HeldRuns:
             f"the state of the run {run_id} is lost: {why}. Restore the data directory from a backup and start the "
             "server again, or make a new run from the last checkpoint"
         )
-        log.error("run given up", run_id=run_id, why=why)
+        log.error("run given up", run_id=run_id, tenant_id=held.row.tenant_id, why=why)
+        series.CORRUPTED.add()
         held.given_up = CorruptError(message).as_failure()
         held.replays.clear()
         self._replaying.pop(run_id, None)
@@ -201,7 +213,8 @@ class HeldRuns:
         held = self._held.get(op.run_id) if op.run_id else None
         if held is None or held.given_up is not None:
             return
-        held.replays.pop(op.seq_id, None)
+        if held.replays.pop(op.seq_id, None) is not None:
+            series.REPLAYED.add(op.kind)
         if not held.replays:
             self._replaying.pop(held.row.run_id, None)
             self.postponed.forget(held.row.run_id)
@@ -307,7 +320,13 @@ class HeldRuns:
             return
         if held.replays:
             self._replaying[run_id] = held
-            log.info("run to be replayed", run_id=run_id, above=held.snapshot_seq, ops=len(held.replays))
+            log.info(
+                "run to be replayed",
+                run_id=run_id,
+                tenant_id=held.row.tenant_id,
+                above=held.snapshot_seq,
+                ops=len(held.replays),
+            )
 
     def _fall_back(self, held: HeldRun, trouble: TinsmithError) -> bool:
         """The newest snapshot is damaged or gone: go on from the one before it, and its log. False: there is none."""
@@ -320,7 +339,7 @@ class HeldRuns:
             return False
         log.error(
             "snapshot damaged; the run goes on from the one before it",
-            run_id=row.run_id, snapshot=row.snapshot_blob, error=trouble.message,
+            run_id=row.run_id, tenant_id=row.tenant_id, snapshot=row.snapshot_blob, error=trouble.message,
             previous=row.previous_blob, above=row.previous_seq, replays=len(spare.replays),
         )  # fmt: skip
         if held.snapshot is not None:

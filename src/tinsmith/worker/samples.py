@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
 import structlog
 from google.protobuf.message import EncodeError
 
+from tinsmith import series
 from tinsmith.blobs import Blobs, stem
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
@@ -27,6 +29,7 @@ from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.telling import Telling
+from tinsmith.worker.watch import about
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -45,8 +48,10 @@ class Samples:
         ahead: ReadAhead,
         accounts: Accounts,
         telling: Telling,
+        use: Callable[[TenantId, Usage], None],
     ) -> None:
-        """accounts: charged with what a request may cost at its start, corrected at its end."""
+        """accounts: charged with what a request may cost at its start, corrected at its end. `use` is told what was
+        computed for a cancelled one."""
         self._engine = engine
         self._store = store
         self._blobs = blobs
@@ -56,6 +61,7 @@ class Samples:
         self._accounts = accounts
         self.num_coming = 0
         self._telling = telling
+        self._use = use
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
         self._held_bytes: Counter[TenantId] = Counter()  # of their payloads
@@ -133,7 +139,12 @@ class Samples:
     def step(self) -> list[Outcome]:
         """Advance all resident sequences; the outcomes of the requests that ended."""
         outcomes: list[Outcome] = []
-        for op_id, result in self._engine.step_samples():
+        started = time.perf_counter()
+        ended = self._engine.step_samples()
+        series.SAMPLE_STEP.observe(time.perf_counter() - started)
+        for op_id in self._engine.begun_samples():
+            series.SAMPLE_FIRST.observe(max(0.0, time.time() - self._resident[op_id].created_at))
+        for op_id, result in ended:
             op = self._resident.pop(op_id)
             self._let_go(op)
             self._telling.end(op_id)
@@ -142,7 +153,7 @@ class Samples:
                 outcomes.append(failed(op, result))
             else:
                 usage = _usage(num_prompt, result)
-                outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
+                outcomes.append(computed(op, partial(_encoded, op, result), _num_bytes(result), PROTOBUF, usage))
                 self._accounts.charge_sample(op, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         if outcomes:
@@ -163,6 +174,7 @@ class Samples:
             used[op_id] = Usage(
                 prefill_tokens=cost.num_prefilled, cached_tokens=cost.num_cached, sampled_tokens=cost.num_sampled
             )
+            self._use(op.tenant_id, used[op_id])
         return used
 
     def abandon(self) -> list[OpRow]:
@@ -207,12 +219,12 @@ def _has_room(held: Counter[TenantId], op: OpRow) -> bool:
     return not held or (free >= 0 and (not own or own + op.payload_bytes <= RATIO * free))
 
 
-def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
+def _encoded(op: OpRow, result: SampleResult) -> bytes | Failure:
     """The result's bytes; a failure of this request alone, if it can't be written."""
     try:
         return encode_sample_result(result)
     except (EncodeError, MemoryError, ValueError) as error:
-        log.error("a sample's result could not be written", op=op_id, exc_info=error)
+        log.error("a sample's result could not be written", **about([op]), exc_info=error)
         message = "the result of this request could not be written: send it as several smaller ones"
         return Failure(code="internal", category="server", message=message)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import structlog
 
+from tinsmith import series, tracing
 from tinsmith.blobs import BlobInfo, Blobs, snapshot_key, tenant_of
 from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
@@ -24,7 +25,7 @@ from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
-from tinsmith.store.rows import WorkerId
+from tinsmith.store.rows import RunRow, WorkerId
 from tinsmith.types import BlobKey, RunId, RunState
 from tinsmith.worker.held import HeldRun
 from tinsmith.worker.recorder import Recorder
@@ -103,14 +104,19 @@ class Snapshots:
             else:
                 pause = held.snapshot_failed()
                 error = f"{type(stored).__name__}: {stored}"
-                log.error("snapshot failed; the log is kept", run_id=run_id, seq_id=seq, again_in_s=pause, error=error)
+                series.SNAPSHOT_FAILURES.add()
+                log.error(
+                    "snapshot failed; the log is kept", **_about(held.row), seq_id=seq, again_in_s=pause, error=error
+                )
 
-        self._writer.submit(lambda: self._write(run_id, seq, key, state, mark, is_newest_damaged), recorded)
+        self._writer.submit(lambda: self._write(held.row, seq, key, state, mark, is_newest_damaged), recorded)
 
     def _write(
-        self, run_id: RunId, seq: int, key: BlobKey, state: RunState, mark: int, is_newest_damaged: bool
+        self, row: RunRow, seq: int, key: BlobKey, state: RunState, mark: int, is_newest_damaged: bool
     ) -> BlobInfo | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
+        run_id = row.run_id
+        started = time.perf_counter()
         crash_point("snapshot.before_file")
         stored = self._blobs.put(key, state_pieces(state))
         crash_point("snapshot.after_file")
@@ -120,12 +126,16 @@ class Snapshots:
                 self._me, run_id, seq, stored.key, stored.size, time.time(), is_newest_damaged=is_newest_damaged
             )
         except FencedError:
-            log.warning("snapshot dropped: the run has another holder now", run_id=run_id, seq_id=seq)
+            log.warning("snapshot dropped: the run has another holder now", **_about(row), seq_id=seq)
             self._blobs.delete(stored.key)
             return None
         crash_point("snapshot.after_row")
         num_dropped = self._delete_old(run_id, seq, stored.key, gone)
-        log.info("run snapshotted", run_id=run_id, seq_id=seq, bytes=stored.size, payloads_dropped=num_dropped)
+        seconds = time.perf_counter() - started
+        series.SNAPSHOT_SECONDS.observe(seconds)
+        series.SNAPSHOT_BYTES.add(by=stored.size)
+        tracing.snapshot(run_id, row.tenant_id, time.time() - seconds, time.time(), stored.size)
+        log.info("run snapshotted", **_about(row), seq_id=seq, bytes=stored.size, payloads_dropped=num_dropped)
         return stored
 
     def _delete_old(self, run_id: RunId, seq: int, key: BlobKey, gone: BlobKey | None) -> int:
@@ -147,3 +157,7 @@ class Snapshots:
             if number == 0:
                 crash_point("snapshot.half_deleted")
         return len(stale)
+
+
+def _about(row: RunRow) -> dict[str, str]:
+    return {"run_id": row.run_id, "tenant_id": row.tenant_id}

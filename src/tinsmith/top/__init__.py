@@ -1,0 +1,1 @@
+"""`tinsmith top`: a live view of a server in a terminal, from its `/metrics` and its list of busy runs."""
