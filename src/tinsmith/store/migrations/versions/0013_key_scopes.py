@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0009_key_scopes"
-down_revision = "0008_promised_samplers"
+revision = "0013_key_scopes"
+down_revision = "0012_tenant_weights"
 branch_labels = None
 depends_on = None
 
