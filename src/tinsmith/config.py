@@ -8,17 +8,15 @@ back from `as_env()`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from tinsmith.errors import ConfigError
-from tinsmith.setting_values import ENV_PREFIX, flag, parse, show
+from tinsmith.setting_checks import check
+from tinsmith.setting_values import ENV_PREFIX, absolute, parse, show
 
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
-DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -48,9 +46,7 @@ class Settings:
     )
     max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
     max_queued_samples: int = setting(
-        10_000,
-        "Sample requests of one tenant that may wait; beyond it, clients are told to come back later (429).",
-        group="limits",
+        10_000, "Sample requests of one tenant that may wait; beyond it, clients are answered 429.", group="limits"
     )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
     max_sample_numbers: int = setting(
@@ -313,7 +309,6 @@ class Settings:
     metrics_tenants: int = setting(
         20, "Tenants that figures name; those after them are counted together as `other`.", group="watching"
     )
-
     otlp_endpoint: str = setting(
         "",
         "Where traces go: the URL of an OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318;"
@@ -353,10 +348,10 @@ class Settings:
         made = replace(
             made,
             data_dir=Path(made.data_dir).expanduser().absolute(),
-            tls_certificate=_absolute(made.tls_certificate),
-            tls_key=_absolute(made.tls_key),
+            tls_certificate=absolute(made.tls_certificate),
+            tls_key=absolute(made.tls_key),
         )
-        made._check()
+        check({f.name: getattr(made, f.name) for f in fields(made)})
         return made
 
     def as_env(self) -> dict[str, str]:
@@ -370,58 +365,6 @@ class Settings:
     @property
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
-
-    def _check(self) -> None:
-        positive = (
-            "lora_max_rank", "max_body_bytes", "max_request_tokens",
-            "workers_per_base",
-            "max_resident_runs", "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib",
-            "host_cache_mib", "max_resident_samples", "kv_cache_mib",
-            "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s", "lease_s",
-            "hang_timeout_s",
-            "pass_cap_ms", "download_ttl_s", "chunk_max_datums",
-            "chunk_max_bytes", "jwt_ttl_s", "unknown_keys_per_minute",
-            "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
-        may_be_zero = (
-            "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
-            "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
-            "pass_timeout_s", "metrics_tenants",
-        )  # fmt: skip
-        for name in may_be_zero:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}")
-        for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
-            if not DEVICE.fullmatch(value):
-                raise ConfigError(f"{flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
-        if not 0 <= self.trace_share <= 1:
-            raise ConfigError(f"--trace-share must lie between 0 and 1, not {self.trace_share:g}")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port must lie between 0 and 65535, not {self.port}")
-        if bool(self.tls_certificate) != bool(self.tls_key):
-            raise ConfigError("--tls-certificate and --tls-key go together: give both, or none to serve http")
-        if not self.base_model:
-            raise ConfigError("--base-model: name at least one model to serve")
-        choices = {
-            "sqlite_synchronous": ("FULL", "NORMAL"),
-            "log_level": ("debug", "info", "warning", "error"),
-            "log_format": ("auto", "json", "text"),
-            "tokenizer_id": ("auto", "path", "name"),
-            "dtype": ("auto", "float32", "bfloat16"),
-            "activation_checkpointing": ("auto", "always", "never"),
-            "cuda_graphs": ("auto", "on", "off"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-
-
-def _absolute(path: str) -> str:
-    """The path as it is meant from here; empty stays empty."""
-    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def env_name(f: Field[Any]) -> str:

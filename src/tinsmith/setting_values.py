@@ -38,3 +38,8 @@ def parse(name: str, kind: Any, raw: str) -> Any:
         return tuple(part.strip() for part in raw.split(",") if part.strip())
     except (ValueError, KeyError):
         raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r} is not a {getattr(kind, '__name__', 'list')}") from None
+
+
+def absolute(path: str) -> str:
+    """The path as it is meant from here; empty stays empty."""
+    return str(Path(path).expanduser().absolute()) if path else ""
