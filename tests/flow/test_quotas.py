@@ -16,6 +16,7 @@ from tinsmith.store import quota_gates
 from tinsmith.store.quota_rules import Prices, Quota
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState, SessionId, TenantId
+from tinsmith.worker import queue_view
 from tinsmith.worker.loop import Worker
 
 
@@ -79,6 +80,23 @@ def test_others_are_served_while_one_is_paused(house: House, clock: Clock) -> No
     settle(house.worker())
     assert states(house, mine) == ["done", "queued", "queued"]
     assert states(house, others) == ["done"] * 3
+
+
+def test_a_crowd_that_is_held_back_hides_nobody_from_the_worker(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at so many requests at most."""
+    monkeypatch.setattr(queue_view, "LOOK_AT_MOST", 4)
+    limit(house, tokens_per_day=0)
+    crowd = [house.create_run() for _ in range(6)]
+    worker = house.worker()
+    settle(worker)
+    mine = [house.forward_backward(run, 1, [1, 2]) for run in crowd]
+    mine += [house.sample(house.sampler(), seq) for seq in range(6)]
+    house.be("bob")
+    others = [house.forward_backward(house.create_run(), 1, [1, 2]) for _ in range(3)]
+    others += [house.sample(house.sampler(), seq) for seq in range(3)]
+    settle(worker)
+    assert states(house, others) == ["done"] * 6
+    assert states(house, mine) == ["queued"] * 12
 
 
 def test_what_was_used_is_remembered_by_the_next_worker(house: House, clock: Clock) -> None:

@@ -11,7 +11,7 @@ they come back when the quota allows it, at the latest after a scan interval.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
@@ -86,6 +86,15 @@ class QueueView:
 
     def _read(self) -> None:
         look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role)
-        self._ops = {op.id: op for op in look.ops}
+        self._ops = {op.id: op for op in (self._uncrowded(look.ops) if look.is_cut else look.ops)}
         self._newest = look.newest
         self._read_at = float("-inf") if look.has_early or look.is_cut else time.monotonic()
+
+    def _uncrowded(self, ops: Sequence[OpRow]) -> list[OpRow]:
+        """Of a look that was cut: what quotas hold back, maybe until tomorrow, doesn't take the place of others."""
+        held = self._store.quotas.held_back(ops, time.time())
+        crowding = {op.tenant_id for op in ops if op.id in held}
+        if not crowding:
+            return list(ops)
+        others = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role, crowding).ops
+        return [*(op for op in ops if op.tenant_id in crowding and op.id not in held), *others]
