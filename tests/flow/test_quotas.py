@@ -99,6 +99,36 @@ def test_a_crowd_that_is_held_back_hides_nobody_from_the_worker(house: House, mo
     assert states(house, mine) == ["queued"] * 12
 
 
+def test_a_crowd_that_waits_for_tomorrow_is_judged_once_in_a_while(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The looks in between cost the same as if it weren't there; what comes meanwhile waits with it, in order."""
+    limit(house, tokens_per_day=0)
+    run = house.create_run()
+    worker = house.worker()
+    settle(worker)
+    ops = [house.forward_backward(run, 1, [1, 2])]
+    view = worker._queue
+    view.distrust()
+    view.look()
+    view._scan_interval_s = 3600.0
+    ops.append(house.optim_step(run, 2))
+    judged: list[int] = []
+    held_back = house.store.quotas.held_back
+    monkeypatch.setattr(
+        house.store.quotas, "held_back", lambda ops, now: judged.append(len(list(ops))) or held_back(ops, now)
+    )
+    view.look()
+    assert judged == [0]
+    assert not view.ops
+    limit(house, tokens_per_day=None)
+    view.look()
+    assert not view.ops
+    view._scan_interval_s = 0.0
+    view.look()
+    assert [op.id for op in view.ops] == [op.id for op in ops]
+
+
 def test_what_was_used_is_remembered_by_the_next_worker(house: House, clock: Clock) -> None:
     limit(house, tokens_per_day=3)
     run = house.create_run()

@@ -266,6 +266,6 @@ def test_a_smaller_request_doesn_t_pass_one_that_waits_for_tokens(root: Path) ->
         history.ask(cost)
     rows: list[OpRow] = history.store.waiting.all(history.workers[0], "tiny", 1000).ops
     mine = [row for row in rows if row.tenant_id == history.tenant]
-    held = history.store.quotas.held_back(mine, history.now)
+    held = history.store.quotas.held_back(mine, history.now).op_ids
     assert [row.cost_tokens for row in mine if row.id in held] == [6, 4]
     history.store.close()
