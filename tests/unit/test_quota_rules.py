@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -149,7 +150,11 @@ class History:
         self.store.quotas.put(self.tenant, None, self.limits, self.now)
         self.open: dict[OpId, WorkerId | None] = {}
 
-    def ask(self, cost: int) -> None:
+    def ask(self, costs: Sequence[int]) -> None:
+        for cost in costs:
+            self.ask_one(cost)
+
+    def ask_one(self, cost: int) -> None:
         op_id = OpId(f"{self.name}-{next(self.ids)}")
         new = NewOp(
             tenant_id=self.tenant, kind=OpKind.SAMPLE, base_model="tiny", id=op_id, seq_id=len(self.costs),
@@ -213,7 +218,7 @@ class History:
 
 
 STEPS = st.one_of(
-    st.tuples(st.just("ask"), st.integers(0, 30)),
+    st.tuples(st.just("ask"), st.lists(st.integers(0, 30), min_size=1, max_size=4)),
     st.tuples(st.just("claim"), st.integers(0, 1)),
     st.tuples(st.just("end"), st.floats(0, 1)),
     st.tuples(st.sampled_from(["cancel", "hand_back", "tomorrow", "restart"]), st.none()),
@@ -235,10 +240,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(limits=LIMITS, steps=st.lists(STEPS, min_size=5, max_size=40))
 def test_the_accounting_stays_exact_whatever_happens(
-    root: Path, limits: dict[Quota, float], steps: list[tuple[str, int]]
+    root: Path, limits: dict[Quota, float], steps: list[tuple[str, Any]]
 ) -> None:
     """Never more under way than the limit, never more of a day than the limit and one request, and the tallies are the
     sums of the ledger; also after a restart, and at midnight."""
@@ -262,8 +267,7 @@ def test_the_accounting_stays_exact_whatever_happens(
 
 def test_a_smaller_request_doesn_t_pass_one_that_waits_for_tokens(root: Path) -> None:
     history = History(open_store(root, synchronous="NORMAL"), {Quota.QUEUED_TOKENS: 10})
-    for cost in (6, 6, 4):
-        history.ask(cost)
+    history.ask([6, 6, 4])
     rows: list[OpRow] = history.store.waiting.all(history.workers[0], "tiny", 1000).ops
     mine = [row for row in rows if row.tenant_id == history.tenant]
     held = history.store.quotas.held_back(mine, history.now).op_ids
