@@ -240,8 +240,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(max_examples=50, deadline=None)
-@given(limits=LIMITS, steps=st.lists(STEPS, min_size=5, max_size=40))
+@settings(max_examples=25, deadline=None)
+@given(limits=LIMITS, steps=st.lists(STEPS, min_size=5, max_size=30))
 def test_the_accounting_stays_exact_whatever_happens(
     root: Path, limits: dict[Quota, float], steps: list[tuple[str, Any]]
 ) -> None:
