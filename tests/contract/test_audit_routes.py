@@ -32,12 +32,14 @@ ACTS: dict[str, list[str]] = {  # by route: the events of its probes in tests/co
     f"GET {CHECKPOINT}/external_weights_urls": ["checkpoint_external_links_create"],
     "POST /admin/keys": ["organization_create", "organization_key_create", "organization_key_create"],
     "DELETE /admin/keys/{key_id:str}": ["organization_key_revoke"],
+    "PUT /admin/quotas": ["organization_quota_set"],
     "DELETE /auth/apikey/me": ["organization_key_revoke"],
 }
 ROUTINE: dict[str, str] = {
     **dict.fromkeys(
         [
             "GET /admin/keys",
+            "GET /admin/quotas",
             "GET /audit",
             "GET /auth/apikey/me",
             "GET /billing/usage/checkpoints/current",
@@ -135,6 +137,8 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
     if route == "POST /admin/keys":
         names = ("carol", "carol")
         return [Probe("POST", "/admin/keys", {"name": "ci", "tenant": name}) for name in names]
+    if route == "PUT /admin/quotas":
+        return [Probe("PUT", "/admin/quotas", {"tenant": "bob", "quotas": {"runs": 100}})]
     if route == "DELETE /admin/keys/{key_id:str}":
         row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
         return [Probe("DELETE", f"/admin/keys/{row.key_id}")]

@@ -14,12 +14,16 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from tinsmith.store.places import Places
+from tinsmith.store.quota_rules import Hold
+from tinsmith.store.quotas import Quotas
+from tinsmith.store.rows import OpRow
 from tinsmith.types import TenantId
 
 PACE_OVER_S = 30.0
 PACE_TTL_S = 2.0
 REST = 50
 MAX_REST_S = 2.0
+MAX_HOLDS = 10_000
 
 T = TypeVar("T")
 
@@ -60,6 +64,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._queues: dict[str, _Kept[Queue]] = {}
+        self._holds: dict[str, _Kept[Hold | None]] = {}
         self._ended: _Kept[dict[tuple[str, TenantId], int]] | None = None
 
     def queue(self, places: Places, base: str) -> Queue:
@@ -67,6 +72,16 @@ class Pace:
         kept = self._queues.get(base)
         if kept is None or time.monotonic() > kept.until:
             kept = self._queues[base] = _look(lambda: Queue(places.queue(base)))
+        return kept.value
+
+    def hold(self, quotas: Quotas, op: OpRow) -> Hold | None:
+        """Why a quota holds back a waiting request, or others of its run or sampler do, as it was a moment ago."""
+        own = op.run_id or op.sampler_id or ""
+        kept = self._holds.get(own)
+        if kept is None or time.monotonic() > kept.until:
+            if len(self._holds) >= MAX_HOLDS:
+                self._holds.clear()
+            kept = self._holds[own] = _look(lambda: quotas.hold_of(op, time.time()))
         return kept.value
 
     def seconds_for(self, num: int, places: Places, base: str, tenant_id: TenantId | None = None) -> float | None:

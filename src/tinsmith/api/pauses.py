@@ -41,7 +41,7 @@ def why_waiting(services: Services, op: OpRow) -> Waiting:
         return Waiting(ACTIVE, reason)
     queue = services.pace.queue(places, op.base_model)
     ahead = queue.ahead(place.num)
-    hold = services.store.quotas.hold_of(op, now)
+    hold = services.pace.hold(services.store.quotas, op)
     if hold is not None:
         seconds_left = None
         if hold.quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS):
