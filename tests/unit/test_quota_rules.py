@@ -273,3 +273,19 @@ def test_a_smaller_request_doesn_t_pass_one_that_waits_for_tokens(root: Path) ->
     held = history.store.quotas.held_back(mine, history.now).op_ids
     assert [row.cost_tokens for row in mine if row.id in held] == [6, 4]
     history.store.close()
+
+
+def test_tallies_go_when_their_period_is_long_over_and_the_ledger_stays(root: Path) -> None:
+    history = History(open_store(root, synchronous="NORMAL"), {})
+    for _ in range(2):
+        history.ask([5])
+        history.claim(0)
+        history.end(1.0)
+        history.now += 200 * 86400
+    history.now -= 200 * 86400
+    history.store.quotas.forget(history.now)
+    with history.store._database.read() as conn:
+        kept = {of(at): tally(conn, history.tenant, of(at)) for at in (NOON, history.now) for of in (day_of, month_of)}
+    assert [tokens_of(found) for found in kept.values()] == [0, 0, 5, 5]
+    assert sum(row.quantity for row in history.store.ledger.usage(history.tenant, 0, 2**40, 100)) == 10
+    history.store.close()

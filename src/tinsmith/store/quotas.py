@@ -41,7 +41,7 @@ from tinsmith.types import OpId, OpKind, RunId, TenantId
 
 LIMITS_TTL_S = 1.0
 MAX_PLACES = 50_000
-KEPT_S = 400 * 86400  # of tallies
+DAYS_KEPT_S, MONTHS_KEPT_S = 3 * 86400, 100 * 86400  # tallies, which no quota asks for after their period
 
 _LIMITS = Prepared(select(quotas.c.tenant_id, quotas.c.scope, quotas.c.quota, quotas.c.amount))
 _UNSET = delete(quotas).where(quotas.c.scope == bindparam("of_scope"), quotas.c.quota == bindparam("of_quota"))
@@ -214,7 +214,7 @@ class Quotas:
 
     def forget(self, now: float) -> None:
         """Drop tallies of periods that ended long ago."""
-        values = {"day": day_of(now - KEPT_S), "month": month_of(now - KEPT_S)}
+        values = {"day": day_of(now - DAYS_KEPT_S), "month": month_of(now - MONTHS_KEPT_S)}
         with self._database.read() as conn:
             if conn.execute(select(tallies.c.scope).where(_OLD).limit(1), values).first() is None:
                 return
