@@ -33,6 +33,7 @@ ACTS: dict[str, list[str]] = {  # by route: the events of its probes in tests/co
     "POST /admin/keys": ["organization_create", "organization_key_create", "organization_key_create"],
     "POST /admin/keys/{key_id:str}/rotate": ["organization_key_rotate"],
     "DELETE /admin/keys/{key_id:str}": ["organization_key_revoke"],
+    "PUT /admin/quotas": ["organization_quota_set"],
     "DELETE /auth/apikey/me": ["organization_key_revoke"],
     "POST /admin/weights": ["organization_weight_set"],
 }
@@ -40,6 +41,7 @@ ROUTINE: dict[str, str] = {
     **dict.fromkeys(
         [
             "GET /admin/keys",
+            "GET /admin/quotas",
             "GET /admin/weights",
             "GET /audit",
             "GET /auth/apikey/me",
@@ -144,6 +146,8 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
                 "POST", "/admin/weights", {"tenant": scene.house.store.tenants.list_keys()[0].tenant_name, "weight": 2}
             )
         ]
+    if route == "PUT /admin/quotas":
+        return [Probe("PUT", "/admin/quotas", {"tenant": "bob", "quotas": {"runs": 100}})]
     if route == "DELETE /admin/keys/{key_id:str}":
         row, _ = scene.house.store.tenants.create_key(scene.house.tenant_id, "old")
         return [Probe("DELETE", f"/admin/keys/{row.key_id}")]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import tinker
 from tinker import types
@@ -224,10 +225,9 @@ def test_the_sdk_tells_its_user_why_sampling_is_paused(
         house.store.quotas.put(bob, None, {Quota.REQUESTS: 0}, time.time())  # type: ignore[arg-type]
         reason = r"0 requests of this tenant are computed, of 0 at one time \(quota requests\)"
     else:
-        alice = tinker.ServiceClient(base_url=live.url, api_key=house.key)
-        alice.create_sampling_client(base_model=BASE).result().sample(
-            types.ModelInput.from_ints(TOKENS), 1, types.SamplingParams(max_tokens=3)
-        )
+        with httpx.Client(base_url=live.url) as client:
+            alice = Api(client, house.key)  # type: ignore[arg-type]
+            sample(alice, alice.session(), 0)
         until(lambda: house.store.ops.num_queued_samples(house.tenant_id) == 1, 20, lambda: "nothing queued")
         reason = r"1 request ahead in the queue, and none has ended in the last 30 s"
     with caplog.at_level(logging.WARNING):

@@ -115,6 +115,15 @@ def test_nothing_that_verify_counts_as_named_is_an_orphan(full: House) -> None:
     assert full.store.files.orphans([*named, BlobKey("tenants/t/payloads/req-x.00")]) == {"tenants/t/payloads/req-x.00"}
 
 
+def test_a_file_that_only_an_uncovered_request_needs_is_no_orphan(full: House) -> None:
+    (kept,), _ = full.store.checkpoints.list(full.tenant, 10, 0)
+    full.load(kept.run_id, 13, kept.blob)
+    full.store.checkpoints.delete(full.tenant, kept.run_id, kept.kind, kept.name)
+    with full.store._database.write() as conn:
+        conn.exec_driver_sql("DELETE FROM dead_blobs")
+    assert full.store.files.orphans([kept.blob]) == set()
+
+
 def test_every_byte_of_a_data_directory_is_shown_under_its_kind(full: House) -> None:
     use = measure(full.root, full.store, full.blobs)
     assert set(use.bytes_by_kind) == set(KINDS)

@@ -16,6 +16,7 @@ from tinsmith.store import quota_gates
 from tinsmith.store.quota_rules import Prices, Quota
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState, SessionId, TenantId
+from tinsmith.worker import queue_view
 from tinsmith.worker.loop import Worker
 
 
@@ -79,6 +80,56 @@ def test_others_are_served_while_one_is_paused(house: House, clock: Clock) -> No
     settle(house.worker())
     assert states(house, mine) == ["done", "queued", "queued"]
     assert states(house, others) == ["done"] * 3
+
+
+def test_a_crowd_that_is_held_back_hides_nobody_from_the_worker(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at so many requests at most."""
+    monkeypatch.setattr(queue_view, "LOOK_AT_MOST", 4)
+    limit(house, tokens_per_day=0)
+    crowd = [house.create_run() for _ in range(6)]
+    worker = house.worker()
+    settle(worker)
+    mine = [house.forward_backward(run, 1, [1, 2]) for run in crowd]
+    mine += [house.sample(house.sampler(), seq) for seq in range(6)]
+    before = house.session
+    house.be("bob")
+    while house.session < before:  # else they come first among the runs
+        house.session = house.store.sessions.create(house.tenant).session_id
+    others = [house.forward_backward(house.create_run(), 1, [1, 2]) for _ in range(3)]
+    others += [house.sample(house.sampler(), seq) for seq in range(3)]
+    settle(worker)
+    assert states(house, others) == ["done"] * 6
+    assert states(house, mine) == ["queued"] * 12
+
+
+def test_a_crowd_that_waits_for_tomorrow_is_judged_once_in_a_while(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The looks in between cost the same as if it weren't there; what comes meanwhile waits with it, in order."""
+    limit(house, tokens_per_day=0)
+    run = house.create_run()
+    worker = house.worker()
+    settle(worker)
+    ops = [house.forward_backward(run, 1, [1, 2])]
+    view = worker._queue
+    view.distrust()
+    view.look()
+    view._scan_interval_s = 3600.0
+    ops.append(house.optim_step(run, 2))
+    judged: list[int] = []
+    held_back = house.store.quotas.held_back
+    monkeypatch.setattr(
+        house.store.quotas, "held_back", lambda ops, now: judged.append(len(list(ops))) or held_back(ops, now)
+    )
+    view.look()
+    assert judged == [0]
+    assert not view.ops
+    limit(house, tokens_per_day=None)
+    view.look()
+    assert not view.ops
+    view._scan_interval_s = 0.0
+    view.look()
+    assert [op.id for op in view.ops] == [op.id for op in ops]
 
 
 def test_what_was_used_is_remembered_by_the_next_worker(house: House, clock: Clock) -> None:

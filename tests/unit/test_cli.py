@@ -26,6 +26,19 @@ KEY = {
     "created_at": "2026-01-01T00:00:00+00:00",
 }
 
+SCOPES = [
+    {
+        "tenant": name,
+        "key_id": key,
+        "key_name": key and "ci",
+        "quotas": [
+            {"quota": "tokens_per_day", "used": 1200, "limit": 5e6},
+            {"quota": "usd_per_month", "used": 1.5, "limit": None},
+        ],
+    }
+    for name, key in (("alice", None), ("alice", "k1"), ("bob", None))
+]
+
 
 class Stub(ThreadingHTTPServer):
     """Answers the admin endpoints; `calls` is what it was asked."""
@@ -47,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         self.server.calls.append((self.command, self.path, self.headers.get("X-API-Key"), body))
-        default = {"GET": {"keys": [KEY]}, "POST": {**KEY, "secret": "tml-new"}, "DELETE": KEY}[self.command]
+        listed = {"scopes": SCOPES} if self.path.startswith("/api/v1/admin/quotas") else {"keys": [KEY]}
+        default = {"GET": listed, "PUT": listed, "POST": {**KEY, "secret": "tml-new"}, "DELETE": KEY}[self.command]
         status, content = self.server.answer or (200, default)
         data = json.dumps(content).encode()
         self.send_response(status)
@@ -55,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_DELETE = _answer
+    do_GET = do_POST = do_PUT = do_DELETE = _answer
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -212,3 +226,27 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli.importlib, "import_module", missing)
     assert failure("demo").message == "the demonstration needs matplotlib: pip install 'tinsmith[demo]'"
+
+
+def test_quotas_are_set_by_name_with_suffixes(stub: Stub, served: Path) -> None:
+    done = run("admin", "set-quota", "alice", "tokens_per_day=5M", "runs=none", "requests=1_000", "--data-dir", served)
+    assert done.exit_code == 0
+    quotas = {"tokens_per_day": 5e6, "runs": None, "requests": 1000}
+    assert stub.calls[-1] == (
+        "PUT", "/api/v1/admin/quotas", "tml-admin", {"tenant": "alice", "key_id": None, "quotas": quotas}
+    )  # fmt: skip
+    run("admin", "set-quota", "alice", "storage_bytes=2.5G", "--key", "k1", "--data-dir", served)
+    assert stub.calls[-1][3] == {"tenant": "alice", "key_id": "k1", "quotas": {"storage_bytes": 2.5e9}}
+
+
+@pytest.mark.parametrize("text", ["tokens=1", "runs", "runs=", "runs=-1", "runs=many", "runs=inf", "runs=1X"])
+def test_a_quota_that_can_t_be_read_is_named(served: Path, text: str) -> None:
+    assert repr(text) in failure("admin", "set-quota", "alice", text, "--data-dir", served).message
+
+
+def test_quotas_are_listed_with_what_is_used(served: Path) -> None:
+    lines = run("admin", "quotas", "--data-dir", served).stdout.splitlines()
+    assert any({"alice", "tokens_per_day", "1,200", "5,000,000"} <= set(line.split()) for line in lines)
+    assert any({"alice", "k1", "(ci)", "usd_per_month", "1.50"} <= set(line.split()) for line in lines)
+    assert "alice" not in run("admin", "quotas", "bob", "--data-dir", served).stdout
+    assert "no tenant is called 'carol'" in failure("admin", "quotas", "carol", "--data-dir", served).message

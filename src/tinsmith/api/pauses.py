@@ -35,26 +35,26 @@ def why_waiting(store: Store, pace: Pace, op: OpRow, session_timeout_s: float, *
     if op.state is OpState.RUNNING:
         return Waiting(ACTIVE, "running")
     places, now = store.places, time.time()
-    ahead = places.ahead(op.id)
-    if ahead is None:
+    place = places.of(op.id)
+    if place is None:
         return Waiting(ACTIVE, "running")
-    if ahead.missing is not None:
-        reason = f"request {ahead.missing} of this run has not arrived, and this one is number {op.seq_id}"
-        return Waiting(ACTIVE, reason, ahead.missing)
-    hold = store.quotas.hold_of(op, now)
+    if place.missing is not None:
+        reason = f"request {place.missing} of this run has not arrived, and this one is number {op.seq_id}"
+        return Waiting(ACTIVE, reason, place.missing)
+    queue = pace.queue(places, op.base_model)
+    ahead = queue.ahead(place.num)
+    hold = pace.hold(store.quotas, op)
     if hold is not None:
         seconds_left = None
         if hold.quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS):
-            num = ahead.by_tenant.get(op.tenant_id, 0) + 1
-            seconds_left = pace.seconds_for(num, places, op.base_model, op.tenant_id)
+            seconds_left = pace.seconds_for(ahead.get(op.tenant_id, 0) + 1, places, op.base_model, op.tenant_id)
         return Waiting(RATE_LIMIT, told(hold, now, session_timeout_s, seconds_left))
-    paused = store.quotas.paused([of for of in ahead.by_tenant if of != op.tenant_id], now)
-    num = sum(count for of, count in ahead.by_tenant.items() if of not in paused)
+    paused = store.quotas.paused([of for of in ahead if of != op.tenant_id], now)
+    num = sum(count for of, count in ahead.items() if of not in paused)
     if num == 0:
         return Waiting(ACTIVE, "next in the queue")
-    counted = f"at least {num}" if ahead.is_more else str(num)
-    reason = f"{counted} request{'s' if num > 1 else ''} ahead in the queue"
-    if num == ahead.num_own:
+    reason = f"{num} request{'s' if num > 1 else ''} ahead in the queue"
+    if num == queue.num_own(place.num, op.run_id or op.sampler_id or ""):
         return Waiting(ACTIVE, reason)
     seconds = pace.seconds_for(num, places, op.base_model)
     if seconds is None:

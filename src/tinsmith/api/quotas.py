@@ -47,7 +47,7 @@ async def list_quotas(request: Call, services: ServicesDep, tenant: FromQuery[st
 
 @put("/admin/quotas")
 async def set_quotas(request: Call, services: ServicesDep, data: JSONBody[SetQuotas]) -> QuotaList:
-    """Set quotas, or take them away. They hold within a second; nothing that was accepted fails."""
+    """Set quotas, or take them away. They hold within two seconds; nothing that was accepted fails."""
     scopes = await services.write(_set, services, request.user, data)
     for base_model in services.bases:
         services.ring(base_model)

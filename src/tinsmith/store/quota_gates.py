@@ -188,22 +188,38 @@ class Gates:
         self._known, self._conn, self._limited, self._now = known, conn, limited, now
         self._gates: dict[TenantId, list[tuple[Scope, Gate]]] = {}
         self._stopped: dict[RunId, Hold] = {}
+        self._shut: dict[TenantId, Hold] = {}  # whatever they ask for
+        self._no_tokens: dict[TenantId, Hold] = {}  # if it takes any
 
     def hold(self, request: Request) -> Hold | None:
         """Why it may not begin; None: it counts as under way from now on."""
         if request.tenant_id not in self._limited:
             return None
-        if request.run_id is not None and request.run_id in self._stopped:
-            return self._stopped[request.run_id]
+        hold = self._known_hold(request) or self._new_hold(request)
+        if hold is not None and request.run_id is not None:
+            self._stopped[request.run_id] = hold
+        return hold
+
+    def _known_hold(self, request: Request) -> Hold | None:
+        """What held back others before it. A crowd that waits costs little at each look."""
+        if request.tenant_id in self._shut:
+            return self._shut[request.tenant_id]
+        if request.cost_tokens and request.tenant_id in self._no_tokens:
+            return self._no_tokens[request.tenant_id]
+        return None if request.run_id is None else self._stopped.get(request.run_id)
+
+    def _new_hold(self, request: Request) -> Hold | None:
         concerned = [(scope, gate) for scope, gate in self._of(request.tenant_id) if scope.counts(request)]
         if not concerned:
             return None
         ask = concerned[0][0].ask(request)
-        for _, gate in concerned:
+        for scope, gate in concerned:
             hold = gate.hold(ask)
             if hold is not None:
-                if request.run_id is not None:
-                    self._stopped[request.run_id] = hold
+                if scope.key_id is None and hold.quota is Quota.REQUESTS:
+                    self._shut[request.tenant_id] = hold
+                elif scope.key_id is None and hold.quota in (Quota.QUEUED_TOKENS, Quota.TOKENS_PER_DAY):
+                    self._no_tokens[request.tenant_id] = hold
                 return hold
         for _, gate in concerned:
             gate.begin(ask)

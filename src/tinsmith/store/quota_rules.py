@@ -131,12 +131,13 @@ def asked(kind: OpKind, num_tokens: int, adapter_bytes: int, prices: Prices) -> 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Why a request waits. owner: "tenant" or "key"."""
+    """Why a request waits. owner: "tenant" or "key". is_lasting: no request that is under way changes it by its end."""
 
     quota: Quota
     limit: float
     used: float
     owner: str = "tenant"
+    is_lasting: bool = False
 
 
 @dataclass(slots=True)
@@ -169,7 +170,7 @@ class Gate:
             is_over = is_over or (quota is Quota.QUEUED_TOKENS and self.is_full)
             if is_over:
                 self.is_full = self.is_full or quota is Quota.QUEUED_TOKENS
-                return Hold(quota, limit, used + busy, self.owner)
+                return Hold(quota, limit, used + busy, self.owner, is_lasting=used >= limit)
         return None
 
     def begin(self, ask: Asked) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select
@@ -41,7 +41,7 @@ from tinsmith.types import OpId, OpKind, RunId, TenantId
 
 LIMITS_TTL_S = 1.0
 MAX_PLACES = 50_000
-KEPT_S = 400 * 86400  # of tallies
+DAYS_KEPT_S, MONTHS_KEPT_S = 3 * 86400, 100 * 86400  # tallies, which no quota asks for after their period
 
 _LIMITS = Prepared(select(quotas.c.tenant_id, quotas.c.scope, quotas.c.quota, quotas.c.amount))
 _UNSET = delete(quotas).where(quotas.c.scope == bindparam("of_scope"), quotas.c.quota == bindparam("of_quota"))
@@ -77,6 +77,17 @@ class QuotaUse:
     key_name: str | None
     limits: Limits
     used: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """Waiting ops that a quota holds back. for_long: tenants for whom that doesn't change by the end of a request."""
+
+    op_ids: Set[OpId] = frozenset()
+    for_long: Set[TenantId] = frozenset()
+
+
+NOTHING_HELD = HeldBack()
 
 
 class Quotas:
@@ -161,18 +172,26 @@ class Quotas:
             gates = Gates(self._known, conn, limited, now)
             return {tenant_id for tenant_id in mine if gates.is_paused(tenant_id)}
 
-    def held_back(self, waiting: Iterable[OpRow], now: float) -> set[OpId]:
+    def held_back(self, waiting: Iterable[OpRow], now: float) -> HeldBack:
         """Those of the waiting ops that may not begin now if the others do. Who came first is let through first, so
         that none of a tenant's own requests keeps another waiting for ever; of each run in the order given."""
         limited = self._current(None)
         if not limited:
-            return set()
+            return NOTHING_HELD
         mine = [op for op in waiting if op.tenant_id in limited]
         if not mine:
-            return set()
+            return NOTHING_HELD
+        op_ids: set[OpId] = set()
+        tenant_ids: set[TenantId] = set()
         with self._database.read() as conn:
             gates = Gates(self._known, conn, limited, now)
-            return {op.id for op in _in_turn(mine) if gates.hold(request_of(op)) is not None}
+            for op in _in_turn(mine):
+                hold = gates.hold(request_of(op))
+                if hold is not None:
+                    op_ids.add(op.id)
+                    if hold.is_lasting:
+                        tenant_ids.add(op.tenant_id)
+        return HeldBack(op_ids, tenant_ids)
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
@@ -195,7 +214,7 @@ class Quotas:
 
     def forget(self, now: float) -> None:
         """Drop tallies of periods that ended long ago."""
-        values = {"day": day_of(now - KEPT_S), "month": month_of(now - KEPT_S)}
+        values = {"day": day_of(now - DAYS_KEPT_S), "month": month_of(now - MONTHS_KEPT_S)}
         with self._database.read() as conn:
             if conn.execute(select(tallies.c.scope).where(_OLD).limit(1), values).first() is None:
                 return

@@ -8,10 +8,11 @@ before its predecessors (`has_early`), one whose run gets another holder, one th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Select, bindparam, exists, func, literal_column, or_, select
+from sqlalchemy import JSON, Connection, Integer, Select, bindparam, exists, func, literal_column, or_, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
@@ -19,20 +20,23 @@ from tinsmith.store.op_rows import LIGHT, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.store.schema import ops, runs
-from tinsmith.types import OpKind, Role
+from tinsmith.types import OpKind, Role, TenantId
 
 _MOST = bindparam("most", type_=Integer)
 # A run is looked up for each queued op, and not the ops of each run: a worker may hold thousands that are idle.
 _OF_HELD_RUN = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
+_NOT_OF = ops.c.tenant_id.not_in(select(func.json_each(bindparam("without", type_=JSON)).table_valued("value").c.value))
 _RUNNABLE_IN_RUNS = select(*LIGHT).where(
-    IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq)
+    IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq), _NOT_OF
 )
 _EARLY = Prepared(
     select(ops.c.op_id)
     .where(IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id > runs.c.head_seq))
     .limit(1)
 )
-_WAITING_SAMPLES = select(*LIGHT).where(ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED)
+_WAITING_SAMPLES = select(*LIGHT).where(
+    ops.c.base_model == bindparam("base"), ops.c.kind == "sample", IS_QUEUED, _NOT_OF
+)
 _NEWER = Prepared(
     select(*LIGHT, runs.c.head_seq)
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
@@ -67,17 +71,27 @@ class Waiting:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def all(self, worker: WorkerId, base_model: str, limit: int, role: Role = Role.ALL) -> Look:
+    def all(
+        self,
+        worker: WorkerId,
+        base_model: str,
+        limit: int,
+        role: Role = Role.ALL,
+        without: Collection[TenantId] = (),
+    ) -> Look:
         """QUEUED ops without their payloads: of the worker's runs up to each run's head, ordered by (run, seq); then
         waiting samples of the base, oldest first. At most `limit` of either.
 
         Where there are more, every tenant has its first ones among them: of each of its runs those that are next, of
-        each of its samplers the oldest. Of what the worker's role excludes there are none.
+        each of its samplers the oldest. Of what the worker's role excludes, and of the tenants in `without`, there are
+        none.
         """
+        of_others = {"without": list(without)}
+        in_runs, in_base = {"slot": worker.slot, **of_others}, {"base": base_model, **of_others}
         with self._database.read() as conn:
             newest = _newest(conn)
-            of_runs, is_cut = _OF_RUNS.first_ones(conn, {"slot": worker.slot}, limit) if role.trains else ([], False)
-            samples, are_cut = _SAMPLES.first_ones(conn, {"base": base_model}, limit) if role.samples else ([], False)
+            of_runs, is_cut = _OF_RUNS.first_ones(conn, in_runs, limit) if role.trains else ([], False)
+            samples, are_cut = _SAMPLES.first_ones(conn, in_base, limit) if role.samples else ([], False)
             has_early = role.trains and _EARLY.first(conn, {"slot": worker.slot}) is not None
         return Look(of_runs + samples, newest, has_early, is_cut or are_cut)
 

@@ -5,17 +5,19 @@ never miss one for long. Hence it is read anew as a whole whenever something may
 arriving, and in any case every `scan_interval_s`.
 
 Ops that a quota holds back are kept out of sight, with what comes after them in their run. Each look judges anew, so
-they come back when the quota allows it, at the latest after a scan interval.
+they come back when the quota allows it; those of a tenant whose budget is used up are left alone until all is read
+again, so that they cost the others nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId, OpKind, Role
+from tinsmith.types import OpId, OpKind, Role, TenantId
 
 LOOK_AT_MOST = 4096
 
@@ -31,6 +33,7 @@ class QueueView:
         self._newest = 0
         self._read_at = float("-inf")
         self._held: set[OpId] = set()
+        self._parked: AbstractSet[TenantId] = frozenset()
         self._offered: list[OpRow] | None = None  # all but those; None: not made yet
 
     @property
@@ -44,7 +47,7 @@ class QueueView:
 
     @property
     def has_held(self) -> bool:
-        """Whether quotas hold back any: they may begin when another request of their tenant has ended."""
+        """Whether quotas hold back any that may begin when another request of their tenant has ended."""
         return bool(self._held)
 
     @property
@@ -74,7 +77,11 @@ class QueueView:
     def look(self) -> None:
         """See what has come, and what of it may begin."""
         self._see()
-        self._held = self._store.quotas.held_back(self._ops.values(), time.time())
+        held = self._store.quotas.held_back(self._ops.values(), time.time())
+        self._parked |= held.for_long
+        for op_id in [op_id for op_id in held.op_ids if self._ops[op_id].tenant_id in self._parked]:
+            del self._ops[op_id]
+        self._held = {op_id for op_id in held.op_ids if op_id in self._ops}
         self._offered = None
 
     def _see(self) -> None:
@@ -86,10 +93,20 @@ class QueueView:
             self._read()
             return
         self._newest = look.newest
-        self._ops.update((op.id, op) for op in look.ops)
+        self._ops.update((op.id, op) for op in look.ops if op.tenant_id not in self._parked)
 
     def _read(self) -> None:
         look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role)
-        self._ops = {op.id: op for op in look.ops}
+        self._parked = frozenset()
+        self._ops = {op.id: op for op in (self._uncrowded(look.ops) if look.is_cut else look.ops)}
         self._newest = look.newest
         self._read_at = float("-inf") if look.has_early or look.is_cut else time.monotonic()
+
+    def _uncrowded(self, ops: Sequence[OpRow]) -> list[OpRow]:
+        """Of a look that was cut: what quotas hold back, maybe until tomorrow, doesn't take the place of others."""
+        held = self._store.quotas.held_back(ops, time.time()).op_ids
+        crowding = {op.tenant_id for op in ops if op.id in held}
+        if not crowding:
+            return list(ops)
+        others = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role, crowding).ops
+        return [*(op for op in ops if op.tenant_id in crowding and op.id not in held), *others]
