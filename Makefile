@@ -50,7 +50,7 @@ chaos: init ## processes killed at random while clients work, and everything com
 	@$(BIN)/python -m tests.crash.chaos --kills $(or $(REAL_KILLS),40) --device cpu $(ARGS)
 
 soak: init ## an hour of tenants that come and go, with a kill every minute: flat memory and disk, no stuck future. MINUTES=60
-	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --tenants
+	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --runs 16 --tenants
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py

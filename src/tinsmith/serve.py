@@ -66,6 +66,7 @@ def serve(settings: Settings) -> int:
     Raises:
         ConfigError: the settings, a model, the directory or the port can't be used; nothing is left running.
     """
+    signal.signal(RELIEF_SIGNAL, signal.SIG_IGN)  # there is nothing to relieve yet
     out = Console(highlight=False, soft_wrap=True)
     refs = parse_all(settings.base_model)
     data_dir = DataDir(settings.data_dir)
