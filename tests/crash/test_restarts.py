@@ -35,8 +35,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 class Strict:
-    """A client that asks once: whatever is lost is an error. After a pause it takes a new connection: one that was idle for
-    five seconds may be closed."""
+    """A client that asks once: whatever is lost is an error.
+
+    After a pause it takes a new connection, since one that was idle for five seconds may be closed.
+    """
 
     def __init__(self, service: Service) -> None:
         self._line = Line(service.url, service.key)
