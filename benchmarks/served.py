@@ -33,8 +33,13 @@ class Server:
             time.sleep(POLL_S)
         self.seconds = time.perf_counter() - started
         self.key = (data_dir / "admin.key").read_text().strip()
+        self.data_dir = data_dir
+        self.url: str = self._info()["url"]
+        self.look()
+
+    def look(self) -> None:
+        """See which processes there are now: they are other ones after a restart."""
         info = self._info()
-        self.url: str = info["url"]
         self.api_pid: int = info["api_pid"]
         self.worker_pids: list[int] = list(info["worker_pids"].values())
         self.pids: list[int] = [self._process.pid, self.api_pid, *self.worker_pids]

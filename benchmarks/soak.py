@@ -9,18 +9,33 @@ between all pairs of readings, times the time that was observed, must stay below
 leak doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=fake` shows the service alone, with many
 more requests.
 
+With `--tenants` (`make soak`) they come and go, each with a key, a session and a run of its own for a while, and every
+minute a process is killed: the API process, a worker, both. Memory counts once a process is a while old. Besides, files
+that have an end (payloads, results, samplers' weights) must be flat, no request may be open for longer than `STUCK_S`,
+and clients without any retries of their own must see no error. What stays for good, a row a request and a snapshot a
+run, is no part of that; the size of the database by request is shown.
+
     python benchmarks/soak.py --minutes 60 --runs 64
+    python benchmarks/soak.py --minutes 60 --runs 16 --tenants
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sqlite3
 import statistics
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
-from itertools import combinations
+from collections.abc import Callable
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +54,11 @@ MAX_GROWTH_SHARE = 0.03
 MAX_GROWTH_MIB = 8.0
 PARTS = 3  # of the time after the warm-up, shown one by one
 SAMPLE_EVERY = 8  # steps
+KILL_EVERY_S = 60.0
+VISIT_S = (10.0, 60.0)
+SETTLE_S = 15.0  # before the memory of a new process counts
+STUCK_S = 60.0
+ENDING = ("payloads", "results", "checkpoints")  # areas of files that have an end, as nothing is saved by name
 FLAGS = (
     "--max-resident-runs", "48", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
     "--result-ttl-s", "60", "--pass-max-tokens", "1024",
@@ -52,25 +72,37 @@ def main() -> None:
         stop = threading.Event()
         done: Counter[str] = Counter()
         client = tinker.ServiceClient()
+        target: Callable[..., None] = visits if args.tenants else drive
         drivers = [
-            threading.Thread(target=drive, args=(client, seed, stop, done), name=f"run {seed}", daemon=True)
+            threading.Thread(
+                target=target,
+                args=(server if args.tenants else client, seed, stop, done),
+                name=f"run {seed}",
+                daemon=True,
+            )
             for seed in range(args.runs)
         ]
+        if args.tenants:
+            drivers.append(threading.Thread(target=kill, args=(server, stop, done), name="killer", daemon=True))
         for driver in drivers:
             driver.start()
         try:
-            readings = watch(server, args.minutes * 60, done)
+            readings = (watch_all if args.tenants else watch)(server, args.minutes * 60, done)
         except (ProcessLookupError, FileNotFoundError):
             log = Path(root, "server.log").read_text(errors="replace").splitlines()
             raise SystemExit("\n".join([line for line in log if '"level": "debug"' not in line][-30:])) from None
         stop.set()
         for driver in drivers:
-            driver.join()
+            driver.join(4 * STUCK_S)
+            done["stuck clients"] += driver.is_alive()
+        if args.tenants:
+            done["stuck requests"] += num_open(server.data_dir, 0.0)
         print(f"\n{dict(done)}\n")
         verdicts = [report(name, values) for name, values in readings.items()]
         is_flat = all(verdicts)
-        print(f"\nmemory is {'flat' if is_flat and not done['errors'] else '**not flat**'}")
-    raise SystemExit(0 if is_flat and not done["errors"] else 1)
+        trouble = {what: n for what, n in done.items() if n and (what == "errors" or what.startswith("stuck"))}
+        print(f"\nmemory and files are {'flat' if is_flat else '**not flat**'}; trouble: {trouble or 'none'}")
+    raise SystemExit(0 if is_flat and not trouble else 1)
 
 
 def drive(client: Any, seed: int, stop: threading.Event, done: Counter[str]) -> None:
@@ -91,6 +123,104 @@ def drive(client: Any, seed: int, stop: threading.Event, done: Counter[str]) -> 
             print(f"run {seed}: {error!r}", flush=True)
 
 
+def visits(server: Server, seed: int, stop: threading.Event, done: Counter[str]) -> None:
+    """One tenant after another, until `stop`: each has a key, trains and samples for a while, and ends its session."""
+    rng = np.random.default_rng(seed)
+    for number in count():
+        if stop.is_set():
+            return
+        try:
+            with tinker.ServiceClient(
+                base_url=server.url, api_key=new_key(server, f"tenant-{seed}-{number}")
+            ) as client:
+                run = client.create_lora_training_client(BASE, rank=int(rng.choice([2, 4, 8])))
+                run = run.result() if hasattr(run, "result") else run
+                until = time.monotonic() + rng.uniform(*VISIT_S)
+                for step in count(1):
+                    train(run, rng)
+                    done["steps"] += 1
+                    if step % SAMPLE_EVERY == 0:
+                        sample(run, rng, None)
+                        done["samples"] += 1
+                    if stop.is_set() or time.monotonic() > until:
+                        break
+            done["tenants"] += 1
+        except tinker.TinkerError as error:
+            done["errors"] += 1
+            print(f"tenant {seed}-{number}: {error!r}", flush=True)
+
+
+def new_key(server: Server, tenant: str) -> str:
+    """By the administrator, who asks again where the server is just being restarted."""
+    body = json.dumps({"name": "soak", "tenant": tenant}).encode()
+    headers = {"X-API-Key": server.key, "Content-Type": "application/json"}
+    while True:
+        with contextlib.suppress(OSError):
+            request = urllib.request.Request(f"{server.url}/api/v1/admin/keys", body, headers)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return str(json.loads(answer.read())["secret"])
+        time.sleep(0.2)
+
+
+def kill(server: Server, stop: threading.Event, done: Counter[str]) -> None:
+    rng = random.Random(1)
+    while not stop.wait(KILL_EVERY_S):
+        server.look()
+        kind = rng.choice(["api", "worker", "worker", "both"])
+        for pid in [server.api_pid] * (kind != "worker") + server.worker_pids * (kind != "api"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        done[f"kills of {kind}"] += 1
+
+
+def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, list[tuple[float, float]]]:
+    """(minutes, MiB) by kind of process, of those that are a while old, and of the files that have an end."""
+    readings: dict[str, list[tuple[float, float]]] = {"api": [], "worker": [], "files": []}
+    print("| minute | tenants | steps | api, MiB | worker, MiB | files, MiB | database, bytes a request | open, s |")
+    print("|---|---|---|---|---|---|---|---|")
+    started, born = time.monotonic(), {}
+    while (passed := time.monotonic() - started) < seconds:
+        server.look()
+        for name, pid in (("api", server.api_pid), ("worker", server.worker_pids[0])):
+            if time.monotonic() - born.setdefault(pid, time.monotonic()) > min(SETTLE_S, seconds / 10):
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    readings[name].append((passed / 60, resident_mib(pid)))
+        readings["files"].append((passed / 60, files_mib(server.data_dir)))
+        num_requests, oldest_s = ages(server.data_dir)
+        per_request = (server.data_dir / "tinsmith.db").stat().st_size / max(1, num_requests)
+        done["stuck requests"] += num_open(server.data_dir, STUCK_S)
+        now = " | ".join(f"{values[-1][1]:.1f}" if values else "" for values in readings.values())
+        print(
+            f"| {passed / 60:.1f} | {done['tenants']} | {done['steps']} | {now} | {per_request:.0f} | {oldest_s:.1f} |",
+            flush=True,
+        )
+        time.sleep(seconds / READINGS)
+    return {name: values for name, values in readings.items() if len(values) > 3 * PARTS}
+
+
+def files_mib(data_dir: Path) -> float:
+    total = 0
+    for path in (data_dir / "blobs").rglob("*"):
+        if any(part in ENDING for part in path.parts):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size if path.is_file() else 0
+    return total / 2**20
+
+
+def ages(data_dir: Path) -> tuple[int, float]:
+    """How many requests there were, and how long the oldest of those that are open has waited."""
+    with contextlib.closing(sqlite3.connect(f"file:{data_dir / 'tinsmith.db'}?mode=ro", uri=True)) as database:
+        query = "SELECT (SELECT max(num) FROM ops), min(created_at) FROM ops WHERE state IN ('queued', 'running')"
+        newest, oldest = database.execute(query).fetchone()
+    return newest or 0, 0.0 if oldest is None else time.time() - oldest
+
+
+def num_open(data_dir: Path, for_s: float) -> int:
+    with contextlib.closing(sqlite3.connect(f"file:{data_dir / 'tinsmith.db'}?mode=ro", uri=True)) as database:
+        query = "SELECT count(*) FROM ops WHERE state IN ('queued', 'running') AND created_at < ?"
+        return int(database.execute(query, (time.time() - for_s,)).fetchone()[0])
+
+
 def train(run: Any, rng: np.random.Generator) -> None:
     data = []
     for length in rng.integers(8, 160, 3):
@@ -103,8 +233,9 @@ def train(run: Any, rng: np.random.Generator) -> None:
     stepped.result()
 
 
-def sample(run: Any, rng: np.random.Generator, name: str) -> None:
+def sample(run: Any, rng: np.random.Generator, name: str | None) -> None:
     sampler = run.save_weights_and_get_sampling_client(name)
+    sampler = sampler.result() if hasattr(sampler, "result") else sampler
     prompt = types.ModelInput.from_ints(rng.integers(0, VOCAB, int(rng.integers(4, 200))).tolist())
     params = types.SamplingParams(max_tokens=16, temperature=1.0)
     sampler.sample(prompt, num_samples=2, sampling_params=params).result()
@@ -157,6 +288,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--runs", type=int, default=64)
+    parser.add_argument("--tenants", action="store_true", help="tenants that come and go, and a kill every minute")
     parser.add_argument("--flag", nargs="*", default=[], help="more flags of the server, such as --threads=1")
     return parser.parse_args()
 

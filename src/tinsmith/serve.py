@@ -60,6 +60,9 @@ WORKER_DEFAULTS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 
+# each of the API's threads would have an arena of its own, which keeps what was freed there
+API_DEFAULTS = {"MALLOC_ARENA_MAX": "2"}
+
 
 def serve(settings: Settings) -> int:
     """Serve until Ctrl-C or SIGTERM; 0 after a clean stop.
@@ -67,6 +70,7 @@ def serve(settings: Settings) -> int:
     Raises:
         ConfigError: the settings, a model, the directory or the port can't be used; nothing is left running.
     """
+    signal.signal(RELIEF_SIGNAL, signal.SIG_IGN)  # there is nothing to relieve yet
     out = Console(highlight=False, soft_wrap=True)
     refs = parse_all(settings.base_model)
     if settings.has_tls:
@@ -234,7 +238,7 @@ def child_specs(
         ChildSpec(
             API,
             (*api, "--parent-fd", str(parent_fd)),
-            child_env(settings, math_env(), **common, OMP_NUM_THREADS="1"),
+            child_env(settings, {**math_env(), **API_DEFAULTS}, **common, OMP_NUM_THREADS="1"),
             (listen_fd, parent_fd),
             has_pulse=True,
             can_overlap=True,

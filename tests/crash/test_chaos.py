@@ -9,7 +9,7 @@ import pytest
 
 from tests.crash.chaos import KINDS, run
 
-TWENTY = [*KINDS, *["worker"] * 7, *["clients"] * 3, *["api"] * 2]
+TWENTY = [*KINDS, *["worker"] * 6, *["clients"] * 6]
 
 
 @pytest.mark.timeout(420)

@@ -7,6 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from tests.flow.house import BASE, House
 from tests.service import until
 from tinsmith.bases import SHIPPED_PATH
@@ -30,9 +32,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.timeout(300)
 def test_the_op_that_hangs_fails_alone(tmp_path: Path) -> None:
     deaths: list[str] = []
-    with contextlib.closing(House(tmp_path / "house", pass_timeout_s=1.0)) as house:
+    with contextlib.closing(House(tmp_path / "house", pass_timeout_s=2.0)) as house:
         runs = [house.create_run(seed=seed) for seed in range(4)]
         ops = [
             house.forward_backward(run, 1, [5, HANGING] if number == 1 else [5, 6]) for number, run in enumerate(runs)
@@ -53,7 +56,7 @@ def test_the_op_that_hangs_fails_alone(tmp_path: Path) -> None:
         thread = threading.Thread(target=supervisor.run)
         thread.start()
         try:
-            until(lambda: all(house.get(op).state.is_final for op in [*ops, *after]), 90, lambda: "\n".join(lines))
+            until(lambda: all(house.get(op).state.is_final for op in [*ops, *after]), 240, lambda: "\n".join(lines))
         finally:
             supervisor.stop()
             thread.join(30)

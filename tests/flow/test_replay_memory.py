@@ -12,6 +12,7 @@ import pytest
 
 from tests.flow.house import House, settle
 from tinsmith.errors import NoMemoryError
+from tinsmith.store.rows import OpRow
 from tinsmith.types import Failure, OpState, RunId, RunStatus
 from tinsmith.worker import postponed
 
@@ -195,3 +196,34 @@ def test_a_wait_ends_with_the_hold_on_the_run(build: Callable[..., House], end: 
     else:
         worker.runs._give_up(worker.runs[run], "its file is gone")
     assert not worker.runs.postponed._waits
+
+
+def test_a_process_that_runs_out_outside_of_the_engine_blames_no_request(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While payloads are read: a new request is told so, a replay is computed later."""
+    house = build()
+    run = trained(house)
+    worker = house.worker()
+    read, refused = worker._payloads.train_item, []
+
+    def runs_out(op: OpRow) -> Any:
+        if len(refused) < 2:
+            refused.append(op.seq_id)
+            raise MemoryError
+        return read(op)
+
+    monkeypatch.setattr(worker._payloads, "train_item", runs_out)
+    monkeypatch.setattr(worker._decoded, "take", lambda op: None)
+    late = house.forward_backward(run, 7, [5])
+    settle(worker)
+    assert len(refused) == 2
+    assert house.get(late).state is OpState.DONE
+    assert house.store.runs.get(house.tenant, run).status is RunStatus.READY
+    refused.clear()
+    alone = house.forward_backward(run, 8, [5])
+    refused.append(0)
+    settle(worker)
+    failure = house.get(alone).failure
+    assert failure is not None
+    assert failure.code == "no_memory"

@@ -20,6 +20,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 import h11
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinsmith.api.eager import begin
@@ -167,13 +168,17 @@ class Connection(H11Protocol):
         """The server ends, but a request that is on its way is answered still: the answer says that it is the last."""
         self._lingers_until = self.loop.time() + seconds
         self.loop.call_later(seconds, self.shutdown)
+        self.shutdown()
 
     def shutdown(self) -> None:
         has_answered = self.cycle is None or self.cycle.response_complete
         if self._express_task is not None or (has_answered and self.loop.time() < self._lingers_until):
             self._is_leaving = True
-        else:
-            super().shutdown()
+            return
+        if not (has_answered or self.cycle.response_started):
+            headers = [*self.cycle.scope["headers"], CLOSE_HEADER]  # uvicorn closes without saying so otherwise
+            self.cycle.scope["headers"] = headers
+        super().shutdown()
 
     def eof_received(self) -> None:
         """A client that sends no more may still read why its half of a request is of no use."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tinsmith.errors import NoMemoryError
 from tinsmith.store.rows import OpRow
-from tinsmith.types import OpId, RunId
+from tinsmith.types import Failure, OpId, RunId
 from tinsmith.worker.claims import Claims
 from tinsmith.worker.outcomes import INTERNAL, Outcome, failed
 from tinsmith.worker.postponed import TOO_LONG
@@ -18,6 +18,10 @@ from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.suspects import Suspects
+
+NO_MEMORY = NoMemoryError(
+    "there is no memory at the moment for this request; it had no effect: send it again later, or in smaller parts"
+)
 
 
 class Settling:
@@ -81,7 +85,7 @@ class Settling:
     def contain(self, ops: Sequence[OpRow], replays: set[OpId], error: Exception) -> None:
         """After an unforeseen error: a lone op fails (a lone replay costs its run, unless memory was lacking), several
         are tried again one by one; their runs are read anew."""
-        failure = error.as_failure() if isinstance(error, NoMemoryError) else INTERNAL
+        failure = _failure_of(error)
         new = [op for op in ops if op.id not in replays and op.id not in self._saving]
         self._claims.replayed([op for op in ops if op.id in replays])
         if len(ops) == 1:
@@ -109,3 +113,9 @@ class Settling:
         told = [op.id for op in self._queue.ops if op.run_id in run_ids and self._runs.postponed.is_long(op.run_id)]
         if told:
             self.commit([failed(op, TOO_LONG) for op in self._claims.take_queued(told)])
+
+
+def _failure_of(error: Exception) -> Failure:
+    if isinstance(error, MemoryError):  # of the process, outside of the engine: it says as little about the request
+        error = NO_MEMORY
+    return error.as_failure() if isinstance(error, NoMemoryError) else INTERNAL
