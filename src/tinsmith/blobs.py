@@ -228,11 +228,6 @@ class Blobs:
         self._known.add(directory)
 
 
-def tenant_of(key: BlobKey) -> TenantId:
-    """Whose file it is."""
-    return TenantId(key.split("/")[1])
-
-
 def payload_key(tenant: TenantId, op_id: OpId) -> BlobKey:
     return _key(tenant, "payloads", op_id)
 
