@@ -2,14 +2,14 @@
 
     python benchmarks/durability.py
 
-Runs are trained in two ways, turn about, by the same engine in this process. In one a worker takes their requests from a
-store (synchronous=FULL) and files, records every outcome, and snapshots each run after `--debt` seconds of its computing
-(by default forty times as often as the service). In the other the engine is called with the decoded requests and nothing
-is kept: no store, no files, no wire format. Throughput is tokens of a forward_backward per second; each request is
-followed by an optim_step.
+Runs are trained in two ways, turn about, by the same engine in this process. In one a worker takes their requests from
+a store (synchronous=FULL) and files, records every outcome, and snapshots each run after `--debt` seconds of its
+computing (by default forty times as often as the service). In the other the engine is called with the decoded requests
+and nothing is kept: no store, no files, no wire format. Throughput is tokens of a forward_backward per second; each
+request is followed by an optim_step.
 
-Then, with runs of rank 32: how long the worker's loop is held to begin a snapshot, beyond the copying of the run's rows,
-and how much longer its turns are while the state is written beside them.
+Then, with a run of rank 32: how long the worker's loop is held to begin a snapshot, beyond the copying of the run's
+rows, and how much longer a pass is while the state is written beside it.
 """
 
 from __future__ import annotations
@@ -169,9 +169,11 @@ def held(house: House, tries: int = 9) -> list[rows.Row]:
     size = house.engine.run_bytes(held_run.row.spec) / 2**20
     longer = statistics.median(beside) - statistics.median(calm)
     return [
-        rows.Row(f"A snapshot of rank 32 ({size:.0f} MiB) holds the loop, beyond the copy", statistics.median(beyond), "ms", HELD_MS, tries),
+        rows.Row(
+            f"A snapshot of rank 32 ({size:.0f} MiB) holds the loop", statistics.median(beyond), "ms", HELD_MS, tries
+        ),
         rows.Row("a pass is longer while it is written", max(0.0, longer), "ms", HELD_MS, tries),
-    ]  # fmt: skip
+    ]
 
 
 def passes_ms(house: House, *, while_writing: bool) -> float:
