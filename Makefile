@@ -7,7 +7,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz crash-points bench bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
