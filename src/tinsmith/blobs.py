@@ -172,10 +172,9 @@ class Blobs:
 
     def beside(self, key: BlobKey) -> list[BlobKey]:
         """The whole files in the same directory, itself among them."""
-        directory = self._path(key).parent
         parent = key.rpartition("/")[0]
-        names = (entry.name for entry in os.scandir(directory) if not entry.name.startswith(TEMPORARY))
-        return [BlobKey(f"{parent}/{name}") for name in names]
+        names = os.listdir(self._path(key).parent)
+        return [BlobKey(f"{parent}/{name}") for name in names if not name.startswith(TEMPORARY)]
 
     def hold(self, key: BlobKey, other: Blobs) -> bool:
         """Keep a file whatever happens to it in `other`, on the same disk and without a copy; False if it has gone.
