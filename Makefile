@@ -45,7 +45,7 @@ cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server
 fuzz: init ## requests and bodies that nobody thought of, hundreds for each route, other ones each time (half an hour)
 	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
 
-crash-points: init ## a server dies at each named point, and workers at random ones, and the power is lost, many times (a quarter of an hour)
+crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
