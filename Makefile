@@ -54,7 +54,7 @@ chaos: init ## processes killed at random while clients work, and everything com
 soak: init ## an hour of tenants that come and go, with a kill every minute: flat memory and disk, no stuck future. MINUTES=60
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --runs 16 --tenants
 
-crash-points: init ## a server dies at each named point, and workers at random ones, and the power is lost, many times (a quarter of an hour)
+crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
 
 audit: init ## known weaknesses of the pinned dependencies; without its service it says so and fails nothing

@@ -34,21 +34,25 @@ BASE = describe(parse("tinsmith/tiny"))
 
 class House:
     def __init__(self, root: Path, stack: ExitStack, **settings: Any) -> None:
-        root.mkdir()
+        root.mkdir(exist_ok=True)
         silence()
         self.root = root
         self.settings = Settings.load({}, data_dir=root, **settings)
         self.store = open_store(root, synchronous="FULL")
         self.client = open_store(root, synchronous="NORMAL")
         self.blobs = Blobs(root / "blobs")
-        self.tenant = self.client.tenants.create("bench").tenant_id
-        self.session = self.client.sessions.create(self.tenant).session_id
+        self.sign_up()
         self._stack = stack
         self._num_workers = 0
         stack.callback(self.store.close)
         stack.callback(self.client.close)
         self.answered: dict[OpId, float] = {}
         self.start_worker()
+
+    def sign_up(self) -> None:
+        """Who asks for everything."""
+        self.tenant = self.client.tenants.create("bench").tenant_id
+        self.session = self.client.sessions.create(self.tenant).session_id
 
     def start_worker(self) -> None:
         """A new worker process, as it were, in the place of the last one."""

@@ -176,10 +176,9 @@ class Blobs:
 
     def beside(self, key: BlobKey) -> list[BlobKey]:
         """The whole files in the same directory, itself among them."""
-        directory = self._path(key).parent
         parent = key.rpartition("/")[0]
-        names = (entry.name for entry in os.scandir(directory) if not entry.name.startswith(TEMPORARY))
-        return [BlobKey(f"{parent}/{name}") for name in names]
+        names = os.listdir(self._path(key).parent)
+        return [BlobKey(f"{parent}/{name}") for name in names if not name.startswith(TEMPORARY)]
 
     def hold(self, key: BlobKey, other: Blobs) -> bool:
         """Keep a file whatever happens to it in `other`, on the same disk and without a copy; False if it has gone.
@@ -230,11 +229,6 @@ class Blobs:
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
         self._known.add(directory)
-
-
-def tenant_of(key: BlobKey) -> TenantId:
-    """Whose file it is."""
-    return TenantId(key.split("/")[1])
 
 
 def payload_key(tenant: TenantId, op_id: OpId) -> BlobKey:

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -76,11 +76,11 @@ def state_pieces(state: RunState) -> Iterator[memoryview]:
         end = offset + tensor.size * 4
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = msgspec.json.encode(header)
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield memoryview(struct.pack("<Q", len(text)) + text)
-    for part in _parts(state.tensors):
-        tensors = [tensor for name, tensor in state.tensors.items() if name.partition("/")[0] == part]
+    for _, group in itertools.groupby(state.tensors.items(), key=lambda named: named[0].partition("/")[0]):
+        tensors = [tensor for _, tensor in group]
         whole = one_piece(tensors)
         for array in tensors if whole is None else [whole]:
             yield np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8).data
@@ -172,11 +172,6 @@ def one_piece(tensors: Sequence[FloatArray]) -> FloatArray | None:
 def _ends(tensors: Sequence[StoredTensor], begin: int) -> Iterator[int]:
     """Where each tensor begins if they follow upon each other from `begin` on."""
     return itertools.accumulate((tensor.size for tensor in tensors), initial=begin)
-
-
-def _parts(names: Iterable[str]) -> list[str]:
-    """Of tensors named PART/..., the parts in the order in which they come first."""
-    return list(dict.fromkeys(name.partition("/")[0] for name in names))
 
 
 def read_state_header(file: BinaryIO) -> StoredState:

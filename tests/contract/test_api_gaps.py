@@ -58,6 +58,21 @@ def test_arrivals_start_the_wait_anew(api: Any, worker: Any) -> None:
         assert "metrics" in wait(api, worker, promise)
 
 
+def test_a_clock_that_is_put_forward_closes_no_gap(
+    api: Any, worker: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = api.create(api.session())["model_id"]
+    late = step(api, run_id, 2)
+    api.result(late, 408)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    house.services.clock._wall = time.time
+    api.result(late, 408)
+    first = step(api, run_id, 1)
+    assert "metrics" in wait(api, worker, first), "it was late by a moment, not by two hours"
+    assert "metrics" in wait(api, worker, late)
+
+
 def test_a_wide_gap_is_closed_bit_by_bit(api: Any, worker: Any) -> None:
     run_id = api.create(api.session())["model_id"]
     assert "metrics" in wait(api, worker, step(api, run_id, 300), seconds=20.0)

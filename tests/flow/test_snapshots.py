@@ -202,6 +202,24 @@ def test_samplers_and_gradients_above_the_snapshot_before_come_back_too(build: C
     assert_same(house, RunId(f"{house.session}:train:0"), dict(states))
 
 
+def test_after_a_crash_a_run_is_restored_when_it_is_next_needed_and_no_sooner(build: Callable[..., House]) -> None:
+    house = build()
+    runs = [house.create_run(seed=seed) for seed in range(30)]
+    for run in runs:
+        train(house, run, range(5))
+    settle(house.worker())
+    worker = house.worker()
+    settle(worker)
+    assert not any(house.engine.has_run(run) for run in runs)
+    first = house.forward_backward(runs[7], 11, [1])
+    settle(worker)
+    assert house.get(first).state is OpState.DONE
+    assert [run for run in runs if house.engine.has_run(run)] == [runs[7]]
+    rest = [house.forward_backward(run, 12 if run == runs[7] else 11, [1]) for run in runs]
+    settle(worker)
+    assert all(house.get(op).state is OpState.DONE for op in rest)
+
+
 def test_the_debt_of_bytes_starts_a_snapshot(build: Callable[..., House]) -> None:
     house = build(snapshot_debt_bytes=4 * payload_bytes(build("sizes")), snapshot_debt_s=1e9)
     run = house.create_run()
@@ -237,7 +255,7 @@ def test_what_is_kept_is_two_snapshots_and_the_payloads_of_two_debts(build: Call
     house = build(snapshot_debt_bytes=3 * size, inline_bytes=10)
     run = house.create_run()
     worker = house.worker()
-    for seq in range(1, 40):
+    for seq in range(1, 16):
         house.forward_backward(run, seq, [1, 2, 3])
         settle(worker)
         assert len(files(house, "snapshots")) <= 2

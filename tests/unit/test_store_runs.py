@@ -192,14 +192,14 @@ def test_record_snapshot_moves_forward_only_and_keeps_the_one_before(world: Any)
         world.store.runs.record_snapshot(world.worker, run, 0, blob("s0"), 5, world.now)
     world.lease()
     record = world.store.runs.record_snapshot
-    assert record(world.worker, run, 0, blob("s0"), 5, world.now) is None
-    assert record(world.worker, run, 2, blob("s2"), 5, world.now) is None
-    assert record(world.worker, run, 1, blob("s1"), 5, world.now) is None
+    assert record(world.worker, run, 0, blob("s0"), 5, world.now).gone is None
+    assert record(world.worker, run, 2, blob("s2"), 5, world.now).gone is None
+    assert record(world.worker, run, 1, blob("s1"), 5, world.now).gone is None
     assert kept(world, run) == [(2, blob("s2")), (0, blob("s0"))]
     assert world.store.checkpoints.collect(world.now + 100) == [blob("s1")]
-    assert record(world.worker, run, 2, blob("s2b"), 5, world.now) == blob("s2")
+    assert record(world.worker, run, 2, blob("s2b"), 5, world.now).gone == blob("s2")
     assert kept(world, run) == [(2, blob("s2b")), (0, blob("s0"))]
-    assert record(world.worker, run, 3, blob("s3"), 5, world.now) == blob("s0")
+    assert record(world.worker, run, 3, blob("s3"), 5, world.now).gone == blob("s0")
     assert kept(world, run) == [(3, blob("s3")), (2, blob("s2b"))]
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_snapshot_is_replaced_and_the_one_before_it_stays(world: Any) 
     record(world.worker, run, 0, blob("s0"), 5, world.now)
     record(world.worker, run, 2, blob("s2"), 5, world.now)
     assert world.store.upkeep.damaged_snapshots() == []
-    assert record(world.worker, run, 3, blob("s3"), 5, world.now, is_newest_damaged=True) == blob("s2")
+    assert record(world.worker, run, 3, blob("s3"), 5, world.now, is_newest_damaged=True).gone == blob("s2")
     assert kept(world, run) == [(3, blob("s3")), (0, blob("s0"))]
     assert world.store.upkeep.damaged_snapshots() == [(run, world.now)]
 

@@ -22,7 +22,7 @@ from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
-from tinsmith.store.snapshots import Snapshot, prune_some, put_snapshot
+from tinsmith.store.snapshots import Recorded, Snapshot, prune_some, put_snapshot
 from tinsmith.types import BlobKey, Role, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
@@ -203,7 +203,7 @@ class Runs:
         now: float,
         *,
         is_newest_damaged: bool = False,
-    ) -> BlobKey | None:
+    ) -> Recorded:
         """The run's state up to op `seq` is in `blob`, which is on disk: recovery starts there from now on.
 
         The snapshot that was the newest is kept as the one before, unless `is_newest_damaged`: then that one goes, and
@@ -212,7 +212,7 @@ class Runs:
         ignored, and its file goes to the graveyard.
 
         Returns:
-            The file that this takes out of use, for the caller to delete unless it is `blob`.
+            What this takes out of use, for the caller to delete.
 
         Raises:
             FencedError: the worker doesn't hold the run.
@@ -220,9 +220,9 @@ class Runs:
         with self._database.write() as conn:
             require_current(conn, worker)
             require_leased(conn, worker, [run_id])
-            gone = put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
+            recorded = put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
             crash_point("store.before_snapshot_commit")
-        return gone
+        return recorded
 
     def prune_payloads(self, run_id: RunId) -> BlobKeys:
         """Forget the payloads of final ops up to the snapshot before the newest, which aren't replayed any more.

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, bindparam, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, literal_column, or_, select, update
 
 from tinsmith.store.graveyard import bury
+from tinsmith.store.prepared import Prepared
 from tinsmith.store.schema import ops, runs
 from tinsmith.types import BlobKey, OpState, RunId
 
 PRUNED_AT_ONCE = 64  # ops of one transaction
 
-_FINAL = [state.value for state in OpState if state.is_final]
-_KEPT = select(
-    runs.c.snapshot_seq, runs.c.snapshot_blob, runs.c.snapshot_bytes, runs.c.previous_seq, runs.c.previous_blob,
-    runs.c.previous_bytes,
-).where(runs.c.run_id == bindparam("run_id"))  # fmt: skip
-_PUT = (
+_KEPT = Prepared(
+    select(
+        runs.c.snapshot_seq, runs.c.snapshot_blob, runs.c.snapshot_bytes, runs.c.previous_seq, runs.c.previous_blob,
+        runs.c.previous_bytes, runs.c.pruned_seq,
+    ).where(runs.c.run_id == bindparam("run_id"))
+)  # fmt: skip
+_PUT = Prepared(
     update(runs)
     .where(runs.c.run_id == bindparam("of_run"))
     .values(
@@ -35,25 +37,27 @@ _PUT = (
     )
 )
 _NOTE_DAMAGE = update(runs).where(runs.c.run_id == bindparam("of_run")).values(damaged_at=bindparam("now"))
-_UNPIN = (
+_UNPIN = Prepared(
     update(ops)
     .where(ops.c.run_id == bindparam("of_run"), ops.c.seq_id <= bindparam("seq"), ops.c.pin_blob.is_not(None))
     .values(pin_blob=None)
 )
-_PRUNED = select(runs.c.pruned_seq, runs.c.previous_seq).where(runs.c.run_id == bindparam("run_id")).with_for_update()
+_PRUNED = Prepared(
+    select(runs.c.pruned_seq, runs.c.previous_seq).where(runs.c.run_id == bindparam("run_id")).with_for_update()
+)
 _PRUNABLE = and_(
     ops.c.run_id == bindparam("of_run"),
     ops.c.seq_id > bindparam("above"),
     ops.c.seq_id <= bindparam("upto"),
-    ops.c.state.in_(_FINAL),
+    or_(*(ops.c.state == literal_column(f"'{state}'") for state in OpState if state.is_final)),
 )
-_PRUNED_BLOBS = select(ops.c.payload_blob).where(_PRUNABLE, ops.c.payload_blob.is_not(None))
-_PRUNE = (
+_PRUNED_BLOBS = Prepared(select(ops.c.payload_blob).where(_PRUNABLE, ops.c.payload_blob.is_not(None)))
+_PRUNE = Prepared(
     update(ops)
     .where(_PRUNABLE, or_(ops.c.payload.is_not(None), ops.c.payload_blob.is_not(None)))
     .values(payload=None, payload_blob=None)
 )
-_SET_PRUNED = update(runs).where(runs.c.run_id == bindparam("of_run")).values(pruned_seq=bindparam("upto"))
+_SET_PRUNED = Prepared(update(runs).where(runs.c.run_id == bindparam("of_run")).values(pruned_seq=bindparam("upto")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +69,27 @@ class Snapshot:
     size: int
 
 
-def put_snapshot(
-    conn: Connection, run_id: RunId, new: Snapshot, now: float, *, is_newest_damaged: bool
-) -> BlobKey | None:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """gone: the file that this took out of use; previous: of the snapshot before; has_stale: there are payloads that
+    nobody will read again."""
+
+    gone: BlobKey | None
+    previous: BlobKey | None
+    has_stale: bool
+
+
+def put_snapshot(conn: Connection, run_id: RunId, new: Snapshot, now: float, *, is_newest_damaged: bool) -> Recorded:
     """See `Runs.record_snapshot`."""
-    row = conn.execute(_KEPT, {"run_id": run_id}).one()
-    newest, previous = Snapshot(*row[:3]), Snapshot(*row[3:])
+    row = _KEPT.first(conn, {"run_id": run_id})
+    newest, previous, pruned_seq = Snapshot(*row[:3]), Snapshot(*row[3:6]), row[6]
     if new.seq < newest.seq:
         bury(conn, [new.blob] if new.blob != newest.blob else [], now)
-        return None
+        return Recorded(None, previous.blob, has_stale=False)
     keeps_previous = is_newest_damaged or new.seq == newest.seq
     kept, gone = (previous, newest) if keeps_previous else (newest, previous)
-    conn.execute(
-        _PUT,
+    _PUT.run(
+        conn,
         {
             "of_run": run_id,
             "new_seq": new.seq,
@@ -88,20 +100,23 @@ def put_snapshot(
             "old_bytes": kept.size,
         },
     )
-    conn.execute(_UNPIN, {"of_run": run_id, "seq": kept.seq})
+    _UNPIN.run(conn, {"of_run": run_id, "seq": kept.seq})
     if is_newest_damaged:
         conn.execute(_NOTE_DAMAGE, {"of_run": run_id, "now": now})
-    return gone.blob
+    return Recorded(gone.blob, kept.blob, has_stale=kept.seq > pruned_seq)
 
 
 def prune_some(conn: Connection, run_id: RunId) -> tuple[list[BlobKey], bool]:
     """Forget some payloads that nobody will read again; (the files that held them, whether that was all)."""
-    run = conn.execute(_PRUNED, {"run_id": run_id}).first()
-    if run is None or run.previous_seq <= run.pruned_seq:
+    run = _PRUNED.first(conn, {"run_id": run_id})
+    if run is None:
         return [], True
-    upto = min(run.pruned_seq + PRUNED_AT_ONCE, run.previous_seq)
-    span = {"of_run": run_id, "above": run.pruned_seq, "upto": upto}
-    blobs = list(conn.execute(_PRUNED_BLOBS, span).scalars())
-    conn.execute(_PRUNE, span)
-    conn.execute(_SET_PRUNED, {"of_run": run_id, "upto": upto})
-    return blobs, upto == run.previous_seq
+    pruned_seq, previous_seq = run
+    if previous_seq <= pruned_seq:
+        return [], True
+    upto = min(pruned_seq + PRUNED_AT_ONCE, previous_seq)
+    span = {"of_run": run_id, "above": pruned_seq, "upto": upto}
+    blobs = [blob for (blob,) in _PRUNED_BLOBS.all(conn, span)]
+    _PRUNE.run(conn, span)
+    _SET_PRUNED.run(conn, {"of_run": run_id, "upto": upto})
+    return blobs, upto == previous_seq

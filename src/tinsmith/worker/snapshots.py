@@ -18,7 +18,7 @@ from collections.abc import Callable
 import structlog
 
 from tinsmith import series, tracing
-from tinsmith.blobs import BlobInfo, Blobs, snapshot_key, tenant_of
+from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
 from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
@@ -26,6 +26,7 @@ from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
 from tinsmith.store import Store
 from tinsmith.store.rows import RunRow, WorkerId
+from tinsmith.store.snapshots import Recorded
 from tinsmith.types import BlobKey, RunId, RunState
 from tinsmith.worker.held import HeldRun
 from tinsmith.worker.recorder import Recorder
@@ -122,7 +123,7 @@ class Snapshots:
         crash_point("snapshot.after_file")
         self._recorder.wait(mark)
         try:
-            gone = self._store.runs.record_snapshot(
+            recorded = self._store.runs.record_snapshot(
                 self._me, run_id, seq, stored.key, stored.size, time.time(), is_newest_damaged=is_newest_damaged
             )
         except FencedError:
@@ -130,7 +131,7 @@ class Snapshots:
             self._blobs.delete(stored.key)
             return None
         crash_point("snapshot.after_row")
-        num_dropped = self._delete_old(run_id, seq, stored.key, gone)
+        num_dropped = self._delete_old(run_id, seq, stored.key, recorded)
         seconds = time.perf_counter() - started
         series.SNAPSHOT_SECONDS.observe(seconds)
         series.SNAPSHOT_BYTES.add(by=stored.size)
@@ -138,19 +139,18 @@ class Snapshots:
         log.info("run snapshotted", **_about(row), seq_id=seq, bytes=stored.size, payloads_dropped=num_dropped)
         return stored
 
-    def _delete_old(self, run_id: RunId, seq: int, key: BlobKey, gone: BlobKey | None) -> int:
+    def _delete_old(self, run_id: RunId, seq: int, key: BlobKey, recorded: Recorded) -> int:
         """What the recorded snapshot takes out of use, and what dead writers of this run left; how many payloads.
 
         A later holder of the run begins with the recorded snapshot, so it writes none of a lower seq.
         """
-        row = self._store.runs.get(tenant_of(key), run_id)
         for left in self._blobs.beside(key):
             match = LEFT_BY_OTHERS.fullmatch(left.rpartition("/")[2])
-            if match and int(match[1]) < seq and left not in (row.snapshot_blob, row.previous_blob):
+            if match and int(match[1]) < seq and left != recorded.previous:
                 self._blobs.delete(left)
-        if gone is not None and gone != key:
-            self._blobs.delete(gone)
-        stale = self._store.runs.prune_payloads(run_id)
+        if recorded.gone is not None and recorded.gone != key:
+            self._blobs.delete(recorded.gone)
+        stale = self._store.runs.prune_payloads(run_id) if recorded.has_stale else []
         crash_point("snapshot.after_prune")
         for number, payload in enumerate(stale):
             self._blobs.delete(payload)
