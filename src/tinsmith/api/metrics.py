@@ -4,6 +4,7 @@ are for administrators alone; `listening` answers without a key, on an address o
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,8 +93,10 @@ def listening(address: str, text: Callable[[], bytes]) -> Iterator[None]:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    allow_reuse_port = True  # the next API process may listen before this one has ended
 
     def __init__(self, address: tuple[str, int], text: Callable[[], bytes]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
         self.text = text
 
