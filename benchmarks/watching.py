@@ -58,7 +58,7 @@ def main() -> None:
             counting.stop()
             http_us -= _answer_us()
             counting.start()
-            watched = Watched(house.store, house.settings, counting, lambda: 0)
+            watched = Watched(house.store, house.settings, counting, lambda: 0, dict)
             scrape_us = statistics.median(_cpu(watched._counting.text, watched._reader) for _ in range(9)) * 1e6
             num_bytes = len(watched.text())
         finally:

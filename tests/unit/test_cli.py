@@ -200,3 +200,10 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli.importlib, "import_module", missing)
     assert failure("demo").message == "the demonstration needs matplotlib: pip install 'tinsmith[demo]'"
+
+
+def test_the_shell_completes_commands() -> None:
+    env = {"_TINSMITH_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "tinsmith to"}
+    done = CliRunner().invoke(cli.app, [], env=env, prog_name="tinsmith")
+    assert '"top"' in done.stdout
+    assert "backup" not in done.stdout

@@ -25,7 +25,7 @@ from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
-from tinsmith.api.figures import Watched
+from tinsmith.api.figures import Watched, database_bytes
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
@@ -96,7 +96,8 @@ class Services:
     def __post_init__(self) -> None:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
-        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls))
+        disk = partial(database_bytes, self.settings.data_dir)
+        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, disk))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once))
 
     async def enqueue(self, new: NewOp) -> Enqueued:
