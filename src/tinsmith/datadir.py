@@ -28,7 +28,7 @@ SIGNING_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What server.json says. worker_pids: by base model; a sampling process under `sampler NAME`. restarts: how often
-    each child was started again since the server's start."""
+    each child was started again after its death, since the server's start."""
 
     version: str
     url: str
