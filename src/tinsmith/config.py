@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from tinsmith.errors import ConfigError
-from tinsmith.setting_values import ENV_PREFIX, flag, parse, show
+from tinsmith.setting_values import ENV_PREFIX, parse, show
+from tinsmith.setting_values import flag as _flag
 
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
@@ -319,13 +320,15 @@ class Settings:
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{flag(name)} must be greater than 0, not {getattr(self, name)}")
-        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "metrics_tenants"):
+                raise ConfigError(f"{_flag(name)} must be greater than 0, not {getattr(self, name)}")
+        for name in ("prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}")
+                raise ConfigError(f"{_flag(name)} must be 0 or more, not {getattr(self, name)}")
         for name, value in (("device", self.device), ("sampler_device", self.sampler_device or self.device)):
             if not DEVICE.fullmatch(value):
-                raise ConfigError(f"{flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+                raise ConfigError(f"{_flag(name)} is one of auto, cpu, cuda, cuda:N, fake, not {value!r}")
+        if self.metrics_tenants < 0:
+            raise ConfigError(f"--metrics-tenants must be 0 or more, not {self.metrics_tenants}")
         if not 0 <= self.trace_share <= 1:
             raise ConfigError(f"--trace-share must lie between 0 and 1, not {self.trace_share:g}")
         if not 0 <= self.port <= 65535:
@@ -343,7 +346,7 @@ class Settings:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ConfigError(f"{_flag(name)} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
 
 def env_name(f: Field[Any]) -> str:

@@ -75,6 +75,7 @@ class Worker:
         self._engine = engine
         self._settings = settings
         self._bell = bell
+        self._base = engine.info.name
         self._role = role
         self._busy_clock = busy or Busy()
         self._payloads = Payloads(blobs)
@@ -83,8 +84,7 @@ class Worker:
         self._wake = wake
         self._writer = Writer(wake)
         self._ahead = ReadAhead(blobs, engine.host_row, settings.host_cache_mib * 2**20, wake)
-        base = engine.info.name
-        self.runs = HeldRuns(me, base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
+        self.runs = HeldRuns(me, self._base, store, blobs, engine, settings, self._writer, self._recorder, self._ahead)
         self._unwritten = Unwritten(settings.resident_adapters_mib * 2**20)
         self._publisher = Publisher(me, store, blobs, engine, self._writer, self._recorder, self._unwritten)
         self._barriers = Barriers(
@@ -98,7 +98,7 @@ class Worker:
         )  # fmt: skip
         self._decoded = DecodeAhead(blobs)
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._shares.charge)
-        self._queue = QueueView(me, base, store, settings.scan_interval_s, self._role)
+        self._queue = QueueView(me, self._base, store, settings.scan_interval_s, self._role)
         self._claims = Claims(me, store, self._queue, self.runs)
         self._saving: set[OpId] = set()
         self._suspects = Suspects()
