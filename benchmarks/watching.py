@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import rows
@@ -27,6 +28,10 @@ from tinsmith.api.figures import Watched
 from tinsmith.api.marks import log_request
 from tinsmith.config import METRICS_DIR
 from tinsmith.metrics import Counting
+from tinsmith.store.usage_rows import Usage
+from tinsmith.wire.media import JSON
+from tinsmith.worker.outcomes import computed
+from tinsmith.worker.watch import Watch
 
 NUM_RUNS = 16
 STEPS = 8
@@ -55,10 +60,12 @@ def main() -> None:
                     costs[is_counting].append(cost)
             counting.start()
             http_us = _answer_us()
+            outcome_us = _outcome_us(house)
             counting.stop()
             http_us -= _answer_us()
+            outcome_us -= _outcome_us(house)
             counting.start()
-            watched = Watched(house.store, house.settings, counting, lambda: 0)
+            watched = Watched(house.store, house.settings, counting, lambda: 0, dict)
             scrape_us = statistics.median(_cpu(watched._counting.text, watched._reader) for _ in range(9)) * 1e6
             num_bytes = len(watched.text())
         finally:
@@ -68,6 +75,7 @@ def main() -> None:
     table = [
         rows.Row("counting, worker: one request", with_us - without_us, "us of CPU", "", ROUNDS),
         rows.Row("the same, of the request's own", (with_us / without_us - 1) * 100, "%", "< 5", ROUNDS),
+        rows.Row("counting alone, worker: one outcome", outcome_us, "us of CPU", "< 10", 1),
         rows.Row("counting, API: one answer", http_us, "us of CPU", "", 1),
         rows.Row("a scrape of /metrics", scrape_us / 1e3, "ms of CPU", "", 9),
     ]
@@ -88,6 +96,15 @@ def _ops(house: House) -> float:
     spent = time.process_time() - started
     worker.close()
     return spent / len(ops)
+
+
+def _outcome_us(house: House) -> float:
+    """What a worker does about one recorded outcome."""
+    row = house.forward_backward(house.create_run(), 1, [1, 2, 3])
+    usage = Usage(trained_tokens=3)
+    outcome = computed(replace(row, started_at=row.created_at), bytes, 0, JSON, usage)
+    watch = Watch("0", house.store, house.engine, 20)
+    return _per_call(lambda: watch.recorded([outcome]))
 
 
 def _answer_us() -> float:

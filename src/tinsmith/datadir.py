@@ -29,7 +29,7 @@ SIGNING_BYTES = 32
 class ServerInfo:
     """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling one under
     `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http. restarts: how often
-    each child was started again since the server's start."""
+    each child was started again after its death, since the server's start."""
 
     version: str
     url: str

@@ -72,6 +72,7 @@ def examine(settings: Settings) -> list[Check]:
         check_database(settings.data_dir / DATABASE_FILE),
         check_port(settings, data_dir),
         check_sdk(),
+        check_watching(settings),
     ]
 
 
@@ -255,3 +256,17 @@ def check_sdk() -> Check:
         return Check(
             "SDK", Level.OK, "tinker is not installed here; clients need it (pip install tinker), the server doesn't"
         )
+
+
+def check_watching(settings: Settings) -> Check:
+    """What of figures and traces is on."""
+    figures = "/metrics for administrators' keys"
+    if settings.metrics_address:
+        figures += f", without a key on {settings.metrics_address}"
+    if not settings.otlp_endpoint:
+        return Check("watching", Level.OK, f"{figures}; no traces (--otlp-endpoint)")
+    try:
+        importlib.metadata.version("opentelemetry-exporter-otlp-proto-http")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("watching", Level.FAIL, "traces need OpenTelemetry", "pip install 'tinsmith[otel]'")
+    return Check("watching", Level.OK, f"{figures}; traces to {settings.otlp_endpoint}")

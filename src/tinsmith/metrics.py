@@ -6,12 +6,14 @@ The series themselves are in `series`. What stays true:
 * What is counted goes to the files at each `flush`, a few times a second: so much is lost with a killed process.
 * The processes of a server share a directory, one set of files for each place (the API, a worker's slot). A process
   that is started again in a place goes on with that place's files: counters go on, and there are never more files.
+  No two processes write to one place at a time.
   After `kill -9` at any moment the files can be read: a count is one aligned write into mapped memory.
 * The values of labels are few: names of routes and codes of ours, and of tenants the first few (`TenantLabels`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 import time
@@ -19,7 +21,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, exposition, values
@@ -27,8 +29,11 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from tinsmith.errors import ConfigError
+
 MEDIA = exposition.CONTENT_TYPE_PLAIN_0_0_4
 OTHER = "other"
+MAX_BESIDE = 8  # processes that count in a place and beside it
 MAX_NAMES = 4096  # of tenants that are remembered, whether or not they have a label of their own
 
 
@@ -164,16 +169,22 @@ class Counting:
         self._meters = [meter for meter in meters if isinstance(meter, Meter)]
         self._place = place.replace("_", "-")
         self._directory = directory
+        self._held: BinaryIO | None = None
         self._flushed_at = float("-inf")
         self.registry = CollectorRegistry()
 
     def start(self) -> None:
-        """From now on the meters count here."""
+        """From now on the meters count here.
+
+        Raises:
+            ConfigError: too many processes count in this place.
+        """
         self.registry = CollectorRegistry()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         if self._directory is None:
             values.ValueClass = values.MutexValue
         else:
+            self._place = self._hold(self._directory)
             for gauge in self._directory.glob(f"gauge_*_{self._place}.db"):
                 gauge.unlink()  # of the process that was here before
             values.ValueClass = values.MultiProcessValue(lambda: self._place)  # type: ignore[no-untyped-call]
@@ -183,6 +194,8 @@ class Counting:
     def stop(self) -> None:
         for meter in self._meters:
             meter.stop()
+        if self._held is not None:
+            self._held.close()
 
     def flush(self, every_s: float = 0.0) -> None:
         """What was counted until now may be read by all processes; if it is so long ago that this was said."""
@@ -191,6 +204,18 @@ class Counting:
             self._flushed_at = now
             for meter in self._meters:
                 meter.flush()
+
+    def _hold(self, directory: Path) -> str:
+        """A place that no living process counts in: this one's, or one beside it while its predecessor still works."""
+        for name in (self._place, *(f"{self._place}-{number}" for number in range(1, MAX_BESIDE))):
+            self._held = (directory / f"{name}.lock").open("ab")
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._held.close()
+            else:
+                return name
+        raise ConfigError(f"{MAX_BESIDE} processes count as {self._place}: stop those that were left")
 
     def kept(self, label: str) -> set[str]:
         """See `Meter.kept`; of all series."""

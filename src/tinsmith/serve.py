@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,7 @@ class _Serving:
         self._out = out
         self._url = settings.public_url.rstrip("/") or local_url(settings)
         self._started = time.monotonic()
+        self._deaths: Counter[str] = Counter()
         self._err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._relay = Relay(self._write_line)
         self._read_fd, self._write_fd = os.pipe()
@@ -164,9 +166,9 @@ class _Serving:
             for place, child in zip(self._places, workers, strict=True)
         }
         settings = self._settings
-        restarts = {child.spec.name: child.num_starts - 1 for child in self._supervisor.children}
+        deaths = {child.spec.name: self._deaths[child.spec.name] for child in self._supervisor.children}
         info = ServerInfo(
-            __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, restarts
+            __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, deaths
         )
         try:
             self._data_dir.write_info(info)
@@ -175,6 +177,7 @@ class _Serving:
 
     def _vacate(self, name: str) -> None:
         """A dead worker's place is given up at once, so that nothing waits for its lease, and healthz says so."""
+        self._deaths[name] += 1
         slots = [place.slot for place in self._places if name == place.child_name]
         if not slots:
             return

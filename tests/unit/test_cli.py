@@ -250,3 +250,10 @@ def test_quotas_are_listed_with_what_is_used(served: Path) -> None:
     assert any({"alice", "k1", "(ci)", "usd_per_month", "1.50"} <= set(line.split()) for line in lines)
     assert "alice" not in run("admin", "quotas", "bob", "--data-dir", served).stdout
     assert "no tenant is called 'carol'" in failure("admin", "quotas", "carol", "--data-dir", served).message
+
+
+def test_the_shell_completes_commands() -> None:
+    env = {"_TINSMITH_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "tinsmith to"}
+    done = CliRunner().invoke(cli.app, [], env=env, prog_name="tinsmith")
+    assert '"top"' in done.stdout
+    assert "backup" not in done.stdout

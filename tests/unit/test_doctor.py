@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import socket
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,16 @@ def test_a_damaged_database_is_found(tmp_path: Path) -> None:
 
 def test_an_old_python_is_named() -> None:
     assert doctor.check_python((3, 10)).level is Level.FAIL
+
+
+def test_what_is_watched_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no traces" in doctor.check_watching(Settings()).found
+    address = doctor.check_watching(Settings(metrics_address="127.0.0.1:9464", otlp_endpoint="http://127.0.0.1:4318"))
+    assert (address.level, "127.0.0.1:9464" in address.found, "4318" in address.found) == (doctor.Level.OK, True, True)
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    lacking = doctor.check_watching(Settings(otlp_endpoint="http://127.0.0.1:4318"))
+    assert (lacking.level, lacking.cure) == (doctor.Level.FAIL, "pip install 'tinsmith[otel]'")

@@ -100,6 +100,24 @@ def test_a_place_goes_on_after_kill_9_with_the_same_files(shared: Path) -> None:
     assert series.TENANT_TOKENS.kept("tenant") == {"alice"}
 
 
+def test_a_successor_that_comes_early_counts_beside(shared: Path) -> None:
+    before = Counting(series.TABLE, "api", shared)
+    before.start()
+    series.OPS.add("sample", "done", by=2)
+    before.flush()
+    after = Counting(series.TABLE, "api", shared)
+    after.start()
+    series.OPS.add("sample", "done", by=3)
+    assert samples(after.text())[("tinsmith_ops_total", ("sample", "done"))] == 5
+    assert len(list(shared.glob("counter_*.db"))) == 2
+    after.stop()
+    third = Counting(series.TABLE, "api", shared)
+    third.start()
+    assert len(list(shared.glob("counter_*.db"))) == 2
+    third.stop()
+    before.stop()
+
+
 def test_the_first_tenants_have_labels_and_keep_them() -> None:
     asked: list[str] = []
 

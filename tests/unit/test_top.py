@@ -167,8 +167,9 @@ def failure(*args: str) -> BaseException | None:
     return CliRunner().invoke(cli.app, ["top", *args]).exception
 
 
-def test_one_screen_of_a_server_elsewhere(stub: Stub) -> None:
-    done = CliRunner().invoke(cli.app, ["top", "--url", url_of(stub), "--once", "--interval", "0.5"])
+@pytest.mark.parametrize("flags", [["--once"], []], ids=["once", "no terminal"])
+def test_one_screen_of_a_server_elsewhere(stub: Stub, flags: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, ["top", "--url", url_of(stub), "--interval", "0.5", *flags])
     assert done.exit_code == 0
     assert "worker tinsmith/tiny" in done.stdout
     assert "\x1b" not in done.stdout

@@ -32,9 +32,16 @@ WITH_DATABASE = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm")
 class Watched:
     """All that this server counts and can read, as text. From any thread."""
 
-    def __init__(self, store: Store, settings: Settings, counting: Counting, num_polls: Callable[[], int]) -> None:
-        """num_polls: that are open now."""
-        self._reader = _Reader(store, settings, num_polls)
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        counting: Counting,
+        num_polls: Callable[[], int],
+        disk: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """num_polls: that are open now. disk: bytes of the data directory by kind, as they are known."""
+        self._reader = _Reader(store, settings, num_polls, disk)
         self._counting = counting
         self._lock = threading.Lock()
         self._text = b""
@@ -49,10 +56,13 @@ class Watched:
 
 
 class _Reader(Collector):
-    def __init__(self, store: Store, settings: Settings, num_polls: Callable[[], int]) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, num_polls: Callable[[], int], disk: Callable[[], Mapping[str, int]]
+    ) -> None:
         self._store = store
         self._settings = settings
         self._num_polls = num_polls
+        self._disk = disk
         self._data_dir = DataDir(settings.data_dir)
 
     def describe(self) -> Iterable[Metric]:
@@ -73,7 +83,8 @@ class _Reader(Collector):
         info = self._data_dir.left_info()
         if info is not None:
             yield from _of_processes(info)
-        yield from _of_disk(self._settings.data_dir)
+        yield _family(series.DISK_USED, {(kind,): size for kind, size in self._disk().items()})
+        yield _family(series.DISK_FREE, {(): shutil.disk_usage(self._settings.data_dir).free})
 
 
 def _of_rows(figures: Figures, most_tenants: int, now: float) -> Iterator[Metric]:
@@ -122,10 +133,9 @@ def _of_processes(info: ServerInfo) -> Iterator[Metric]:
     yield _family(series.RESTARTS, {(name,): count for name, count in info.restarts.items()})
 
 
-def _of_disk(data_dir: Path) -> Iterator[Metric]:
-    database = sum(_size(data_dir / name) for name in WITH_DATABASE)
-    yield _family(series.DISK_USED, {("database",): database})
-    yield _family(series.DISK_FREE, {(): shutil.disk_usage(data_dir).free})
+def database_bytes(data_dir: Path) -> dict[str, int]:
+    """What is known of the disk without looking at every file."""
+    return {"database": sum(_size(data_dir / name) for name in WITH_DATABASE)}
 
 
 def _size(path: Path) -> int:

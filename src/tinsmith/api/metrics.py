@@ -4,18 +4,23 @@ are for administrators alone; `listening` answers without a key, on an address o
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import structlog
 from litestar import Response, get
 from msgspec import Struct
 
 from tinsmith.api.paging import iso_time
 from tinsmith.api.services import ServicesDep
+from tinsmith.config import LOOPBACK
 from tinsmith.errors import ConfigError
 from tinsmith.metrics import MEDIA
+
+log = structlog.get_logger("tinsmith.api")
 
 PATH = "/metrics"
 MAX_RUNS = 50
@@ -81,6 +86,8 @@ def listening(address: str, text: Callable[[], bytes]) -> Iterator[None]:
         server = _Server((host.strip("[]") or "127.0.0.1", int(port)), text)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"--metrics-address {address}: {error}; name a free HOST:PORT") from None
+    if server.server_address[0] not in LOOPBACK:
+        log.warning("figures can be read without a key, by all who reach this address", address=address)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:
@@ -92,8 +99,10 @@ def listening(address: str, text: Callable[[], bytes]) -> Iterator[None]:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    allow_reuse_port = True  # the next API process may listen before this one has ended
 
     def __init__(self, address: tuple[str, int], text: Callable[[], bytes]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
         self.text = text
 

@@ -26,7 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
-from tinsmith.api.figures import Watched
+from tinsmith.api.figures import Watched, database_bytes
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
 from tinsmith.api.pauses import Waiting, why_waiting
@@ -110,7 +110,8 @@ class Services:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
-        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls))
+        disk = partial(database_bytes, self.settings.data_dir)
+        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, disk))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
 

@@ -34,7 +34,7 @@ def top_command(
     url: Annotated[
         str | None, typer.Option("--url", help="A server elsewhere; its administrator's key in TINKER_API_KEY.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one screen and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and end, as without a terminal.")] = False,
     interval: Annotated[float, typer.Option("--interval", help="Seconds between two readings.")] = 1.0,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
@@ -46,7 +46,7 @@ def top_command(
     client = _client(url, data_dir)
     console = Console(highlight=False)
     before = read(client)
-    if once:
+    if once or not console.is_terminal:
         time.sleep(interval)
         console.print(Screen(frame(before, read(client)), client.url, datetime.now(UTC)))
         return

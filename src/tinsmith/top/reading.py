@@ -189,7 +189,7 @@ def _workers(before: Reading, now: Reading, seconds: float) -> list[WorkerLine]:
     for key, is_ready in sorted(now.of(series.WORKER_READY).items()):
         labels = dict(key)
         slot = labels["worker"]
-        name = ("sampler " if labels.get("role") == "sample" else "worker ") + labels.get("base_model", "")
+        name = _process_of(slot, labels.get("base_model", ""), labels.get("role", ""))
         busy_s = grown(before, now, series.WORKER_BUSY, worker=slot)
         lines.append(
             WorkerLine(
@@ -205,6 +205,12 @@ def _workers(before: Reading, now: Reading, seconds: float) -> list[WorkerLine]:
             )
         )
     return lines
+
+
+def _process_of(slot: str, base_model: str, role: str) -> str:
+    """What the server calls a worker's process; of several of a base, the second is in a slot that ends with -2."""
+    nth = slot.partition("-")[2]
+    return f"{'sampler' if role == 'sample' else 'worker'} {base_model}" + (f" {nth}" if nth.isdigit() else "")
 
 
 def _tenants(

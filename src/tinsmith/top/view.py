@@ -48,8 +48,10 @@ class Screen:
     def _head(self, width: int) -> Text:
         end = self._trouble or f"{self._now:%H:%M:%S}{self._hint}"
         begin = f"tinsmith {_clean(self._seen.version)}  {_clean(self._url)}"
-        room = max(0, width - len(end) - 2)
+        lost = f"{self._seen.num_corrupted} corrupted  " if self._seen.num_corrupted else ""
+        room = max(0, width - len(end) - len(lost) - 2)
         line = Text(begin[:room].ljust(room + 2), style="bold")
+        line.append(lost, style="bold red")
         line.append(end, style="bold red" if self._trouble else "dim")
         return line
 
@@ -124,8 +126,7 @@ def _tenants(lines: Sequence[TenantLine], most: int) -> Table:
 
 
 def _runs(seen: Frame, most: int, now: datetime) -> Table:
-    corrupted = f", {seen.num_corrupted} corrupted" if seen.num_corrupted else ""
-    table = _table(f"RUN ({seen.num_runs}{corrupted})", "TENANT", "STATUS", "SEQ", "ON DISK", "WAITING", "LAST")
+    table = _table(f"RUN ({seen.num_runs})", "TENANT", "STATUS", "SEQ", "ON DISK", "WAITING", "LAST")
     for run in seen.runs[:most]:
         table.add_row(*_run(run, now))
     return table

@@ -29,7 +29,6 @@ from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.readahead import ReadAhead
 from tinsmith.worker.telling import Telling
-from tinsmith.worker.watch import about
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -153,7 +152,7 @@ class Samples:
                 outcomes.append(failed(op, result))
             else:
                 usage = _usage(num_prompt, result)
-                outcomes.append(computed(op, partial(_encoded, op, result), _num_bytes(result), PROTOBUF, usage))
+                outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
                 self._accounts.charge_sample(op, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         if outcomes:
@@ -219,12 +218,12 @@ def _has_room(held: Counter[TenantId], op: OpRow) -> bool:
     return not held or (free >= 0 and (not own or own + op.payload_bytes <= RATIO * free))
 
 
-def _encoded(op: OpRow, result: SampleResult) -> bytes | Failure:
+def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
     """The result's bytes; a failure of this request alone, if it can't be written."""
     try:
         return encode_sample_result(result)
     except (EncodeError, MemoryError, ValueError) as error:
-        log.error("a sample's result could not be written", **about([op]), exc_info=error)
+        log.error("a sample's result could not be written", op_id=op_id, exc_info=error)
         message = "the result of this request could not be written: send it as several smaller ones"
         return Failure(code="internal", category="server", message=message)
 
