@@ -105,13 +105,16 @@ class Load:
             run.due = started + number / rate
         now = started
         while now < started + seconds:
-            soonest = now + 0.05
+            soonest = now + 0.002
             for run in self.runs:
-                if run.due <= now and run.post is not None and not run.post.is_asking:
+                if run.post is None or run.post.is_asking:
+                    continue
+                if run.due <= now:
                     self._post(run)
                     run.due = max(run.due + interval, now - interval)
-                soonest = min(soonest, max(run.due, now))
-            self._turn(max(0.0, min(soonest - now, 0.002)))
+                else:
+                    soonest = min(soonest, run.due)
+            self._turn(max(0.0, soonest - time.perf_counter()))
             now = time.perf_counter()
         spent = now - started
         after = self.num_fetched, self.num_offered, self.num_refused
