@@ -28,6 +28,7 @@ from tinsmith.api.connection import most_read_out
 from tinsmith.api.once import Once
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
+from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
@@ -97,11 +98,13 @@ class Services:
     to_ring: set[str] = field(init=False, default_factory=set)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
+    pressure: Pressure = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Where] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
+        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._look_where_all, self.look_where, FEW))
 
