@@ -13,6 +13,7 @@ run against the same server, and all else that the machine has to do, this clien
 from __future__ import annotations
 
 import argparse
+import heapq
 import selectors
 import socket
 import statistics
@@ -28,10 +29,11 @@ from raw_load import ID_BYTES, MARK, Requests, Setup
 from served import Server, serving
 
 TIMES = 3.0
-CLOSED = (16, 64, 192)
-RUNS = 192
+WARM_UP_S = 2.0  # in which connections are opened again that were idle
+CLOSED = (16, 64, 256)
+RUNS = 1536
 TOKENS = 8
-FLAGS = ("--device", "fake", "--log-level", "error", "--max-resident-runs", "256")
+FLAGS = ("--device", "fake", "--log-level", "error", "--max-resident-runs", "2048")
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class Run:
     """A run's next request, and those whose results have not been fetched."""
 
     name: str
+    number: int
     seq: int = 1
     due: float = 0.0
     request: bytes = b""
@@ -71,11 +74,13 @@ class Load:
         address = urlsplit(server.url)
         self._address = address.hostname or "", address.port or 0
         self._selector = selectors.DefaultSelector()
-        self.runs = [Run(name) for name in Setup(server.url, server.key).create_runs("tinsmith/tiny", RUNS)]
+        names = Setup(server.url, server.key).create_runs("tinsmith/tiny", RUNS)
+        self.runs = [Run(name, number) for number, name in enumerate(names)]
         for run in self.runs:
             run.post, run.poll = self._connect(run, "post"), self._connect(run, "poll")
         self.num_fetched = self.num_accepted = self.num_refused = self.num_offered = 0
         self._is_closed_loop = True
+        self._due: list[tuple[float, int]] = []  # when runs whose connection is free send next
 
     def _connect(self, run: Run, what: str) -> Conn:
         conn = Conn(self._open(), run, what)
@@ -98,20 +103,23 @@ class Load:
     def open(self, rate: float, seconds: float) -> tuple[float, float, float]:
         """(results, requests offered, and requests refused) a second, where `rate` requests a second fall due."""
         self._is_closed_loop = False
-        started = time.perf_counter()
-        before = self.num_fetched, self.num_offered, self.num_refused
+        begun = time.perf_counter()
+        started, before = begun, (0, 0, 0)
         interval = len(self.runs) / rate
         for number, run in enumerate(self.runs):
             run.due = started + number / rate
-        now = started
-        while now < started + seconds:
-            soonest = now + 0.05
-            for run in self.runs:
-                if run.due <= now and run.post is not None and not run.post.is_asking:
-                    self._post(run)
-                    run.due = max(run.due + interval, now - interval)
-                soonest = min(soonest, max(run.due, now))
-            self._turn(max(0.0, min(soonest - now, 0.002)))
+        self._due = [(run.due, number) for number, run in enumerate(self.runs)]
+        now, is_timed = started, False
+        while now < begun + WARM_UP_S + seconds:
+            if not is_timed and now > begun + WARM_UP_S:
+                started, before, is_timed = now, (self.num_fetched, self.num_offered, self.num_refused), True
+            while self._due and self._due[0][0] <= now:
+                _, number = heapq.heappop(self._due)
+                run = self.runs[number]
+                run.due = max(run.due + interval, now - interval)
+                self._post(run)
+            wait = self._due[0][0] - time.perf_counter() if self._due else 0.002
+            self._turn(min(0.002, max(0.0, wait)))
             now = time.perf_counter()
         spent = now - started
         after = self.num_fetched, self.num_offered, self.num_refused
@@ -171,6 +179,7 @@ class Load:
 
     def _posted(self, run: Run, answer: bytes) -> None:
         status = answer[9:12]
+        heapq.heappush(self._due, (run.due, run.number))
         if status == b"429" and b"retry-after: " in answer:
             self.num_refused += 1
         elif status != b"200":
@@ -215,7 +224,7 @@ def main() -> None:
             peak = load.closed(best, args.seconds)
             cpu = server.cpu_s(server.api_pid)
             results, offered, refused = load.open(TIMES * peak, args.seconds)
-            cpu = (server.cpu_s(server.api_pid) - cpu) / args.seconds
+            cpu = (server.cpu_s(server.api_pid) - cpu) / (WARM_UP_S + args.seconds)
             load.drain()
             ratios.append(results / peak)
             shown = f"{peak:.0f} | {offered / peak:.2f} | {refused / offered:.2f} | {results:.0f}"

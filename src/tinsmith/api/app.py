@@ -178,7 +178,7 @@ def build_app(services: Services) -> Litestar:
         request_class=JsonRequest,
         lifespan=[_watching(services, room)],
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
-        middleware=[lambda app: with_intake(app, budget), lambda app: with_outgo(app, unread)],
+        middleware=[lambda app: with_intake(app, budget, services.pressure), lambda app: with_outgo(app, unread)],
         openapi_config=reference.openapi_config(),
         state=State({KEYS: keys_seen, BUDGET: budget}),
         logging_config=None,
@@ -229,7 +229,7 @@ def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAs
         watching = services.waiters.watching(
             partial(services.work, look), services.recent, look, partial(services.work, services.store.ops.ended_since)
         )
-        async with watching:
+        async with watching, services.pressure.watching():
             with services.pieces.listening():
                 yield
                 await room.desk.settle()

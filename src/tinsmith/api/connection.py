@@ -25,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
+from tinsmith.api.pressure import DEAF_S
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.wire.media import JSON, encode_json
@@ -55,6 +56,8 @@ class Answered(Protocol):
 
 class Lane(Protocol):
     """See `express.Express`."""
+
+    def refuse(self, data: bytes) -> Answered | None: ...
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None: ...
 
@@ -118,7 +121,15 @@ class Connection(H11Protocol):
                 self.flow.pause_reading()
             return
         STAY.set(self._stay)  # what is begun from here on inherits it
-        answering = self._express.take(data) if self._is_between_requests() else None
+        is_between = self._is_between_requests()
+        refused = self._express.refuse(data) if is_between else None
+        if refused is not None:
+            self._unset_keepalive_if_required()
+            self._send(refused, is_last=False)
+            self.flow.pause_reading()
+            self.loop.call_later(DEAF_S, self._listen)
+            return
+        answering = self._express.take(data) if is_between else None
         if answering is None:
             super().data_received(data)
             if self._is_leaving:
@@ -149,16 +160,10 @@ class Connection(H11Protocol):
                 self.shutdown()
         else:
             is_last = self._is_leaving or answered.closes
-            dated = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
-            self.transport.write(answered.to_bytes(dated, is_last=is_last))
-            self.server_state.total_requests += 1
+            self._send(answered, is_last=is_last)
             if is_last:
                 self.transport.close()
                 return
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-            self._look_later()
         if early:
             self.data_received(early)
         else:
@@ -169,6 +174,21 @@ class Connection(H11Protocol):
         self._lingers_until = self.loop.time() + seconds
         self.loop.call_later(seconds, self.shutdown)
         self.shutdown()
+
+    def _send(self, answered: Answered, *, is_last: bool) -> None:
+        dated = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
+        self.transport.write(answered.to_bytes(dated, is_last=is_last))
+        self.server_state.total_requests += 1
+        if not is_last:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+            self._look_later()
+
+    def _listen(self) -> None:
+        """Read again, after a refusal."""
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def shutdown(self) -> None:
         has_answered = self.cycle is None or self.cycle.response_complete

@@ -30,9 +30,10 @@ from tinsmith.api.intake import Budget
 from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
+from tinsmith.api.pressure import FILLING, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
-from tinsmith.errors import TinsmithError
+from tinsmith.errors import CapacityError, TinsmithError
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate import CUSTOM
@@ -102,7 +103,20 @@ class Express:
         self._security = b"".join(b"%s: %s\r\n" % header for header in headers)
         self._paths = frozenset(self._handlers)
         self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
+        self._filling = frozenset(path.encode() for path in FILLING)
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
+
+    def refuse(self, data: bytes) -> Answered | None:
+        """The refusal of the request that `data` is, while too much is asked for; else None."""
+        if not self._services.pressure.is_high:
+            return None
+        request = read_plain(data, self._filling)
+        principal = None if request is None else self._keys.known(_secret_of(request))
+        if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
+            return None
+        status, headers, problem = refusal(request.path.decode(), CapacityError(TOO_MUCH))
+        request_id = request_id_of(request.headers.get(b"x-request-id", b""))
+        return Answered(Answer(status, encode_json(problem), headers=headers), request_id, self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
@@ -125,7 +139,11 @@ class Express:
         marks = {"request_id": request_id, "tenant": principal.tenant_name, "tenant_id": principal.tenant_id}
         with structlog.contextvars.bound_contextvars(**marks), traced as asked:
             try:
-                answer = await self._handlers[request.path](principal, request)
+                if path in FILLING:
+                    with self._services.pressure.under_way(principal.tenant_id):
+                        answer = await self._handlers[request.path](principal, request)
+                else:
+                    answer = await self._handlers[request.path](principal, request)
             except TinsmithError as error:
                 status, headers, problem = refusal(path, error)
                 answer = Answer(status, encode_json(problem), headers=headers)

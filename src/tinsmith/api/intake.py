@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from tinsmith.api.pressure import FILLING, Pressure
 from tinsmith.errors import CapacityError, RequestTimeoutError, UserError
 from tinsmith.types import TenantId
 
@@ -85,8 +87,11 @@ class Hold:
         self.give_back(self._num_bytes)
 
 
-def with_intake(app: ASGIApp, budget: Budget) -> ASGIApp:
-    """Bound what comes in: `receive` raises CapacityError, RequestTimeoutError, UserError if the client goes away."""
+def with_intake(app: ASGIApp, budget: Budget, pressure: Pressure) -> ASGIApp:
+    """Bound what comes in: `receive` raises CapacityError, RequestTimeoutError, UserError if the client goes away.
+
+    Requests that fill the queue are refused under pressure, before any of their body is read.
+    """
 
     async def intake(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -95,12 +100,16 @@ def with_intake(app: ASGIApp, budget: Budget) -> ASGIApp:
         hold = Hold(budget, scope)
         scope["state"]["hold"] = hold
         last_at = time.monotonic() + WHOLE_S
-        is_whole = False
+        is_whole = is_begun = False
+        passing = ExitStack()
 
         async def receive_bounded() -> Any:
-            nonlocal is_whole
+            nonlocal is_whole, is_begun
             if is_whole:
                 return await receive()
+            if not is_begun and scope["path"] in FILLING and scope.get("user") is not None:
+                passing.enter_context(pressure.under_way(scope["user"].tenant_id))
+            is_begun = True
             try:
                 async with asyncio.timeout(max(0.0, min(IDLE_S, last_at - time.monotonic()))):
                     message = await receive()
@@ -118,6 +127,7 @@ def with_intake(app: ASGIApp, budget: Budget) -> ASGIApp:
         try:
             await app(scope, receive_bounded, send)
         finally:
+            passing.close()
             hold.close()
 
     return intake

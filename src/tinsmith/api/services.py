@@ -33,6 +33,7 @@ from tinsmith.api.pauses import Waiting, why_waiting
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
+from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
@@ -103,6 +104,7 @@ class Services:
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
     underway: Underway = field(init=False, default_factory=Underway)
+    pressure: Pressure = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 
@@ -112,6 +114,7 @@ class Services:
         polls = partial(getattr, self.waiters, "num_waiting")
         disk = partial(database_bytes, self.settings.data_dir)
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, disk))
+        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
 

@@ -12,6 +12,7 @@ taken to do so too, and begins at once. Reads cost so little that a few are carr
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -47,7 +48,7 @@ class Together(Generic[T, R]):
         self._at_once = at_once
         self._few = few
         self._brief = Brief()
-        self._waiting: OrderedDict[TenantId, deque[tuple[T, asyncio.Future[R]]]] = OrderedDict()
+        self._waiting: OrderedDict[TenantId, deque[tuple[T, asyncio.Future[R], float]]] = OrderedDict()
         self._is_under_way = False
         self._is_quiet = False  # the last call came alone, and its turn of the loop is over
 
@@ -59,12 +60,17 @@ class Together(Generic[T, R]):
             self._is_quiet = False
             loop.call_soon(self._look_around)
             return future.result()
-        self._waiting.setdefault(tenant_id, deque()).append((call, future))
+        self._waiting.setdefault(tenant_id, deque()).append((call, future, time.monotonic()))
         self._is_quiet = False
         if not self._is_under_way:
             self._is_under_way = True
             loop.call_soon(self._start, loop)  # with all that is asked for in this turn of the loop
         return await future
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the oldest call has waited; 0 if none waits."""
+        return max((time.monotonic() - line[0][2] for line in self._waiting.values()), default=0.0)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         batch = self._take()
@@ -102,7 +108,7 @@ class Together(Generic[T, R]):
         batch: list[tuple[T, asyncio.Future[R]]] = []
         while self._waiting and len(batch) < AT_MOST:
             tenant_id, line = self._waiting.popitem(last=False)
-            call, future = line.popleft()
+            call, future, _ = line.popleft()
             if line:
                 self._waiting[tenant_id] = line
             if not future.done():

@@ -4,6 +4,9 @@ Owns the connections of one process and knows no table. What stays true:
 
 * A write is one BEGIN IMMEDIATE transaction: it holds the database's write lock from its first statement, so nothing
   read in it can be stale. Threads of one process queue on a lock of their own instead of polling the file's.
+* Processes take turns at writing: whoever waits holds the turnstile (`turnstile.py`), and whoever has just written has
+  to pass that first. Without it the API, flooded with requests, would begin one write after another and keep the
+  worker from recording results.
 * A durable write has reached the disk, with all that was committed before it, when its block ends.
 * A read is one deferred transaction, a consistent view that ends with its block.
 * Connections are held and reused, so that the driver's prepared statements live on.
@@ -30,9 +33,10 @@ from sqlalchemy.pool import NullPool
 from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError, TakenError
 from tinsmith.series import COMMIT
 from tinsmith.store.prepared import driver_of
+from tinsmith.store.turnstile import Turnstile
 
 BUSY_TIMEOUT_S = 10.0
-BUSY_POLL_S = 0.0005
+BUSY_POLL_S = 0.0002
 CURE = "look at the disk (is it failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
 TAKEN = "the database is being written by another"
 SYNCHRONOUS = ("FULL", "NORMAL")
@@ -53,6 +57,7 @@ class Database:
         if synchronous not in SYNCHRONOUS:
             raise ConfigError(f"--sqlite-synchronous is one of {', '.join(SYNCHRONOUS)}, not {synchronous!r}")
         self._engine = _make_engine(path, synchronous)
+        self._turnstile = Turnstile(path.with_suffix(".turn"))
         self._write_lock = threading.Lock()
         self._writers: dict[bool, Connection] = {}
         self._idle: deque[Connection] = deque()
@@ -79,7 +84,8 @@ class Database:
                 driver.execute("PRAGMA busy_timeout=0").close()  # `_begin_write` waits
                 if not is_durable:
                     driver.execute("PRAGMA synchronous=NORMAL").close()
-            with errors_by_name(), _transaction(connection, is_write=True, may_wait=may_wait, is_durable=is_durable):
+            writing = _transaction(connection, may_wait=may_wait, turnstile=self._turnstile, is_durable=is_durable)
+            with errors_by_name(), writing:
                 yield connection
 
     @contextmanager
@@ -90,7 +96,7 @@ class Database:
         except IndexError:
             connection = self._connect()
         try:
-            with errors_by_name(), _transaction(connection, is_write=False):
+            with errors_by_name(), _transaction(connection):
                 yield connection
         finally:
             if self._is_closed:
@@ -108,6 +114,7 @@ class Database:
         while self._idle:
             self._idle.pop().close()
         self._engine.dispose()
+        self._turnstile.close()
 
     @contextmanager
     def _alone(self, may_wait: bool) -> Iterator[None]:
@@ -182,19 +189,20 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
         """SQLAlchemy notices a transaction at its first statement; `_transaction` has begun it by then."""
         driver = driver_of(connection)
         if not driver.in_transaction:
-            _begin_write(driver)
+            driver.execute("BEGIN IMMEDIATE").close()
 
     return engine
 
 
 @contextmanager
 def _transaction(
-    connection: Connection, *, is_write: bool, may_wait: bool = True, is_durable: bool = False
+    connection: Connection, *, may_wait: bool = True, turnstile: Turnstile | None = None, is_durable: bool = False
 ) -> Iterator[None]:
-    """Begun and ended on the driver: SQLAlchemy takes part only where one of its statements is run."""
+    """Begun and ended on the driver: SQLAlchemy takes part only where one of its statements is run. `turnstile`: it
+    writes."""
     driver = driver_of(connection)
-    if is_write:
-        _begin_write(driver, may_wait)
+    if turnstile is not None:
+        _begin_write(driver, may_wait, turnstile)
     else:
         driver.execute("BEGIN").close()
     try:
@@ -214,22 +222,29 @@ def _transaction(
         raise
 
 
-def _begin_write(driver: sqlite3.Connection, may_wait: bool = True) -> None:
+def _begin_write(driver: sqlite3.Connection, may_wait: bool, turnstile: Turnstile) -> None:
     """Take the write lock; wait for another process to give it back, if that is allowed.
 
     SQLite's own waiting sleeps 1, 2, 5, 10, 15, 20 ... ms, which is longer than most transactions take.
     """
     deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            driver.execute("BEGIN IMMEDIATE").close()
-            return
-        except sqlite3.OperationalError as error:
-            if _is_busy(error) and not may_wait:
-                raise TakenError(TAKEN) from None
-            if not _is_busy(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(BUSY_POLL_S)
+    is_mine = False
+    try:
+        while True:
+            is_mine = is_mine or turnstile.enter()
+            try:
+                if is_mine or time.monotonic() > deadline:
+                    driver.execute("BEGIN IMMEDIATE").close()
+                    return
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or time.monotonic() > deadline:
+                    raise
+            if not may_wait:
+                raise TakenError(TAKEN)
+            time.sleep(BUSY_POLL_S)
+    finally:
+        if is_mine:
+            turnstile.leave()
 
 
 @contextmanager

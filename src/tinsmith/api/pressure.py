@@ -1,0 +1,99 @@
+"""Whether the API is asked for more than it can do, and whom it turns away then.
+
+A queue that stands says so, not one that is long for a moment (as in CoDel: Nichols and Jacobson, "Controlling Queue
+Delay", 2012): while the delay of the event loop, with the age of the oldest request that waits to be recorded, has not
+been below `TARGET_S` for `INTERVAL_S`, requests that fill the queue are refused at the door, before their bodies are
+read or parsed: 429 and `Retry-After`. Those of tenants who have few under way pass; polls, heartbeats and whatever
+gives results away are never refused. To refuse costs a tenth of what it takes to serve, so a connection that was
+refused isn't read for `DEAF_S`: what its client sends meanwhile, whatever it was told, waits on the client's side.
+For the event loop's own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import structlog
+
+from tinsmith.errors import CapacityError
+from tinsmith.types import TenantId
+
+log = structlog.get_logger("tinsmith.api")
+
+LOOK_S = 0.05
+TARGET_S = 0.25
+INTERVAL_S = 0.5
+DEAF_S = 1.0
+FEW = 64  # requests under way: a batch of `together`, which keeps the disk and the processor busy
+TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
+FILLING = frozenset(
+    f"/api/v1/{name}"
+    for name in (
+        "create_model", "forward", "forward_backward", "optim_step", "asample", "save_weights", "load_weights",
+        "save_weights_for_sampler", "save_weights_external", "create_custom_loss",
+    )
+)  # fmt: skip
+
+
+class Pressure:
+    def __init__(self, oldest_s: Callable[[], float]) -> None:
+        """`oldest_s`: how long the oldest request has waited to be recorded."""
+        self._oldest_s = oldest_s
+        self._under_way: Counter[TenantId] = Counter()
+        self._calm_at = time.monotonic()
+        self.is_high = False
+        self.num_refused = 0
+
+    def refuses(self, tenant_id: TenantId) -> bool:
+        """Whether there is too much of this tenant's now; it is counted as refused then."""
+        is_refused = self.is_high and self._under_way[tenant_id] >= FEW
+        self.num_refused += is_refused
+        return is_refused
+
+    @contextmanager
+    def under_way(self, tenant_id: TenantId) -> Iterator[None]:
+        """Around a request that fills the queue.
+
+        Raises:
+            CapacityError: there is too much of this tenant's now.
+        """
+        if self.refuses(tenant_id):
+            raise CapacityError(TOO_MUCH)
+        self._under_way[tenant_id] += 1
+        try:
+            yield
+        finally:
+            self._under_way[tenant_id] -= 1
+            if not self._under_way[tenant_id]:
+                del self._under_way[tenant_id]
+
+    def note(self, delay_s: float, now: float) -> None:
+        """So long it takes at the moment."""
+        if delay_s < TARGET_S:
+            self._calm_at = now
+        was_high, self.is_high = self.is_high, now - self._calm_at > INTERVAL_S
+        if self.is_high != was_high:
+            log.warning("overloaded" if self.is_high else "no longer overloaded", refused=self.num_refused)
+            self.num_refused = self.num_refused if self.is_high else 0
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Look from time to time."""
+        task = asyncio.create_task(self._watch(), name="pressure")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _watch(self) -> None:
+        while True:
+            due = time.monotonic() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            self.note(now - due + self._oldest_s(), now)
