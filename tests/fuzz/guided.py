@@ -1,7 +1,4 @@
-"""The same targets under atheris, which follows coverage: `python -m tests.fuzz.guided TARGET [--count N]`.
-
-Needs the extra `fuzz`. What reached new code is kept in `.fuzz/corpus/TARGET`, from which the next call goes on; atheris prints inputs a second, and stops at the first finding with the input in a file.
-"""
+"""The same targets under atheris, which follows coverage: `python -m tests.fuzz.guided TARGET [--count N]`."""
 
 from __future__ import annotations
 
