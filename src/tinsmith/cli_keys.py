@@ -65,14 +65,20 @@ def create_key(
 @keys.command("list")
 def list_keys(data_dir: DataDirFlag = None) -> None:
     """List all keys, those that don't work any more too. Secrets are not kept."""
-    table = Table("id", "name", "tenant", "scope")
+    table = Table()
+    table.add_column("id", no_wrap=True, min_width=17)
+    for column in ("name", "tenant", "scope"):
+        table.add_column(column)
     for column in ("created", "expires", "revoked"):
         table.add_column(column, no_wrap=True)
     for key in _client(data_dir).call("GET", "/admin/keys")["keys"]:
         cells = (key["key_id"], key["name"], key["tenant"], key["scope"])
         times = (_day_and_time(key.get(f"{what}_at") or "") for what in ("created", "expires", "revoked"))
         table.add_row(*cells, *times)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # for a program that reads it: nothing is cut
+    console.print(table)
 
 
 @keys.command("rotate")

@@ -74,6 +74,11 @@ class DataDir:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise ConfigError(f"--data-dir {self.path} can't be written by this user; name another")
 
+    @property
+    def is_open_to_others(self) -> bool:
+        """Whether other users may list or enter the directory; the files in it are closed to them all the same."""
+        return bool(self.path.stat().st_mode & 0o077)
+
     @contextlib.contextmanager
     def locked(self, socket_dir: Path) -> Iterator[None]:
         """Hold the directory; the sockets of a holder that was killed are cleared away.

@@ -78,6 +78,8 @@ def serve(settings: Settings) -> int:
         Certificate(Path(settings.tls_certificate), Path(settings.tls_key))
     data_dir = DataDir(settings.data_dir)
     data_dir.make()
+    if data_dir.is_open_to_others:
+        out.print(f"others on this machine may look into {data_dir.path}: `chmod 700` it if that isn't meant")
     with contextlib.ExitStack() as held:
         held.callback(os.umask, os.umask(0o077))  # files of the server and its children are their owner's alone
         sockets = held.enter_context(_socket_dir())

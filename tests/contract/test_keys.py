@@ -277,6 +277,26 @@ def test_polls_and_streams_that_are_open_end_with_their_key(stand: tuple[House, 
     assert not house.services.underway.key_ids() & {made["key_id"], kept["key_id"]}
 
 
+def test_the_connections_of_a_revoked_key_are_closed(stand: tuple[House, str], admin: Raw, ids: Ids) -> None:
+    """Those that wait for a next request, and one over which a link of the key's is being followed."""
+    made = make(admin)
+    with closing(Raw(stand[1], made["secret"])) as raw:
+        link = urlsplit(archive_link(raw, ids))
+    parts = urlsplit(stand[1])
+    paths = ["/api/v1/sessions", f"{link.path}?{link.query}"]
+    socks = []
+    for path in paths:
+        sock = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=20)
+        sock.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {made['secret']}\r\n\r\n".encode())
+        assert sock.recv(16).startswith(b"HTTP/1.1 200")
+        socks.append(sock)
+    admin.send("DELETE", f"/admin/keys/{made['key_id']}")
+    for sock in socks:
+        with closing(sock), suppress(ConnectionResetError):
+            while sock.recv(1 << 16):
+                pass
+
+
 def archive_link(raw: Raw, ids: Ids) -> str:
     path = f"/training_runs/{ids.run}/checkpoints/weights/kept/archive"
     return str(raw.send("GET", path, headers={"accept": "application/json"}).json()["url"])

@@ -14,11 +14,19 @@ TEST = re.compile(r"`(tests/[^`:]+)((?:::[^`:]+)*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
 
 
+def test_each_line_of_the_threat_model_names_a_test() -> None:
+    text = (ROOT / "docs/explain/security.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what")]
+    assert len(rows) > 25
+    assert not [row for row in rows if not TEST.search(row)]
+
+
 def test_every_test_that_proof_names_exists() -> None:
-    named = TEST.findall((ROOT / "docs/reference/proof.md").read_text())
-    assert len(named) > 30
-    missing = [path + names for path, names in named if not defines(ROOT / path, names.split("::")[1:])]
-    assert not missing
+    for page in ("docs/reference/proof.md", "docs/explain/security.md"):
+        named = TEST.findall((ROOT / page).read_text())
+        assert len(named) > 30
+        missing = [path + names for path, names in named if not defines(ROOT / path, names.split("::")[1:])]
+        assert not missing
 
 
 def defines(path: Path, names: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from tests.service import Service, is_alive, running, until
 from tinsmith.bases import SHIPPED_PATH
+from tinsmith.datadir import DataDir
 
 FAKE = ("--device", "fake")
 
@@ -49,8 +51,41 @@ def test_a_server_says_how_to_reach_it(data_dir: Path) -> None:
         assert f"{service.url}/schema" in log
         assert (data_dir / "admin.key").stat().st_mode & 0o777 == 0o600
         assert data_dir.stat().st_mode & 0o777 == 0o700
-        assert not [path for path in data_dir.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+        holder = DataDir(data_dir).holder()
+        assert holder is not None
+        sockets = Path(holder.socket_dir)
+        assert len([path for path in sockets.iterdir() if path.is_socket()]) >= 3
+        for path in (*data_dir.rglob("*"), sockets, *sockets.iterdir()):
+            assert path.stat().st_mode & 0o077 == 0, path
         until(lambda: "ready after" in service.log.read_text(), 10)
+
+
+def test_a_directory_that_others_may_open_is_said_so(data_dir: Path) -> None:
+    """It may be meant so, and is left as it is; what the server writes in it is its owner's alone all the same."""
+    data_dir.mkdir(mode=0o755, parents=True)
+    data_dir.chmod(0o755)
+    with running(data_dir, *FAKE) as service:
+        assert "chmod 700" in service.log.read_text()
+        assert data_dir.stat().st_mode & 0o777 == 0o755
+        assert not [path for path in data_dir.rglob("*") if path.stat().st_mode & 0o077]
+
+
+def test_a_key_of_the_command_line_can_be_rotated(data_dir: Path) -> None:
+    """That in admin.key is replaced there, so that the next call works with the old one gone."""
+    with running(data_dir, *FAKE) as service:
+        own = tinsmith("keys", "list", "--data-dir", data_dir).stdout
+        key_id = next(word for line in own.splitlines() for word in line.split() if re.fullmatch("k[0-9a-f]{16}", word))
+        made = tinsmith("keys", "rotate", key_id, "--grace", "0", "--data-dir", data_dir)
+        assert made.stdout.strip() == (data_dir / "admin.key").read_text().strip() != service.key
+        assert (data_dir / "admin.key").stat().st_mode & 0o777 == 0o600
+        again = tinsmith(
+            "keys", "create", "--name", "ci", "--scope", "sample", "--expires", "90d", "--data-dir", data_dir
+        )
+        assert again.stdout.startswith("tml-")
+        listed = tinsmith("keys", "list", "--data-dir", data_dir).stdout
+        assert "sample" in listed
+        for wrong in (("--expires", "soon"), ("--expires", "0"), ("--admin", "--scope", "read")):
+            assert tinsmith("keys", "create", "--name", "x", *wrong, "--data-dir", data_dir).returncode == 2
 
 
 def test_keys_come_and_go_by_the_command_line(data_dir: Path) -> None:

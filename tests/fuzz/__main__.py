@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import logging
 import resource
 import signal
 import sys
@@ -26,8 +27,7 @@ from tests.fuzz import targets as room
 from tests.fuzz.app import Api
 from tests.fuzz.mutate import draw
 
-API = "api"
-API_SHARE = 5
+APP_SHARES = {"api": 4, "http": 3}
 BATCH = 500
 HANG_CPU_S = 10.0  # of one input
 STUCK_S = 300.0  # of a batch, if even signals don't get through
@@ -62,14 +62,14 @@ class State:
 
 
 def shares() -> dict[str, int]:
-    return {**{name: target.share for name, target in room.targets().items()}, API: API_SHARE}
+    return {**{name: target.share for name, target in room.targets().items()}, **APP_SHARES}
 
 
 def runner(api: Api) -> Callable[[str, int], None]:
     def run(name: str, number: int) -> None:
         """Raises: whatever is wrong with this input."""
-        if name == API:
-            said = api.send(number)
+        if name in APP_SHARES:
+            said = api.send(name, number)
             assert not said, said
         else:
             target = room.targets()[name]
@@ -147,6 +147,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="begin at 0 again")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     room.settle()
     if args.again:

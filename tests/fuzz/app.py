@@ -17,8 +17,10 @@ from urllib.parse import quote, unquote
 
 from tests.contract.conftest import House
 from tests.fuzz.capture import IDS, read_captured
+from tests.fuzz.line import Line
 from tests.fuzz.mutate import draw
 from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.main import make_server
 from tinsmith.config import Settings
 
 WITHIN_S = 30.0
@@ -47,6 +49,11 @@ class App:
         self._session = session.split(b'"session_id":"')[1].split(b'"')[0].decode()
         body = f'{{"session_id": "{self._session}", "model_seq_id": 0, "base_model": "tinsmith/tiny"}}'
         self._call("POST", "/api/v1/create_model", body.encode())
+        self._line = Line(make_server(self._house.services), self._loop, self._house.key, self._session)
+
+    def send_bytes(self, number: int) -> str:
+        """The same over a connection: what h11, the connection and the express lane make of broken HTTP."""
+        return self._line.send(number)
 
     def close(self) -> None:
         self._stopping.set()
@@ -126,12 +133,13 @@ class Api:
         self._app: App | None = None
         self._num_sent = 0
 
-    def send(self, number: int) -> str:
+    def send(self, name: str, number: int) -> str:
+        """name: api, for a request that is whole, or http, for bytes on a connection."""
         if self._app is None or self._num_sent >= TURN:
             self.close()
             self._app = App()
         self._num_sent += 1
-        return self._app.send(number)
+        return self._app.send(number) if name == "api" else self._app.send_bytes(number)
 
     def close(self) -> None:
         if self._app is not None:

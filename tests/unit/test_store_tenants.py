@@ -47,6 +47,37 @@ def test_secrets_are_not_stored(world: Any, tmp_path: Any) -> None:
     assert not any(secret.encode() in path.read_bytes() for path in tmp_path.glob("tinsmith.db*"))
 
 
+def test_a_stored_digest_opens_nothing(world: Any) -> None:
+    """What a copy of the database holds of a key is no key, nor a token's beginning."""
+    _, secret = world.store.tenants.create_key(world.tenant, "laptop")
+    with world.store._database.read() as conn:
+        (digest,) = conn.exec_driver_sql("SELECT digest FROM keys").one()
+    assert len(digest) == 64
+    for text in (digest, f"tml-{digest}", digest.upper(), bytes.fromhex(digest).decode("latin-1")):
+        assert world.store.tenants.authenticate(text) is None
+    assert world.store.tenants.authenticate(secret) is not None
+
+
+def test_keys_end_by_time_and_have_one_successor(world: Any) -> None:
+    tenants = world.store.tenants
+    key, secret = tenants.create_key(world.tenant, "ci", scope=Scope.SAMPLE, expires_at=100.0, now=10.0)
+    assert tenants.authenticate(secret, now=99.0).scope is Scope.SAMPLE
+    assert tenants.authenticate(secret, now=100.0) is None
+    assert tenants.principal(key.key_id, now=100.0) is None
+    heir, new_secret = tenants.rotate_key(key.key_id, 5.0, now=50.0)
+    assert (heir.name, heir.scope, heir.expires_at) == ("ci", Scope.SAMPLE, 140.0)
+    assert tenants.authenticate(secret, now=54.0).key_id == key.key_id
+    assert tenants.authenticate(secret, now=55.0) is None
+    assert tenants.authenticate(new_secret, now=139.0).key_id == heir.key_id
+    assert tenants.key(key.key_id).successor_id == heir.key_id
+    last, _ = tenants.rotate_key(heir.key_id, 1000.0, 60.0, now=51.0)
+    assert tenants.key(heir.key_id).expires_at == 140.0
+    assert last.expires_at == 60.0
+    for key_id, now in ((key.key_id, 52.0), (last.key_id, 60.0)):
+        with pytest.raises(UserError):
+            tenants.rotate_key(key_id, 5.0, now=now)
+
+
 def test_tenant_names_are_unique(world: Any) -> None:
     assert world.store.tenants.by_name("alice").tenant_id == world.tenant
     assert world.store.tenants.by_name("bob") is None

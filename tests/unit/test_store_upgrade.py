@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 
+from tinsmith.scopes import Scope
 from tinsmith.store import DATABASE_FILE, open_store
 from tinsmith.store.database import Database
 from tinsmith.store.migrate import SCRIPTS
@@ -51,4 +53,30 @@ def test_samplers_of_before_count_from_now_on(tmp_path: Path) -> None:
     assert [(end.num, end.op_id) for end in ended] == [(1, "req-2"), (2, "req-1")]
     assert last == 2
     assert store.samplers.join(tenant, sampler) == 1
+    store.close()
+
+
+def test_marks_of_administrators_become_scopes(tmp_path: Path) -> None:
+    """Keys go on opening what they opened, and those that were revoked stay so."""
+    database = Database(tmp_path / DATABASE_FILE)
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS))
+    digests = {name: hashlib.sha256(f"tml-{name}".encode()).hexdigest() for name in ("ops", "laptop", "gone")}
+    with database.write() as conn:
+        config.attributes["connection"] = conn
+        command.upgrade(config, "0008_promised_samplers")
+        conn.exec_driver_sql("INSERT INTO tenants VALUES ('t', 'alice', 1.0)")
+        for name, digest in digests.items():
+            revoked = "2.0" if name == "gone" else "NULL"
+            conn.exec_driver_sql(
+                "INSERT INTO keys (key_id, tenant_id, name, digest, is_admin, created_at, revoked_at)"
+                f" VALUES ('k{name}', 't', '{name}', '{digest}', {int(name == 'ops')}, 1.0, {revoked})"
+            )
+    database.close()
+    store = open_store(tmp_path)
+    found = {name: store.tenants.authenticate(f"tml-{name}") for name in digests}
+    assert found["ops"] is not None
+    assert found["laptop"] is not None
+    assert (found["ops"].scope, found["laptop"].scope, found["gone"]) == (Scope.ADMIN, Scope.FULL, None)
+    assert found["ops"].expires_at is None
     store.close()

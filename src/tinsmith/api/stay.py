@@ -19,7 +19,9 @@ class Stay:
         cut: closes the connection at once.
     """
 
-    def __init__(self, cut: Callable[[], None] = lambda: None) -> None:
+    __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end")
+
+    def __init__(self, cut: Callable[[], None]) -> None:
         self._futures: set[asyncio.Future[Any]] = set()
         self.is_over = False
         self.cut = cut
@@ -34,6 +36,7 @@ class Stay:
         self._futures.clear()
         if self.on_end is not None:
             self.on_end(self)
+        self.on_end, self.cut = None, _nothing  # nothing leads back to the connection
 
     def add(self, future: asyncio.Future[Any]) -> None:
         """It is awaited for this connection now; it comes to False if that is lost meanwhile, or was before."""
@@ -47,6 +50,9 @@ class Stay:
 
 
 STAY: ContextVar[Stay | None] = ContextVar("stay", default=None)  # of the connection that is being answered
+
+
+def _nothing() -> None: ...
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:
