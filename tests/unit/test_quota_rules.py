@@ -197,7 +197,7 @@ class History:
     def check(self) -> None:
         running = [op_id for op_id, owner in self.open.items() if owner is not None]
         assert len(running) <= self.limits.get(Quota.REQUESTS, len(running))
-        tokens = [self.costs[op_id] for op_id in running]
+        tokens = [cost for op_id in running if (cost := self.costs[op_id])]
         assert sum(tokens) <= self.limits.get(Quota.QUEUED_TOKENS, 10**9) or len(tokens) == 1
         by_day: Counter[str] = Counter()
         for row in self.store.ledger.usage(self.tenant, 0, 2**40, 10**6):
