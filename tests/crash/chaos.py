@@ -212,16 +212,23 @@ def final_state(service: Service, journal: Journal) -> dict[str, np.ndarray[Any,
     return dict(Blobs(service.data_dir / "blobs").load(BlobKey(blob), read_state).tensors)
 
 
-def compare(service: Service, journals: list[Journal], quiet: Service, expected: list[Journal]) -> None:
-    """Bit for bit what an undisturbed server gives."""
+def compare(
+    service: Service, journals: list[Journal], quiet: Service, expected: list[Journal], *, is_exact: bool
+) -> None:
+    """What an undisturbed server gives: bit for bit, or the final weights within 1e-5."""
     for journal, undisturbed in zip(journals, expected, strict=True):
         for place, (found, right) in enumerate(zip(answers(journal), answers(undisturbed), strict=True)):
-            assert found == right, f"{journal.path.name}: request {place} is {found}, undisturbed {right}"
+            is_same = found == right or not is_exact
+            assert is_same, f"{journal.path.name}: request {place} is {found}, undisturbed {right}"
         state, right_state = final_state(service, journal), final_state(quiet, undisturbed)
         assert state.keys() == right_state.keys()
-        for name, tensor in right_state.items():
-            assert np.array_equal(state[name], tensor), f"{journal.path.name}: {name} differs"
-    assert metered(service) == metered(quiet)
+        compared = [name for name in right_state if is_exact or name.startswith("param/")]
+        assert compared
+        for name in compared:
+            tensor = right_state[name]
+            difference = float(np.abs(state[name] - tensor).max(initial=0.0))
+            assert difference <= (0.0 if is_exact else 1e-5), f"{journal.path.name}: {name} is off by {difference}"
+    assert metered(service) == metered(quiet) or not is_exact
 
 
 @contextlib.contextmanager
@@ -262,7 +269,7 @@ def run(
         undisturbed = Clients(quiet, root / "undisturbed")
         held.callback(undisturbed.close)
         expected = undisturbed.end({str(number): journal.steps for number, journal in enumerate(journals)})
-        compare(service, journals, quiet, expected)
+        compare(service, journals, quiet, expected, is_exact="--no-deterministic" not in flags)
     return dict(chaos.count)
 
 
@@ -279,17 +286,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="of an earlier run, to have its kills again")
     parser.add_argument("--device", default="fake")
     parser.add_argument("--workers", type=int, default=1, help="of the base")
+    parser.add_argument("--default-mode", action="store_true", help="not deterministic: weights within 1e-5")
     parser.add_argument("--keep", type=Path, help="a new directory for data and logs, which stays")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     flags = ("--device", args.device, *(("--workers-per-base", str(args.workers)) if args.workers > 1 else ()))
+    flags = (*flags, *(("--no-deterministic",) if args.default_mode else ()))
     with tempfile.TemporaryDirectory() as scratch:
         root = args.keep or Path(scratch)
         root.mkdir(exist_ok=True)
         rng = random.Random(seed)
         count = run(root, draw(args.kills, rng), rng, *flags, say=lambda line: print(line, flush=True))
-    print(f"{args.kills} kills {count}: nothing lost, nothing done twice, no result changed, the same weights")
+    print(f"{args.kills} kills {count}: nothing lost, done twice or changed, and the weights are as they should be")
 
 
 if __name__ == "__main__":
