@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS
+from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
 
@@ -48,9 +48,4 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
 
 @pytest.fixture
 def plain() -> Callable[[BaseModel], torch.nn.Module]:
-    """In float64 and written out, so that what differs is our own rounding."""
-
-    def load(base: BaseModel) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
-
-    return load
+    return plain_model

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from tinsmith.model.context import MIN_ROWS
 from tinsmith.model.frozen import FrozenMatrix
+from tinsmith.model.rows import MIN_ROWS
 
 MOST_ROWS = 272
 ROWS = (MIN_ROWS, 16, 32, 64, 128)
