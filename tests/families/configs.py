@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -16,6 +18,8 @@ from transformers import (
     Glm4ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -73,6 +77,22 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             **COMMON, head_dim=16, partial_rotary_factor=0.5, use_qk_norm=True, attention_bias=True, n_routed_experts=8,
             n_shared_experts=1, num_experts_per_tok=3, moe_intermediate_size=48, n_group=4, topk_group=2,
             first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=1.7,
+        ),
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **COMMON, head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=14, swiglu_limit=0.7,
+            layer_types=ONE_OF_TWO, rope_parameters=YARN,
+        ),
+    ),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **{**COMMON, "num_key_value_heads": 4}, q_lora_rank=40, kv_lora_rank=24, qk_nope_head_dim=16,
+            qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
+            moe_intermediate_size=48, n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.7,
+            rope_parameters=YARN,
         ),
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),

@@ -36,9 +36,10 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
             torch.manual_seed(7)
             model = model_class(config)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:  # norms and biases that do nothing would hide mistakes
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+                biases = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("proj_bias")]
+                for parameter in (*corrections, *biases):  # those that do nothing would hide mistakes
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model.save_pretrained(directories[kind])
         info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
         return load_base(info, device=torch.device("cpu"), dtype=torch.float32, deterministic=deterministic)

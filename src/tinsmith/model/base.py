@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
@@ -206,7 +207,11 @@ def _attend(
     dropout: float = 0.0,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out."""
+    """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out.
+
+    Values may be narrower than keys (MLA, arXiv 2405.04434, section 2.1): they get columns of zeros, since attention
+    and caches are made for one head size.
+    """
     strange = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
     if attention_mask is not None or dropout or strange:
         raise UnsupportedError(
@@ -220,8 +225,10 @@ def _attend(
         extras.get("s_aux"),
     )
     context = cast(PassHolder, getattr(module, HOLDER)).context
-    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], value[0], kind)
-    return out_THD[None], None
+    size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    wide = F.pad(value, (0, missing)) if missing > 0 else value
+    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], wide[0], kind)
+    return out_THD[None, ..., :size], None
 
 
 class _CheckContext:

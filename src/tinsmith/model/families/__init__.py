@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from tinsmith.model.families import gemma, glm4_moe, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from tinsmith.model.families import (
+    deepseek_v3,
+    gemma,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from tinsmith.model.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -17,6 +28,8 @@ FAMILIES = (
     qwen3_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
+    gpt_oss.FAMILY,
+    deepseek_v3.FAMILY,
     gemma.FAMILY,
 )
 
