@@ -29,7 +29,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
     directories: dict[str, str] = {}
 
     @cache
-    def make(kind: str, *, deterministic: bool = False) -> BaseModel:
+    def make(kind: str, *, deterministic: bool = False, shares_factors: bool = True) -> BaseModel:
         model_class, config = CONFIGS[kind]
         if kind not in directories:
             directories[kind] = str(tmp_path_factory.mktemp(kind))
@@ -42,7 +42,13 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model.save_pretrained(directories[kind])
         info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
-        return load_base(info, device=torch.device("cpu"), dtype=torch.float32, deterministic=deterministic)
+        return load_base(
+            info,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            deterministic=deterministic,
+            shares_factors=shares_factors,
+        )
 
     return make
 

@@ -54,6 +54,7 @@ class BaseModel:
         groups: Sequence[LinearGroup],
         head: nn.Linear,
         experts: Sequence[Experts],
+        router_weights: Sequence[Tensor],
         holder: PassHolder,
     ) -> None:
         self.info = info
@@ -68,6 +69,7 @@ class BaseModel:
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
         self._experts = experts
+        self.router_weights = router_weights
         self._holder = holder
 
     @property
@@ -114,18 +116,31 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> BaseModel:
-    """Load `info.path` and open it. deterministic: no kernel may round an element by its place in an array.
+def load_base(
+    info: BaseInfo,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    shares_factors: bool = True,
+) -> BaseModel:
+    """Load `info.path` and open it.
+
+    deterministic: no kernel may round an element by its place in an array.
+    shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
 
     Raises:
         UserError: the directory lacks weights.
         UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
-    return open_base(_load(info, device, dtype), info, deterministic=deterministic)
+    model = _load(info, device, dtype)
+    return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 
 @torch.no_grad()
-def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False) -> BaseModel:
+def open_base(
+    model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False, shares_factors: bool = True
+) -> BaseModel:
     """Open a model that is in memory. It is changed, and shares its weights with the base.
 
     Raises:
@@ -142,13 +157,15 @@ def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = F
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found))
+    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found, shares_factors=shares_factors))
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
-    experts = replace_experts(model, found, family, holder, stable=deterministic)
+    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    leads = {info.name: info.lead for info in infos}
+    experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0

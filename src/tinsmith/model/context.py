@@ -15,7 +15,8 @@ from tinsmith.model.routes import Routes
 
 
 class ExpertAdapters(Protocol):
-    """The adapters in one layer's experts in one pass. Groups are `<experts>.w1` (gate and up) and `<experts>.w2`; rows
+    """The adapters in one layer's experts in one pass. Groups are `<experts>.w1` (gate and up; up alone is
+    `<experts>.w3` where they share no A) and `<experts>.w2`; rows
     are slots of the layer's routes. Called as `PassContext.add_lora` and `GradContext.add_lora_grad` are."""
 
     def add(self, group: str, x_NI: Tensor, y_NO: Tensor) -> tuple[Tensor, ...]: ...

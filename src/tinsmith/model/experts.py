@@ -9,7 +9,7 @@ and O outputs of a product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,11 +76,13 @@ class StackedMatrices:
 
 
 class ExpertProduct:
-    """y = x Wᵀ + b for each slot, plus what the pass's adapters add. `name`: of the group of layers, which is that of
-    its first."""
+    """y = x Wᵀ + b for each slot, plus what the pass's adapters add.
 
-    def __init__(self, name: str, matrices: StackedMatrices, holder: PassHolder) -> None:
-        self.name = name
+    groups: of layers, by the name of their first; each has an equal share of the outputs, side by side.
+    """
+
+    def __init__(self, groups: Sequence[str], matrices: StackedMatrices, holder: PassHolder) -> None:
+        self.groups = groups
         self.matrices = matrices
         self._holder = holder
 
@@ -89,14 +91,34 @@ class ExpertProduct:
             anchor = self._holder.anchor
             return cast(Tensor, _Product.apply(x_NI, anchor, self, routes, adapters))  # type: ignore[no-untyped-call]
         y_NO = self.matrices.times(x_NI, routes)
-        adapters.add(self.name, x_NI, y_NO)
+        self.add(x_NI, y_NO, adapters)
         return y_NO
+
+    def add(self, x_NI: Tensor, y_NO: Tensor, adapters: ExpertAdapters) -> list[tuple[Tensor, ...]]:
+        """What each group keeps for backward."""
+        if len(self.groups) == 1:
+            return [adapters.add(self.groups[0], x_NI, y_NO)]
+        kept = []
+        for group, y in zip(self.groups, y_NO.chunk(len(self.groups), 1), strict=True):
+            own = y.contiguous()
+            kept.append(adapters.add(group, x_NI, own))
+            y.copy_(own)
+        return kept
 
 
 class Experts(nn.Module):
     """In the place of a model's own experts: Σ over a row's experts of weight · w2(gate(w1 x, w3 x))."""
 
-    def __init__(self, path: str, module: nn.Module, family: Family, holder: PassHolder, *, stable: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        family: Family,
+        holder: PassHolder,
+        leads: Mapping[str, str],
+        *,
+        stable: bool,
+    ) -> None:
         super().__init__()
         self.name = path
         self._holder = holder
@@ -119,8 +141,9 @@ class Experts(nn.Module):
             StackedMatrices(weight, bias, is_grouped=is_grouped)
             for weight, bias in ((gate_up_EOI, gate_up_bias), (down_EOI, down_bias))
         )
-        self.gate_up = ExpertProduct(f"{path}.w1", gate_up, holder)
-        self.down = ExpertProduct(f"{path}.w2", down, holder)
+        groups = tuple(dict.fromkeys(leads[f"{path}.{name}"] for name in ("w1", "w3")))
+        self.gate_up = ExpertProduct(groups, gate_up, holder)
+        self.down = ExpertProduct((leads[f"{path}.w2"],), down, holder)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], int64 [T, K] and [T, K] -> [T, D]."""
@@ -156,10 +179,11 @@ class _Product(torch.autograd.Function):
         ctx: Any, x_NI: Tensor, anchor: Tensor, product: ExpertProduct, routes: Routes, adapters: ExpertAdapters
     ) -> Tensor:
         y_NO = product.matrices.times(x_NI, routes)
-        kept = adapters.add(product.name, x_NI, y_NO)
+        kept = product.add(x_NI, y_NO, adapters)
         ctx.product, ctx.routes, ctx.adapters = product, routes, adapters
-        if kept:
-            ctx.save_for_backward(x_NI, *kept)
+        ctx.num_kept = [len(of_group) for of_group in kept]
+        if any(kept):
+            ctx.save_for_backward(x_NI, *(tensor for of_group in kept for tensor in of_group))
         return y_NO
 
     @staticmethod
@@ -170,7 +194,11 @@ class _Product(torch.autograd.Function):
         if ctx.saved_tensors:
             x_NI, *kept = ctx.saved_tensors
             sum_NI = torch.zeros_like(x_NI) if dx_NI is None else dx_NI
-            cast(ExpertAdapters, ctx.adapters).add_grads(product.name, x_NI, tuple(kept), dy_NO, sum_NI)
+            parts = dy_NO.chunk(len(product.groups), 1)
+            for group, num, dy in zip(product.groups, ctx.num_kept, parts, strict=True):
+                own, kept = tuple(kept[:num]), kept[num:]
+                if own:
+                    cast(ExpertAdapters, ctx.adapters).add_grads(group, x_NI, own, dy.contiguous(), sum_NI)
         return dx_NI, None, None, None, None
 
 
@@ -185,29 +213,39 @@ def frozen_parts(model: nn.Module, family: Family) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in known]
 
 
-def describe_experts(experts: Mapping[str, nn.Module]) -> Iterator[LinearInfo]:
-    """The layers of each. One factor of a layer's adapter is shared by all its experts, the one on the side of the
-    hidden states; the other is each expert's own."""
+def describe_experts(experts: Mapping[str, nn.Module], *, shares_factors: bool) -> Iterator[LinearInfo]:
+    """The layers of each. Where factors are shared, the one on the side of the hidden states is one for all experts,
+    and the other each expert's own; else both are its own."""
     for path, module in experts.items():
         num = cast(int, module.num_experts)
         gate_up, down = cast(Tensor, module.gate_up_proj), cast(Tensor, module.down_proj)
         hidden, inner = (down.shape[2], down.shape[1]) if module.is_transposed else (down.shape[1], down.shape[2])
         if gate_up.numel() != num * 2 * inner * hidden:
             raise UnsupportedError(f"{path}: experts of {list(gate_up.shape)} and {list(down.shape)} can't be carried")
+        outer = 1 if shares_factors else num
         for name in ("w1", "w3"):
-            yield LinearInfo(f"{path}.{name}", "mlp", hidden, inner, f"{path}.w1", num_a=1, num_b=num)
-        yield LinearInfo(f"{path}.w2", "mlp", inner, hidden, f"{path}.w2", num_a=num, num_b=1)
+            lead = f"{path}.w1" if shares_factors else f"{path}.{name}"
+            yield LinearInfo(f"{path}.{name}", "mlp", hidden, inner, lead, num_a=outer, num_b=num)
+        yield LinearInfo(f"{path}.w2", "mlp", inner, hidden, f"{path}.w2", num_a=num, num_b=outer)
 
 
 def replace_experts(
-    model: nn.Module, experts: dict[str, nn.Module], family: Family, holder: PassHolder, *, stable: bool
+    model: nn.Module,
+    experts: dict[str, nn.Module],
+    family: Family,
+    holder: PassHolder,
+    leads: Mapping[str, str],
+    *,
+    stable: bool,
 ) -> list[Experts]:
-    """Put `Experts` in their places, and empty the dictionary: a layer's weights aren't held twice for long. stable: no
-    row's bits depend on how many rows there are."""
+    """Put `Experts` in their places, and empty the dictionary: a layer's weights aren't held twice for long.
+
+    leads: the group of each of their layers. stable: no row's bits depend on how many rows there are.
+    """
     replaced = []
     while experts:
         path = next(iter(experts))
-        replaced.append(Experts(path, experts.pop(path), family, holder, stable=stable))
+        replaced.append(Experts(path, experts.pop(path), family, holder, leads, stable=stable))
         model.set_submodule(path, replaced[-1])
     if stable:
         for path, module in list(model.named_modules()):

@@ -64,7 +64,7 @@ class ExpertLora:
     ) -> None:
         self._routes = routes
         self._before_grads = before_grads
-        groups = (f"{name}.w1", f"{name}.w2")
+        groups = (f"{name}.w1", f"{name}.w3", f"{name}.w2")
         self._parts = [_cut(part, groups, routes, backend) for part in parts]
 
     def add(self, group: str, x_NI: Tensor, y_NO: Tensor) -> tuple[Tensor, ...]:
