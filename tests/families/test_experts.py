@@ -12,11 +12,10 @@ from tests.families.configs import VOCAB
 from tests.families.twin import MergedTwin, plain_model
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
-from tinsmith.model import load_base
+from tinsmith.errors import UnsupportedError
+from tinsmith.model import load_base, open_base
 from tinsmith.model.activation import clamped_swiglu
 from tinsmith.model.experts import StackedMatrices
-from tinsmith.model.families import family_of
-from tinsmith.model.inspect import find_linears
 from tinsmith.model.lora import ExpertLora, ExpertWeights, LoopLora, Segment
 from tinsmith.model.lora.grouped import GroupedLora
 from tinsmith.model.lora.triton_lora import TritonLora
@@ -240,8 +239,8 @@ def test_bfloat16_is_near_float32(make_base) -> None:
     assert len(result.sequences[0].tokens) == 4
 
 
-def test_parts_of_experts_that_are_not_known_are_named(make_base) -> None:
+def test_experts_with_another_activation_are_refused(make_base) -> None:
     model = plain_model(make_base("qwen3_moe"))
-    with pytest.raises(Exception, match=r"experts\.gate_up_proj"):
-        find_linears(model, model.lm_head)
-    assert family_of(model.config).title == "Qwen3-MoE"
+    model.model.layers[0].mlp.experts.act_fn = torch.nn.GELU()
+    with pytest.raises(UnsupportedError, match="GELU"):
+        open_base(model, make_base("qwen3_moe").info)

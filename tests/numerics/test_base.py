@@ -55,8 +55,9 @@ def test_linears_are_named_and_grouped(base):
     assert sum(isinstance(module, RotaryAttention) for module in base.backbone.modules()) == 2
 
 
-def test_experts_are_refused_by_name(tmp_path):
-    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, head_dim=16)
+def test_experts_of_an_unknown_family_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
+    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16)
     with pytest.raises(UnsupportedError, match=r"mlp\.experts\.gate_up_proj"):
         load(Qwen3MoeForCausalLM(config), tmp_path)
 
