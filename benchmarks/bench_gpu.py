@@ -224,7 +224,7 @@ LIMITS = {
 }
 MOE = Figure(
     "train-30b", "Qwen3-30B-A3B shape (published: 4.6k tokens/s a GPU on 8 H200)", 15_000, "tokens/s",
-    detail="mixtures of experts are not served yet; to be measured once they are",
+    detail="mixtures of experts have not run on a GPU yet; to be measured once they have",
 )  # fmt: skip
 
 

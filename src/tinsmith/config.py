@@ -136,6 +136,12 @@ class Settings:
         "fit otherwise), always or never.",
         group="engine",
     )
+    expert_adapters: str = setting(
+        "shared",
+        "Adapters of a mixture of experts: shared (the factor on the side of the hidden states is one for all experts "
+        "of a layer) or own (each expert has both factors). States of one kind don't fit the other.",
+        group="engine",
+    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",

@@ -29,6 +29,7 @@ CHOICES = {
     "tokenizer_id": ("auto", "path", "name"),
     "dtype": ("auto", "float32", "bfloat16"),
     "activation_checkpointing": ("auto", "always", "never"),
+    "expert_adapters": ("shared", "own"),
     "cuda_graphs": ("auto", "on", "off"),
 }
 

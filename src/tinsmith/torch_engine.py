@@ -17,7 +17,7 @@ from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
 from tinsmith.model.device import choose_device, choose_dtype
-from tinsmith.model.row_probe import uneven_products
+from tinsmith.model.row_probe import uneven_products, uneven_routers
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
@@ -66,7 +66,13 @@ class TorchEngine:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the thread's current device, wherever the tensors are
         dtype = choose_dtype(settings.dtype, device)
-        self._base = load_base(info, device=device, dtype=dtype, deterministic=settings.deterministic)
+        self._base = load_base(
+            info,
+            device=device,
+            dtype=dtype,
+            deterministic=settings.deterministic,
+            shares_factors=settings.expert_adapters == "shared",
+        )
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
@@ -78,7 +84,7 @@ class TorchEngine:
         """Try whether a row of the base's products has the same bits in a crowd; on a GPU that isn't promised."""
         if self._base.device.type != "cpu":
             return
-        uneven = uneven_products(self._base.matrices())
+        uneven = uneven_products(self._base.matrices()) + uneven_routers(self._base.router_weights)
         threads = torch.get_num_threads()
         if uneven and is_promised:
             shapes = ", ".join(f"{o} x {i}" for o, i in uneven[:6])

@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS
+from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
 
@@ -29,28 +29,30 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
     directories: dict[str, str] = {}
 
     @cache
-    def make(kind: str, *, deterministic: bool = False) -> BaseModel:
+    def make(kind: str, *, deterministic: bool = False, shares_factors: bool = True) -> BaseModel:
         model_class, config = CONFIGS[kind]
         if kind not in directories:
             directories[kind] = str(tmp_path_factory.mktemp(kind))
             torch.manual_seed(7)
             model = model_class(config)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:  # norms and biases that do nothing would hide mistakes
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+                biases = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("proj_bias")]
+                for parameter in (*corrections, *biases):  # those that do nothing would hide mistakes
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model.save_pretrained(directories[kind])
         info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
-        return load_base(info, device=torch.device("cpu"), dtype=torch.float32, deterministic=deterministic)
+        return load_base(
+            info,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            deterministic=deterministic,
+            shares_factors=shares_factors,
+        )
 
     return make
 
 
 @pytest.fixture
 def plain() -> Callable[[BaseModel], torch.nn.Module]:
-    """In float64 and written out, so that what differs is our own rounding."""
-
-    def load(base: BaseModel) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
-
-    return load
+    return plain_model

@@ -66,8 +66,9 @@ def test_the_api_knows_the_size_of_an_adapter_as_the_engine_lays_it_out(kind, tm
         assert info.adapter_bytes(asked) == 4 * RowLayout(linears, targets, 3).num_params
 
 
-def test_experts_are_refused_by_name(tmp_path):
-    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, head_dim=16)
+def test_experts_of_an_unknown_family_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
+    config = Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16)
     with pytest.raises(UnsupportedError, match=r"mlp\.experts\.gate_up_proj"):
         load(Qwen3MoeForCausalLM(config), tmp_path)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tinsmith.model.attention import AttentionKind
+from tinsmith.model.lora import SegmentsLora
 from tinsmith.sampling.contexts import PrefillContext, Segment, _late_mask
 from tinsmith.sampling.kv import KVShape, PromptKV
 
@@ -20,7 +21,7 @@ def test_it_is_causal_attention_over_the_whole(start: int, rows: int) -> None:
     q, k, v = torch.randn(4, end, 16), *torch.randn(2, 2, end, 16)
     kv = PromptKV(KVShape(((2, 16),), torch.float32, CPU), end)
     kv.put(0, 0, k[:, :start], v[:, :start])
-    context = PrefillContext([Segment(0, rows, start, None, kv)], CPU, torch.float32)
+    context = PrefillContext([Segment(0, rows, start, None, kv)], CPU, torch.float32, SegmentsLora)
     found = context.attend(0, q[:, start:], k[:, start:], v[:, start:], AttentionKind(0.25))
     whole = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=0.25, enable_gqa=True)[0]
     torch.testing.assert_close(found, whole[:, start:].transpose(0, 1), atol=2e-6, rtol=1e-5)

@@ -1,20 +1,24 @@
 """The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
 
 from tinsmith.model.base import BaseModel, load_base, open_base
-from tinsmith.model.context import MIN_ROWS, ROW_GRID, GradContext, PassContext, padded_rows
+from tinsmith.model.context import ExpertAdapters, GradContext, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.layout import RowLayout, init_row
+from tinsmith.model.routes import Routes
+from tinsmith.model.rows import MIN_ROWS, ROW_GRID, padded_rows
 
 __all__ = [
     "HEAD",
     "MIN_ROWS",
     "ROW_GRID",
     "BaseModel",
+    "ExpertAdapters",
     "FrozenMatrix",
     "GradContext",
     "LinearInfo",
     "PassContext",
+    "Routes",
     "RowLayout",
     "init_row",
     "load_base",

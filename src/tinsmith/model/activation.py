@@ -1,4 +1,5 @@
-"""SiLU, alone and times its gate, in torch's own kernel or with bits that don't depend on an element's place.
+"""SiLU, alone and times its gate, and the gate of gpt-oss, in torch's own kernels or with bits that don't depend on an
+element's place.
 
 torch's kernel rounds the last elements of each thread's share in scalar code, differently from the rest, and where
 shares end depends on how many rows a pass has. The stable form costs more: its only inexact function is exp, whose
@@ -111,3 +112,40 @@ def replace_silu(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.SiLU, SiLUActivation)):
             model.set_submodule(name, StableSiLU())
+
+
+def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """(u + 1) · g · sigmoid(alpha · g) of [..., 2I], gate and then up, with g = min(gate, limit) and u = up clamped to
+    ±limit; [..., I]. gpt-oss, arXiv 2508.10925, section 2.2. Bits don't depend on an element's place."""
+    if not torch.is_grad_enabled():
+        return _clamped(gate_up, alpha, limit)[0]
+    return cast(Tensor, _ClampedSwiGLU.apply(gate_up, alpha, limit))  # type: ignore[no-untyped-call]
+
+
+class _ClampedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.bounds = alpha, limit
+        return _clamped(gate_up, alpha, limit)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """dup = dy · g s and dgate = dy · (u + 1) · s · (1 + alpha · g · (1 - s)), with s the sigmoid; both are zero
+        where the clamp holds."""
+        (gate_up,) = ctx.saved_tensors
+        alpha, limit = ctx.bounds
+        gate, up = gate_up.chunk(2, -1)
+        _, g, u1, s = _clamped(gate_up, alpha, limit)
+        dup = torch.mul(grad, g).mul_(s).masked_fill_(up.abs() > limit, 0.0)
+        slope = torch.rsub(s, 1.0).mul_(g).mul_(alpha).add_(1.0).mul_(s)
+        dgate = slope.mul_(u1).mul_(grad).masked_fill_(gate > limit, 0.0)
+        return torch.cat([dgate, dup], -1), None, None
+
+
+def _clamped(gate_up: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, g, u + 1 and the sigmoid."""
+    gate, up = gate_up.chunk(2, -1)
+    g, u1 = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1.0)
+    s = _sigmoid(torch.mul(g, alpha))
+    return torch.mul(g, s).mul_(u1), g, u1, s

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
@@ -21,14 +22,16 @@ from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import replace_blocks
-from tinsmith.model.context import PassContext
+from tinsmith.model.context import ExpertAdapters, PassContext
+from tinsmith.model.experts import Experts, describe_experts, find_experts, frozen_parts, replace_experts
 from tinsmith.model.families import Family, family_of
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
-from tinsmith.model.lora import LoraBackend
+from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
+from tinsmith.model.routes import Routes
 from tinsmith.types import BaseInfo
 
 ATTENTION = "tinsmith_pass"
@@ -50,6 +53,8 @@ class BaseModel:
         linears: tuple[LinearInfo, ...],
         groups: Sequence[LinearGroup],
         head: nn.Linear,
+        experts: Sequence[Experts],
+        router_weights: Sequence[Tensor],
         holder: PassHolder,
     ) -> None:
         self.info = info
@@ -63,6 +68,8 @@ class BaseModel:
         self._embedding: nn.Module = model.get_input_embeddings()
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
+        self._experts = experts
+        self.router_weights = router_weights
         self._holder = holder
 
     @property
@@ -77,6 +84,8 @@ class BaseModel:
         """What rows of a pass are multiplied with, the head's last."""
         for group in self._groups:
             yield group.matrix
+        for experts in self._experts:
+            yield from experts.matrices()
         yield self.head
 
     def embed(self, tokens_T: Tensor) -> Tensor:
@@ -107,18 +116,31 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(info: BaseInfo, *, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> BaseModel:
-    """Load `info.path` and open it. deterministic: no kernel may round an element by its place in an array.
+def load_base(
+    info: BaseInfo,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+    shares_factors: bool = True,
+) -> BaseModel:
+    """Load `info.path` and open it.
+
+    deterministic: no kernel may round an element by its place in an array.
+    shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
 
     Raises:
         UserError: the directory lacks weights.
         UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
-    return open_base(_load(info, device, dtype), info, deterministic=deterministic)
+    model = _load(info, device, dtype)
+    return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 
 @torch.no_grad()
-def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False) -> BaseModel:
+def open_base(
+    model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False, shares_factors: bool = True
+) -> BaseModel:
     """Open a model that is in memory. It is changed, and shares its weights with the base.
 
     Raises:
@@ -126,20 +148,24 @@ def open_base(model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = F
     """
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
-    linears = find_linears(model, head)
+    family = family_of(model.config)
+    linears = find_linears(model, head, frozen_parts(model, family))
+    found = find_experts(model, family)
     check_rope(model)
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
     with SiblingWatch(linears) as watch:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(linears, head, watch.leads)
+    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found, shares_factors=shares_factors))
     groups = _group_linears(model, linears, watch.leads, holder)
-    family = family_of(model.config)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
+    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    leads = {info.name: info.lead for info in infos}
+    experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
@@ -200,7 +226,11 @@ def _attend(
     dropout: float = 0.0,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out."""
+    """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out.
+
+    Values may be narrower than keys (MLA, arXiv 2405.04434, section 2.1): they get columns of zeros, since attention
+    and caches are made for one head size.
+    """
     strange = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
     if attention_mask is not None or dropout or strange:
         raise UnsupportedError(
@@ -214,8 +244,10 @@ def _attend(
         extras.get("s_aux"),
     )
     context = cast(PassHolder, getattr(module, HOLDER)).context
-    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], value[0], kind)
-    return out_THD[None], None
+    size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    wide = F.pad(value, (0, missing)) if missing > 0 else value
+    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], wide[0], kind)
+    return out_THD[None, ..., :size], None
 
 
 class _CheckContext:
@@ -224,6 +256,7 @@ class _CheckContext:
     def __init__(self) -> None:
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
+        self.mixtures: Counter[str] = Counter()
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.layers[layer] += 1
@@ -232,6 +265,10 @@ class _CheckContext:
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self.groups[group] += 1
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        self.mixtures[name] += 1
+        return NO_ADAPTERS
 
 
 def _check(
@@ -249,6 +286,9 @@ def _check(
     wrong |= {name for group in groups for name in group.drop_parts()}
     if wrong:
         raise UnsupportedError(f"{kind}: linear layers not called exactly once: {', '.join(sorted(wrong)[:6])}")
+    unseen = sorted({info.lead.rpartition(".")[0] for info in base.linears if info.is_of_experts} - {*context.mixtures})
+    if unseen:
+        raise UnsupportedError(f"{kind}: experts that aren't called: {', '.join(unseen[:6])}")
     logits_TV = base.final.apply_(base.head.times(h_TD))
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:

@@ -11,25 +11,17 @@ from typing import Protocol
 from torch import Tensor
 
 from tinsmith.model.attention import AttentionKind
-from tinsmith.model.frozen import has_packed_layout
-
-# Rows of a float32 product on oneDNN's layout are bitwise equal for any number of rows from 2 up, on the plain layout
-# from 12 up (measured); fewer take other kernels. The grid keeps the flat length of [T, width] arrays a multiple of the
-# vector width, so that elementwise kernels never reach their scalar tail, which rounds exp and the like differently; it
-# widens with the number of rows, since oneDNN prepares a kernel for each number of rows that it meets (0.4 to 3 ms,
-# kept for the next time).
-MIN_ROWS = 4 if has_packed_layout() else 16
-ROW_GRID = 4
-GRID_SHARE = 32
+from tinsmith.model.routes import Routes
 
 
-def padded_rows(num_rows: int) -> int:
-    """The number of rows that a pass of `num_rows` real rows must have, so that its bits don't depend on its size.
+class ExpertAdapters(Protocol):
+    """The adapters in one layer's experts in one pass. Groups are `<experts>.w1` (gate and up; up alone is
+    `<experts>.w3` where they share no A) and `<experts>.w2`; rows
+    are slots of the layer's routes. Called as `PassContext.add_lora` and `GradContext.add_lora_grad` are."""
 
-    A multiple of ROW_GRID, and of the largest power of two that is at most 1/GRID_SHARE of the rows.
-    """
-    grid = max(ROW_GRID, (1 << (num_rows // GRID_SHARE).bit_length()) >> 1)
-    return max(MIN_ROWS, -(-num_rows // grid) * grid)
+    def add(self, group: str, x_NI: Tensor, y_NO: Tensor) -> tuple[Tensor, ...]: ...
+
+    def add_grads(self, group: str, x_NI: Tensor, kept: tuple[Tensor, ...], dy_NO: Tensor, dx_NI: Tensor) -> None: ...
 
 
 class PassContext(Protocol):
@@ -61,6 +53,13 @@ class PassContext(Protocol):
 
         Returns:
             What `add_lora_grad` will want beside x; empty if it needn't be called.
+        """
+        ...
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        """The rows of the pass go to the experts of a layer, whose path is `name`, by these routes.
+
+        Called once for each layer that has experts, or twice with activation checkpointing.
         """
         ...
 

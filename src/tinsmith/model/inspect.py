@@ -6,7 +6,7 @@ leaving it alone would give wrong numbers in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -28,6 +28,8 @@ class LinearInfo:
     """A linear layer that can carry an adapter.
 
     group: attn, mlp or unembed. lead: the first of the layers that share this one's input; itself, if none does.
+    num_a, num_b: how many As and Bs an adapter has here; 0 for one of each, which isn't of experts. An A or B that is
+    alone belongs to all experts.
     """
 
     name: str
@@ -35,13 +37,21 @@ class LinearInfo:
     in_features: int
     out_features: int
     lead: str
+    num_a: int = 0
+    num_b: int = 0
+
+    @property
+    def is_of_experts(self) -> bool:
+        return self.num_a > 0
 
     def is_targeted(self, targets: Targets) -> bool:
         return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
 
 
-def find_linears(model: nn.Module, head: nn.Module) -> dict[str, nn.Linear]:
+def find_linears(model: nn.Module, head: nn.Module, carried: Iterable[nn.Module] = ()) -> dict[str, nn.Linear]:
     """The linear layers of attention and MLP by path, in the model's order; the output head is not among them.
+
+    carried: modules whose own weights are known otherwise.
 
     Raises:
         UnsupportedError: the model has weights that are neither these, nor norms, nor the embedding; they are named.
@@ -52,24 +62,31 @@ def find_linears(model: nn.Module, head: nn.Module) -> dict[str, nn.Linear]:
         if type(module) is nn.Linear and module is not head and _group(name) is not None
     }
     known = {id(p) for module in linears.values() for p in module.parameters()}
+    known |= {id(p) for module in carried for p in module.parameters()}
     known |= {id(p) for p in head.parameters()}
     known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     strange = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim != 1]
     if strange:
         raise UnsupportedError(
             f"{type(model).__name__} has parts that can't be trained here: {_summary(strange)}; "
-            "dense models whose attention and MLP are made of nn.Linear layers can be served"
+            "models whose attention and MLP are made of nn.Linear layers can be served, and experts of known families"
         )
     return linears
 
 
 def describe_linears(
-    linears: Mapping[str, nn.Linear], head: nn.Linear, leads: Mapping[str, str]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    head: nn.Linear,
+    leads: Mapping[str, str],
+    of_experts: Iterable[LinearInfo] = (),
 ) -> tuple[LinearInfo, ...]:
     """The layers an adapter may have, in the model's order, the output head last as `lm_head`."""
     infos = [
         LinearInfo(name, _group(name) or "", m.in_features, m.out_features, leads[name]) for name, m in linears.items()
     ]
+    order = {path: number for number, (path, _) in enumerate(model.named_modules())}
+    infos = sorted([*infos, *of_experts], key=lambda i: order[_parent(i.name) if i.is_of_experts else i.name])
     return (*infos, LinearInfo(HEAD, "unembed", head.in_features, head.out_features, HEAD))
 
 

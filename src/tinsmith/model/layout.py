@@ -1,15 +1,16 @@
-"""How an adapter lies in memory: one flat float32 row, of which every A and B is a view.
+"""How an adapter lies in memory: one flat float32 row, of which every A and B is a view, as are those of all experts.
 
 Knows names, offsets and shapes, and how a row becomes named tensors and back. Parameters, gradients and moments of a
 run have the same layout, so saving, clipping and stepping work on whole rows.
-Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer, K rows of A of a group's layers.
+Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer, K rows of A of a group's layers,
+E experts, or 1 where they share a factor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
 from tinsmith.model.inspect import HEAD, LinearInfo
-from tinsmith.model.lora.backend import LoraWeights
+from tinsmith.model.lora.backend import ExpertWeights, LoraWeights
 from tinsmith.types import FloatArray, RunSpec, Targets
 
 HEAD_STATE_NAME = "model.unembed_tokens"
@@ -26,7 +27,7 @@ HEAD_STATE_NAME = "model.unembed_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where A [R, I] and B [O, R] of one layer begin in the row."""
+    """Where A [R, I] and B [O, R] of one layer begin in the row; of experts A [E, R, I] and B [E, O, R]."""
 
     linear: LinearInfo
     rank: int
@@ -38,11 +39,22 @@ class Place:
         """The layer's name in a RunState."""
         return HEAD_STATE_NAME if self.linear.name == HEAD else self.linear.name
 
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        one = (self.rank, self.linear.in_features)
+        return (self.linear.num_a, *one) if self.linear.is_of_experts else one
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        one = (self.linear.out_features, self.rank)
+        return (self.linear.num_b, *one) if self.linear.is_of_experts else one
+
     def views(self, row_P: Tensor) -> tuple[Tensor, Tensor]:
-        rank, inputs, outputs = self.rank, self.linear.in_features, self.linear.out_features
-        a_RI = row_P[self.a_offset : self.a_offset + rank * inputs].view(rank, inputs)
-        b_OR = row_P[self.b_offset : self.b_offset + rank * outputs].view(outputs, rank)
-        return a_RI, b_OR
+        a, b = (
+            row_P[offset : offset + math.prod(shape)].view(shape)
+            for offset, shape in ((self.a_offset, self.a_shape), (self.b_offset, self.b_shape))
+        )
+        return a, b
 
 
 class RowLayout:
@@ -67,12 +79,12 @@ class RowLayout:
         places: dict[str, Place] = {}
         offset = 0
         for group in groups.values():
-            b_offset = offset + rank * sum(linear.in_features for linear in group)
             for linear in group:
-                places[linear.name] = Place(linear, rank, offset, b_offset)
-                offset += rank * linear.in_features
-                b_offset += rank * linear.out_features
-            offset = b_offset
+                places[linear.name] = place = Place(linear, rank, offset, 0)
+                offset += math.prod(place.a_shape)
+            for linear in group:
+                places[linear.name] = place = replace(places[linear.name], b_offset=offset)
+                offset += math.prod(place.b_shape)
         self.rank = rank
         self.places: Mapping[str, Place] = {linear.name: places[linear.name] for linear in chosen}
         self.groups: Mapping[str, Sequence[Place]] = {
@@ -81,14 +93,27 @@ class RowLayout:
         self.num_params = offset
 
     def views(self, row_P: Tensor) -> dict[str, LoraWeights]:
-        """By group, which is named for its first layer (`lm_head` for the head): views of the row."""
-        return {lead: self._group_views(places, row_P) for lead, places in self.groups.items()}
+        """By group, which is named for its first layer (`lm_head` for the head): views of the row. Without experts."""
+        return {
+            lead: LoraWeights(self._joint_a(places, row_P)[0], tuple(place.views(row_P)[1] for place in places))
+            for lead, places in self.groups.items()
+            if not places[0].linear.is_of_experts
+        }
 
-    def _group_views(self, places: Sequence[Place], row_P: Tensor) -> LoraWeights:
-        first, num_rows = places[0], len(places) * self.rank
-        inputs = first.linear.in_features
-        a_KI = row_P[first.a_offset : first.a_offset + num_rows * inputs].view(num_rows, inputs)
-        return LoraWeights(a_KI, tuple(place.views(row_P)[1] for place in places))
+    def expert_views(self, row_P: Tensor) -> dict[str, ExpertWeights]:
+        """The same for groups of experts."""
+        return {
+            lead: ExpertWeights(self._joint_a(places, row_P), tuple(place.views(row_P)[1] for place in places))
+            for lead, places in self.groups.items()
+            if places[0].linear.is_of_experts
+        }
+
+    def _joint_a(self, places: Sequence[Place], row_P: Tensor) -> Tensor:
+        """A of all layers of a group: [E, K, I], or [1, K, I] where the group isn't of experts."""
+        first, num_a = places[0], max(1, places[0].linear.num_a)
+        assert num_a == 1 or len(places) == 1, "layers side by side share their A among all experts"
+        shape = (num_a, len(places) * self.rank, first.linear.in_features)
+        return row_P[first.a_offset : first.a_offset + math.prod(shape)].view(shape)
 
     def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
         """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
@@ -137,14 +162,14 @@ class RowLayout:
             return torch.from_numpy(flat_P.copy()).to(device)
         return torch.from_numpy(flat_P).to(device, copy=not may_keep or device.type != "cpu")
 
-    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, int]]]:
+    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Where a part's tensors begin in the row, and their shapes, by name and in the row's order."""
-        spans: dict[str, tuple[int, tuple[int, int]]] = {}
+        spans: dict[str, tuple[int, tuple[int, ...]]] = {}
         for places in self.groups.values():
             for place in places:
-                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, (place.rank, place.linear.in_features))
+                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, place.a_shape)
             for place in places:
-                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, (place.linear.out_features, place.rank))
+                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, place.b_shape)
         return spans
 
 
@@ -157,7 +182,7 @@ def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     row_P = torch.zeros(layout.num_params)
     for place in layout.places.values():
-        a_RI, _ = place.views(row_P)
-        bound = a_RI.shape[1] ** -0.5
-        a_RI.uniform_(-bound, bound, generator=generator)
+        a, _ = place.views(row_P)
+        bound = place.linear.in_features**-0.5
+        a.uniform_(-bound, bound, generator=generator)
     return row_P

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.model import HEAD, MIN_ROWS, BaseModel, padded_rows
+from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind, block_attention, masked_attention
+from tinsmith.model.lora import NO_ADAPTERS, ExpertLora, LoraBackend
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
+from tinsmith.sampling.expert_rows import expert_segments, merged, shifted
 from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
@@ -48,8 +50,10 @@ class Segment:
 class PrefillContext:
     """Attention of each chunk over its own prompt so far, LoRA of each chunk by its own adapter."""
 
-    def __init__(self, segments: Seq[Segment], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, segments: Seq[Segment], device: torch.device, dtype: torch.dtype, backend: LoraBackend) -> None:
         self._segments = segments
+        self.backend = backend
+        self.expert_segments = expert_segments((segment.first, segment.last, segment.adapter) for segment in segments)
         self._masks = [_late_mask(segment, device, dtype) for segment in segments]
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
@@ -81,6 +85,9 @@ class PrefillContext:
                 part = slice(segment.first, segment.last)
                 segment.adapter.add(group, x_TI[part], y_TO[part])
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        return ExpertLora([self.expert_segments], name, routes, self.backend)
 
 
 class DecodeGroup:
@@ -179,11 +186,18 @@ def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.devic
 
 
 class DecodeContext:
-    """One token of every sequence in the groups; rows past the last group are padding."""
+    """One token of every sequence in the groups; rows past the last group are padding.
 
-    def __init__(self, groups: Seq[Group], lora: RowLora) -> None:
+    is_exact: in experts each row is computed by itself. backend: of the adapters in experts.
+    """
+
+    def __init__(self, groups: Seq[Group], lora: RowLora, backend: LoraBackend, *, is_exact: bool) -> None:
         self.groups = groups
+        self.backend = backend
         self._lora = lora
+        owners = [owner for group in groups for owner in group.owners]
+        rows = [(row, row + 1, owner.request.adapter) for row, owner in enumerate(owners)]
+        self.expert_segments = expert_segments(rows if is_exact else merged(rows))
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         heads, rows, size = q_HTD.shape
@@ -198,12 +212,17 @@ class DecodeContext:
         self._lora.add(group, x_TI, y_TO)
         return ()
 
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        return ExpertLora([self.expert_segments], name, routes, self.backend)
+
 
 class MixedContext:
     """Decoding sequences in rows 0..num_decoded-1, prompts in those after them."""
 
     def __init__(self, decode: DecodeContext, num_decoded: int, prefill: PrefillContext) -> None:
         self._parts = ((decode, slice(0, num_decoded)), (prefill, slice(num_decoded, None)))
+        self._expert_segments = decode.expert_segments + shifted(prefill.expert_segments, num_decoded)
+        self._backend = prefill.backend
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         outs = [
@@ -215,6 +234,9 @@ class MixedContext:
         for context, part in self._parts:
             context.add_lora(group, x_TI[part], y_TO[part])
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        return ExpertLora([self._expert_segments], name, routes, self._backend)
 
 
 class ShapeProbe:
@@ -229,6 +251,9 @@ class ShapeProbe:
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        return NO_ADAPTERS
 
 
 def probe_kv_shape(base: BaseModel) -> KVShape:

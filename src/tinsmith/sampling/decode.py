@@ -46,15 +46,18 @@ class Drawn(NamedTuple):
 class Decoder:
     """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas."""
 
-    def __init__(self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], lora: RowLora) -> None:
+    def __init__(
+        self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], lora: RowLora, *, is_exact: bool
+    ) -> None:
         self._base = base
+        self._is_exact = is_exact
         self._kv = kv
         self._version = -1
         self._sequences: list[Sequence] = []
         self._lora = lora
         self._rules: Rules | None = None  # of `_sequences`, made when they are needed
         self._must_look = True  # tokens and positions aren't what the last step left
-        self.context = DecodeContext((), self._lora)
+        self.context = DecodeContext((), lora, base.lora, is_exact=is_exact)
         self.tokens: IntArray = np.zeros(0, np.int64)
         self.positions: IntArray = np.zeros(0, np.int64)
         self._counts_B: IntArray = np.zeros(0, np.int64)
@@ -104,7 +107,7 @@ class Decoder:
     def _arrange(self) -> None:
         groups = decode_groups(self._kv, self._base.device)
         self._sequences = [owner for group in groups for owner in group.owners]
-        self.context = DecodeContext(groups, self._lora)
+        self.context = DecodeContext(groups, self._lora, self._base.lora, is_exact=self._is_exact)
         self._lora.arrange([s.request.adapter for s in self._sequences])
         self._rules = None
         self._must_look = True

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.model import MIN_ROWS, BaseModel, PassContext
+from tinsmith.model import MIN_ROWS, BaseModel, ExpertAdapters, PassContext, Routes
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
 from tinsmith.model.linear import LinearGroup
+from tinsmith.model.lora import NO_ADAPTERS
 from tinsmith.model.norm import RMSNorm
 
 log = structlog.get_logger("tinsmith.worker")
@@ -153,6 +154,9 @@ class _Causal:
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        return NO_ADAPTERS
 
 
 def _agrees(base: BaseModel, lean: LeanLayers) -> bool:

@@ -11,7 +11,7 @@ Shape letters: T rows of the batch, N rows of all tiles, I inputs, O outputs, C 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from weakref import ref
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import RowLayout
-from tinsmith.model.lora import LoraWeights
+from tinsmith.model.lora import ExpertWeights, LoraWeights
 from tinsmith.model.lora.segments import add_adapter
 from tinsmith.sampling.stacked import StackedGroup
 from tinsmith.types import Targets
@@ -32,16 +32,18 @@ KEPT_BYTES = 512 << 20  # of slots that no row uses, for adapters that come back
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """A frozen snapshot. matrices: by group of layers with one input, in the base's dtype; scale: alpha / rank."""
+    """A frozen snapshot. matrices: by group of layers with one input, in the base's dtype; experts: of groups of
+    experts; scale: alpha / rank."""
 
     targets: Targets
     rank: int
     scale: float
     matrices: Mapping[str, LoraWeights]
+    experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: RowLayout, targets: Targets, row_P: Tensor, alpha: float) -> Adapter:
-        return cls(targets, layout.rank, alpha / layout.rank, layout.views(row_P))
+        return cls(targets, layout.rank, alpha / layout.rank, layout.views(row_P), layout.expert_views(row_P))
 
     @property
     def rank_class(self) -> int:

@@ -27,7 +27,7 @@ class Prefill:
         self._base = base
         self._chunks = chunks
         self._segments = _segments(chunks)
-        self.context = PrefillContext(self._segments, base.device, base.dtype)
+        self.context = PrefillContext(self._segments, base.device, base.dtype, base.lora)
         self.tokens = np.concatenate([c.prompt.tokens[c.start : c.end] for c in chunks]).astype(np.int64)
         self.positions: IntArray = np.concatenate([np.arange(c.start, c.end) for c in chunks])
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import BaseModel, PassContext, padded_rows
+from tinsmith.model import BaseModel, ExpertAdapters, PassContext, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind
 from tinsmith.sampling.paged import PagedRows, Pool
 from tinsmith.sampling.tiled_lora import TiledLora
@@ -78,3 +78,6 @@ class StaticContext:
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self._lora.add(group, x_TI, y_TO)
         return ()
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        raise AssertionError("a model with experts is walked through its own modules, without graphs")

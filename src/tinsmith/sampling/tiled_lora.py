@@ -100,6 +100,8 @@ class TiledLora:
     def __init__(self, linears: Iterable[LinearInfo], device: torch.device, dtype: torch.dtype) -> None:
         by_lead: dict[str, list[LinearInfo]] = {}
         for linear in linears:
+            if linear.is_of_experts:
+                continue
             by_lead.setdefault(linear.lead, []).append(linear)
         self._groups = {
             lead: TileGroup(index, own[0].in_features, tuple(linear.out_features for linear in own))

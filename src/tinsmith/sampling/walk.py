@@ -49,7 +49,7 @@ class Walker:
         layers = lean_layers(base)
         self._hidden = (layers or base).hidden
         lora = row_lora_for(base, is_exact) if capture is None else TiledLora(base.linears, base.device, base.dtype)
-        self.decoder = Decoder(base, kv, lora)
+        self.decoder = Decoder(base, kv, lora, is_exact=is_exact)
         self.graphs = decode_graphs(base, layers, kv, lora, cuda_graphs, capture)
 
     def walk(self, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:

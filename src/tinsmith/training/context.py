@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from tinsmith.model import ExpertAdapters, Routes
 from tinsmith.model.attention import AttentionKind
-from tinsmith.model.lora import LoraBackend, Segment
+from tinsmith.model.lora import ExpertLora, LoraBackend, Segment
+from tinsmith.training.expert_loads import ExpertLoads
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.varlen import Attention
 
@@ -39,8 +41,13 @@ class TrainingContext:
         ]
         self._segments = [_segment(span) for span in self._spans]
         num_first = sum(span[-1].end <= lanes[num_settled].start for span in self._spans) if self._unfinished else None
+        self._backend = backend
         self._settled = backend(self._segments[:num_first])
         self._cut = backend(self._segments[num_first:]) if num_first is not None else None
+        whole = [self._segments[:num_first]] + ([self._segments[num_first:]] if num_first is not None else [])
+        self._parts = [[segment] for segment in self._segments] if deterministic else whole
+        self._first_cut = len(self._parts) if num_first is None else num_first if deterministic else 1
+        self._loads = ExpertLoads(lanes)
         self._num_kept: dict[str, int] = {}
         self._is_backward = False
 
@@ -55,10 +62,7 @@ class TrainingContext:
         return kept + self._cut.add(group, x_TI, y_TO)
 
     def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
-        if not self._is_backward:
-            self._is_backward = True
-            for span, segment in zip(self._spans, self._segments, strict=True):
-                segment.live = _live_ranges(span)
+        self._begin_backward()
         if self._cut is None:
             self._settled.add_grads(group, x_TI, kept, dy_TO, dx_TI)
             return
@@ -70,6 +74,27 @@ class TrainingContext:
             assert self._unfinished.staging is not None
             self._unfinished.staging.mark(group)
             self._cut.add_grads(group, x_TI, rest, dy_TO, dx_TI)
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        self._loads.see(name, routes)
+        return ExpertLora(self._parts, name, routes, self._backend, self._before_expert_grads)
+
+    def book_loads(self) -> None:
+        """After the walk: tell each op how many of its tokens went to which experts."""
+        self._loads.book()
+
+    def _before_expert_grads(self, group: str, part: int) -> None:
+        self._begin_backward()
+        if part >= self._first_cut:
+            assert self._unfinished is not None
+            assert self._unfinished.staging is not None
+            self._unfinished.staging.mark(group)
+
+    def _begin_backward(self) -> None:
+        if not self._is_backward:
+            self._is_backward = True
+            for span, segment in zip(self._spans, self._segments, strict=True):
+                segment.live = _live_ranges(span)
 
 
 def _spans(lanes: Iterable[Lane], *, may_merge: bool) -> list[list[Lane]]:
@@ -90,7 +115,16 @@ def _spans(lanes: Iterable[Lane], *, may_merge: bool) -> list[list[Lane]]:
 def _segment(span: Sequence[Lane]) -> Segment:
     op = span[0].op
     grads = None if op.staging is None else op.staging.views
-    return Segment(span[0].start, span[-1].end, op.slot.views, grads, op.slot.scale)
+    expert_grads = None if op.staging is None else op.staging.expert_views
+    return Segment(
+        span[0].start,
+        span[-1].end,
+        op.slot.views,
+        grads,
+        op.slot.scale,
+        experts=op.slot.expert_views,
+        expert_grads=expert_grads,
+    )
 
 
 def _live_ranges(span: Iterable[Lane]) -> list[tuple[int, int]]:

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from tinsmith.model.lora.tables import to_device
+from tinsmith.training.load_metrics import load_metrics
 from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
 from tinsmith.training.runs import RunSlot, Staging
-from tinsmith.types import Datum, Failure, FloatArray, TrainItem, TrainResult
+from tinsmith.types import Datum, Failure, FloatArray, IntArray, TrainItem, TrainResult
 
 
 @dataclass(slots=True)
 class OpProgress:
-    """One item of a pass. num_left counts its data that no pack has taken yet: above zero, it may yet be taken back."""
+    """One item of a pass. num_left counts its data that no pack has taken yet: above zero, it may yet be taken back.
+
+    expert_loads: of each layer that has experts, how many times a token was sent to each.
+    """
 
     item: TrainItem
     slot: RunSlot
@@ -35,6 +39,7 @@ class OpProgress:
     logprobs: dict[int, FloatArray] = field(default_factory=dict)
     max_runs: int = 0
     max_tokens: int = 0
+    expert_loads: list[IntArray] = field(default_factory=list)
 
     def book(self, loss: float, metrics: Mapping[str, float]) -> None:
         """Add a datum's loss and metrics; a `:mean` is one over the request's data."""
@@ -58,6 +63,7 @@ class OpProgress:
             "tokens:sum": float(self.item.num_tokens),
             "pass_runs:max": float(self.max_runs),
             "pass_tokens:max": float(self.max_tokens),
+            **load_metrics(self.expert_loads),
             **self.custom,
         }
         return TrainResult(tuple(self.logprobs[i] for i in range(len(self.item.data))), metrics)

@@ -47,6 +47,7 @@ class RunSlot:
         self.scale = spec.alpha / spec.rank
         self.compute_P = rows["param"].to(layout.compute_dtype)  # the row itself, where that is float32
         self.views = layout.views(self.compute_P)
+        self.expert_views = layout.expert_views(self.compute_P)
 
     @classmethod
     def fresh(cls, spec: RunSpec, layout: RowLayout, device: torch.device) -> RunSlot:
@@ -110,6 +111,7 @@ class Staging:
         accumulated_P = slot.rows.get("grad")
         self._row_P = torch.zeros_like(slot.rows["param"]) if accumulated_P is None else accumulated_P.clone()
         self.views = slot.layout.views(self._row_P)
+        self.expert_views = slot.layout.expert_views(self._row_P)
         self._marks: dict[str, tuple[Tensor, ...]] = {}
 
     def restart(self) -> None:
@@ -128,14 +130,18 @@ class Staging:
     def mark(self, group: str) -> None:
         """To be called before an op's first gradient of this group of layers is added, if the op may yet fail."""
         if group not in self._marks:
-            self._marks[group] = tuple(view.clone() for view in self.views[group].tensors)
+            self._marks[group] = tuple(view.clone() for view in self._tensors(group))
 
     def take_back(self) -> None:
         """Every marked group as it was when marked."""
         for group, kept in self._marks.items():
-            for view, copy in zip(self.views[group].tensors, kept, strict=True):
+            for view, copy in zip(self._tensors(group), kept, strict=True):
                 view.copy_(copy)
         self._marks.clear()
+
+    def _tensors(self, group: str) -> tuple[Tensor, ...]:
+        """Of experts, those of all together, since a factor may be shared by them."""
+        return (self.views[group] if group in self.views else self.expert_views[group]).tensors
 
     def commit(self) -> None:
         self._slot.rows["grad"] = self._row_P

@@ -35,4 +35,6 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
     attention = attention_for(base.device, base.dtype)(lengths, base.device)
     context = TrainingContext(lanes, attention, base.lora, deterministic=deterministic)
     with torch.set_grad_enabled(backward):
-        return base.hidden(tokens_T, positions_T, context, recompute=recompute)
+        h_TD = base.hidden(tokens_T, positions_T, context, recompute=recompute)
+    context.book_loads()
+    return h_TD

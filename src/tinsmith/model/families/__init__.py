@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from tinsmith.model.families import gemma, llama, mistral, qwen2, qwen3
+from tinsmith.model.families import (
+    deepseek_v3,
+    gemma,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from tinsmith.model.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma.FAMILY)
+FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+    glm4_moe.FAMILY,
+    gpt_oss.FAMILY,
+    deepseek_v3.FAMILY,
+    gemma.FAMILY,
+)
 
 
 def family_of(config: PretrainedConfig) -> Family:

@@ -44,6 +44,25 @@ class LoraWeights:
         return (self.a_KI, *self.bs)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """An adapter's matrices for one group of all experts of a layer, or their gradients: contiguous views of the row.
+
+    a_EKI: as in `LoraWeights`, of each expert, or one of all. bs: of each layer, [E, O_l, R], or [1, O_l, R].
+    """
+
+    a_EKI: Tensor
+    bs: tuple[Tensor, ...]
+
+    def of(self, expert: int) -> LoraWeights:
+        a_KI, *bs = (matrices[expert % len(matrices)] for matrices in self.tensors)
+        return LoraWeights(a_KI, tuple(bs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a_EKI, *self.bs)
+
+
 @dataclass(slots=True)
 class Segment:
     """Rows start..end of the pass belong to one adapter. Segments are disjoint, in the order of their rows.
@@ -55,6 +74,8 @@ class Segment:
         live: the ranges of rows, ascending and within start..end, whose dy may differ from zero; all others must not
             be touched in the backward pass, as their x may be infinite. Set after the forward pass, before the first
             `add_grads`.
+        experts, expert_grads: the same as weights and grads for groups of experts; see `lora.experts`.
+        shares_grads: other segments may add to some of the same gradients, though not to all.
     """
 
     start: int
@@ -63,6 +84,9 @@ class Segment:
     grads: Mapping[str, LoraWeights] | None
     scale: float
     live: Sequence[tuple[int, int]] = field(default_factory=list)
+    experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
+    expert_grads: Mapping[str, ExpertWeights] | None = None
+    shares_grads: bool = False
 
 
 class LoraPass(Protocol):

@@ -118,6 +118,7 @@ class TritonLora:
             ]
             owners = [id(segment.grads) for segment in crowd.segments]
             table, flat, is_sole = piece_tables(spans, owners, None if self._is_ordered else PIECE_ROWS)
+            is_sole = is_sole and not any(segment.shares_grads for segment in crowd.segments)
             num = table.shape[1] - 1
             crowd.live_tiles = _tiles(spans, device)
             crowd.pieces = Pieces(num, to_device(table, device), to_device(flat, device), is_sole)

@@ -1,0 +1,13 @@
+"""Qwen3 with experts: Qwen3's layers, in most of which a router chooses among many small MLPs."""
+
+from tinsmith.model.families.family import Family
+
+FAMILY = Family(
+    title="Qwen3-MoE",
+    model_types=("qwen3_moe",),
+    norms=("Qwen3MoeRMSNorm",),
+    mlps=("Qwen3MoeMLP",),
+    attentions=("Qwen3MoeAttention",),
+    experts=("Qwen3MoeExperts",),
+    routers=("Qwen3MoeTopKRouter",),
+)

@@ -1,0 +1,246 @@
+"""Experts beyond the battery: loads in results, requests that are taken back, and the GPU's ways on the CPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tests.families.configs import VOCAB
+from tests.families.twin import MergedTwin, plain_model
+from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
+from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
+from tinsmith.errors import UnsupportedError
+from tinsmith.model import load_base, open_base
+from tinsmith.model.activation import clamped_swiglu
+from tinsmith.model.experts import StackedMatrices
+from tinsmith.model.lora import ExpertLora, ExpertWeights, LoopLora, Segment
+from tinsmith.model.lora.grouped import GroupedLora
+from tinsmith.model.lora.triton_lora import TritonLora
+from tinsmith.model.routes import Routes, gather, spread
+from tinsmith.model.row_probe import uneven_routers
+from tinsmith.training.load_metrics import load_metrics
+from tinsmith.types import Datum, Failure
+
+RL = "importance_sampling"
+ROWS, NUM, EACH = 45, 5, 2
+
+
+def routes_of(seed: int) -> Routes:
+    """Nobody chooses expert 3."""
+    scores = torch.rand(ROWS, NUM, generator=torch.Generator().manual_seed(seed))
+    scores[:, 3] = -1
+    return Routes.of(scores.topk(EACH).indices, NUM)
+
+
+def test_slots_hold_each_experts_rows_in_order_and_lead_back() -> None:
+    routes = routes_of(0)
+    ends = [0, *routes.ends_E.tolist()]
+    for expert in range(NUM):
+        mine = (routes.experts_TK == expert).any(1).nonzero()[:, 0]
+        assert routes.rows_N[ends[expert] : ends[expert] + len(mine)].tolist() == mine.tolist()
+    torch.testing.assert_close(routes.rows_N[routes.places_TK], torch.arange(ROWS)[:, None].expand(-1, EACH))
+    found = routes.ranges([(0, 7), (7, 7), (20, ROWS)])
+    for index, expert, first, end in found.tolist():
+        start, stop = [(0, 7), (7, 7), (20, ROWS)][index]
+        rows = routes.rows_N[first:end].tolist()
+        assert rows == [row for row in range(start, stop) if expert in routes.experts_TK[row]]
+    assert len(found) == len({(i, e) for i, e, _, _ in found.tolist()})
+
+
+def test_spread_and_gather_have_the_gradients_of_autograd() -> None:
+    routes = routes_of(1)
+    x_TD = torch.randn(ROWS, 6, requires_grad=True)
+    weights_TK = torch.rand(ROWS, EACH, requires_grad=True)
+    scale_E = torch.rand(NUM)
+    dout_TD = torch.randn(ROWS, 6)
+    slots_N = torch.arange(len(routes.rows_N), dtype=torch.int32)
+    of_N = torch.searchsorted(routes.ends_E, slots_N, right=True)
+    ours = gather(spread(x_TD, routes) * scale_E[of_N, None], weights_TK, routes)
+    ours.backward(dout_TD)
+    found = x_TD.grad, weights_TK.grad
+    x_TD.grad = weights_TK.grad = None
+    theirs = x_TD * (weights_TK * scale_E[routes.experts_TK]).sum(1, keepdim=True)
+    theirs.backward(dout_TD)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(found, (x_TD.grad, weights_TK.grad))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_grouped_product_is_that_of_one_expert_after_another(has_bias: bool) -> None:
+    routes = routes_of(2)
+    weight_EOI = torch.randn(NUM, 24, 16)
+    bias_EO = torch.randn(NUM, 24) if has_bias else None
+    loop, grouped = (StackedMatrices(weight_EOI, bias_EO, is_grouped=each) for each in (False, True))
+    x_NI, dy_NO = (torch.randn(len(routes.rows_N), width) for width in (16, 24))
+    torch.testing.assert_close(grouped.times(x_NI, routes), loop.times(x_NI, routes), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        grouped.times_transpose(dy_NO, routes), loop.times_transpose(dy_NO, routes), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", [GroupedLora, TritonLora])
+def test_the_backends_of_gpus_add_to_shared_factors_as_the_loop_does(backend) -> None:
+    """Triton under its interpreter: two runs, of which one has rows that aren't live."""
+    found = []
+    routes = routes_of(3)
+    for each in (backend, LoopLora):
+        torch.manual_seed(4)
+        segments = []
+        for start, end, live in ((0, 18, [(0, 18)]), (20, 44, [(20, 30), (35, 44)])):
+            weights = {
+                "m.w1": ExpertWeights(torch.randn(1, 16, 32), (torch.randn(NUM, 16, 8), torch.randn(NUM, 16, 8))),
+                "m.w2": ExpertWeights(torch.randn(NUM, 8, 16), (torch.randn(1, 32, 8),)),
+            }
+            grads_of = {
+                group: ExpertWeights(torch.zeros_like(w.a_EKI), tuple(map(torch.zeros_like, w.bs)))
+                for group, w in weights.items()
+            }
+            segments.append(Segment(start, end, {}, {}, 2.0, live, weights, grads_of))
+        lora = ExpertLora([segments], "m", routes, each)
+        numbers = []
+        for group, inputs, outputs in (("m.w1", 32, 32), ("m.w2", 16, 32)):
+            x, y, dy, dx = (torch.randn(len(routes.rows_N), n) for n in (inputs, outputs, outputs, inputs))
+            lora.add_grads(group, x, lora.add(group, x, y), dy, dx)
+            real = torch.zeros(len(x), dtype=torch.bool)
+            real[routes.places_TK] = True
+            numbers += [y[real], dx[real]]
+        numbers += [t for s in segments for w in (s.expert_grads or {}).values() for t in w.tensors]
+        found.append(numbers)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_clamped_gate_has_the_gradient_of_autograd() -> None:
+    x = (3 * torch.randn(50, 24, dtype=torch.float64)).requires_grad_()
+    gate, up = x.chunk(2, -1)
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    theirs = (up + 1) * gate * torch.sigmoid(1.7 * gate)
+    dout = torch.randn_like(theirs)
+    (want,) = torch.autograd.grad(theirs, x, dout)
+    ours = clamped_swiglu(x, alpha=1.7, limit=2.0)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, dout)[0], want)
+
+
+def test_loads_are_relative_to_the_even_share() -> None:
+    found = load_metrics([np.array([6, 2, 0, 0]), np.array([2, 2, 2, 2])])
+    assert found == {
+        "e_frac_with_tokens:mean": 0.75, "e_frac_oversubscribed:mean": 0.125, "e_max_violation:mean": 1.0,
+        "e_max_violation:max": 2.0, "e_min_violation:mean": -0.5,
+    }  # fmt: skip
+    assert load_metrics([]) == {}
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_result_tells_the_loads_of_its_own_tokens(make_base, backward: bool) -> None:
+    """As the plain model's routers choose, whoever shares the pass and however it is cut."""
+    base = make_base("qwen3_moe")
+    rng = np.random.default_rng(7)
+    trainer = make_trainer(base, deterministic=False)
+    for run in (spec("a"), spec("b", seed=2)):
+        trainer.create_run(run)  # whose adapters do nothing yet
+    data = [datum(rng, length) for length in (30, 11, 25)]
+    others = [datum(rng, 40)]
+    items = [item("b", others, backward=backward), item("a", data, backward=backward)]
+    _, result = run_pass(trainer, items, [60, 30])
+    model = plain_model(base)
+    counts = [np.zeros(8, np.int64) for _ in range(base.num_layers)]
+
+    def count(layer: int, _: object, __: object, found: tuple[torch.Tensor, ...]) -> None:
+        counts[layer] += np.bincount(found[2].reshape(-1), minlength=8)
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.gate.register_forward_hook(partial(count, index))
+    with torch.no_grad():
+        for one in data:
+            model(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None])
+    assert counts[0].sum() == 3 * sum(len(one.tokens) for one in data)
+    expected = load_metrics(counts)
+    assert {name: value for name, value in result.metrics.items() if name.startswith("e_")} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_experts_with_factors_of_their_own(make_base, deterministic: bool) -> None:
+    """Against autograd on merged weights, in the sampler, and to the bit however a pass is cut."""
+    base = make_base("gpt_oss", deterministic=deterministic, shares_factors=False)
+    run, other = spec("a", 4), spec("b", 8, seed=2)
+    rng = np.random.default_rng(10)
+    data = [datum(rng, length) for length in (9, 33, 20)]
+    trainer = make_trainer(base, run, other, deterministic=deterministic)
+    (result, _) = run_pass(trainer, [item("a", data), item("b", [datum(rng, 30)])], 40)
+    state = trainer.export_run(run.run_id)
+    w1 = "param/model.layers.0.mlp.experts.w1"
+    assert (state.tensors[f"{w1}.lora_A"].shape, state.tensors[f"{w1}.lora_B"].shape) == ((6, 4, 64), (6, 96, 4))
+    twin = MergedTwin(base, state)
+    _, logprobs = twin.backward(data)
+    for ours, theirs in zip(result.logprobs, logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+    found = grads(trainer, "a")
+    assert max(relative(found[f"grad/{name}"], p.grad) for name, p in twin.params.items()) < 1e-5
+    if deterministic:
+        alone = make_trainer(base, run)
+        run_pass(alone, [item("a", data)])
+        assert_same_bits(found, grads(alone, "a"))
+    request = sample("r", data[1].tokens, "a", max_tokens=1, prompt_logprobs=True)
+    (sampled,) = run_all(make_sampler(base, {"a": state}, deterministic=deterministic), [request]).values()
+    whole = Datum(data[1].tokens[:-1], {"target_tokens": data[1].tokens[1:].astype(np.int64)})
+    (forward,) = run_pass(trainer, [item("a", [whole], backward=False)])
+    np.testing.assert_allclose(sampled.prompt_logprobs[1:], forward.logprobs[0], rtol=0, atol=1e-5)
+
+
+def test_the_probe_of_routers_sees_uneven_ones(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base("qwen3_moe")
+    assert uneven_routers(base.router_weights) == []
+    exact = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: exact(x, w) * (1 + len(x) * 1e-6))
+    assert uneven_routers(base.router_weights) == [(8, 64)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("cuts", [10**6, [45, 10**6]], ids=["whole", "cut"])
+def test_a_failing_request_leaves_nothing_in_any_experts_factor(make_base, cuts, deterministic: bool) -> None:
+    base = make_base("qwen3_moe", deterministic=deterministic)
+    rng = np.random.default_rng(8)
+    data = [datum(rng, 30, RL), datum(rng, 25, RL)]
+    data[1].inputs["logprobs"][3] = -3e38  # its ratio overflows
+    before, after = item("a", [datum(rng, 14)], 1), item("a", [datum(rng, 21)], 3)
+    trainer, expected = (make_trainer(base, spec("a"), deterministic=deterministic) for _ in range(2))
+    _, failure, _ = run_pass(trainer, [before, item("a", data, 2, RL), after], cuts)
+    assert isinstance(failure, Failure)
+    run_pass(expected, [before, after])
+    ours, theirs = grads(trainer, "a"), grads(expected, "a")
+    assert any(".experts.w2.lora_B" in name for name in ours)
+    if deterministic:
+        assert_same_bits(ours, theirs)
+    for name, gradient in ours.items():
+        np.testing.assert_allclose(gradient, theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_runs_without_an_mlp_adapter_have_none_in_experts(make_base) -> None:
+    base = make_base("mixtral")
+    run = spec("a", 4, type(spec("a").targets)(attn=True, mlp=False, unembed=True))
+    assert not any("experts" in name for name in state_of(base, run).tensors)
+
+
+def test_bfloat16_is_near_float32(make_base) -> None:
+    base = make_base("gpt_oss")
+    half = load_base(base.info, device=torch.device("cpu"), dtype=torch.bfloat16)
+    rng = np.random.default_rng(9)
+    data = [datum(rng, 40)]
+    (want,), (got,) = (
+        run_pass(make_trainer(each, spec("a"), deterministic=False), [item("a", data)]) for each in (base, half)
+    )
+    assert np.abs(want.logprobs[0] - got.logprobs[0]).mean() < 0.1
+    request = sample("r", prompt(1, 20, VOCAB), "a", max_tokens=4)
+    (result,) = run_all(make_sampler(half, {"a": state_of(half, spec("a"))}), [request]).values()
+    assert len(result.sequences[0].tokens) == 4
+
+
+def test_experts_with_another_activation_are_refused(make_base) -> None:
+    model = plain_model(make_base("qwen3_moe"))
+    model.model.layers[0].mlp.experts.act_fn = torch.nn.GELU()
+    with pytest.raises(UnsupportedError, match="GELU"):
+        open_base(model, make_base("qwen3_moe").info)
