@@ -307,23 +307,17 @@ class Settings:
     log_format: str = setting("auto", "json, text, or auto (text on a terminal).", group="logging")
 
     metrics_address: str = setting(
-        "",
-        "HOST:PORT on which /metrics is answered without a key, for a Prometheus that sends none; empty: nowhere. On "
-        "the server's own port it needs an administrator's key.",
-        group="watching",
+        "", "HOST:PORT where /metrics asks for no key; on the server's port it asks for an admin's.", group="watching"
     )
     metrics_tenants: int = setting(
         20, "Tenants that figures name; those after them are counted together as `other`.", group="watching"
     )
     otlp_endpoint: str = setting(
-        "",
-        "Where traces go: the URL of an OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318;"
-        " empty: nowhere. Needs tinsmith[otel].",
-        group="watching",
+        "", "URL of an OpenTelemetry collector (OTLP over HTTP) for traces; needs tinsmith[otel].", group="watching"
     )
     trace_share: float = setting(
         1.0,
-        "Share of requests that are traced, from 0 to 1; one that comes with a traceparent is as its client says.",
+        "Share of requests that are traced, 0 to 1; one with a traceparent is as its client says.",
         group="watching",
     )
 

@@ -61,7 +61,8 @@ ONE_OF_TWO = ["sliding_attention", "full_attention"]
 TITLES = {
     "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
-    "smollm3": "SmolLM3", "glm4": "GLM-4",
+    "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
+    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3",
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
