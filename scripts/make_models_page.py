@@ -22,7 +22,8 @@ FEATURES = {
     "peft": ("the_exported_adapter",),
 }
 DIFFERENCES = (
-    "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft", "merged, in transformers",
+    "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
+    "merged, in transformers",
 )  # fmt: skip
 HEAD = """# Models
 

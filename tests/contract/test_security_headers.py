@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -82,3 +84,18 @@ def test_many_unknown_keys_are_told_to_wait_and_good_ones_go_on(stand: tuple[Hou
     assert ask(house.key).status_code == 200
     elsewhere = [httpx.get(f"{url}/oai/api/v1/models", headers={"X-API-Key": f"tml-{n}"}) for n in range(5)]
     assert 429 in {answer.status_code for answer in elsewhere}
+
+
+@pytest.mark.parametrize(
+    "host", [b"x:99999", b": */*", b"x:y", b"[::1", b"\xff\xfe", b"a b", b"x/y@z#?", b"[::1]:99999", b"x" * 300]
+)
+def test_a_host_that_is_none_is_refused_without_a_fault(stand: tuple[House, str], host: bytes) -> None:
+    parts = urlsplit(stand[1])
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=20) as sock:
+        sock.sendall(b"GET /api/v1/sessions HTTP/1.1\r\nhost: " + host + b"\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
+def test_every_kind_of_host_is_answered(stand: tuple[House, str]) -> None:
+    for host in ("localhost", "my_service:8000", "10.0.0.1:80", "[::1]:8000", "[::1]", "a-b.example.org."):
+        assert httpx.get(f"{stand[1]}/schema", headers={"Host": host}).status_code == 200

@@ -73,22 +73,22 @@ def service(papers: Papers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             yield made
 
 
-def train(service: Service, papers: Papers) -> None:
+def train(url: str, key: str, papers: Papers) -> None:
     """With the SDK as it is; SSL_CERT_FILE is all that it is told of the CA."""
-    assert service.url.startswith("https://")
-    env = {**os.environ, "URL": service.url, "KEY": service.key, "SSL_CERT_FILE": str(papers.ca_file)}
+    env = {**os.environ, "URL": url, "KEY": key, "SSL_CERT_FILE": str(papers.ca_file)}
     done = subprocess.run([sys.executable, "-c", SDK], env=env, capture_output=True, text=True, timeout=90, check=False)
     assert done.stdout.startswith("trained"), done.stderr
 
 
 def test_the_sdk_trains_over_https(service: Service, papers: Papers) -> None:
-    train(service, papers)
+    assert service.url.startswith("https://")
+    train(service.url, service.key, papers)
 
 
-def test_so_does_its_other_transport(papers: Papers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(papers.ca_file))
-    with running(tmp_path / "data", "--device", "fake", "--no-rust-transport", *papers.flags) as service:
-        train(service, papers)
+def test_so_does_its_other_transport(papers: Papers, tmp_path: Path) -> None:
+    settings = {"tls_certificate": str(papers.certificate), "tls_key": str(papers.key), "rust_transport": False}
+    with standing(tmp_path, **settings) as (house, url):
+        train(url.replace("http://", "https://"), house.key, papers)
 
 
 def test_who_does_not_know_the_ca_does_not_connect(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

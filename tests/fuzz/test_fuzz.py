@@ -14,8 +14,8 @@ from tests.fuzz import targets as room
 from tests.fuzz.app import Api
 from tests.fuzz.mutate import draw
 
-NUM_INPUTS = 400
-NUM_REQUESTS = 100
+NUM_INPUTS = 250
+NUM_REQUESTS = 60
 
 
 @pytest.fixture(scope="module")

@@ -47,16 +47,19 @@ from tinsmith.api.anthropic import messages
 from tinsmith.api.auth import KeyCache, key_guard, key_itself_guard
 from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
+from tinsmith.api.errors import Problem, status_of
 from tinsmith.api.guesses import Guesses
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
-from tinsmith.api.marks import log_request, request_id_of, security_headers
+from tinsmith.api.marks import is_host, log_request, request_id_of, security_headers
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.outgo import Unread, with_outgo
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
 from tinsmith.api.waiters import Awaited, Ended
+from tinsmith.errors import UserError
 from tinsmith.store.rows import EndsAfter
+from tinsmith.wire.media import JSON, encode_json
 
 KEYS, BUDGET = "keys", "budget"  # in the state of the app: what the express lane shares with it
 OPEN = (  # and /schema, the OpenAPI document and its page
@@ -215,11 +218,22 @@ def with_edge(app: ASGIApp, *, is_tls: bool = False) -> ASGIApp:
         traced = tracing.request(scope["method"], scope["path"], headers.get(b"traceparent", b""), request_id)
         structlog.contextvars.clear_contextvars()
         with structlog.contextvars.bound_contextvars(request_id=request_id), traced as asked:
-            await app(scope, receive, send_marked)
+            if is_host(headers.get(b"host", b"")):
+                await app(scope, receive, send_marked)
+            else:
+                await _refuse(UserError("the Host header names no host: send the server's name"), send_marked)
             route, seconds = scope.get("path_template", ""), time.monotonic() - started
             log_request(scope["method"], scope["path"], status, seconds, scope.get("user"), route, asked)
 
     return edge
+
+
+async def _refuse(error: UserError, send: Send) -> None:
+    """Answer without the framework."""
+    body = encode_json(Problem(error.message, error.code, error.category))
+    headers = [(b"content-type", JSON.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status_of(error), "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:

@@ -23,6 +23,8 @@ SECURITY_HEADERS = (
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 )
+HOST = re.compile(rb"(?:[A-Za-z0-9._~-]{0,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(\d{0,5}))?")
+MAX_PORT = 65535
 DATA_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 PAGE_POLICY = (  # of what a browser shows: all that it loads is served from here, and scripts are files
     b"content-security-policy",
@@ -49,6 +51,12 @@ def request_id_of(header: bytes) -> str:
     """The id that a client gave its request, if it is sane, or a new one."""
     sent = header.decode("latin-1")
     return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
+
+
+def is_host(header: bytes) -> bool:
+    """Whether a Host header names a host; the framework builds URLs with it, and fails on what is none."""
+    found = HOST.fullmatch(header)
+    return found is not None and int(found[1] or 0) <= MAX_PORT
 
 
 def log_request(
