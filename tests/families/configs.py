@@ -57,6 +57,14 @@ LLAMA3_ROPE = {
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 
+# what people call them
+TITLES = {
+    "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral",
+    "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
+    "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
+    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3",
+}  # fmt: skip
+
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON, rope_parameters=YARN, tie_word_embeddings=True)),

@@ -1,0 +1,92 @@
+"""Runs the battery of the families and writes what it found to docs/reference/models.md.
+
+python scripts/make_models_page.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reference" / "models.md"
+FEATURES = {
+    "train": ("logprobs_and_gradients", "packed_is_as_alone", "computing_layers_twice"),
+    "sample": ("logprobs_without_an_adapter", "samples_have", "a_prompt_in_chunks", "a_sample_among_others"),
+    "export": ("the_exported_adapter",),
+    "import": ("a_state_comes_back",),
+}
+DIFFERENCES = (
+    "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
+)  # fmt: skip
+HEAD = """# Models
+
+Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
+configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
+all tests of that feature passed. [How to add a family](../how-to/add-a-family.md).
+
+An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
+and MLP, and transformers' attention interface. The server checks at its start that the opened model gives the logits of
+the untouched one, and refuses it with the names of the parts that it can't carry.
+
+"""
+
+
+def main() -> int:
+    sys.path.insert(0, str(ROOT))
+    from tests.families.configs import TITLES  # noqa: PLC0415  the path is only known here
+
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "tests/families", f"--junitxml={report}", "-o"]
+        done = subprocess.run([*command, "junit_family=xunit1"], cwd=ROOT, check=False)
+        cases = ET.parse(report).getroot().iter("testcase")
+        passed, noted = read(cases, tuple(TITLES))
+    PAGE.write_text(HEAD + page(TITLES, passed, noted), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return done.returncode
+
+
+def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], bool], dict[tuple[str, str], float]]:
+    """By kind and feature whether all of its tests passed; by kind and name the largest difference."""
+    passed: dict[tuple[str, str], bool] = {}
+    noted: dict[tuple[str, str], float] = defaultdict(float)
+    for case in cases:  # type: ignore[attr-defined]
+        name = case.get("name", "")
+        own = [kind for kind in kinds if f"[{kind}]" in name or f"[{kind}-" in name]
+        if not own:
+            continue
+        is_good = case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
+        for feature, tests in FEATURES.items():
+            if any(test in name for test in tests):
+                passed[own[0], feature] = passed.get((own[0], feature), True) and is_good
+        for entry in case.iter("property"):
+            key = (own[0], entry.get("name", ""))
+            noted[key] = max(noted[key], float(entry.get("value", "nan")))
+    return passed, noted
+
+
+def page(titles: dict[str, str], passed: dict[tuple[str, str], bool], noted: dict[tuple[str, str], float]) -> str:
+    lines = [f"| family | {' | '.join(FEATURES)} |", "|---" * (len(FEATURES) + 1) + "|"]
+    for kind, title in titles.items():
+        cells = ["yes" if passed.get((kind, feature)) else "no" for feature in FEATURES]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The largest differences: log-probabilities from `transformers` and `peft` in float64, gradients by the norm",
+        "of each tensor, the sampler from the trainer. Of mixtures of experts, adapters are merged into the weights",
+        "of `transformers` in place of `peft`, which has no adapters of which experts share a factor.",
+        "",
+    ]
+    lines += [f"| family | {' | '.join(DIFFERENCES)} |", "|---" * (len(DIFFERENCES) + 1) + "|"]
+    for kind, title in titles.items():
+        lines.append(f"| {title} | {' | '.join(f'{noted[kind, what]:.1e}' for what in DIFFERENCES)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

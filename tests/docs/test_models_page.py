@@ -1,0 +1,20 @@
+"""The page of models is what the battery of today would write, but for the figures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.families.configs import CONFIGS, TITLES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
+
+
+def test_it_names_every_family_and_all_its_features_were_green() -> None:
+    assert TITLES.keys() == CONFIGS.keys()
+    features, differences = (part.splitlines() for part in PAGE.read_text().split("The largest differences"))
+    for title in TITLES.values():
+        (row,) = [line for line in features if line.startswith(f"| {title} |")]
+        assert set(row.split(" | ")[1:]) <= {"yes", "yes |"}, row
+        (figures,) = [line for line in differences if line.startswith(f"| {title} |")]
+        assert all(float(figure) <= 1e-5 for figure in re.findall(r"[\d.]+e-\d+", figures)), figures
