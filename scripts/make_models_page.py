@@ -17,9 +17,9 @@ PAGE = ROOT / "docs" / "reference" / "models.md"
 FEATURES = {
     "train": ("logprobs_and_gradients", "packed_is_as_alone", "computing_layers_twice"),
     "sample": ("logprobs_without_an_adapter", "samples_have", "a_prompt_in_chunks", "a_sample_among_others"),
+    "export": ("the_exported_adapter",),
     "import": ("a_state_comes_back",),
     "merge": ("the_merged_model",),
-    "peft": ("the_exported_adapter",),
 }
 DIFFERENCES = (
     "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
@@ -29,8 +29,8 @@ HEAD = """# Models
 
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
-all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; `peft`: peft loads
-the adapter. Neither knows adapters of which experts share a factor yet; `tinker_cookbook.weights` merges those.
+all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; adapters of experts
+it doesn't know yet, `tinker_cookbook.weights` merges those.
 [How to add a family](../how-to/add-a-family.md).
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
@@ -82,7 +82,8 @@ def page(titles: dict[str, str], passed: dict[tuple[str, str], bool], noted: dic
     lines += [
         "",
         "The largest differences: log-probabilities from `transformers` and `peft` in float64, gradients by the norm",
-        "of each tensor, the sampler from the trainer.",
+        "of each tensor, the sampler from the trainer. Of mixtures of experts, adapters are merged into the weights",
+        "of `transformers` in place of `peft`, which has no adapters of which experts share a factor.",
         "",
     ]
     lines += [f"| family | {' | '.join(DIFFERENCES)} |", "|---" * (len(DIFFERENCES) + 1) + "|"]

@@ -191,6 +191,18 @@ def test_experts_with_factors_of_their_own(make_base, deterministic: bool) -> No
     np.testing.assert_allclose(sampled.prompt_logprobs[1:], forward.logprobs[0], rtol=0, atol=1e-5)
 
 
+def test_bits_hold_with_products_split_over_threads(make_base) -> None:
+    torch.set_num_threads(2)
+    base = make_base("glm4_moe", deterministic=True)
+    rng = np.random.default_rng(11)
+    mine, others = [datum(rng, length) for length in (150, 64)], [datum(rng, 300)]
+    crowd, alone = make_trainer(base, spec("b", seed=2), spec("a")), make_trainer(base, spec("a"))
+    _, together = run_pass(crowd, [item("b", others), item("a", mine)])
+    (by_itself,) = run_pass(alone, [item("a", mine)], 160)
+    assert_same_bits(dict(enumerate(together.logprobs)), dict(enumerate(by_itself.logprobs)))
+    assert_same_bits(grads(crowd, "a"), grads(alone, "a"))
+
+
 def test_the_probe_of_routers_sees_uneven_ones(make_base, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base("qwen3_moe")
     assert uneven_routers(base.router_weights) == []
