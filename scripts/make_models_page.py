@@ -29,7 +29,7 @@ HEAD = """# Models
 
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
-all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; adapters of experts
+all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; those of experts
 it doesn't know yet, `tinker_cookbook.weights` merges those.
 [How to add a family](../how-to/add-a-family.md).
 

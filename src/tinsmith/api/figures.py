@@ -21,12 +21,11 @@ from tinsmith import __version__, series
 from tinsmith.config import Settings
 from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.metrics import OTHER, Counting, Series
-from tinsmith.store import DATABASE_FILE, Store
+from tinsmith.store import Store
 from tinsmith.store.figures import Figures, Waiting
 from tinsmith.types import OpKind, RunStatus
 
 FRESH_S = 0.5
-WITH_DATABASE = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm")
 
 
 class Watched:
@@ -131,18 +130,6 @@ def _of_processes(info: ServerInfo) -> Iterator[Metric]:
     spent = {(name,): _cpu_seconds(pid) for name, pid in pids.items()}
     yield _family(series.PROCESS_CPU, {labels: seconds for labels, seconds in spent.items() if seconds is not None})
     yield _family(series.RESTARTS, {(name,): count for name, count in info.restarts.items()})
-
-
-def database_bytes(data_dir: Path) -> dict[str, int]:
-    """What is known of the disk without looking at every file."""
-    return {"database": sum(_size(data_dir / name) for name in WITH_DATABASE)}
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _family(of: Series, values: Mapping[tuple[str, ...], float]) -> Metric:

@@ -26,7 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
-from tinsmith.api.figures import Watched, database_bytes
+from tinsmith.api.figures import Watched
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
 from tinsmith.api.pauses import Waiting, why_waiting
@@ -112,8 +112,7 @@ class Services:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
-        disk = partial(database_bytes, self.settings.data_dir)
-        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, disk))
+        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
         object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
@@ -133,6 +132,10 @@ class Services:
     async def why_waiting(self, op: OpRow) -> Waiting:
         """What an unfinished op waits for."""
         return await self.placing.ask(op.tenant_id, op)
+
+    def _disk_bytes(self) -> Mapping[str, int]:
+        """By kind, as they were measured last."""
+        return {} if self.disk.use is None else self.disk.use.bytes_by_kind
 
     def look_why_waiting(self, op: OpRow) -> Waiting:
         """The same, by a call that blocks."""
