@@ -4,8 +4,8 @@ Every tenant, and within it every line (a run, or a sampler), has a tag: the vir
 An op of c tokens moves its tenant's tag on by c / weight, and its line's by c. The tenant is next whose op starts
 first, of equals the one whose op ends first, so that a small one needn't wait for a round of large ones; then its line
 whose op starts first. Who had nothing waiting starts at the clock, which is the start tag of what was taken last, or
-earlier if one who waits is behind that: so nobody saves up turns by being idle, nobody pays for what was taken while nobody
-waited, and who comes is next. Where nothing was left waiting, all are level again.
+earlier if one who waits is behind that: so nobody saves up turns by being idle, nobody pays for what was taken while
+nobody waited, and who comes is next. Where nothing was left waiting, all are level again.
 
 Bounds (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for levels above one another, Bennett and Zhang,
 "Hierarchical Packet Fair Queueing", SIGCOMM 1996), with l the largest op of one and w its weight:
