@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ BASE = describe(parse("tinsmith/tiny"))
 
 
 class House:
-    def __init__(self, root: Path, stack: ExitStack, **settings: Any) -> None:
+    def __init__(
+        self, root: Path, stack: ExitStack, engine: Callable[[Settings], Any] | None = None, **settings: Any
+    ) -> None:
+        """engine: makes another one than the shipped model's."""
         root.mkdir(exist_ok=True)
+        self._make_engine = engine or partial(TorchEngine, BASE)
         silence()
         self.root = root
         self.settings = Settings.load({}, data_dir=root, **settings)
@@ -57,7 +62,7 @@ class House:
     def start_worker(self) -> None:
         """A new worker process, as it were, in the place of the last one."""
         self._num_workers += 1
-        self.engine = TorchEngine(BASE, self.settings)
+        self.engine = self._make_engine(self.settings)
         me = self.store.workers.register("0", BASE.name, 3600.0, time.time())
         path = self.root / f"bell{self._num_workers}"
         bell = self._stack.enter_context(Bell(path))

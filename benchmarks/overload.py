@@ -29,7 +29,7 @@ from raw_load import ID_BYTES, MARK, Requests, Setup
 from served import Server, serving
 
 TIMES = 3.0
-WARM_UP_S = 2.0  # in which connections are opened again that were idle
+WARM_UP_S = 3.0  # in which connections are opened again that were idle
 CLOSED = (16, 64, 256)
 RUNS = 1536
 TOKENS = 8

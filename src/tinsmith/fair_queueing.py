@@ -1,19 +1,20 @@
-"""Start-time fair queueing in two levels: between tenants by weight, and between the lines of a tenant. Pure.
+"""Fair queueing in two levels: between tenants by weight, and between the lines of a tenant. Pure.
 
 Every tenant, and within it every line (a run, or a sampler), has a tag: the virtual time at which its next op starts.
-The least tag is next; an op of c tokens moves its tenant's tag on by c / weight, and its line's by c. Who had nothing
-waiting starts at the clock, which is the start tag of what was taken last, or earlier if one who waits is behind that:
-so nobody saves up turns by being idle, nobody pays for what was taken while nobody waited, and who comes is next. Where
-nothing was left waiting, all are level again.
+An op of c tokens moves its tenant's tag on by c / weight, and its line's by c. The tenant is next whose op starts
+first, of equals the one whose op ends first, so that a small one needn't wait for a round of large ones; then its line
+whose op starts first. Who had nothing waiting starts at the clock, which is the start tag of what was taken last, or
+earlier if one who waits is behind that: so nobody saves up turns by being idle, nobody pays for what was taken while
+nobody waited, and who comes is next. Where nothing was left waiting, all are level again.
 
 Bounds (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for levels above one another, Bennett and Zhang,
 "Hierarchical Packet Fair Queueing", SIGCOMM 1996), with l the largest op of one and w its weight:
 
-* Share (their theorem 1): of two that both wait all the time, W_f / w_f and W_m / w_m, the tokens taken of each by
-  weight, differ by at most l_f / w_f + l_m / w_m, over any interval. The same holds between the lines of a tenant.
-* Delay (their theorem 4, without a server's speed): before the op of one who comes, at most one op of each other
-  that waits is taken. Before the op of a line that comes while its tenant waits, at most one op of each sibling and, of
-  each other tenant m, l_m + w_m / w_f times the tokens of those siblings' ops and of l_f.
+* Share (their theorem 1, whatever breaks ties). Of two that both wait all the time, W_f / w_f and W_m / w_m, the tokens
+  taken of each by weight, differ by at most l_f / w_f + l_m / w_m, over any interval. Of two lines of a tenant, W_i and
+  W_j by at most l_i + l_j.
+* Delay. Before the op of a tenant f that had nothing waiting, at most l_m + w_m / w_f l_f tokens of each other tenant m
+  are taken; before that of a line, at most its sibling's largest op and its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ It decides order, sharing and fairness, and knows no rows, files, tensors or clo
   pass waiting for long, it goes first.
 * Runs that aren't in memory come in a few at a time, so that a flood of new ones stays a queue.
 * What passes and samples take follows one order, that of `fair_queueing`, and a pass is a cut of it: it ends before the
-  first op that there is no room for, which is the first of the next one. So the bounds stated there hold to the token:
+  first op that there is no room for. So the bounds stated there hold to the token:
   a tenant with ten runs gets one share, and a run that floods takes nothing from its sibling.
 * An op whose worker died under it (a suspect) runs alone, so that it can't take others with it a second time. Samples
   live long beside others, so one of them is a suspect only from its second death on.
@@ -181,8 +181,9 @@ def _fair(
     price: Callable[[Candidate], int],
     room: Counter[TenantId] | None = None,
 ) -> tuple[list[Candidate], Turn]:
-    """Take from the queues, each a line's and in its own order, whoever has the least tag first, until there comes one
-    for which the budget has no room left. The first op always fits.
+    """Take from the queues, each a line's and in its own order, until there comes one for which the budget has no room
+    left: the tenant next whose op starts first in virtual time (of equals the one whose op ends first), and of its
+    lines the one whose op starts first. The first op always fits.
 
     `price` is what an op takes of the budget; what it adds to tags are its tokens. `room`: how many ops more each
     tenant may have; who has had them stands aside and doesn't wait.
@@ -193,20 +194,25 @@ def _fair(
         own[line.tenant_id].append((standing.lines.get(line, 0.0), line not in standing.waiting, number, line, 0))
     for heap in own.values():
         heapq.heapify(heap)
-    stayed = {line.tenant_id for line in standing.waiting}
-    turns = [(standing.tenants.get(tenant, 0.0), tenant not in stayed, tenant) for tenant in own]
+    tags = {tenant: standing.tenants.get(tenant, 0.0) for tenant in own}
+
+    def end_of(tenant: TenantId) -> float:
+        _, _, _, line, position = own[tenant][0]
+        return tags[tenant] + max(1, lines[line][position].cost_tokens) / standing.weight(tenant)
+
+    turns = [(tags[tenant], end_of(tenant), tenant) for tenant in own]
     heapq.heapify(turns)
     taken: list[Candidate] = []
     clock, clocks, spent = 0.0, dict[TenantId, float](), 0
     while turns and budget > 0:
-        tag, _, tenant = turns[0]
+        _, _, tenant = turns[0]
         if room is not None and room[tenant] <= 0:
             heapq.heappop(turns)
             del own[tenant]
             continue
         line_tag, _, number, line, position = own[tenant][0]
         op = lines[line][position]
-        clock, clocks[tenant] = tag, line_tag
+        clock, clocks[tenant] = max(clock, tags[tenant]), line_tag
         if taken and spent + price(op) > budget:
             break
         taken.append(op)
@@ -219,7 +225,8 @@ def _fair(
         else:
             heapq.heappop(own[tenant])
         if own[tenant]:
-            heapq.heapreplace(turns, (tag + tokens / standing.weight(tenant), False, tenant))
+            tags[tenant] += tokens / standing.weight(tenant)
+            heapq.heapreplace(turns, (tags[tenant], end_of(tenant), tenant))
         else:
             heapq.heappop(turns)
     waiting = frozenset(entry[3] for _, _, tenant in turns for entry in own[tenant])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tinsmith.fair_queueing import Line, Shares, line_of
@@ -192,6 +192,7 @@ def waiting_lines(world: World, samplers: bool) -> set[Line]:
 
 
 @pytest.mark.parametrize("samplers", [False, True], ids=["passes", "samples"])
+@settings(deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate])
 @given(world=worlds())
 def test_tenants_and_lines_that_wait_get_their_share_within_two_requests(samplers: bool, world: World) -> None:
     given_to: Counter[TenantId | Line] = Counter()
@@ -218,10 +219,11 @@ def test_tenants_and_lines_that_wait_get_their_share_within_two_requests(sampler
                 assert apart <= largest[one] + largest[other] + EPS
 
 
+@settings(deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate])
 @given(world=worlds())
 def test_who_comes_waits_for_no_more_than_a_request_or_two_of_each_other(world: World) -> None:
-    """The first op of a tenant that had nothing to train waits for at most l_m + w_m / w_f l_f tokens of another tenant
-    m; the first of a run that had nothing, for at most l_i + l_j of a sibling."""
+    """The first op of a tenant that had nothing to train waits for at most l_m + w_m / w_f l_f tokens of another
+    tenant m; the first of a run that had nothing, for at most l_i + l_j of a sibling."""
     since: dict[OpId, tuple[bool, Counter[TenantId | Line]]] = {}
     largest = {t.line: t.largest for t in world.lines}
     by_tenant: dict[TenantId, int] = defaultdict(int)
@@ -258,6 +260,7 @@ def test_who_comes_waits_for_no_more_than_a_request_or_two_of_each_other(world: 
                     assert tokens <= by_tenant[who] + ratio * by_tenant[mine.tenant_id] + EPS
 
 
+@settings(deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate])
 @given(world=st.one_of(worlds(), worlds(suspects=True), worlds(moving=True), worlds(suspects=True, moving=True)))
 def test_order_limits_and_work_hold_at_every_step(world: World) -> None:
     taken_seq: dict[str, int] = defaultdict(int)
@@ -311,10 +314,11 @@ def training(tenant: str, run: str, seq: int, cost: int, **how: bool) -> Candida
 
 
 def test_a_large_request_is_not_passed_over_by_small_ones_that_keep_coming() -> None:
-    """One that never fits beside a lively neighbour's, of another tenant or of its own, begins the next pass."""
-    for large, small in (("a", "b"), ("b", "a"), ("a", "a")):
-        shares = Shares()
-        for number in range(3):
+    """One that never fits beside a lively neighbour's begins the next pass, of the same tenant, or as soon as another
+    tenant has had as much."""
+    for large, small, most in (("a", "b", 1000), ("b", "a", 1000), ("a", "a", 20)):
+        shares, others = Shares(), 0
+        for number in range(200):
             work = [training(small, "small", number, 10), training(large, "large", 0, 995)]
             batch = plan(work, Limits(1000, 8), shares.enter(line_of(op) for op in work))
             assert batch is not None
@@ -323,8 +327,10 @@ def test_a_large_request_is_not_passed_over_by_small_ones_that_keep_coming() -> 
                 shares.charge(op, op.cost_tokens)
             if any(op.run_id == "large" for op in batch.passes):
                 break
+            others += sum(op.cost_tokens for op in batch.passes)
         else:
             pytest.fail("it starves")
+        assert others <= most
 
 
 def test_a_run_that_floods_leaves_its_sibling_half() -> None:
@@ -370,6 +376,7 @@ def test_sampling_while_nobody_else_does_is_not_held_against_training() -> None:
     assert Counter(op.tenant_id for op in batch.passes) == {"a": 5, "b": 5}
 
 
+@settings(deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=6), st.integers(1, 2000), st.data())
 def test_every_tenant_gets_its_turn_whatever_was_before(history: list[int], cost: int, data: st.DataObject) -> None:
     """With N tenants at work, each is in one of the next N passes: old hands and newcomers."""

@@ -28,7 +28,7 @@ LOOK_S = 0.05
 TARGET_S = 0.25
 INTERVAL_S = 0.5
 DEAF_S = 1.0
-FEW = 64  # requests under way: a batch of `together`, which keeps the disk and the processor busy
+FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
 TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
 FILLING = frozenset(
     f"/api/v1/{name}"

@@ -12,7 +12,17 @@ from collections.abc import Set as AbstractSet
 from tinsmith.fair_queueing import Queued, Shares, Standing, line_of
 from tinsmith.scheduler import Batch, Candidate
 from tinsmith.store import Store
+from tinsmith.store.rows import OpRow
 from tinsmith.types import TenantId
+from tinsmith.worker.suspects import Suspects
+
+
+def candidate_of(op: OpRow, suspects: Suspects, *, is_resident: bool = True) -> Candidate:
+    """A queued op, as the scheduler sees it."""
+    return Candidate(
+        op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
+        attempts=suspects.attempts(op), is_resident=is_resident, sampler_id=op.sampler_id,
+    )  # fmt: skip
 
 
 class Accounts:

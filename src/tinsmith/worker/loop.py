@@ -21,12 +21,12 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError
-from tinsmith.scheduler import Batch, Candidate, Limits, plan
+from tinsmith.scheduler import Batch, Limits, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.tokenline import TokenSender
 from tinsmith.types import OpId, OpKind, Role, RunId
-from tinsmith.worker.accounts import Accounts
+from tinsmith.worker.accounts import Accounts, candidate_of
 from tinsmith.worker.barriers import Barriers
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.claims import Claims, Rings
@@ -208,13 +208,9 @@ class Worker:
         self._must_look = self._must_plan = False
         self._has_looked = True
         open_ops = [
-            Candidate(
-                op.id, op.tenant_id, op.run_id, op.kind, op.seq_id, op.cost_tokens,
-                attempts=self._suspects.attempts(op), is_resident=op.run_id is None or self._engine.has_run(op.run_id),
-                sampler_id=op.sampler_id,
-            )
+            candidate_of(op, self._suspects, is_resident=op.run_id is None or self._engine.has_run(op.run_id))
             for op in self._runnable()
-        ]  # fmt: skip
+        ]
         waiting = open_ops + self.runs.replay_candidates(self._suspects)
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
         candidates = self._passes.beside(waiting)
@@ -340,14 +336,7 @@ class Worker:
     def _admit_samples(self) -> None:
         self._must_look = True
         self._queue.look()
-        waiting = [
-            Candidate(
-                op.id, op.tenant_id, None, op.kind, op.seq_id, op.cost_tokens, self._suspects.attempts(op),
-                sampler_id=op.sampler_id,
-            )
-            for op in self._runnable()
-            if op.kind is OpKind.SAMPLE
-        ]  # fmt: skip
+        waiting = [candidate_of(op, self._suspects) for op in self._runnable() if op.kind is OpKind.SAMPLE]
         if self._suspects.are_among(self._samples.resident) or any(sample.is_suspect for sample in waiting):
             return
         batch = plan(waiting, self._limits(), sampled=self._accounts.enter_samples(waiting, self._samples.tenants))
