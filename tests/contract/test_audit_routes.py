@@ -42,6 +42,7 @@ ROUTINE: dict[str, str] = {
         [
             "GET /admin/keys",
             "GET /admin/quotas",
+            "GET /admin/runs",
             "GET /admin/weights",
             "GET /audit",
             "GET /auth/apikey/me",
