@@ -80,7 +80,8 @@ async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody
 async def finish_session(
     request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[FinishSession]
 ) -> Finished:
-    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled.
+    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled. A key
+    of a scope less than full ends the sessions that it opened.
 
     Answered after `FINISH_PAUSE_S`, when answers to the session's polls have long been read.
     """
@@ -93,6 +94,7 @@ async def finish_session(
         data.reason.type,
         None if data.detail is None else data.detail[:4096],
         time.time(),
+        by=request.user,
     )
     for base_model in cancelled:
         services.ring(base_model)
