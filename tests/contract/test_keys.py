@@ -25,7 +25,7 @@ from tinsmith.scopes import Scope
 from tinsmith.store.quota_rules import day_of
 from tinsmith.store.schema import tallies
 
-HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN)
+HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN, *app.WATCHING)
 PREFIXES = {"/oai/api/v1": app.OPENAI, "/anthropic/api/v1": app.ANTHROPIC}
 WEAK = (Scope.READ, Scope.SAMPLE, Scope.FULL)
 
@@ -65,7 +65,15 @@ def needs() -> dict[str, Scope]:
 def test_every_closed_route_is_in_the_table_and_no_other() -> None:
     assert sorted(needs()) == closed_routes()
     names = [handler.fn.__name__ for handler in HANDLERS]
-    assert sorted(names) == sorted(set(names)) == sorted(access.NEEDS)
+    assert sorted(names) == sorted(set(names)) == sorted({*access.NEEDS} - {"get_metrics"})  # which isn't below /api/v1
+
+
+@pytest.mark.parametrize("scope", WEAK)
+def test_figures_are_for_administrators(stand: tuple[House, str], admin: Raw, scope: Scope) -> None:
+    key = {"X-API-Key": make(admin, scope=scope)["secret"]}
+    for path in ("/metrics", "//metrics"):
+        assert httpx.get(stand[1] + path, headers=key).status_code == 403
+        assert httpx.get(stand[1] + path).status_code == 401
 
 
 def test_a_route_that_is_not_in_the_table_has_no_place(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
