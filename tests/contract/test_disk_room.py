@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from litestar.testing import TestClient
 
 from tests.contract.conftest import Api, HandWorker, House
@@ -54,7 +55,7 @@ def test_some_of_the_disk_is_kept_free(api: Api, house: House, worker: HandWorke
     sample(api, session, 1)
 
 
-def test_what_makes_rows_alone_is_refused_too(make_house: Any) -> None:
+def test_what_makes_rows_alone_is_refused_too(make_house: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Sessions, samplers and copies take room, and no quota bounds them; an end is always taken."""
     house: House = make_house(max_disk_mib=1)
     worker = house.make_worker()
@@ -68,6 +69,9 @@ def test_what_makes_rows_alone_is_refused_too(make_house: Any) -> None:
         assert [answer.status_code for answer in answers if answer.status_code != 200][:1] == [503]
         assert answers[-1].json()["code"] == "storage_full"
         assert answers[-1].headers["retry-after"]
+        logged = "".join(capfd.readouterr())
+        assert "request failed" in logged
+        assert "Traceback" not in logged, "a flood of refusals fills the log"
         assert len(answers[0].json()["session_id"]) == 25
         (house.settings.data_dir / "large").write_bytes(bytes(2**20))
         house.services.disk._next_measure = 0.0
