@@ -131,7 +131,8 @@ def test_every_series_of_the_table_is_in_the_text(house: House, watched: Any) ->
             one.set(1, *one.labels)
         elif isinstance(one, Histogram):
             one.observe(1, *one.labels)
-    info = ServerInfo("0", "http://x", 1, os.getpid(), os.getpid(), {"tinsmith/tiny": os.getpid()}, {"api": 2})
+    workers = {"tinsmith/tiny": os.getpid()}
+    info = ServerInfo("0", "http://x", 1, os.getpid(), os.getpid(), workers, restarts={"api": 2})
     DataDir(services.settings.data_dir).write_info(info)
     families = {family.name: family for family in text_string_to_metric_families(read(client, house.key).text)}
     for one in series.TABLE:
