@@ -336,6 +336,17 @@ class TestPublishing:
             other.get(f"{place}/external_weights_urls", 404)
             other.post(f"{place}/access_token", status=404)
 
+    def test_a_copy_counts_for_the_key_that_made_it(self, save: Any, api: Any, other: Any) -> None:
+        """Also one whose session was made for it."""
+        place = save()
+        api.call("POST", f"{place}/publish", 204)
+        limit = {"tenant": "bob", "key_id": other.get("/auth/apikey/me")["note"], "quotas": {"storage_bytes": 10**9}}
+        api.call("PUT", "/admin/quotas", 200, json=limit)
+        other.post("/copy_weights", {"source_path": path_of(place), "destination_project_id": "p"})
+        whole, key = api.get("/admin/quotas?tenant=bob")["scopes"]
+        of_whole, of_key = ({quota["quota"]: quota["used"] for quota in scope["quotas"]} for scope in (whole, key))
+        assert of_key["storage_bytes"] == of_whole["storage_bytes"] > 0
+
     def test_a_token_ends(self, save: Any, api: Any, other: Any) -> None:
         place = save()
         made = api.post(f"{place}/access_token", {"ttl_seconds": 1})

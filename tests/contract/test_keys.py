@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import tinker
+from sqlalchemy import insert
 
 from tests.contract.conftest import House
 from tests.contract.raw import BASE, Raw
@@ -21,8 +22,10 @@ from tests.contract.routes import Ids, belongings, closed_routes, concrete, prob
 from tests.contract.standing import standing
 from tinsmith.api import access, app
 from tinsmith.scopes import Scope
+from tinsmith.store.quota_rules import day_of
+from tinsmith.store.schema import tallies
 
-HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN)
+HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN, *app.WATCHING)
 PREFIXES = {"/oai/api/v1": app.OPENAI, "/anthropic/api/v1": app.ANTHROPIC}
 WEAK = (Scope.READ, Scope.SAMPLE, Scope.FULL)
 
@@ -62,7 +65,15 @@ def needs() -> dict[str, Scope]:
 def test_every_closed_route_is_in_the_table_and_no_other() -> None:
     assert sorted(needs()) == closed_routes()
     names = [handler.fn.__name__ for handler in HANDLERS]
-    assert sorted(names) == sorted(set(names)) == sorted(access.NEEDS)
+    assert sorted(names) == sorted(set(names)) == sorted({*access.NEEDS} - {"get_metrics"})  # which isn't below /api/v1
+
+
+@pytest.mark.parametrize("scope", WEAK)
+def test_figures_are_for_administrators(stand: tuple[House, str], admin: Raw, scope: Scope) -> None:
+    key = {"X-API-Key": make(admin, scope=scope)["secret"]}
+    for path in ("/metrics", "//metrics"):
+        assert httpx.get(stand[1] + path, headers=key).status_code == 403
+        assert httpx.get(stand[1] + path).status_code == 401
 
 
 def test_a_route_that_is_not_in_the_table_has_no_place(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +130,52 @@ def test_within_its_scope_a_key_is_answered(stand: tuple[House, str], admin: Raw
             )
             run = {"session_id": session, "model_seq_id": 0, "base_model": BASE}
             assert raw.send("POST", "/create_model", json=run).status_code == (200 if scope is Scope.FULL else 403)
+
+
+@pytest.mark.parametrize("scope", [Scope.READ, Scope.SAMPLE])
+def test_a_session_that_another_key_opened_is_ended_with_scope_full(
+    stand: tuple[House, str], admin: Raw, scope: Scope
+) -> None:
+    """Its end cancels samples: no more than its own is for a key that looks or samples."""
+    made = make(admin, scope=scope)
+    with closing(Raw(stand[1], make(admin)["secret"])) as owner, closing(Raw(stand[1], made["secret"])) as weak:
+        theirs, own = owner.session(), weak.session()
+        token = {"X-API-Key": weak.good("/auth/token", json={}).json()["jwt"]}
+        for headers in ({}, token):
+            refused = weak.send("POST", f"/sessions/{theirs}/finish", json={}, headers=headers)
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert owner.send("POST", "/session_heartbeat", json={"session_id": theirs}).status_code == 200
+        assert weak.send("POST", "/sessions/s0/finish", json={}).status_code == 404
+        assert owner.send("POST", f"/sessions/{theirs}/finish", json={}).status_code == 200
+        successor = admin.good(f"/admin/keys/{made['key_id']}/rotate", json={"grace_s": 60}).json()
+        with closing(Raw(stand[1], successor["secret"])) as next_one:
+            assert next_one.send("POST", f"/sessions/{own}/finish", json={}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "\x9b31m", "\u202eb"])
+def test_names_that_move_a_cursor_are_refused(admin: Raw, name: str) -> None:
+    """They stand in lists, logs and labels of figures."""
+    for body in ({"name": name}, {"name": "k", "tenant": name}):
+        answer = admin.send("POST", "/admin/keys", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_request")
+
+
+def test_a_successor_is_bound_as_its_key_was(stand: tuple[House, str], admin: Raw) -> None:
+    """By its quotas, with what was used of them."""
+    house, _ = stand
+    made = make(admin)
+    limit = {"tenant": "alice", "key_id": made["key_id"], "quotas": {"tokens_per_day": 5, "runs": 2}}
+    assert admin.send("PUT", "/admin/quotas", json=limit).status_code == 200
+    with house.store._database.write() as conn:
+        row = {"scope": made["key_id"], "period": day_of(time.time()), "kind": "training", "quantity": 3}
+        conn.execute(insert(tallies), row)
+    successor = admin.good(f"/admin/keys/{made['key_id']}/rotate", json={"grace_s": 0}).json()
+    scopes = admin.send("GET", "/admin/quotas?tenant=alice").json()["scopes"]
+    (found,) = [scope for scope in scopes if scope["key_id"] == successor["key_id"]]
+    quotas = {quota["quota"]: (quota["used"], quota["limit"]) for quota in found["quotas"]}
+    assert quotas["tokens_per_day"] == (3, 5)
+    assert quotas["runs"] == (0, 2)
+    admin.send("PUT", "/admin/quotas", json={**limit, "quotas": {"tokens_per_day": None, "runs": None}})
 
 
 def test_the_express_lane_knows_scopes(stand: tuple[House, str], admin: Raw, ids: Ids) -> None:

@@ -9,6 +9,7 @@ from litestar.params import JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
+from tinsmith.api.disk_room import ROW_BYTES
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
@@ -33,6 +34,7 @@ async def copy_weights(request: Call, services: ServicesDep, data: JSONBody[Copy
     token = data.weights_access_token or request.headers.get(TOKEN_HEADER)
     key = request.headers.get(KEY_HEADER)
     new = await services.work(_draft, services, request.user, data, token, key)
+    services.disk.take(2 * ROW_BYTES)  # beside the checkpoint's row those of its run and session
     return CopiedWeights(tinker_path=await services.write(services.store.copies.create, new, time.time()))
 
 

@@ -19,6 +19,7 @@ from tinsmith.store import Store
 LOOK_S = 1.0
 MEASURE_PAUSE = 50  # between two measurements, times what one takes
 MIB = 2**20
+ROW_BYTES = 512  # what a row takes beside what came with the request, with its index entries
 
 
 class DiskRoom:
@@ -45,11 +46,12 @@ class DiskRoom:
         self._next_measure = started + MEASURE_PAUSE * (time.monotonic() - started)
 
     def take(self, num_bytes: int) -> None:
-        """So much is about to be written for a new request.
+        """So much is about to be written for a new request, and a row.
 
         Raises:
             StorageFullError: there is no room for it.
         """
+        num_bytes += ROW_BYTES
         if self._min_free_bytes:
             self._require_free(num_bytes)
         taken = 0 if self.use is None else self.use.total_bytes + self._written

@@ -77,7 +77,9 @@ def refusal(path: str, error: TinsmithError) -> tuple[int, dict[str, str], Probl
     if status == 401:
         is_token = isinstance(error, TokenError)  # clients exchange their key for another one, and ask again
         headers["www-authenticate"] = 'Bearer error="invalid_token"' if is_token else "Bearer"
-    if status >= 500:
+    if isinstance(error, CapacityError) and status >= 500:  # no fault: a line each, however many there are
+        log.error("request failed", path=path, code=error.code, reason=error.message)
+    elif status >= 500:
         log.error("request failed", path=path, code=error.code, exc_info=error)
     return status, headers, Problem(detail=error.message, code=error.code, category=error.category)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import msgspec
 from litestar import get, post, put
 from litestar.params import FromPath, JSONBody
 from msgspec import Struct
@@ -55,6 +56,7 @@ async def create_session(request: Call, services: ServicesDep, data: JSONBody[Cr
     texts = [*data.tags, data.sdk_version, data.project_id or "", data.display_name or ""]
     if len(data.tags) > 64 or any(len(text) > MAX_TEXT for text in texts):
         raise UserError(f"a session takes at most 64 tags, and texts of at most {MAX_TEXT} characters")
+    services.disk.take(len(msgspec.json.encode(data)))
     row = await services.write(
         services.store.sessions.create,
         request.user.tenant_id,
@@ -80,7 +82,8 @@ async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody
 async def finish_session(
     request: Call, services: ServicesDep, session_id: FromPath[str], data: JSONBody[FinishSession]
 ) -> Finished:
-    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled.
+    """The first finish wins; later ones change nothing and succeed too. Samples that wait or run are cancelled. A key
+    of a scope less than full ends the sessions that it opened.
 
     Answered after `FINISH_PAUSE_S`, when answers to the session's polls have long been read.
     """
@@ -93,6 +96,7 @@ async def finish_session(
         data.reason.type,
         None if data.detail is None else data.detail[:4096],
         time.time(),
+        by=request.user,
     )
     for base_model in cancelled:
         services.ring(base_model)

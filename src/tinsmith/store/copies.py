@@ -97,6 +97,7 @@ def _own_session(conn: Connection, new: NewCopy, now: float) -> SessionId:
             "last_beat_at": now,
             "finished_at": now,
             "finish_reason": COPIED,
+            "key_id": None if new.by is None else new.by.key_id,
         }
         conn.execute(_INSERT_SESSION, values)
     return session_id

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import JSON, Connection, bindparam, func, insert, select, update
 
-from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.errors import ForbiddenError, GoneError, NotFoundError
+from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.endings import cancel_samples
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Principal, SessionRow
-from tinsmith.store.schema import runs, samplers, sessions
+from tinsmith.store.schema import keys, runs, samplers, sessions
 from tinsmith.types import RunId, SamplerId, SessionId, TenantId
 
 EXPIRED = "expired"  # finish_reason of a session whose heartbeats stopped
@@ -51,6 +52,11 @@ _FINISH = (
         sessions.c.finished_at.is_(None),
     )
     .values(finished_at=bindparam("now"), finish_reason=bindparam("reason"), finish_detail=bindparam("detail"))
+)
+_OPENER = (
+    select(sessions.c.key_id, keys.c.successor_id)
+    .outerjoin(keys, keys.c.key_id == sessions.c.key_id)
+    .where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
 )
 _SET_PROJECT = update(sessions).where(sessions.c.session_id == bindparam("id")).values(project_id=bindparam("project"))
 _SILENT = select(sessions.c.session_id).where(
@@ -157,18 +163,29 @@ class Sessions:
                 raise GoneError(f"session {session_id} has ended ({row.finish_reason}); open a new one")
 
     def finish(
-        self, tenant_id: TenantId, session_id: SessionId, reason: str, detail: str | None, now: float
+        self,
+        tenant_id: TenantId,
+        session_id: SessionId,
+        reason: str,
+        detail: str | None,
+        now: float,
+        *,
+        by: Principal | None = None,
     ) -> set[str]:
-        """End the session. Only its first end counts; a later one changes nothing.
+        """End the session. Only its first end counts; a later one changes nothing. `by`: whose key asks for it; None is
+        the server itself.
 
         Returns:
             The base models of which samples were cancelled.
 
         Raises:
             NotFoundError: no such session of this tenant.
+            ForbiddenError: the key's scope is less than full, and another key opened the session.
         """
         values = {"id": session_id, "of_tenant": tenant_id, "reason": reason, "detail": detail, "now": now}
         with self._database.write() as conn:
+            if by is not None and not by.scope.allows(Scope.FULL):
+                _require_opener(conn, by, session_id)
             if conn.execute(_FINISH, values).rowcount:
                 return cancel_samples(conn, [session_id], now)
             _get(conn, tenant_id, session_id)
@@ -231,6 +248,17 @@ def _get(conn: Connection, tenant_id: TenantId, session_id: SessionId) -> Sessio
     if row is None:
         raise NotFoundError(f"no session {session_id}")
     return to_session(row)
+
+
+def _require_opener(conn: Connection, by: Principal, session_id: SessionId) -> None:
+    """The key opened the session, or took the place of the one that did. Who did is not known of old sessions."""
+    found = conn.execute(_OPENER, {"session_id": session_id, "tenant_id": by.tenant_id}).first()
+    if found is None:
+        raise NotFoundError(f"no session {session_id}")
+    if found.key_id is not None and by.key_id not in found:
+        raise ForbiddenError(
+            f"ending a session that another key opened needs a key of scope full, and this key's scope is {by.scope}"
+        )
 
 
 def to_session(row: Sequence[Any]) -> SessionRow:

@@ -22,7 +22,7 @@ from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.rows import KeyRow, Principal, TenantRow
-from tinsmith.store.schema import keys, tenants
+from tinsmith.store.schema import keys, quotas, tallies, tenants
 from tinsmith.types import TenantId
 
 PREFIX = "tml-"  # the SDK refuses keys that begin otherwise
@@ -57,6 +57,8 @@ _PRINCIPAL = (
 )
 _AUTHENTICATE = _PRINCIPAL.where(keys.c.digest == bindparam("digest"))
 _BY_KEY_ID = _PRINCIPAL.where(keys.c.key_id == bindparam("key_id"))
+_QUOTAS = select(quotas.c.quota, quotas.c.tenant_id, quotas.c.amount).where(quotas.c.scope == bindparam("of"))
+_TALLIES = select(tallies.c.period, tallies.c.kind, tallies.c.quantity).where(tallies.c.scope == bindparam("of"))
 
 
 class Tenants:
@@ -118,8 +120,9 @@ class Tenants:
         *,
         by: Principal | None = None,
     ) -> tuple[KeyRow, str]:
-        """A successor of the key, with its tenant, name and scope, and the successor's secret. The key itself works for
-        `grace_s` more, or until its own end if that is sooner.
+        """A successor of the key, with its tenant, name, scope and quotas, and the successor's secret. What the key has
+        used of the day and the month counts for its successor too. The key itself works for `grace_s` more, or until
+        its own end if that is sooner.
 
         Args:
             expires_at: of the successor; None: it lives as long as the key was made for.
@@ -143,6 +146,7 @@ class Tenants:
             row, secret = _insert_key(conn, replace(old, created_at=at, expires_at=expires_at))
             until = at + grace_s if old.expires_at is None else min(old.expires_at, at + grace_s)
             conn.execute(_SUCCEED, {"id": key_id, "until": until, "successor": row.key_id})
+            _hand_on(conn, key_id, row.key_id)
             details = {**_about(row), "rotated_key_id": key_id, "rotated_key_expires_at": str(int(until))}
             note(conn, "organization_key_rotate", row.tenant_id, by, details, at)
         return row, secret
@@ -207,6 +211,14 @@ def _insert_key(conn: Connection, row: KeyRow) -> tuple[KeyRow, str]:
     }
     conn.execute(_INSERT_KEY, values)
     return made, secret
+
+
+def _hand_on(conn: Connection, key_id: str, successor_id: str) -> None:
+    """What bounds a key, and what it has used, for its successor too."""
+    for table, found in ((quotas, _QUOTAS), (tallies, _TALLIES)):
+        rows = [{**row, "scope": successor_id} for row in conn.execute(found, {"of": key_id}).mappings()]
+        if rows:
+            conn.execute(insert(table).inline(), rows)
 
 
 def _about(row: KeyRow) -> dict[str, str]:

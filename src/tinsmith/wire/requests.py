@@ -23,6 +23,7 @@ MAX_KEY_S = 10 * 366 * 24 * 3600.0
 NonNegative = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TrainingSeq = Annotated[int, Meta(ge=1, lt=2**31)]
 CLONE_SEQS = 10**9  # seq_ids that each client of a sampler has for itself
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$")]
 ObjectId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
@@ -216,8 +217,8 @@ class CreateKey(Struct):
     """tenant None: the caller's own. scope None: full, or admin with `is_admin`. expires_s: from now on; None: it
     lasts."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
-    tenant: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    name: Name
+    tenant: Name | None = None
     is_admin: bool = False
     scope: Scope | None = None
     expires_s: Annotated[float, Meta(ge=1, le=MAX_KEY_S)] | None = None
