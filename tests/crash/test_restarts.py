@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -124,9 +123,7 @@ def test_a_stopped_process_is_replaced(service: Service, which: str) -> None:
     until(lambda: not is_alive(pid), PATIENCE_S)
     until(service.is_ready, PATIENCE_S)
     if which == "api":
-        with pytest.raises((OSError, http.client.HTTPException)):
-            client.step(2)
-        client._line.close()
+        client._line.close()  # its other end is gone
     client.step(2)
     assert f"{'api' if which == 'api' else 'worker tinsmith/tiny'} hangs" in service.log.read_text()
 

@@ -48,7 +48,7 @@ def test_a_running_sample_is_dropped_at_the_bell_and_pays_for_what_it_got(house:
     settle(worker)
     assert house.get(op).state == "cancelled"
     assert house.get(other).state == "done"
-    assert 200 < worker._shares._given[house.tenant] < 400
+    assert 200 < worker._accounts._sampled._tenants.tags[house.tenant] < 400
 
 
 def test_a_lost_bell_costs_a_scan(house: House) -> None:

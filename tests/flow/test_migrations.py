@@ -110,6 +110,8 @@ def as_of(revision: str, lived: Path, root: Path) -> dict[str, list[dict[str, An
                 continue
             columns = [row[1] for row in conn.execute(text(f"PRAGMA table_info({table})"))]
             rows = [dict(row) for row in source.execute(f"SELECT * FROM {table}")]
+            for row in rows:
+                row["is_admin"] = row.get("scope") == "admin"  # what was said so before
             written[table] = [{name: row[name] for name in columns if name in row} for row in rows]
             for row in written[table]:
                 marks = ", ".join(f":{name}" for name in row)

@@ -66,9 +66,11 @@ def decode_kernels() -> dict[str, dict[str, int]]:
         tiled_kernel._expand_tiles, exact, 4, 2, {**tables, "narrow": "*fp32", "anchor": "*fp32", "y": "*fp32"}
     )
     pages = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16", "table_ptr": "*i64",
-             "length_ptr": "*i64", "scale": "fp32"}  # fmt: skip
+             "length_ptr": "*i64", "sink_ptr": "*fp32", "scale": "fp32", "cap": "fp32"}  # fmt: skip
     attend = {"SIZE": 128, "BLOCK_K": 64, "BLOCK_Q": paged_kernel.MIN_QUERIES, "BLOCK_D": 128, "BY_HAND": False}
-    found["_attend"] = compile_kernel(paged_kernel._attend, attend, 4, 3, pages)
+    for name, has in (("_attend", False), ("_attend with windows, caps and sinks", True)):
+        own = {**attend, "HAS_WINDOW": has, "HAS_CAP": has, "HAS_SINKS": has}
+        found[name] = compile_kernel(paged_kernel._attend, own, 4, 3, pages)
     return found
 
 

@@ -170,7 +170,7 @@ def test_logging_in_and_out(token_cli: Commands) -> None:
     said = token_cli("auth", "logout", TINKER_API_KEY=None)
     assert re.match(r"Removed credential '\w+'\. The API key is still active\.", said)
     wrong = token_cli("auth", "login", stdin="tml-wrong\n", status=1, TINKER_API_KEY=None)
-    assert "this key is unknown or was revoked" in wrong
+    assert "this key is unknown, was revoked or has expired" in wrong
     assert "(HTTP 401 from /api/v1/auth/apikey/me)" in wrong
 
 
