@@ -228,7 +228,7 @@ def test_the_sdk_tells_its_user_why_sampling_is_paused(
         with httpx.Client(base_url=live.url) as client:
             alice = Api(client, house.key)  # type: ignore[arg-type]
             sample(alice, alice.session(), 0)
-        until(lambda: house.store.ops.num_queued_samples(house.tenant_id) == 1, 20, lambda: "nothing queued")
+        until(lambda: house.store.loads.samples(house.tenant_id).requests == 1, 20, lambda: "nothing queued")
         reason = r"1 request ahead in the queue, and none has ended in the last 30 s"
     with caplog.at_level(logging.WARNING):
         future = sampler.sample(types.ModelInput.from_ints(TOKENS), 1, types.SamplingParams(max_tokens=3))

@@ -1,0 +1,80 @@
+"""Training requests that wait are bounded for each tenant, at the door; what was accepted is carried out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from tests.contract.conftest import Api
+from tests.contract.raw import PROTOBUF
+from tests.contract.routes import training
+from tinsmith.api.app import build_app
+
+
+def step(api: Api, run_id: str, seq_id: int, status: int = 200) -> dict[str, Any]:
+    return dict(api.post("/optim_step", {"model_id": run_id, "seq_id": seq_id, "adam_params": {}}, status))
+
+
+def settle(worker: Any) -> None:
+    while worker.step():
+        pass
+
+
+def test_a_full_queue_of_training_says_when_to_come_back(make_house: Any) -> None:
+    house = make_house(max_queued_training=3)
+    worker = house.make_worker()
+    with TestClient(build_app(house.services)) as client:
+        api, other = Api(client, house.key), Api(client, house.other_key)
+        session = api.session()
+        run = api.create(session)["model_id"]
+        settle(worker)
+        accepted = [step(api, run, seq) for seq in (1, 2, 3)]
+        refused = step(api, run, 4, 429)
+        assert (refused["code"], "--max-queued-training" in refused["detail"]) == ("capacity", True)
+        body = {"model_id": run, "seq_id": 4, "adam_params": {}}
+        answer = api.raw("POST", "/api/v1/optim_step", json=body)
+        assert 0 < int(answer.headers["retry-after"]) <= 60
+        new_run = {"session_id": session, "model_seq_id": 7, "base_model": "tinsmith/tiny", "lora_config": {"rank": 4}}
+        assert api.post("/create_model", new_run, 429)["code"] == "capacity"
+        passes = training(run, 4)
+        answer = api.raw("POST", "/api/v1/forward_backward", content=passes, headers={"content-type": PROTOBUF})
+        assert answer.status_code == 429
+        assert step(api, run, 2)["request_id"] == accepted[1]["request_id"], "it has come, and takes no room"
+        other.create(other.session())
+        settle(worker)
+        accepted.append(step(api, run, 4))
+        settle(worker)
+        assert all("metrics" in api.result(promise) for promise in accepted)
+
+
+@pytest.mark.parametrize("last_missing", [1, 2])
+def test_what_the_others_wait_for_is_let_in(make_house: Any, last_missing: int) -> None:
+    """Else a queue that is full of requests that came early would never empty."""
+    house = make_house(max_queued_training=3)
+    worker = house.make_worker()
+    with TestClient(build_app(house.services)) as client:
+        api = Api(client, house.key)
+        run = api.create(api.session())["model_id"]
+        settle(worker)
+        first = last_missing + 1
+        early = [step(api, run, seq) for seq in range(first, first + 3)]
+        step(api, run, first + 3, 429)
+        if last_missing == 2:
+            step(api, run, 2, 429)
+        came = [step(api, run, 1)]
+        settle(worker)
+        came += [step(api, run, seq) for seq in range(2, first)]
+        settle(worker)
+        assert all("metrics" in api.result(promise) for promise in (*came, *early))
+
+
+def test_bytes_that_wait_are_bounded(make_house: Any) -> None:
+    house = make_house(max_queued_training_mib=1)
+    with TestClient(build_app(house.services)) as client:
+        api = Api(client, house.key)
+        run = api.create(api.session())["model_id"]
+        for seq, status in ((1, 200), (2, 200), (3, 429)):
+            body = {"model_id": run, "seq_id": seq, "adam_params": {}, "padding": "x" * 600_000}
+            api.post("/optim_step", body, status)
