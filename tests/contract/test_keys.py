@@ -19,10 +19,10 @@ from tests.contract.conftest import House
 from tests.contract.raw import BASE, Raw
 from tests.contract.routes import Ids, belongings, closed_routes, concrete, probes
 from tests.contract.standing import standing
-from tinsmith.api import access, app
+from tinsmith.api import access, app, metrics
 from tinsmith.scopes import Scope
 
-HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN)
+HANDLERS = (*app.CLOSED, *app.OPENAI, *app.ANTHROPIC, *app.ADMIN, *app.WATCHING)
 PREFIXES = {"/oai/api/v1": app.OPENAI, "/anthropic/api/v1": app.ANTHROPIC}
 WEAK = (Scope.READ, Scope.SAMPLE, Scope.FULL)
 
@@ -61,7 +61,7 @@ def needs() -> dict[str, Scope]:
 
 def test_every_closed_route_is_in_the_table_and_no_other() -> None:
     assert sorted(needs()) == closed_routes()
-    names = [handler.fn.__name__ for handler in HANDLERS]
+    names = [handler.fn.__name__ for handler in (*HANDLERS, metrics.get_metrics)]
     assert sorted(names) == sorted(set(names)) == sorted(access.NEEDS)
 
 

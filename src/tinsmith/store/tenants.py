@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Text, bindparam, insert, or_, select, update
 
 from tinsmith.errors import NotFoundError, UserError
 from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.rows import KeyRow, Principal, TenantRow
-from tinsmith.store.schema import keys, tenants
+from tinsmith.store.schema import keys, quotas, tallies, tenants
 from tinsmith.types import TenantId
 
 PREFIX = "tml-"  # the SDK refuses keys that begin otherwise
@@ -31,6 +31,16 @@ _BY_NAME = select(tenants.c.tenant_id, tenants.c.name, tenants.c.created_at).whe
 _TENANT_NAME = select(tenants.c.name).where(tenants.c.tenant_id == bindparam("tenant_id"))
 _INSERT_TENANT = insert(tenants).inline()
 _INSERT_KEY = insert(keys).inline()
+# A successor begins with the quotas of the key that it replaces, and with what that has used of them.
+_HAND_OVER = tuple(
+    insert(table).from_select(
+        [column.name for column in table.c],
+        select(
+            bindparam("successor", type_=Text).label("scope"), *(column for column in table.c if column.name != "scope")
+        ).where(table.c.scope == bindparam("id")),
+    )
+    for table in (quotas, tallies)
+)
 _KEYS = (
     select(
         keys.c.key_id, keys.c.tenant_id, tenants.c.name, keys.c.name, keys.c.scope, keys.c.created_at,
@@ -143,6 +153,8 @@ class Tenants:
             row, secret = _insert_key(conn, replace(old, created_at=at, expires_at=expires_at))
             until = at + grace_s if old.expires_at is None else min(old.expires_at, at + grace_s)
             conn.execute(_SUCCEED, {"id": key_id, "until": until, "successor": row.key_id})
+            for hand_over in _HAND_OVER:
+                conn.execute(hand_over, {"id": key_id, "successor": row.key_id})
             details = {**_about(row), "rotated_key_id": key_id, "rotated_key_expires_at": str(int(until))}
             note(conn, "organization_key_rotate", row.tenant_id, by, details, at)
         return row, secret
