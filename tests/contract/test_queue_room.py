@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import tinker
 from litestar.testing import TestClient
 
 from tests.contract.conftest import Api
 from tests.contract.raw import PROTOBUF
 from tests.contract.routes import training
+from tests.crash.test_kill import datum
+from tests.service import running
+from tests.unit.test_metrics import samples
 from tinsmith.api.app import build_app
 
 
@@ -78,3 +84,16 @@ def test_bytes_that_wait_are_bounded(make_house: Any) -> None:
         for seq, status in ((1, 200), (2, 200), (3, 429)):
             body = {"model_id": run, "seq_id": seq, "adam_params": {}, "padding": "x" * 600_000}
             api.post("/optim_step", body, status)
+
+
+def test_the_sdk_waits_by_itself(tmp_path: Path) -> None:
+    """Two runs that both send far more than may wait."""
+    with running(tmp_path / "data", "--device", "fake", "--max-queued-training", "1") as service:
+        client = tinker.ServiceClient(base_url=service.url, api_key=service.key)
+        runs = [client.create_lora_training_client("tinsmith/tiny", rank=2).result() for _ in range(2)]
+        passes = [run.forward_backward([datum(step)], "cross_entropy") for step in range(20) for run in runs]
+        steps = [run.optim_step(tinker.AdamParams(learning_rate=0.01)) for run in runs]
+        assert all(each.result().loss_fn_outputs for each in passes)
+        assert all(each.result().metrics is not None for each in steps)
+        figures = httpx.get(f"{service.url}/metrics", headers={"X-API-Key": service.key}).content
+    assert samples(figures)[("tinsmith_refused_requests_total", ("capacity",))] > 0
