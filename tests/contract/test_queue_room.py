@@ -16,7 +16,8 @@ from tests.contract.routes import training
 from tests.crash.test_kill import datum
 from tests.service import running
 from tests.unit.test_metrics import samples
-from tinsmith.api.app import build_app
+from tinsmith.api.app import build_app, with_edge
+from tinsmith.api.pressure import COMPATIBLE, FILLING, Pressure
 
 
 def step(api: Api, run_id: str, seq_id: int, status: int = 200) -> dict[str, Any]:
@@ -97,3 +98,16 @@ def test_the_sdk_waits_by_itself(tmp_path: Path) -> None:
         assert all(each.result().metrics is not None for each in steps)
         figures = httpx.get(f"{service.url}/metrics", headers={"X-API-Key": service.key}).content
     assert samples(figures)[("tinsmith_refused_requests_total", ("capacity",))] > 0
+
+
+@pytest.mark.parametrize("path", sorted((FILLING | COMPATIBLE) - {"/api/v1/forward"}))
+def test_under_overload_whatever_fills_the_queue_is_refused(
+    make_house: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    house = make_house()
+    monkeypatch.setattr(Pressure, "refuses", lambda *_: True)
+    with TestClient(with_edge(build_app(house.services))) as client:
+        answer = client.post(path, json={"model": "x"}, headers={"X-API-Key": house.key})
+    assert (answer.status_code, "more than it can do" in answer.text) == (429, True)
+    assert int(answer.headers["retry-after"]) > 0
+    assert ("error" in answer.json()) is (path in COMPATIBLE), "each in its own dialect"
