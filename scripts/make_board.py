@@ -108,6 +108,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Requests waiting, by tenant", "none", (("{{tenant}}", "sum by (tenant) (tinsmith_queue_depth{#})"),)
             ),
             Panel(
+                "Held back by quotas, by tenant", "none", (("{{tenant}}", "sum by (tenant) (tinsmith_held_ops{#})"),)
+            ),
+            Panel(
                 "Oldest request, by tenant",
                 "s",
                 (("{{tenant}}", "max by (tenant) (tinsmith_queue_oldest_seconds{#})"),),

@@ -42,6 +42,7 @@ STAGING = ".backup-"
 RESTORING = ".restore-"
 MOST_NAMED = 10
 PART = ".part"
+LOCKS = ("serve.lock", "tinsmith.lock", "tinsmith.turn")  # left where a backup was verified and repaired
 
 Progress = Callable[[int, int], None]
 
@@ -172,7 +173,7 @@ def _claim(target: Path) -> None:
     """Make the directory, or see that what is in it may be written over."""
     target.mkdir(parents=True, exist_ok=True, mode=0o700)
     own = (MANIFEST, DATABASE_FILE, *KEY_FILES)
-    known = {BLOBS, *own, *(name + PART for name in own)}
+    known = {BLOBS, *own, *(name + PART for name in own), *LOCKS}
     strange = sorted(path.name for path in target.iterdir() if path.name not in known)
     if strange:
         raise ConfigError(f"{target} is no backup ({strange[0]} is in it); name a new directory, or an earlier backup")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +27,9 @@ ATTN_PARTS = frozenset(
     {"self_attn", "attn", "attention", "self_attention"}
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
+ROUTERS = frozenset({"gate", "router"})  # beside the experts
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -128,10 +131,11 @@ def hub_names(names: Iterable[str]) -> dict[str, str]:
     return known
 
 
-def describe(ref: BaseRef) -> BaseInfo:
+def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
     """What clients and checks have to know of a base, from its config.json and generation_config.json.
 
-    `arch` is the config's model_type. The end tokens are those of generation_config, else of config.
+    `arch` is the config's model_type. The end tokens are those of generation_config, else of config. shares_factors:
+    adapters of experts do (`--expert-adapters`).
 
     Raises:
         ConfigError: a file is missing, not JSON, or lacks a field.
@@ -156,7 +160,7 @@ def describe(ref: BaseRef) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
-        **_widths(path),
+        **_widths(path, inner, shares_factors=shares_factors),
     )
 
 
@@ -238,26 +242,53 @@ def _is_head_tied(path: Path) -> bool:
     return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
 
 
-def _widths(path: Path) -> dict[str, int]:
+def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> dict[str, int]:
     """Inputs and outputs of the linear layers, by the group that their names put them in; a head without weights of its
-    own has the embedding's."""
+    own has the embedding's. Routers, and layers beyond those of the model, carry no adapters."""
+    depth = config.get("num_hidden_layers")
+    shapes = {
+        name: shape
+        for file in weight_files(path)
+        for name, shape in _shapes(file).items()
+        if not isinstance(depth, int) or all(int(layer) < depth for layer in LAYER.findall(name))
+    }
+    num_experts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        found = OF_EXPERTS.match(name)
+        if found is not None:
+            place, number = found.groups()
+            count = int(number) + 1 if number else shape[0]
+            num_experts[place] = max(num_experts.get(place, 0), count)
+    mixtures = {place.rpartition(".")[0] for place in num_experts}
     widths = {"attn_width": 0, "mlp_width": 0, "unembed_width": 0}
     embedding = 0
-    for file in weight_files(path):
-        for name, shape in _shapes(file).items():
-            parts = set(name.split("."))
-            if len(shape) != 2:
-                continue
-            if parts & ATTN_PARTS:
-                widths["attn_width"] += sum(shape)
-            elif parts & MLP_PARTS:
-                widths["mlp_width"] += sum(shape)
-            elif f".{name}".endswith(".lm_head.weight"):
-                widths["unembed_width"] += sum(shape)
-            elif "embed_tokens" in parts or "wte" in parts:
-                embedding = sum(shape)
+    for name, shape in shapes.items():
+        parent, _, layer = name.removesuffix(".weight").rpartition(".")
+        is_router = parent in mixtures and layer in ROUTERS
+        if len(shape) != 2 or not name.endswith(".weight") or is_router or OF_EXPERTS.match(name):
+            continue
+        parts = set(name.split("."))
+        if parts & ATTN_PARTS:
+            widths["attn_width"] += sum(shape)
+        elif parts & MLP_PARTS:
+            widths["mlp_width"] += sum(shape)
+        elif f".{name}".endswith(".lm_head.weight"):
+            widths["unembed_width"] += sum(shape)
+        elif "embed_tokens" in parts or "wte" in parts:
+            embedding = sum(shape)
+    for number in num_experts.values():
+        widths["mlp_width"] += _experts_width(config, number, shares_factors=shares_factors)
     widths["unembed_width"] = widths["unembed_width"] or embedding
     return widths
+
+
+def _experts_width(config: Mapping[str, Any], number: int, *, shares_factors: bool) -> int:
+    """Of one layer's experts: three products each, between the hidden states and the experts' own width. Where factors
+    are shared, the one on the side of the hidden states counts once."""
+    hidden, inner = config.get("hidden_size"), config.get("moe_intermediate_size") or config.get("intermediate_size")
+    if not isinstance(hidden, int) or not isinstance(inner, int):
+        return 0
+    return 3 * (hidden * (1 if shares_factors else number) + inner * number)
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

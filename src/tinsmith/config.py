@@ -48,6 +48,12 @@ class Settings:
     max_queued_samples: int = setting(
         10_000, "Sample requests of one tenant that may wait; beyond it, clients are answered 429.", group="limits"
     )
+    max_queued_training: int = setting(
+        20_000, "Training requests of one tenant that may wait; beyond it, clients are answered 429.", group="limits"
+    )
+    max_queued_training_mib: int = setting(
+        8192, "Room that their bodies may take; the last one may reach beyond it.", unit="MiB", group="limits"
+    )
     max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
     max_sample_numbers: int = setting(
         2**22,
@@ -90,7 +96,6 @@ class Settings:
         unit="s",
         group="limits",
     )
-
     max_disk_mib: int = setting(
         0,
         "Most that the data directory may take; at it new requests are refused (503), and what was accepted is carried "
@@ -316,15 +321,11 @@ class Settings:
         "", "URL of an OpenTelemetry collector (OTLP over HTTP) for traces; needs tinsmith[otel].", group="watching"
     )
     trace_share: float = setting(
-        1.0,
-        "Share of requests that are traced, 0 to 1; one with a traceparent is as its client says.",
-        group="watching",
+        1.0, "Share of requests that are traced, 0 to 1; one with a traceparent as its client says.", group="watching"
     )
 
     crash_point: str = setting(
-        "",
-        "For tests: NAME or NAME:N; a process dies by SIGKILL when it comes past that point the Nth time.",
-        group="tests",
+        "", "For tests: NAME or NAME:N; a process that comes past it the Nth time dies by SIGKILL.", group="tests"
     )
 
     @classmethod

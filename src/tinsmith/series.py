@@ -80,6 +80,7 @@ QUEUE_DEPTH = Series("tinsmith_queue_depth", "Requests of a tenant that wait.", 
 QUEUE_OLDEST = Series(
     "tinsmith_queue_oldest_seconds", "How long a tenant's oldest waiting request has waited.", "tenant"
 )
+HELD_OPS = Series("tinsmith_held_ops", "Those of a tenant's waiting requests that its quotas hold back.", "tenant")
 OPEN_POLLS = Series("tinsmith_open_polls", "Polls that wait for a result.")
 SESSIONS = Series("tinsmith_sessions", "Sessions that have not ended.")
 RUNS = Series("tinsmith_runs", "Runs, by their status.", "status")

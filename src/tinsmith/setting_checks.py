@@ -15,7 +15,8 @@ POSITIVE = (
     "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib", "max_resident_samples",
     "kv_cache_mib", "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s",
     "lease_s", "hang_timeout_s", "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-    "unknown_keys_per_minute", "max_queued_samples", "max_sample_numbers", "min_ttl_s", "sampling_share",
+    "unknown_keys_per_minute", "max_queued_samples", "max_queued_training",
+    "max_queued_training_mib", "max_sample_numbers", "min_ttl_s", "sampling_share",
 )  # fmt: skip
 MAY_BE_ZERO = (
     "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",

@@ -13,6 +13,7 @@ from tests.contract.conftest import BASE, Api
 from tinsmith.api.app import build_app
 from tinsmith.api.queue_room import QueueRoom
 from tinsmith.errors import CapacityError
+from tinsmith.store.loads import Load
 from tinsmith.types import TenantId
 from tinsmith.wire.requests import CLONE_SEQS
 
@@ -175,25 +176,36 @@ def test_a_full_queue_holds_for_the_compatible_endpoints(make_house: Any, stream
 
 
 def test_requests_on_their_way_into_the_queue_take_room() -> None:
-    room = QueueRoom()
-    tenant = TenantId("t")
-    queued = 1
-
-    def count(_: TenantId) -> int:
-        return queued
-
+    tenant, other = TenantId("t"), TenantId("other")
+    queued = {tenant: Load(1, 10), other: Load(0, 0)}
+    room = QueueRoom(Load(3, 100), queued.__getitem__, "3 requests of yours wait")
+    assert not room.take_known(tenant, 5)
     for _ in range(2):
-        room.take(tenant, count, 3)
-    with pytest.raises(CapacityError, match="3 sample requests of yours wait"):
-        room.take(tenant, count, 3)
+        room.take(tenant, 5)
+    with pytest.raises(CapacityError, match="3 requests of yours wait"):
+        room.take(tenant, 5)
     for _ in range(2):
-        with room.coming(tenant):
+        with room.coming(tenant, 5):
             pass
-    queued = 2
-    room.take(tenant, count, 3)
-    room.take(TenantId("other"), lambda _: 0, 3)
+    queued[tenant] = Load(2, 20)
+    room.take(tenant, 5)
+    room.take(other, 5)
+    assert room.take_known(other, 5)
     with pytest.raises(CapacityError):
-        room.take(tenant, count, 3)
+        room.take(tenant, 5)
+
+
+def test_what_waits_is_bounded_in_bytes_too() -> None:
+    tenant = TenantId("t")
+    queued = Load(1, 90)
+    room = QueueRoom(Load(1000, 100), lambda _: queued, "full")
+    room.take(tenant, 50)  # the last one may reach beyond
+    with room.coming(tenant, 50):
+        assert not room.take_known(tenant, 1)
+        with pytest.raises(CapacityError, match="full"):
+            room.take(tenant, 1)
+    queued = Load(0, 0)
+    room.take(tenant, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Secrets and prompts are in no log, error or timeline of a server at its most talkative; prompts only if asked for."""
+"""Secrets and prompts are in no log, error, timeline or figure of a server at its most talkative.
+
+Prompts are, in the log alone, if that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,10 @@ def speak(service: Service) -> list[str]:
                 errors.append(raw.send("POST", path, content=content, headers={"cookie": SECRETS["cookie"]}).text)
         trace = raw.send("GET", f"/sessions/{ids.session}/trace_export").json()["url"]
         errors.append(httpx.get(trace).content.decode("latin-1"))
+        errors.append(raw.send("GET", "/admin/runs").text)
+        figures = httpx.get(f"{service.url}/metrics", headers={"X-API-Key": service.key}).text
+        assert "tinsmith_ops_total" in figures
+        errors.append(figures)
     for headers in (
         {"X-API-Key": SECRETS["wrong key"]},
         {"X-API-Key": SECRETS["odd key"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import httpx
@@ -124,9 +125,10 @@ def test_without_a_good_key_nothing_is_answered(service: Service, key: str | Non
 
 def test_a_revoked_key_is_refused_everywhere(service: Service, admin: Raw) -> None:
     made = admin.good("/admin/keys", json={"name": "gone", "tenant": "carol"}).json()
-    raw = Raw(service.url, made["secret"])
-    raw.session()
-    assert admin.send("DELETE", f"/admin/keys/{made['key_id']}").status_code == 200
+    with closing(Raw(service.url, made["secret"])) as before:
+        before.session()
+        assert admin.send("DELETE", f"/admin/keys/{made['key_id']}").status_code == 200
+    raw = Raw(service.url, made["secret"])  # the connections of before are being cut
     for route in closed_routes():
         method, path = concrete(route)
         found = refused(lambda call=(method, path): raw.ask(*call, content=b"{}"))

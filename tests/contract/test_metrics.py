@@ -24,6 +24,7 @@ from tinsmith.config import METRICS_DIR
 from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError
 from tinsmith.metrics import Counter, Counting, Gauge, Histogram
+from tinsmith.scopes import Scope
 
 ADAM = {"adam_params": {"learning_rate": 0.1}}
 
@@ -53,7 +54,9 @@ def read(client: Any, key: str, status: int = 200) -> Any:
 def test_only_administrators_read_it(house: House, watched: Any) -> None:
     _, client = watched
     assert client.get("/metrics").status_code == 401
-    assert "tinsmith_" not in read(client, house.other_key, 403).text
+    for scope in (Scope.READ, Scope.SAMPLE, Scope.FULL):
+        _, secret = house.store.tenants.create_key(house.tenant_id, scope.value, scope=scope)
+        assert "tinsmith_" not in read(client, secret, 403).text
     answer = read(client, house.key)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert client.get("/api/v1/admin/runs", headers={"X-API-Key": house.other_key}).status_code == 403

@@ -18,6 +18,7 @@ from tinker.lib.api_future_impl import QueueState
 from tests.contract.conftest import BASE, Api, HandWorker, House, Live
 from tests.contract.raw import PROTOBUF
 from tests.service import until
+from tests.unit.test_metrics import samples
 from tinsmith.store.quota_rules import Quota
 
 # The SDK never closes its connections; the collector finds them during or after a test.
@@ -161,6 +162,42 @@ def test_quotas_of_a_key_and_of_its_tenant_are_listed_with_what_is_used(
     assert {scope["tenant"] for scope in api.get("/admin/quotas")["scopes"]} == {"alice", "bob"}
 
 
+def test_a_rotated_key_hands_its_quotas_and_what_it_used_to_its_successor(
+    house: House, api: Api, other: Api, worker: HandWorker, bob: str
+) -> None:
+    (key,) = [key for key in house.store.tenants.list_keys() if key.tenant_id == bob]
+    body = {"tenant": "bob", "key_id": key.key_id, "quotas": {"tokens_per_day": 5, "runs": 5}}
+    api.call("PUT", "/admin/quotas", 200, json=body)
+    done = sample(other, other.session(), 0)
+    worker.step()
+    assert is_done(other, done)
+    new = api.post(f"/admin/keys/{key.key_id}/rotate", {"grace_s": 60})
+    house.store.quotas._limits_until = float("-inf")  # else they are known within a second
+    scopes = {scope["key_id"]: scope["quotas"] for scope in api.get("/admin/quotas?tenant=bob")["scopes"]}
+    limits = [{q["quota"]: q["limit"] for q in scopes[key_id]} for key_id in (key.key_id, new["key_id"])]
+    assert limits[0] == limits[1]
+    used = {quota["quota"]: quota["used"] for quota in scopes[new["key_id"]]}
+    assert (limits[1]["tokens_per_day"], used["tokens_per_day"]) == (5, 5)
+    successor = Api(api._client, new["secret"])
+    waiting = sample(successor, successor.session(), 0)
+    worker.step()
+    assert "tokens_per_day of this key" in successor.result(waiting, 408)["queue_state_reason"]
+
+
+def test_figures_say_how_many_requests_quotas_hold_back(house: House, api: Api, other: Api, worker: HandWorker) -> None:
+    session = other.session()
+    limit(api, requests=0)
+    sample(other, session, 0)
+    run = other.create(session)["model_id"]
+    other.post("/optim_step", {"model_id": run, "seq_id": 1, "adam_params": {}})
+    api.create(api.session())
+    headers = {"X-API-Key": house.key}
+    found = samples(api._client.get("/metrics", headers=headers).content)
+    assert {labels: count for (name, labels), count in found.items() if name == "tinsmith_held_ops"} == {
+        ("alice",): 0, ("bob",): 3,
+    }  # fmt: skip
+
+
 def test_setting_a_quota_stands_in_the_audit_log(api: Api, other: Api) -> None:
     limit(api, runs=3, tokens_per_day=None)
     (entry,) = [e for e in api.get("/audit")["entries"] if e["event"] == "organization_quota_set"]
@@ -228,7 +265,7 @@ def test_the_sdk_tells_its_user_why_sampling_is_paused(
         with httpx.Client(base_url=live.url) as client:
             alice = Api(client, house.key)  # type: ignore[arg-type]
             sample(alice, alice.session(), 0)
-        until(lambda: house.store.ops.num_queued_samples(house.tenant_id) == 1, 20, lambda: "nothing queued")
+        until(lambda: house.store.loads.samples(house.tenant_id).requests == 1, 20, lambda: "nothing queued")
         reason = r"1 request ahead in the queue, and none has ended in the last 30 s"
     with caplog.at_level(logging.WARNING):
         future = sampler.sample(types.ModelInput.from_ints(TOKENS), 1, types.SamplingParams(max_tokens=3))

@@ -175,3 +175,20 @@ def _with_meta(work: House, enqueue: Any, meta: dict[str, Any]) -> Any:
         return enqueue()
     finally:
         work.enqueue, work.op = sent, make  # type: ignore[method-assign]
+
+
+def test_no_key_and_no_prompt_is_in_a_span(house: ApiHouse, client: Any, spans: Spans) -> None:
+    """Of requests that are answered and of those that are refused, by whatever words."""
+    word, tokens, wrong = "Zwitschermaschine", [771, 313, 902, 177], "tml-Canary_wrong_key_0123456789"
+    session = ask(client, "/create_session", {"tags": [word], "user_metadata": {"x": word}, "sdk_version": "0"}).json()
+    body = {"session_id": session["session_id"], "sampling_session_seq_id": 0, "base_model": "tinsmith/tiny"}
+    sampler = ask(client, "/create_sampling_session", body).json()["sampling_session_id"]
+    for prompt in ({"chunks": [{"tokens": tokens}]}, word):
+        body = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "sampling_params": {"stop": [word]}}
+        ask(client, "/asample", body)
+    client.get("/api/v1/sessions", headers={"X-API-Key": wrong})
+    client.get("/api/v1/sessions", params={"key": wrong})
+    told = "".join(span.to_json() for span in spans.all())
+    assert "/api/v1/asample" in told
+    for secret in (house.key, wrong, word, str(tokens)[1:-1]):
+        assert secret not in told

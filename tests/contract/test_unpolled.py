@@ -110,7 +110,7 @@ def test_the_sdk_goes_on_after_its_session_fell_silent(
     passed = run.forward_backward([datum()], "cross_entropy")
     stepped = run.optim_step(types.AdamParams(learning_rate=1e-3))
     sampled = sampler.sample(types.ModelInput.from_ints([1, 2]), 1, types.SamplingParams(max_tokens=3))
-    until(lambda: house.store.ops.num_queued_samples(house.tenant_id) == 1, 20)
+    until(lambda: house.store.loads.samples(house.tenant_id).requests == 1, 20)
     until(lambda: len(house.store.waiting.all(worker._me, BASE, 100).ops) == 3, 20)
     swept = sweep(house.store, house.blobs, house.settings, time.time() + house.settings.session_timeout_s + 1)
     assert swept.num_sessions == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ from tests.families.configs import VOCAB
 from tests.families.twin import MergedTwin, plain_model
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
+from tinsmith.bases import BaseRef, describe
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base, open_base
 from tinsmith.model.activation import clamped_swiglu
 from tinsmith.model.experts import StackedMatrices
+from tinsmith.model.layout import RowLayout
 from tinsmith.model.lora import ExpertLora, ExpertWeights, LoopLora, Segment
 from tinsmith.model.lora.grouped import GroupedLora
 from tinsmith.model.lora.triton_lora import TritonLora
 from tinsmith.model.routes import Routes, gather, spread
 from tinsmith.model.row_probe import uneven_routers
 from tinsmith.training.load_metrics import load_metrics
-from tinsmith.types import Datum, Failure
+from tinsmith.types import Datum, Failure, RunId, RunSpec, Targets
 
 RL = "importance_sampling"
 ROWS, NUM, EACH = 45, 5, 2
@@ -256,3 +259,14 @@ def test_experts_with_another_activation_are_refused(make_base) -> None:
     model.model.layers[0].mlp.experts.act_fn = torch.nn.GELU()
     with pytest.raises(UnsupportedError, match="GELU"):
         open_base(model, make_base("qwen3_moe").info)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "phi3", "gemma2"])
+@pytest.mark.parametrize("shares_factors", [True, False])
+def test_the_api_knows_the_size_of_an_adapter_of_experts(make_base, kind: str, shares_factors: bool) -> None:
+    """From the names and shapes in the weights' files alone; quotas are reckoned with it."""
+    base = make_base(kind, shares_factors=shares_factors)
+    info = describe(BaseRef("x", Path(base.info.path)), shares_factors=shares_factors)
+    for targets in (Targets(), Targets(mlp=False), Targets(attn=False, unembed=False)):
+        asked = RunSpec(RunId("r"), "x", rank=3, targets=targets)
+        assert info.adapter_bytes(asked) == 4 * RowLayout(base.linears, targets, 3).num_params

@@ -124,6 +124,15 @@ def test_the_command_line_knows_its_own_server(service: Service, monkeypatch: py
     assert "ready after" in service.log.read_text()
 
 
+@pytest.mark.parametrize("verb", [("top", "--once"), ("admin", "quotas"), ("admin", "weights")], ids=" ".join)
+def test_so_do_the_operators_commands(service: Service, verb: tuple[str, ...]) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "SSL_CERT_FILE"}
+    command = [sys.executable, "-m", "tinsmith", *verb, "--data-dir", str(service.data_dir)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_a_new_certificate_is_taken_up_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "CERTIFICATE_LOOK_S", 0.05)
     papers = Papers(tmp_path)

@@ -91,8 +91,8 @@ def test_queued_samples_are_counted_for_their_tenant(world: Any) -> None:
     sampler = world.sampler()
     ids = [world.sample(sampler, seq).row.id for seq in range(3)]
     world.put(world.run(), 1)
-    assert world.store.ops.num_queued_samples(world.tenant) == 3
+    assert world.store.loads.samples(world.tenant).requests == 3
     world.claim(ids[0])
     world.store.endings.cancel(world.tenant, ids[1], 1.0)
-    assert world.store.ops.num_queued_samples(world.tenant) == 1
-    assert world.store.ops.num_queued_samples(TenantId("nobody")) == 0
+    assert world.store.loads.samples(world.tenant).requests == 1
+    assert world.store.loads.samples(TenantId("nobody")).requests == 0

@@ -7,7 +7,8 @@ that its seq_id is consumed and its future says why. A duplicate gets the first 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from tinsmith import tracing
 from tinsmith.api.services import Services
 from tinsmith.blobs import payload_key
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import UserError
+from tinsmith.errors import CapacityError, UserError
 from tinsmith.series import FAILED_OPS, OPS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
 from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
@@ -87,9 +88,34 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
     Raises:
         NotFoundError: the run, sampler or session isn't the tenant's.
         StorageFullError: there is no room for it on the disk.
+        CapacityError: as many requests on the tenant's runs as may wait do already.
     """
-    op_id = draft.op_id or new_op_id()
     draft = attempt(draft, partial(_fitting, services, principal))
+    async with _room_for_training(services, principal, draft):
+        return await _admit(services, principal, draft)
+
+
+@asynccontextmanager
+async def _room_for_training(services: Services, principal: Principal, draft: Draft) -> AsyncIterator[None]:
+    """Around the recording of what waits on a run. Requests that came early never keep out the one they wait for."""
+    if draft.failure is not None or draft.run_id is None:
+        yield
+        return
+    room, tenant_id, num_bytes = services.training_room, principal.tenant_id, len(draft.payload or b"")
+    if not room.take_known(tenant_id, num_bytes):
+        try:
+            await services.work(room.take, tenant_id, num_bytes)
+        except CapacityError:
+            if not await services.work(services.store.loads.is_awaited, draft.run_id, draft.seq_id):
+                raise
+            yield
+            return
+    with room.coming(tenant_id, num_bytes):
+        yield
+
+
+async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRow:
+    op_id = draft.op_id or new_op_id()
     if draft.failure is None:
         services.disk.take(len(draft.payload or b""))
     blob = await _write_payload(services, principal, op_id, draft.payload)

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -72,7 +72,9 @@ class _Reader(Collector):
         now = time.time()
         yield _family(series.INFO, {(__version__,): 1})
         yield _family(series.OPEN_POLLS, {(): self._num_polls()})
-        yield from _of_rows(self._store.overview.figures(), self._settings.metrics_tenants, now)
+        figures = self._store.overview.figures()
+        yield from _of_rows(figures, self._settings.metrics_tenants, now)
+        yield _family(series.HELD_OPS, self._held(figures, now))
         workers = [row for row in self._store.workers.list() if row.lease_until > 0]
         alive = {row.slot for row in workers if row.is_ready and row.lease_until > now}
         yield _family(
@@ -84,6 +86,17 @@ class _Reader(Collector):
             yield from _of_processes(info)
         yield _family(series.DISK_USED, {(kind,): size for kind, size in self._disk().items()})
         yield _family(series.DISK_FREE, {(): shutil.disk_usage(self._settings.data_dir).free})
+
+    def _held(self, figures: Figures, now: float) -> Mapping[tuple[str, ...], int]:
+        """For the tenants whose requests wait, by the names that their queues have."""
+        held = self._store.quotas.num_held(now)
+        named = named_tenants(figures.waiting, self._settings.metrics_tenants)
+        shown: Counter[tuple[str, ...]] = Counter()
+        for each in figures.waiting:
+            shown[(each.tenant if each.tenant in named else OTHER,)] += 0
+        for tenant_id, name in self._store.overview.tenant_names(held).items():
+            shown[(name if name in named else OTHER,)] += held[tenant_id]
+        return shown
 
 
 def _of_rows(figures: Figures, most_tenants: int, now: float) -> Iterator[Metric]:
@@ -104,7 +117,15 @@ def _of_rows(figures: Figures, most_tenants: int, now: float) -> Iterator[Metric
     yield _family(series.SESSIONS, {(): figures.num_sessions})
 
 
-def by_tenant(waiting: Iterable[Waiting], most: int, now: float) -> tuple[dict[str, int], dict[str, float]]:
+def named_tenants(waiting: Iterable[Waiting], most: int) -> set[str]:
+    """The `most` that have the most requests."""
+    depth: Counter[str] = Counter()
+    for each in waiting:
+        depth[each.tenant] += each.count
+    return {tenant for tenant, _ in depth.most_common(most)}
+
+
+def by_tenant(waiting: Sequence[Waiting], most: int, now: float) -> tuple[dict[str, int], dict[str, float]]:
     """(how many requests wait, how long the oldest has waited in seconds), by tenant: the `most` that have the most
     requests, and `other` for those beyond."""
     depth: Counter[str] = Counter()
@@ -112,7 +133,7 @@ def by_tenant(waiting: Iterable[Waiting], most: int, now: float) -> tuple[dict[s
     for each in waiting:
         depth[each.tenant] += each.count
         since[each.tenant] = min(since.get(each.tenant, now), each.oldest_at)
-    named = {tenant for tenant, _ in depth.most_common(most)}
+    named = named_tenants(waiting, most)
     shown: Counter[str] = Counter()
     oldest: dict[str, float] = {}
     for tenant, count in depth.items():

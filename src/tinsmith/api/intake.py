@@ -15,7 +15,7 @@ from typing import Any
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from tinsmith.api.pressure import FILLING, Pressure
+from tinsmith.api.pressure import COMPATIBLE, FILLING, Pressure
 from tinsmith.errors import CapacityError, RequestTimeoutError, UserError
 from tinsmith.types import TenantId
 
@@ -93,6 +93,8 @@ def with_intake(app: ASGIApp, budget: Budget, pressure: Pressure) -> ASGIApp:
     Requests that fill the queue are refused under pressure, before any of their body is read.
     """
 
+    fills = FILLING | COMPATIBLE
+
     async def intake(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await app(scope, receive, send)
@@ -107,7 +109,7 @@ def with_intake(app: ASGIApp, budget: Budget, pressure: Pressure) -> ASGIApp:
             nonlocal is_whole, is_begun
             if is_whole:
                 return await receive()
-            if not is_begun and scope["path"] in FILLING and scope.get("user") is not None:
+            if not is_begun and scope["path"] in fills and scope.get("user") is not None:
                 passing.enter_context(pressure.under_way(scope["user"].tenant_id))
             is_begun = True
             try:

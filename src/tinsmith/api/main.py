@@ -143,9 +143,10 @@ def build_services(
         ConfigError: a base's directory is missing or not a model's, or the signing secret can't be read or made.
     """
     bases: dict[str, ServedBase] = {}
+    shares_factors = settings.expert_adapters == "shared"
     for ref in parse_all(settings.base_model):
         files = {file.name: file for file in tokenizer_files(ref.directory)}
-        bases[ref.name] = ServedBase(info=describe(ref), tokenizer_files=files)
+        bases[ref.name] = ServedBase(info=describe(ref, shares_factors=shares_factors), tokenizer_files=files)
     return Services(
         settings=settings,
         store=store,

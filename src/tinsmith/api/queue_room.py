@@ -1,4 +1,4 @@
-"""Backpressure: how many more sample requests each tenant may queue.
+"""Backpressure: how many more requests each tenant may queue, and how many bytes of them.
 
 What is queued is counted only when the room that the last count left is used up, so that a request costs no counting
 while the queue is short. Requests that have their room and are not in the queue yet count as if they were.
@@ -6,45 +6,93 @@ while the queue is short. Requests that have their room and are not in the queue
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tinsmith.config import Settings
 from tinsmith.errors import CapacityError
+from tinsmith.store.loads import Load
 from tinsmith.types import TenantId
+
+NOTHING = Load(0, 0)
 
 
 class QueueRoom:
-    """May be called from any thread."""
+    """May be called from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        limit: of a tenant's requests that wait; the last one may reach beyond its bytes.
+        count: tells what of a tenant waits; may block.
+        refusal: what the client is told where there is no room.
+    """
+
+    def __init__(self, limit: Load, count: Callable[[TenantId], Load], refusal: str) -> None:
+        self._limit, self._count, self._refusal = limit, count, refusal
         self._lock = threading.Lock()
-        self._left: Counter[TenantId] = Counter()
-        self._coming: Counter[TenantId] = Counter()
+        self._left: dict[TenantId, Load] = {}
+        self._coming: dict[TenantId, Load] = {}
 
-    def take(self, tenant_id: TenantId, count: Callable[[TenantId], int], limit: int) -> None:
-        """Room for one more in a queue of at most `limit`, where `count` tells how many are; `coming` must follow.
+    def take_known(self, tenant_id: TenantId, num_bytes: int = 0) -> bool:
+        """Room for one more of what the last count left; `coming` must follow. False: `take` has to count. Never
+        blocks."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._take(tenant_id, num_bytes)
+        finally:
+            self._lock.release()
+
+    def take(self, tenant_id: TenantId, num_bytes: int = 0) -> None:
+        """Room for one more; `coming` must follow.
 
         Raises:
             CapacityError: there is none.
         """
         with self._lock:
-            if self._left[tenant_id] <= 0:
-                self._left[tenant_id] = limit - count(tenant_id) - self._coming[tenant_id]
-            if self._left[tenant_id] <= 0:
-                raise CapacityError(
-                    f"{limit} sample requests of yours wait already, as many as may (--max-queued-samples): send this "
-                    "one again when some have ended, as the SDK does by itself"
-                )
-            self._left[tenant_id] -= 1
-            self._coming[tenant_id] += 1
+            if self._take(tenant_id, num_bytes):
+                return
+            queued, coming = self._count(tenant_id), self._coming.get(tenant_id, NOTHING)
+            self._left[tenant_id] = self._limit.less(queued).less(coming)
+            if not self._take(tenant_id, num_bytes):
+                raise CapacityError(self._refusal)
 
     @contextmanager
-    def coming(self, tenant_id: TenantId) -> Iterator[None]:
+    def coming(self, tenant_id: TenantId, num_bytes: int = 0) -> Iterator[None]:
         """Around what puts a request into the queue for which room was taken."""
         try:
             yield
         finally:
             with self._lock:
-                self._coming[tenant_id] -= 1
+                left = self._coming.pop(tenant_id, NOTHING).less(Load(1, num_bytes))
+                if left != NOTHING:
+                    self._coming[tenant_id] = left
+
+    def _take(self, tenant_id: TenantId, num_bytes: int) -> bool:
+        left = self._left.get(tenant_id, NOTHING)
+        if left.requests <= 0 or left.num_bytes <= 0:
+            return False
+        one = Load(1, num_bytes)
+        self._left[tenant_id] = left.less(one)
+        self._coming[tenant_id] = self._coming.get(tenant_id, NOTHING).plus(one)
+        return True
+
+
+def room_for_samples(settings: Settings, count: Callable[[TenantId], Load]) -> QueueRoom:
+    most = settings.max_queued_samples
+    refusal = (
+        f"{most} sample requests of yours wait already, as many as may (--max-queued-samples): send this one again "
+        "when some have ended, as the SDK does by itself"
+    )
+    return QueueRoom(Load(most, sys.maxsize), count, refusal)
+
+
+def room_for_training(settings: Settings, count: Callable[[TenantId], Load]) -> QueueRoom:
+    most = Load(settings.max_queued_training, settings.max_queued_training_mib * 2**20)
+    refusal = (
+        f"{most.requests} training requests of yours wait already, or {settings.max_queued_training_mib} MiB of them, "
+        "as many as may (--max-queued-training, --max-queued-training-mib): send this one again when some have ended, "
+        "as the SDK does by itself"
+    )
+    return QueueRoom(most, count, refusal)

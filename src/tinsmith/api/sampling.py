@@ -106,9 +106,9 @@ async def room_for_sample(services: Services, tenant_id: TenantId) -> AsyncItera
     Raises:
         CapacityError: as many as may wait do already.
     """
-    room = services.queue_room
-    count = services.store.ops.num_queued_samples
-    await services.work(room.take, tenant_id, count, services.settings.max_queued_samples)
+    room = services.sample_room
+    if not room.take_known(tenant_id):
+        await services.work(room.take, tenant_id)
     with room.coming(tenant_id):
         yield
 

@@ -34,7 +34,7 @@ from tinsmith.api.pieces import Pieces
 from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
 from tinsmith.api.pressure import Pressure
-from tinsmith.api.queue_room import QueueRoom
+from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
 from tinsmith.api.underway import Underway
@@ -83,7 +83,6 @@ class Services:
     ready_bases: Callable[[], AbstractSet[str]]
     signer: Signer
     pieces: Pieces = field(default_factory=partial(Pieces, None))
-    queue_room: QueueRoom = field(default_factory=QueueRoom)
     pace: Pace = field(default_factory=Pace)
     polls: Polls = field(default_factory=Polls)
     traces: Once = field(default_factory=Once)
@@ -105,6 +104,8 @@ class Services:
     clock: Clock = field(init=False, default_factory=Clock)
     underway: Underway = field(init=False, default_factory=Underway)
     pressure: Pressure = field(init=False)
+    sample_room: QueueRoom = field(init=False)
+    training_room: QueueRoom = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 
@@ -114,6 +115,8 @@ class Services:
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
         object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
+        object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
+        object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
 

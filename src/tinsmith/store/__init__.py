@@ -19,6 +19,7 @@ from tinsmith.store.endings import Endings
 from tinsmith.store.figures import Overview
 from tinsmith.store.files import Files
 from tinsmith.store.ledger import Ledger
+from tinsmith.store.loads import Loads
 from tinsmith.store.losses import Losses
 from tinsmith.store.migrate import check_schema, upgrade
 from tinsmith.store.ops import Ops
@@ -49,6 +50,7 @@ class Store:
         self.sessions = Sessions(database)
         self.runs = Runs(database)
         self.ops = Ops(database, self.quotas)
+        self.loads = Loads(database)
         self.replays = Replays(database)
         self.waiting = Waiting(database)
         self.weights = Weights(database)

@@ -5,6 +5,7 @@ Of all tenants: callers show it to administrators only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import bindparam, func, select
@@ -98,6 +99,9 @@ class Overview:
         """Those that were asked for something last, newest first."""
         with self._database.read() as conn:
             return [RunFigures(*row) for row in conn.execute(_LATEST, {"limit": limit})]
+
+    def tenant_names(self, tenant_ids: Iterable[TenantId]) -> dict[TenantId, str]:
+        return {tenant_id: self.tenant_name(tenant_id) for tenant_id in tenant_ids}
 
     def tenant_name(self, tenant_id: TenantId) -> str:
         """Empty if there's no such tenant."""

@@ -97,9 +97,6 @@ _AHEAD = Prepared(
         .subquery()
     )
 )
-_QUEUED_SAMPLES = select(func.count()).where(
-    ops.c.kind == "sample", IS_QUEUED, ops.c.tenant_id == bindparam("tenant_id")
-)
 _STALE = (
     select(ops.c.num, ops.c.result_blob)
     .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
@@ -278,11 +275,6 @@ class Ops:
             (ahead,) = _AHEAD.first(conn, {"base": base_model, "num": num})
         is_early = head_seq is not None and head_seq < seq_id
         return int(ahead), head_seq + 1 if is_early else None
-
-    def num_queued_samples(self, tenant_id: TenantId) -> int:
-        """Sample requests of the tenant that no worker has taken yet."""
-        with self._database.read() as conn:
-            return int(conn.execute(_QUEUED_SAMPLES, {"tenant_id": tenant_id}).scalar_one())
 
     def expire_results(self, finished_before: float, now: float, limit: int = 1000) -> int:
         """Forget results that are older; their ops answer GoneError from then on. Their files go to the graveyard,

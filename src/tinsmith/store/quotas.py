@@ -11,7 +11,7 @@ What is used in a session counts for the key that opened it, and for its tenant.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from tinsmith.errors import NotFoundError, QuotaError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
+from tinsmith.store.op_rows import LIGHT, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_request, under_way
 from tinsmith.store.quota_rules import (
@@ -40,7 +41,7 @@ from tinsmith.store.schema import keys, ops, quotas, tallies, tenants
 from tinsmith.types import OpId, OpKind, RunId, TenantId
 
 LIMITS_TTL_S = 1.0
-MAX_PLACES = 50_000
+MAX_COUNTED = 10_000
 DAYS_KEPT_S, MONTHS_KEPT_S = 3 * 86400, 100 * 86400  # tallies, which no quota asks for after their period
 
 _LIMITS = Prepared(select(quotas.c.tenant_id, quotas.c.scope, quotas.c.quota, quotas.c.amount))
@@ -59,6 +60,12 @@ _REQUEST = Prepared(
     select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
         ops.c.op_id == bindparam("op_id")
     )
+)
+_WAITING = (
+    select(*LIGHT)
+    .where(IS_QUEUED, ops.c.tenant_id.in_(bindparam("tenant_ids", expanding=True)))
+    .order_by(ops.c.num)
+    .limit(MAX_COUNTED)
 )
 _FIRST_OF_RUN = Prepared(
     select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id)
@@ -192,6 +199,17 @@ class Quotas:
                     if hold.is_lasting:
                         tenant_ids.add(op.tenant_id)
         return HeldBack(op_ids, tenant_ids)
+
+    def num_held(self, now: float) -> Mapping[TenantId, int]:
+        """How many waiting requests quotas hold back, of the `MAX_COUNTED` that came first of those who have quotas."""
+        limited = self._current(None)
+        if not limited:
+            return {}
+        with self._database.read() as conn:
+            waiting = [to_op(row) for row in conn.execute(_WAITING, {"tenant_ids": list(limited)})]
+        waiting.sort(key=lambda op: (op.run_id or "", op.seq_id))
+        held = self.held_back(waiting, now).op_ids
+        return Counter(op.tenant_id for op in waiting if op.id in held)
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
