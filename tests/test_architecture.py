@@ -35,7 +35,7 @@ LAYERS = (
     {"worker", "api"},
     {
         "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
-        "disk_command", "cli", "cli_keys", "top", "demo", "__main__",
+        "disk_command", "export_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
     },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

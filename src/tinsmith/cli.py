@@ -22,6 +22,7 @@ from tinsmith.config import Settings
 from tinsmith.datadir import DataDir
 from tinsmith.disk_command import disk_command
 from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.export_command import export_command
 from tinsmith.flags import with_settings
 from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.quota_commands import admin
@@ -98,6 +99,7 @@ app.command("verify")(verify_command)
 app.command("disk")(disk_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
+app.command("export")(export_command)
 app.command("top")(top_command)
 
 

@@ -6,9 +6,11 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from http.client import HTTPException
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tinsmith.config import LOOPBACK, client_address
 from tinsmith.datadir import DataDir
@@ -25,6 +27,7 @@ from tinsmith.tls import trusting
 
 TIMEOUT_S = 30.0
 READY_TIMEOUT_S = 1.5
+PIECE_BYTES = 2**20
 BY_STATUS: dict[int, type[TinsmithError]] = {
     401: AuthError,
     403: ForbiddenError,
@@ -62,13 +65,29 @@ class Client:
         """What GET of a path answers. Raises: as `call`."""
         return self._send("GET", path, None).decode(errors="replace")
 
+    def download(self, path: str, target: BinaryIO, progress: Callable[[int, int], None]) -> None:
+        """Write what GET of a path answers; `path` begins after /api/v1. Raises: as `call`."""
+        with self._open("GET", f"/api/v1{path}", None) as answer:
+            total, done = int(answer.headers.get("Content-Length") or 0), 0
+            while piece := answer.read(PIECE_BYTES):
+                target.write(piece)
+                done += len(piece)
+                progress(done, total)
+        if done < total:
+            raise ConfigError(f"{self.url} ended the download after {done} of {total} bytes; try again")
+
     def _send(self, method: str, path: str, data: bytes | None) -> bytes:
+        with self._open(method, path, data) as answer:
+            content: bytes = answer.read()
+            return content
+
+    @contextmanager
+    def _open(self, method: str, path: str, data: bytes | None) -> Iterator[HTTPResponse]:
         headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": "application/json, text/plain"}
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as answer:
-                content: bytes = answer.read()
-                return content
+                yield answer
         except urllib.error.HTTPError as error:
             with error:
                 raise BY_STATUS.get(error.code, UserError)(_detail(error)) from None

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from tinsmith import backup as copies
 from tinsmith.blobs import Blobs
+from tinsmith.byte_bar import byte_bar
 from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
 from tinsmith.store import DATABASE_FILE, open_as_it_is
@@ -49,7 +48,7 @@ def verify_command(
         if is_repairing:
             stack.enter_context(DataDir(data_dir).locked(data_dir))
         store = stack.enter_context(closing(open_as_it_is(data_dir / DATABASE_FILE)))
-        progress = stack.enter_context(_progress("checking", is_shown=not as_json))
+        progress = stack.enter_context(byte_bar("checking", is_shown=not as_json))
         report = verify(store, Blobs(data_dir / copies.BLOBS), is_repairing=is_repairing, progress=progress)
     if as_json:
         typer.echo(json.dumps({"is_sound": report.is_sound, **asdict(report)}, indent=2))
@@ -69,7 +68,7 @@ def backup_command(
     Over an earlier backup only new files are copied. Ends with 1 if something at the source was damaged: all else is
     in the backup then.
     """
-    with _progress("copying") as progress:
+    with byte_bar("copying") as progress:
         copied = copies.back_up(data_dir, target, progress)
     typer.echo(f"{target}: {copied.num_files} files, {_size(copied.num_bytes)}, {copied.num_new} of them new")
     for trouble in copied.damaged[:MOST_SHOWN]:
@@ -82,7 +81,7 @@ def restore_command(
     data_dir: Annotated[Path, typer.Argument(help="A new or empty directory.", metavar="DATA_DIR")],
 ) -> None:
     """Make a data directory from a backup, every file checked on the way."""
-    with _progress("restoring") as progress:
+    with byte_bar("restoring") as progress:
         copied = copies.restore(backup, data_dir, progress)
     typer.echo(
         f"{data_dir}: {copied.num_files} files, {_size(copied.num_bytes)}; "
@@ -108,16 +107,6 @@ def _show(report: Report) -> None:
         console.print(f"{len(report.leftovers)} files that nothing names, {size}: {done}", highlight=False)
     verdict = "all is sound" if report.is_sound else f"{len(report.findings)} troubles"
     console.print(f"{report.num_files} files, {_size(report.num_bytes)}: {verdict}", highlight=False)
-
-
-@contextmanager
-def _progress(what: str, *, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on the terminal's error stream; none where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _size(num_bytes: int) -> str:

@@ -1,19 +1,19 @@
 """An exported adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, in a directory or a tar.
 
-Shape letters: R rank, I inputs, O outputs of a linear layer.
+Looks at names and the configuration, and copies; it computes nothing and needs no torch.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import struct
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from tinsmith.adapter_files import CONFIG, HEAD, OWN_HEAD, PREFIX, WEIGHTS
 from tinsmith.errors import UserError
@@ -21,6 +21,7 @@ from tinsmith.errors import UserError
 HALVES = (".lora_A.weight", ".lora_B.weight")
 MAX_CONFIG_BYTES = 2**20
 MAX_MEMBERS = 16
+EXPERTS = ".experts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,6 @@ class Adapter:
     scale: float
     config: Mapping[str, object]
 
-    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """module, A [R, I], B [O, R], as they are stored; one module at a time."""
-        with safe_open(self.path, framework="pt") as file:
-            for module, (a, b) in self.names.items():
-                yield module, file.get_tensor(a), file.get_tensor(b)
-
 
 def read_adapter(directory: Path) -> Adapter:
     """Look at an adapter, without its numbers.
@@ -49,7 +44,7 @@ def read_adapter(directory: Path) -> Adapter:
     config = _read_config(directory / CONFIG)
     path = directory / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             stored = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
@@ -65,7 +60,27 @@ def read_adapter(directory: Path) -> Adapter:
             raise UserError(f"{path} has {name} without its other half")
     if not names:
         raise UserError(f"{path} holds no adapter")
+    of_experts = next((module for module in names if EXPERTS in f"{module}."), None)
+    if of_experts is not None:
+        raise UserError(
+            f"{path} trains experts ({of_experts}), whose adapters share a factor: this can't be written yet; "
+            "tinker_cookbook.weights.build_hf_model merges them"
+        )
     return Adapter(path, names, _scale(config, directory / CONFIG), config)
+
+
+def write_peft(adapter: Adapter, directory: Path) -> None:
+    """The adapter as `peft`, vLLM and SGLang read it: the output head is called `lm_head` whatever the base ties."""
+    (directory / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+    with adapter.path.open("rb") as source, (directory / WEIGHTS).open("wb") as target:
+        (length,) = struct.unpack("<Q", source.read(8))
+        header = json.loads(source.read(length))
+        old, new = f"{PREFIX}{HEAD}.", f"{PREFIX}{OWN_HEAD}."
+        renamed = {new + name.removeprefix(old) if name.startswith(old) else name: e for name, e in header.items()}
+        text = json.dumps(renamed, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        target.write(struct.pack("<Q", len(text)) + text)
+        shutil.copyfileobj(source, target)
 
 
 def unpack(tar_path: Path, directory: Path) -> None:
