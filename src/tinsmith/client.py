@@ -67,7 +67,7 @@ class Client:
 
     def download(self, path: str, target: BinaryIO, progress: Callable[[int, int], None]) -> None:
         """Write what GET of a path answers; `path` begins after /api/v1. Raises: as `call`."""
-        with self._open("GET", f"/api/v1{path}", None) as answer:
+        with self._open("GET", f"/api/v1{path}", None, accept="application/octet-stream") as answer:
             total, done = int(answer.headers.get("Content-Length") or 0), 0
             while piece := answer.read(PIECE_BYTES):
                 target.write(piece)
@@ -82,8 +82,10 @@ class Client:
             return content
 
     @contextmanager
-    def _open(self, method: str, path: str, data: bytes | None) -> Iterator[HTTPResponse]:
-        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": "application/json, text/plain"}
+    def _open(
+        self, method: str, path: str, data: bytes | None, accept: str = "application/json, text/plain"
+    ) -> Iterator[HTTPResponse]:
+        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": accept}
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as answer:

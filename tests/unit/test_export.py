@@ -163,13 +163,19 @@ def test_a_tar_gives_its_two_files_and_nothing_else(adapter: Path, tmp_path: Pat
 
 @pytest.fixture
 def served(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A server that hands out the adapter's tar by a link of its own; what it was asked for."""
+    """A server that hands out the adapter's tar by a link of its own, which is JSON for who accepts that, as the real
+    one does; what it was asked for."""
     asked: list[str] = []
     content = tar_of(adapter)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            if self.path != "/link" and "json" in self.headers["Accept"]:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"url": "/link"}')
+                return
             if self.path != "/link":
                 self.send_response(302)
                 self.send_header("Location", "/link")
