@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinsmith.loss_graph import LossGraph
+from tinsmith.pictures import Picture
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -139,13 +140,14 @@ class RunSpec:
 class Datum:
     """One training sequence. Position i of `tokens` predicts target i of each input.
 
-    tokens: int32 [N].
+    tokens: int32 [N], the placeholders of `pictures` among them; pictures come in the order of their positions.
     inputs: by name, each [N] or [N, K]; `target_tokens` int64, the others float32. What a custom loss reads may have
         any length, and be int64 too.
     """
 
     tokens: TokenArray
     inputs: Mapping[str, Array]
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -264,7 +266,7 @@ class PromptTargets:
 class SampleItem:
     """One sample request, as the engine takes it. `adapter` names loaded sampler weights; None is the plain base.
 
-    prompt: int32 [P]. Sample i of the request draws from the stream (seed, i, position).
+    prompt: int32 [P], with the placeholders of `pictures`. Sample i of the request draws from (seed, i, position).
     prompt_logprobs_last_n: of the prompt, score the last N tokens alone (with their top-k); None: all but the first.
     scope: only requests of one scope may share computed prompts, so that nobody learns what others asked.
     weight: the part of the seats that requests of its scope may hold, beside those of other scopes.
@@ -285,6 +287,7 @@ class SampleItem:
     prompt_alt_tokens_k: int = 0
     scope: str = ""
     weight: float = 1.0
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
