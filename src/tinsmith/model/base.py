@@ -63,7 +63,7 @@ class BaseModel:
         self.head = FrozenMatrix(head.weight)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.num_forwards = 0
-        self.backbone: nn.Module = getattr(model, model.base_model_prefix)
+        self.backbone: nn.Module = _backbone(model)
         self._embedding: nn.Module = model.get_input_embeddings()
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
@@ -105,7 +105,7 @@ class BaseModel:
         embeds_TD = self.embed(tokens_T)
         if torch.is_grad_enabled() and recompute:
             embeds_TD = embeds_TD.requires_grad_()  # a layer that is computed twice is differentiated by its input
-        self._holder.enter(context, recomputes=recompute)
+        self._holder.enter(context, positions_T, recomputes=recompute)
         try:
             out = self.backbone(
                 inputs_embeds=embeds_TD[None], position_ids=positions_T[None], use_cache=False, return_dict=True
@@ -135,12 +135,15 @@ def open_base(
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found, shares_factors=shares_factors))
+    infos = describe_linears(
+        model, linears, head, watch.leads, describe_experts(found, family, shares_factors=shares_factors)
+    )
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
     routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
     experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
+    _replace_others(model, family, holder)
     replace_silu(model)
     _hook_attention(model, holder)
     base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
@@ -162,6 +165,20 @@ def _group_linears(
         for index, name in enumerate(group.names):
             model.set_submodule(name, GroupedLinear(group, index))
     return groups
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The decoder layers and what is around them; some models call it otherwise than they say."""
+    found: object = getattr(model, model.base_model_prefix, None)
+    return found if isinstance(found, nn.Module) else model.get_submodule("model")
+
+
+def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) -> None:
+    """Modules that hooks can't carry."""
+    for path, module in list(model.named_modules()):
+        stand_in = family.stand_ins.get(type(module).__name__)
+        if stand_in is not None:
+            model.set_submodule(path, stand_in(module, holder))
 
 
 def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
