@@ -20,7 +20,7 @@ GENERATED = {"wire_pb2.py"}
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
     {
-        "", "types", "scopes", "loss_graph", "pictures", "errors", "config", "setting_values", "setting_checks", "cpu",
+        "", "types", "scopes", "loss_graph", "pictures", "route_tape", "errors", "config", "setting_values", "setting_checks", "cpu",
         "heap", "crashpoints", "host_memory", "clock",
     },
     {

@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.final import FinalLogits
+from tinsmith.model.routers import Weigh
 
 Gate = Callable[[Tensor], Tensor]
 
@@ -51,6 +52,8 @@ class Family:
             `gate_up_proj` and `down_proj` of all and say by `is_transposed`, `is_concatenated` and `has_bias` how.
         routers: classes that choose them, with a weight of their own, which stays as it is.
         expert_gate: what the experts do between their two products, [N, 2I] to [N, I], gate and up side by side.
+        expert_weights: the weights of a row's experts, whichever these are, from the router's logits: of the router,
+            the logits [T, E] and the experts [T, K], float [T, K]. Without it routes can't be replayed.
         final_logits: what becomes of the logits after the head, from the text model's configuration.
     """
 
@@ -62,4 +65,5 @@ class Family:
     experts: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     expert_gate: Callable[[nn.Module, bool], Gate] = silu_gate
+    expert_weights: Weigh | None = None
     final_logits: Callable[[PretrainedConfig], FinalLogits] = as_they_are
