@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from tinsmith.loss_graph import LossGraph
 from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.route_tape import RouteArray, RouteTape
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -148,6 +149,7 @@ class Datum:
     tokens: TokenArray
     inputs: Mapping[str, Array]
     pictures: tuple[Picture, ...] = ()
+    routes: RouteArray | None = None  # int16 [N, L, K], see `route_tape`
 
     @property
     def num_tokens(self) -> int:
@@ -288,6 +290,7 @@ class SampleItem:
     scope: str = ""
     weight: float = 1.0
     pictures: tuple[Picture, ...] = ()
+    records_routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +346,7 @@ class SampleResult:
     prompt_alt_tokens: IntArray | None = None
     prompt_alt_logprobs: FloatArray | None = None
     prompt_cache_hit_tokens: int = 0
+    routes: RouteTape | None = None
 
 
 @dataclass(frozen=True, slots=True)

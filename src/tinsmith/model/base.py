@@ -30,6 +30,7 @@ from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
+from tinsmith.model.routers import Router, replace_routers
 from tinsmith.model.routes import Routes
 from tinsmith.types import BaseInfo
 
@@ -42,7 +43,8 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 class BaseModel:
     """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
-    `final` is what becomes of the head's outputs, its adapters' among them."""
+    `final` is what becomes of the head's outputs, its adapters' among them. Routes have `num_chosen` of `num_experts`
+    experts for each of `num_routers` routers; 0 where they can't be replayed."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class BaseModel:
         head: nn.Linear,
         experts: Sequence[Experts],
         router_weights: Sequence[Tensor],
+        routers: Sequence[Router],
         holder: PassHolder,
     ) -> None:
         self.info = info
@@ -69,6 +72,9 @@ class BaseModel:
         self._groups = groups
         self._experts = experts
         self.router_weights = router_weights
+        self.num_routers = len(routers)
+        self.num_experts = experts[0].num_experts if experts else 0
+        self.num_chosen = routers[0].num_chosen if routers else 0
         self._holder = holder
 
     @property
@@ -140,13 +146,16 @@ def open_base(
     )
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
-    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    router_weights = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
     experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
     _replace_others(model, family, holder)
+    routers = replace_routers(
+        model, family.routers, family.expert_weights, holder, choose=family.routers_choose, is_even=deterministic
+    )
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
@@ -227,7 +236,8 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, flips: bool) -> None:
+        self.flips = flips
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
@@ -244,12 +254,16 @@ class _CheckContext:
         self.mixtures[name] += 1
         return NO_ADAPTERS
 
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        """The same choice, as if it were another: the weights that follow from it are checked with the logits."""
+        return experts_TK.flip(1) if self.flips else experts_TK
+
 
 def _check(
     base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
 ) -> None:
     kind = type(model).__name__
-    context = _CheckContext()
+    context = _CheckContext(flips=base.num_routers > 0)
     with torch.no_grad():
         h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
     if context.layers != Counter(range(base.num_layers)):

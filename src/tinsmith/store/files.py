@@ -15,7 +15,9 @@ from tinsmith.types import BlobKey
 
 PAGE = 500
 
-_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob, ops.c.routes_blob).where(
+    ops.c.op_id.in_(bindparam("op_ids", expanding=True))
+)
 _PINNED = select(ops.c.pin_blob).where(
     ops.c.pin_blob.is_not(None), ops.c.pin_blob.in_(bindparam("blobs", expanding=True))
 )
@@ -53,6 +55,6 @@ class Files:
                 for query in _BY_BLOB:
                     left.difference_update(conn.execute(query, {"blobs": page}).scalars())
                 op_ids = [key.rpartition("/")[2].partition(".")[0] for key in page]
-                for payload, result in conn.execute(_OF_OPS, {"op_ids": op_ids}):
-                    left -= {payload, result}
+                for named in conn.execute(_OF_OPS, {"op_ids": op_ids}):
+                    left -= set(named)
         return left

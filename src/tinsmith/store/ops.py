@@ -98,7 +98,7 @@ _AHEAD = Prepared(
     )
 )
 _STALE = (
-    select(ops.c.num, ops.c.result_blob)
+    select(ops.c.num, ops.c.result_blob, ops.c.routes_blob)
     .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
     .order_by(ops.c.finished_at)
     .limit(bindparam("limit"))
@@ -106,7 +106,7 @@ _STALE = (
 _EXPIRE = (
     update(ops)
     .where(ops.c.num.in_(bindparam("nums", expanding=True)))
-    .values(is_expired=True, result=None, result_blob=None)
+    .values(is_expired=True, result=None, result_blob=None, routes_blob=None, routes_bytes=None)
 )
 
 
@@ -289,5 +289,5 @@ class Ops:
         with self._database.write() as conn:
             stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
             conn.execute(_EXPIRE, {"nums": [row.num for row in stale]})
-            bury(conn, [row.result_blob for row in stale], now)
+            bury(conn, [blob for row in stale for blob in (row.result_blob, row.routes_blob)], now)
         return len(stale)

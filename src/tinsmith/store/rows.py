@@ -359,6 +359,8 @@ class LossRow:
 class Finished:
     """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
 
+    `routes` of a sample request become a file beside its result, `routes_blob`.
+
     `checkpoint` and `sampler` are rows that come to be in the same transaction, and `usage` is metered in it.
     """
 
@@ -367,6 +369,9 @@ class Finished:
     result: bytes | None = None
     result_blob: BlobKey | None = None
     result_bytes: int = 0
+    routes: bytes | None = None
+    routes_blob: BlobKey | None = None
+    routes_bytes: int = 0
     media: str = "application/json"
     failure: Failure | None = None
     checkpoint: NewCheckpoint | None = None
