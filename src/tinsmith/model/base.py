@@ -30,7 +30,7 @@ from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
-from tinsmith.model.routers import Router, replace_routers
+from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
 from tinsmith.types import BaseInfo
 
@@ -137,7 +137,8 @@ def open_base(
     found = find_experts(model, family)
     check_rope(model)
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
-    with SiblingWatch(linears) as watch:
+    choosing = family.routers if family.expert_weights is not None else ()
+    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
@@ -157,7 +158,7 @@ def open_base(
     _hook_attention(model, holder)
     base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
-    _check(base, groups, model, tokens_T, logits_TV)
+    _check(base, groups, model, tokens_T, logits_TV, routing.choices)
     base.num_forwards = 0
     return base
 
@@ -236,8 +237,8 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self, *, flips: bool) -> None:
-        self.flips = flips
+    def __init__(self, choices: Sequence[Tensor]) -> None:
+        self.choices = choices
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
@@ -255,15 +256,20 @@ class _CheckContext:
         return NO_ADAPTERS
 
     def choose(self, router: int, experts_TK: Tensor) -> Tensor:
-        """The same choice, as if it were another: the weights that follow from it are checked with the logits."""
-        return experts_TK.flip(1) if self.flips else experts_TK
+        """The plain model's choice, since rounding may tip another one, backwards: so the weights are made anew."""
+        return self.choices[router].flip(1) if self.choices else experts_TK
 
 
 def _check(
-    base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
+    base: BaseModel,
+    groups: Sequence[LinearGroup],
+    model: PreTrainedModel,
+    tokens_T: Tensor,
+    expected_TV: Tensor,
+    choices: Sequence[Tensor],
 ) -> None:
     kind = type(model).__name__
-    context = _CheckContext(flips=base.num_routers > 0)
+    context = _CheckContext(choices)
     with torch.no_grad():
         h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
     if context.layers != Counter(range(base.num_layers)):

@@ -8,11 +8,12 @@ Shape letters: T rows of the pass, D hidden size, E experts, K experts of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tinsmith.model.linear import PassHolder
 
@@ -74,6 +75,26 @@ def sigmoid_weights(router: nn.Module, logits_TE: Tensor, experts_TK: Tensor) ->
     if router.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * cast(float, router.routed_scaling_factor)
+
+
+class ChoiceWatch:
+    """While it is open: what the routers of a model that wasn't opened yet choose, by their place."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        self.choices: list[Tensor] = []
+        self._routers = [module for module in model.modules() if type(module).__name__ in names]
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._hooks = [router.register_forward_hook(self._note) for router in self._routers]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, router: nn.Module, given: Any, found: tuple[Tensor, ...]) -> None:
+        self.choices.append(found[-1])
 
 
 def replace_routers(
