@@ -30,7 +30,7 @@ LAYERS = (
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use", "export",
+        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export",
     },
     {"worker", "api"},
     {

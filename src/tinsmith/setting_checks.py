@@ -16,7 +16,7 @@ POSITIVE = (
     "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib", "max_resident_samples",
     "kv_cache_mib", "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s",
     "lease_s", "hang_timeout_s", "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-    "unknown_keys_per_minute", "max_queued_samples", "max_queued_training",
+    "unknown_keys_per_minute", "max_sessions", "max_queued_samples", "max_queued_training",
     "max_queued_training_mib", "max_sample_numbers", "min_ttl_s", "sampling_share",
     "max_pictures", "max_picture_bytes", "max_picture_pixels", "picture_fetch_s",
 )  # fmt: skip

@@ -108,7 +108,7 @@ def test_provenance_that_names_nothing_of_ones_own_is_refused_by_name(
     other = sequence.sequence_id.rpartition("-")[0]
     for wrong, words in (
         ("nonsense", "is no id of a sampled"),
-        (f"req-{'0' * 32}-0", "no sample request"),
+        (f"req-{'0' * 32}-0", "there is no sample request of yours"),
         (f"{other}-7", "no sequence"),
     ):
         with pytest.raises(tinker.RequestFailedError, match=words):
@@ -116,5 +116,5 @@ def test_provenance_that_names_nothing_of_ones_own_is_refused_by_name(
     assert run.forward([datum_of(sequence)], "cross_entropy").result().metrics["routes_replayed:sum"] > 0
     admin = tinker.ServiceClient(base_url=service.url, api_key=new_tenant(service))
     stranger = admin.create_lora_training_client(NAME, rank=4, seed=1).result()
-    with pytest.raises(tinker.RequestFailedError, match="no sample request"):
+    with pytest.raises(tinker.RequestFailedError, match="there is no sample request of yours"):
         stranger.forward([datum_of(sequence)], "cross_entropy").result()

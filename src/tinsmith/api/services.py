@@ -44,7 +44,7 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.clock import Clock
 from tinsmith.config import Settings
-from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
+from tinsmith.errors import CapacityError, CorruptError, UserError
 from tinsmith.metrics import Counting
 from tinsmith.picture_files import Bounds, Verified
 from tinsmith.signing import Signer
@@ -131,6 +131,7 @@ class Services:
 
         Raises:
             NotFoundError: its run or sampler is not the tenant's.
+            GoneError: it came before, and its result has expired.
         """
         return await self.arriving.ask(new.tenant_id, new)
 
@@ -167,7 +168,7 @@ class Services:
 
     def _enqueue_at_once(self, new: NewOp) -> Enqueued:
         (enqueued,) = self.store.ops.enqueue_all([new], time.time(), may_wait=False)
-        if isinstance(enqueued, NotFoundError):
+        if isinstance(enqueued, UserError):
             raise enqueued
         return enqueued
 

@@ -26,7 +26,8 @@ _BY_BLOB: Sequence[Select[tuple[str]]] = (
     *(
         select(column).where(column.in_(bindparam("blobs", expanding=True)))
         for column in (
-            samplers.c.blob, checkpoints.c.blob, custom_losses.c.blob, runs.c.snapshot_blob, dead_blobs.c.blob,
+            samplers.c.blob, checkpoints.c.blob, custom_losses.c.blob, runs.c.snapshot_blob,
+            runs.c.previous_blob, dead_blobs.c.blob,
         )
     ),
 )  # fmt: skip

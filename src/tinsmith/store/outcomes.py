@@ -33,7 +33,7 @@ from tinsmith.wire.media import JSON
 _OPEN = Prepared(
     select(
         ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.sampler_id, ops.c.kind, ops.c.state, ops.c.owner,
-        ops.c.payload_blob, ops.c.meta,
+        ops.c.payload_blob, ops.c.meta, ops.c.key_id,
     )
     .where(ops.c.op_id == bindparam("id"))
     .with_for_update()
@@ -69,6 +69,7 @@ class _Open(NamedTuple):
     owner: str | None
     payload_blob: BlobKey | None
     meta: dict[str, Any]
+    key_id: str | None
 
 
 def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
@@ -89,7 +90,7 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
             status = RunStatus.READY if outcome.state is OpState.DONE else RunStatus.FAILED
             conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status.value})
         if outcome.checkpoint is not None:
-            put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
+            put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now, row.key_id)
             if row.kind == OpKind.SAVE_EXTERNAL:
                 _note_export(conn, row, outcome.checkpoint, now)
         if outcome.sampler is not None:

@@ -266,8 +266,9 @@ _FAULTS: tuple[tuple[Select[Any], str], ...] = (
 _SPARE = select(runs.c.previous_blob).where(
     runs.c.run_id == bindparam("of_run"),
     or_(runs.c.previous_blob.is_not(None), runs.c.previous_seq < 0),
+    runs.c.previous_blob.is_distinct_from(runs.c.snapshot_blob),
     runs.c.pruned_seq <= runs.c.previous_seq,
-    runs.c.previous_seq < runs.c.snapshot_seq,
+    runs.c.previous_seq <= runs.c.snapshot_seq,
 )
 _WERE_DAMAGED = (
     select(runs.c.run_id, runs.c.damaged_at)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0014_routes"
-down_revision = "0013_key_scopes"
+revision = "0015_routes"
+down_revision = "0014_keys_of_requests"
 branch_labels = None
 depends_on = None
 
