@@ -15,6 +15,7 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.loss_graph import LossGraph
 from tinsmith.pictures import Picture
 
@@ -24,6 +25,7 @@ RunId = NewType("RunId", str)  # "<session>:train:<model_seq_id>": clients deriv
 SamplerId = NewType("SamplerId", str)  # "<session>:sample:<sampling_session_seq_id>"
 OpId = NewType("OpId", str)  # what the wire calls request_id
 BlobKey = NewType("BlobKey", str)  # always begins with the tenant
+DEFAULT_ALPHA = 32.0
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
@@ -133,7 +135,8 @@ class RunSpec:
     rank: int = 32
     seed: int = 0
     targets: Targets = field(default_factory=Targets)
-    alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
+    alpha: float = DEFAULT_ALPHA  # what the adapter computes is scaled by alpha / rank, but see the options
+    options: LoraOptions = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,10 +388,12 @@ class BaseInfo:
     attn_width: int = 0  # inputs and outputs of all linear layers of attention together; 0: not known
     mlp_width: int = 0
     unembed_width: int = 0
+    layer_widths: tuple[tuple[str, str, int], ...] = ()  # the same by group and last part of the path
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers
         (Hu et al. 2021, section 4.1)."""
-        on = spec.targets
+        on, rank = spec.targets, spec.rank
         width = self.attn_width * on.attn + self.mlp_width * on.mlp + self.unembed_width * on.unembed
-        return 4 * spec.rank * width
+        chosen = [layer for layer in self.layer_widths if spec.options.ranks and getattr(on, layer[0])]
+        return 4 * (rank * width + sum((spec.options.rank_of(g, name, rank) - rank) * size for g, name, size in chosen))

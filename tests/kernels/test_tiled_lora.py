@@ -23,8 +23,8 @@ def linears(inputs: int, inner: int) -> list[LinearInfo]:
 
 
 def adapter(layers: list[LinearInfo], rank: int, dtype: torch.dtype, targets: Targets) -> Adapter:
-    layout = RowLayout(layers, targets, rank)
-    return Adapter.of(layout, targets, torch.randn(layout.num_params).to(DEVICE, dtype) * 0.1, 2.0 * rank)
+    layout = RowLayout(layers, targets, rank, alpha=2.0 * rank)
+    return Adapter.of(layout, torch.randn(layout.num_params).to(DEVICE, dtype) * 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,8 +55,11 @@ def test_they_are_their_reference(ranks: tuple[int, ...], inputs: int, dtype: to
 
 
 def adapter_in_float32(one: Adapter) -> Adapter:
-    matrices = {name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs)) for name, w in one.matrices.items()}
-    return Adapter(one.targets, one.rank, one.scale, matrices)
+    matrices = {
+        name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs), w.scales)
+        for name, w in one.matrices.items()
+    }
+    return Adapter.holding(matrices, {})
 
 
 def test_the_heads_float32_logits_take_bfloat16_adapters() -> None:

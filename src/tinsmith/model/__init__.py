@@ -4,7 +4,7 @@ from tinsmith.model.base import BaseModel, load_base, open_base
 from tinsmith.model.context import ExpertAdapters, GradContext, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
-from tinsmith.model.layout import RowLayout, init_row
+from tinsmith.model.layout import RowLayout, init_row, shape_of
 from tinsmith.model.routes import Routes
 from tinsmith.model.rows import MIN_ROWS, ROW_GRID, padded_rows
 
@@ -24,4 +24,5 @@ __all__ = [
     "load_base",
     "open_base",
     "padded_rows",
+    "shape_of",
 ]
