@@ -93,3 +93,29 @@ def test_ordered_gradients_have_the_same_bits_however_a_pass_is_cut_and_whoever_
         assert torch.equal(own_dx_TI, dx_TI[rows])
     for got, want in zip(gradients(alone), gradients(run), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_the_same_segments_have_other_ranks_in_another_group(backend: LoraBackend):
+    torch.manual_seed(8)
+    segments = make_segments([(0, 20, 8), (20, 50, 8)], 32, (16, 16), torch.float32)
+    for segment, other in zip(
+        segments, make_segments([(0, 20, 16), (20, 50, 24)], 32, (16, 16), torch.float32), strict=True
+    ):
+        assert other.grads is not None
+        segment.weights = {**segment.weights, "h": other.weights["g"]}
+        segment.grads = {**(segment.grads or {}), "h": other.grads["g"]}
+    exact = to_float32(segments)
+    lora, loop = backend(segments), LoopLora(exact)
+    for group in ("g", "h"):
+        x_TI, y_TO, dy_TO, dx_TI = (torch.randn(50, 32, device=DEVICE) for _ in range(4))
+        want_y, want_dx = y_TO.clone(), dx_TI.clone()
+        loop.add_grads(group, x_TI, loop.add(group, x_TI, want_y), dy_TO, want_dx)
+        lora.add_grads(group, x_TI, lora.add(group, x_TI, y_TO), dy_TO, dx_TI)
+        assert error(y_TO, want_y) < 1e-6
+        assert error(dx_TI, want_dx) < 1e-6
+        for ours, theirs in zip(segments, exact, strict=True):
+            assert ours.grads is not None
+            assert theirs.grads is not None
+            for got, want in zip(ours.grads[group].tensors, theirs.grads[group].tensors, strict=True):
+                assert error(got, want) < 1e-6
