@@ -1,4 +1,4 @@
-"""What an adapter may have beyond one rank for all of its layers: ranks and alphas of single layers, rsLoRA, dropout.
+"""Which layers carry an adapter, and what it may have beyond one rank for all: others for single layers, rsLoRA, dropout.
 
 A layer goes by the last part of its path (`q_proj`, `down_proj`, `lm_head`) or by its group (`attn`, `mlp`, `unembed`);
 the former goes before the latter. Pure arithmetic; knows neither models nor requests.
@@ -8,6 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which groups of linear layers carry an adapter."""
+
+    attn: bool = True
+    mlp: bool = True
+    unembed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinsmith.lora_options import PLAIN, LoraOptions
+from tinsmith.lora_options import Targets as Targets
 from tinsmith.loss_graph import LossGraph
-from tinsmith.pictures import Picture
+from tinsmith.pictures import Picture, VisionInfo
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -115,15 +116,6 @@ class CheckpointKind(StrEnum):
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
     EXTERNAL = "external_weights"
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Which groups of linear layers carry an adapter."""
-
-    attn: bool = True
-    mlp: bool = True
-    unembed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +381,7 @@ class BaseInfo:
     mlp_width: int = 0
     unembed_width: int = 0
     layer_widths: tuple[tuple[str, str, int], ...] = ()  # the same by group and last part of the path
+    vision: VisionInfo | None = None  # None: pictures are refused
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers
