@@ -1,4 +1,4 @@
-"""Which layers carry an adapter, and what it may have beyond one rank for all: others for single layers, rsLoRA, dropout.
+"""Which layers carry an adapter, and what it may have beyond one rank for all: layers' own ranks, rsLoRA, dropout.
 
 A layer goes by the last part of its path (`q_proj`, `down_proj`, `lm_head`) or by its group (`attn`, `mlp`, `unembed`);
 the former goes before the latter. Pure arithmetic; knows neither models nor requests.

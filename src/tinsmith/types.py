@@ -15,8 +15,8 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from tinsmith import lora_options
 from tinsmith.lora_options import PLAIN, LoraOptions
-from tinsmith.lora_options import Targets as Targets
 from tinsmith.loss_graph import LossGraph
 from tinsmith.pictures import Picture, VisionInfo
 
@@ -27,6 +27,7 @@ SamplerId = NewType("SamplerId", str)  # "<session>:sample:<sampling_session_seq
 OpId = NewType("OpId", str)  # what the wire calls request_id
 BlobKey = NewType("BlobKey", str)  # always begins with the tenant
 DEFAULT_ALPHA = 32.0
+Targets = lora_options.Targets
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
