@@ -85,7 +85,8 @@ def _tape(services: Services, principal: Principal, op_id: OpId, index: int) -> 
         recorded = services.store.routes.find(principal.tenant_id, op_id)
     except NotFoundError:
         raise UserError(
-            f"datum {index}: its provenance names {echo(op_id)}, and there is no sample request of yours by that name, or no longer"
+            f"datum {index}: its provenance names {echo(op_id)}, and there is no sample request of yours by that name, "
+            "or no longer"
         ) from None
     if recorded.blob is not None:
         return decode_tape(services.blobs.get(recorded.blob))

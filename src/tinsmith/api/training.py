@@ -22,6 +22,7 @@ from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
+from tinsmith.lora_fields import check_names, extra_fields, read_extras
 from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
@@ -149,7 +150,7 @@ def with_spec(draft: Draft, meta: CreateMeta, info: BaseInfo, user_metadata: Map
     run = replace(
         draft.run,
         spec=meta.spec,
-        user_metadata=check_metadata(user_metadata),
+        user_metadata=extra_fields(meta.spec) | check_metadata(user_metadata),
         adapter_bytes=info.adapter_bytes(meta.spec),
     )
     return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
@@ -213,6 +214,8 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
         targets=targets,
     )
+    spec = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank).of_new_run(spec)
+    check_names(spec.options, targets, info)
     return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 

@@ -4,7 +4,7 @@ from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.context import ExpertAdapters, GradContext, OwnRoutes, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
-from tinsmith.model.layout import RowLayout, init_row
+from tinsmith.model.layout import RowLayout, init_row, shape_of
 from tinsmith.model.loading import load_base
 from tinsmith.model.routes import Routes
 from tinsmith.model.rows import MIN_ROWS, ROW_GRID, padded_rows
@@ -26,4 +26,5 @@ __all__ = [
     "load_base",
     "open_base",
     "padded_rows",
+    "shape_of",
 ]

@@ -126,7 +126,6 @@ def _segment(span: Sequence[Lane]) -> Segment:
         span[-1].end,
         op.slot.views,
         grads,
-        op.slot.scale,
         experts=op.slot.expert_views,
         expert_grads=expert_grads,
     )
