@@ -381,21 +381,3 @@ class Finished:
     checkpoint: NewCheckpoint | None = None
     sampler: NewSampler | None = None
     usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A sample request that has ended; `num` is its place among its sampler's."""
-
-    num: int
-    op_id: OpId
-    state: OpState
-    result_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndsAfter:
-    """Any end of a request of this sampler after its `num`th."""
-
-    sampler_id: SamplerId
-    num: int
