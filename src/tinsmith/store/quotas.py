@@ -27,6 +27,7 @@ from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_reque
 from tinsmith.store.quota_rules import (
     FREE,
     MEANINGS,
+    SAVED_PARTS,
     Hold,
     Limits,
     Prices,
@@ -168,6 +169,11 @@ class Quotas:
                     f"this request may take {ask.of(quota):,.10g} of {MEANINGS[quota]}, and the {owner}'s quota "
                     f"{quota} is {limit:,.10g} in all: ask for less, or ask the administrator for more"
                 )
+
+    def saved_bytes(self, kind: OpKind, run_id: RunId) -> int:
+        """Of the file that a save of the run makes."""
+        with self._database.read() as conn:
+            return self._known.place(conn, run_id, None).adapter_bytes * SAVED_PARTS.get(kind, 0)
 
     def paused(self, tenant_ids: Iterable[TenantId], now: float) -> set[TenantId]:
         """Those of the tenants that have used up their tokens of today or their money of this month."""
