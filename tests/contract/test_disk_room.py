@@ -104,8 +104,8 @@ def test_one_tenant_leaves_room_for_others(make_house: Any, settings: dict[str, 
         theirs, mine = other.session(), alice.session()
         blob = house.blobs.put(payload_key(bob.tenant_id, OpId("large")), bytes(int(mib * 2**20))).key
         look(house)
-        body = {"session_id": theirs, "model_seq_id": 0, "base_model": "tinsmith/tiny"}
-        refused = other.post("/create_model", body, 503)
+        body = {"session_id": theirs, "sampling_session_seq_id": 0, "base_model": "tinsmith/tiny"}
+        refused = other.post("/create_sampling_session", body, 503)
         assert refused["code"] == "storage_full"
         assert f"of {said} that one tenant's may (--max-tenant-disk-mib): delete checkpoints" in refused["detail"]
         other.post("/create_session", {}, 503)
