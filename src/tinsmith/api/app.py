@@ -47,7 +47,7 @@ from tinsmith.api.anthropic import messages
 from tinsmith.api.auth import KeyCache, key_guard, key_itself_guard
 from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
-from tinsmith.api.errors import Problem, status_of
+from tinsmith.api.errors import TURNED_AWAY, Problem, status_of
 from tinsmith.api.guesses import Guesses
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.marks import is_host, log_request, request_id_of, security_headers
@@ -184,7 +184,7 @@ def build_app(services: Services) -> Litestar:
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
         middleware=[lambda app: with_intake(app, budget, services.pressure), lambda app: with_outgo(app, unread)],
         openapi_config=reference.openapi_config(),
-        state=State({KEYS: keys_seen, BUDGET: budget}),
+        state=State({KEYS: keys_seen, BUDGET: budget, TURNED_AWAY: services.turned_away}),
         logging_config=None,
         debug=False,
     )

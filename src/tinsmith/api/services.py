@@ -37,6 +37,7 @@ from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
+from tinsmith.api.turned_away import TurnedAway
 from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -105,6 +106,7 @@ class Services:
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
     underway: Underway = field(init=False, default_factory=Underway)
+    turned_away: TurnedAway = field(init=False, default_factory=TurnedAway)
     pressure: Pressure = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
