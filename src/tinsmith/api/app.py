@@ -53,6 +53,7 @@ from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.marks import is_host, log_request, request_id_of, security_headers
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.outgo import Unread, with_outgo
+from tinsmith.api.rates import ACTS_PER_MINUTE, Rate, act_guard
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
@@ -159,7 +160,7 @@ def build_app(services: Services) -> Litestar:
         raise ValueError(f"these routes have no scope in api/access.py: {unlisted}")
     keys_seen = KeyCache(authenticate, Guesses(services.settings.unknown_keys_per_minute))
     services.underway.on_change(keys_seen.forget)
-    guards = [key_guard(keys_seen, services.underway), scope_guard]
+    guards = [key_guard(keys_seen, services.underway), scope_guard, act_guard(Rate(ACTS_PER_MINUTE))]
     for_admins = [*guards, key_itself_guard]
     max_body_bytes = services.settings.max_body_bytes
     budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)

@@ -35,6 +35,7 @@ from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
 from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
+from tinsmith.api.rates import Rate
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
 from tinsmith.api.turned_away import TurnedAway
@@ -108,6 +109,7 @@ class Services:
     underway: Underway = field(init=False, default_factory=Underway)
     turned_away: TurnedAway = field(init=False, default_factory=TurnedAway)
     pressure: Pressure = field(init=False)
+    foreign_keys: Rate = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
     verified: Verified = field(init=False, default_factory=Verified)
@@ -116,6 +118,7 @@ class Services:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
+        object.__setattr__(self, "foreign_keys", Rate(self.settings.unknown_keys_per_minute))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
