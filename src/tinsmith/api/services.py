@@ -26,6 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
+from tinsmith.api.fetching import Fetcher
 from tinsmith.api.figures import Watched
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
@@ -113,12 +114,14 @@ class Services:
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
     verified: Verified = field(init=False, default_factory=Verified)
+    fetcher: Fetcher = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
         object.__setattr__(self, "foreign_keys", Rate(self.settings.unknown_keys_per_minute))
+        object.__setattr__(self, "fetcher", Fetcher(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
@@ -200,6 +203,11 @@ class Services:
         if name not in self.bases:
             raise UserError(f"base model {name[:200]!r} is not served here; served: {', '.join(self.bases)}")
         return self.bases[name]
+
+    @property
+    def sees(self) -> bool:
+        """Whether any base takes pictures."""
+        return any(base.info.vision is not None for base in self.bases.values())
 
     def sight(self, info: BaseInfo) -> Sight:
         """How requests that are admitted here may show pictures to a base."""

@@ -19,7 +19,9 @@ from tinsmith.types import BlobKey, TenantId
 PAGE = 500
 ROW_BYTES = 512  # what a row takes beside its texts, with its index entries
 
-_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob, ops.c.routes_blob).where(
+    ops.c.op_id.in_(bindparam("op_ids", expanding=True))
+)
 _PINNED = select(ops.c.pin_blob).where(
     ops.c.pin_blob.is_not(None), ops.c.pin_blob.in_(bindparam("blobs", expanding=True))
 )
@@ -101,6 +103,6 @@ class Files:
                 for query in _BY_BLOB:
                     left.difference_update(conn.execute(query, {"blobs": page}).scalars())
                 op_ids = [key.rpartition("/")[2].partition(".")[0] for key in page]
-                for payload, result in conn.execute(_OF_OPS, {"op_ids": op_ids}):
-                    left -= {payload, result}
+                for named in conn.execute(_OF_OPS, {"op_ids": op_ids}):
+                    left -= set(named)
         return left

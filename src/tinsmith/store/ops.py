@@ -99,7 +99,7 @@ _AHEAD = Prepared(
     )
 )
 _STALE = (
-    select(ops.c.num, ops.c.result_blob, IS_SPENT.label("is_spent"))
+    select(ops.c.num, ops.c.result_blob, ops.c.routes_blob, IS_SPENT.label("is_spent"))
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
     .order_by(ops.c.finished_at)
@@ -108,7 +108,7 @@ _STALE = (
 _EXPIRE = (
     update(ops)
     .where(ops.c.num.in_(bindparam("nums", expanding=True)))
-    .values(is_expired=True, result=None, result_blob=None)
+    .values(is_expired=True, result=None, result_blob=None, routes_blob=None, routes_bytes=None)
 )
 _DROP = delete(ops).where(ops.c.num.in_(bindparam("nums", expanding=True)))
 
@@ -297,5 +297,5 @@ class Ops:
             stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
             conn.execute(_EXPIRE, {"nums": [row.num for row in stale if not row.is_spent]})
             conn.execute(_DROP, {"nums": [row.num for row in stale if row.is_spent]})
-            bury(conn, [row.result_blob for row in stale], now)
+            bury(conn, [blob for row in stale for blob in (row.result_blob, row.routes_blob)], now)
         return len(stale)

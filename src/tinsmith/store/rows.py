@@ -363,6 +363,8 @@ class LossRow:
 class Finished:
     """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
 
+    `routes` of a sample request become a file beside its result, `routes_blob`.
+
     `checkpoint` and `sampler` are rows that come to be in the same transaction, and `usage` is metered in it.
     """
 
@@ -371,26 +373,11 @@ class Finished:
     result: bytes | None = None
     result_blob: BlobKey | None = None
     result_bytes: int = 0
+    routes: bytes | None = None
+    routes_blob: BlobKey | None = None
+    routes_bytes: int = 0
     media: str = "application/json"
     failure: Failure | None = None
     checkpoint: NewCheckpoint | None = None
     sampler: NewSampler | None = None
     usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A sample request that has ended; `num` is its place among its sampler's."""
-
-    num: int
-    op_id: OpId
-    state: OpState
-    result_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndsAfter:
-    """Any end of a request of this sampler after its `num`th."""
-
-    sampler_id: SamplerId
-    num: int

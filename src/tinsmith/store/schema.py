@@ -172,6 +172,8 @@ ops = Table(
     Column("result_media", Text),
     Column("result_bytes", BigInteger, nullable=False),
     Column("result_blob", Text),
+    Column("routes_blob", Text),  # of a sample request that recorded its routes, as long as its result is there
+    Column("routes_bytes", BigInteger),
     Column("failure_code", Text),
     Column("failure_category", Text),
     Column("failure_message", Text),
