@@ -43,7 +43,7 @@ from tinsmith.wire.requests import RetrieveFuture, RunAddress
 from tinsmith.wire.results import failure_result
 
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
-MAX_RUNS = 4096
+MAX_RUNS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +223,9 @@ class Express:
         run = self._runs.get(key)
         if run is None or where.seq_id > run.head_seq + MAX_AHEAD:
             run = await self._services.work(self._services.store.runs.get, *key)
-            if len(self._runs) >= MAX_RUNS:
-                self._runs.clear()
             self._runs[key] = run
+            if len(self._runs) > MAX_RUNS:
+                del self._runs[next(iter(self._runs))]
         return run
 
 

@@ -134,6 +134,8 @@ class Services:
 
     async def why_waiting(self, op: OpRow) -> Waiting:
         """What an unfinished op waits for."""
+        if self.pace.knows(op):
+            return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
 
     def _disk_bytes(self) -> Mapping[str, int]:
@@ -142,7 +144,7 @@ class Services:
 
     def look_why_waiting(self, op: OpRow) -> Waiting:
         """The same, by a call that blocks."""
-        is_ready = op.base_model in self.ready_bases()
+        is_ready = self.pace.is_ready(op.base_model, self.ready_bases)
         return why_waiting(self.store, self.pace, op, self.settings.session_timeout_s, is_ready=is_ready)
 
     def _why_all(self, ops: Sequence[OpRow]) -> Sequence[Waiting | Exception]:
