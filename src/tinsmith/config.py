@@ -130,7 +130,7 @@ class Settings(DoorSettings):
 
     poll_hold_s: float = setting(
         40.0,
-        "How long a poll for a result is held open; less than proxies between allow, and than the 45 s that clients do.",
+        "How long a poll for a result is held open; less than proxies between allow, and the 45 s of clients.",
         unit="s",
         group="durability",
     )

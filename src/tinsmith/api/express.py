@@ -20,7 +20,7 @@ import zstandard
 
 from tinsmith import tracing
 from tinsmith.api.access import NEEDS
-from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.admission import Draft, Promise, admit, attempt, refuse_when_full
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
 from tinsmith.api.errors import fault, lack_of, refusal
@@ -34,6 +34,7 @@ from tinsmith.api.pressure import FILLING, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
+from tinsmith.series import REFUSED
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate import CUSTOM
@@ -105,6 +106,8 @@ class Express:
         self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
         self._filling = frozenset(path.encode() for path in FILLING)
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
+        status, refused, problem = refusal("", CapacityError(TOO_MUCH))
+        self._too_much = Answer(status, encode_json(problem), headers=refused)
 
     def refuse(self, data: bytes) -> Answered | None:
         """The refusal of the request that `data` is, while too much is asked for; else None."""
@@ -114,9 +117,8 @@ class Express:
         principal = None if request is None else self._keys.known(_secret_of(request))
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
-        status, headers, problem = refusal(request.path.decode(), CapacityError(TOO_MUCH))
-        request_id = request_id_of(request.headers.get(b"x-request-id", b""))
-        return Answered(Answer(status, encode_json(problem), headers=headers), request_id, self._security)
+        REFUSED.add(CapacityError.code)
+        return Answered(self._too_much, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
@@ -176,6 +178,7 @@ class Express:
                 return None
             where = RunAddress(*address)
             run = await self._run(principal, where)
+            await refuse_when_full(self._services, principal.tenant_id, run.run_id, where.seq_id)
             draft = draft_on(run, OpKind.FORWARD_BACKWARD, where)
             return await self._admit(principal, attempt(draft, partial(fill_training, self._services, principal, body)))
 

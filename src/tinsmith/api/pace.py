@@ -72,7 +72,7 @@ class Pace:
         self._ended: _Kept[dict[tuple[str, TenantId], int]] | None = None
 
     def knows(self, op: OpRow) -> bool:
-        """Whether the place of a waiting request is known from a moment ago, so that telling it takes next to nothing."""
+        """Whether a waiting request's place is known from a moment ago, so that telling it takes next to nothing."""
         kept = self._queues.get(op.base_model)
         return kept is not None and time.monotonic() <= kept.until and op.id in kept.value.places
 

@@ -2,8 +2,9 @@
 
 Nearly every request is asked for within moments of its arrival and of its end, by the process that took it in. That
 poll needs no look at the database: that the request is there was seen when it was recorded, and its final row when the
-watcher looked. A poll that was told to ask again does so at once, and needs none either. What stays true: only rows that were read from the store or written to it are told, each to its own
-tenant; a final one is told once, soon, and then forgotten. Everything else is the store's to answer.
+watcher looked. A poll that was told to ask again does so at once, and needs none either. What stays true: only rows
+that were read from the store or written to it are told, each to its own tenant; a final one is told once, soon, and
+then forgotten. Everything else is the store's to answer.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Services:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
-        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
+        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s, self._count_queued))
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
@@ -137,6 +137,10 @@ class Services:
         if self.pace.knows(op):
             return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
+
+    async def _count_queued(self, tenant_id: TenantId) -> int:
+        samples = await self.work(self.store.loads.samples, tenant_id)
+        return samples.requests + (await self.work(self.store.loads.training, tenant_id)).requests
 
     def _disk_bytes(self) -> Mapping[str, int]:
         """By kind, as they were measured last."""

@@ -1,10 +1,10 @@
 """One watcher wakes every long poll.
 
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
-them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. (Where
-thousands wait, such a look is at what has ended lately, and all are looked at every few intervals.) It
-hands on the rows that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on
-the event loop itself, as long as such looks are brief; where many are, by a look at what has ended lately.
+them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result.
+(Where thousands wait, it looks at what has ended lately, and at all of them every few intervals.) It hands on the rows
+that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on the event loop
+itself, as long as such looks are brief.
 """
 
 from __future__ import annotations

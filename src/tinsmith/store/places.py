@@ -25,7 +25,11 @@ _PLACE = Prepared(
 )
 _QUEUE = Prepared(
     select(
-        ops.c.num, ops.c.tenant_id, func.coalesce(ops.c.run_id, ops.c.sampler_id), ops.c.op_id, ops.c.seq_id,
+        ops.c.num,
+        ops.c.tenant_id,
+        func.coalesce(ops.c.run_id, ops.c.sampler_id),
+        ops.c.op_id,
+        ops.c.seq_id,
         runs.c.head_seq,
     )
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
