@@ -20,7 +20,8 @@ GENERATED = {"wire_pb2.py"}
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
     {
-        "", "types", "scopes", "loss_graph", "lora_options", "pictures", "errors", "config", "setting_values",
+        "", "types", "scopes", "loss_graph", "lora_options", "pictures", "route_tape", "errors", "config",
+        "setting_values",
         "setting_checks", "door_settings", "cpu", "heap", "crashpoints", "host_memory", "clock",
     },
     {
@@ -31,7 +32,7 @@ LAYERS = (
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use", "export",
+        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export",
     },
     {"worker", "api"},
     {

@@ -19,6 +19,7 @@ from tinsmith import lora_options
 from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.loss_graph import LossGraph
 from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.route_tape import RouteArray, RouteTape
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -144,6 +145,7 @@ class Datum:
     tokens: TokenArray
     inputs: Mapping[str, Array]
     pictures: tuple[Picture, ...] = ()
+    routes: RouteArray | None = None  # int16 [N, L, K], see `route_tape`
 
     @property
     def num_tokens(self) -> int:
@@ -284,6 +286,7 @@ class SampleItem:
     scope: str = ""
     weight: float = 1.0
     pictures: tuple[Picture, ...] = ()
+    records_routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +342,7 @@ class SampleResult:
     prompt_alt_tokens: IntArray | None = None
     prompt_alt_logprobs: FloatArray | None = None
     prompt_cache_hit_tokens: int = 0
+    routes: RouteTape | None = None
 
 
 @dataclass(frozen=True, slots=True)

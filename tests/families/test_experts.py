@@ -266,7 +266,9 @@ def test_experts_with_another_activation_are_refused(make_base) -> None:
         open_base(model, make_base("qwen3_moe").info)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "phi3", "gemma2"]
+)
 @pytest.mark.parametrize("shares_factors", [True, False])
 def test_the_api_knows_the_size_of_an_adapter_of_experts(make_base, kind: str, shares_factors: bool) -> None:
     """From the names and shapes in the weights' files alone; quotas are reckoned with it."""

@@ -17,6 +17,7 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
+from tinsmith.api.replaying import with_routes
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
@@ -235,7 +236,8 @@ def fill_training(services: Services, principal: Principal, body: bytes, draft: 
     settings, info = services.settings, services.base(draft.base_model).info
     check_bounds(body, settings.max_request_tokens, settings.max_pictures, settings.max_picture_bytes)
     asked = decode_training(body, services.sight(info))
-    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+    payload = with_routes(services, principal, body, asked) if settings.router_replay else body
+    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=payload, media=PROTOBUF)
     if asked.loss.name != CUSTOM:
         check_training(asked, info, settings)
         return filled

@@ -1,7 +1,7 @@
 """The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
 
 from tinsmith.model.base import BaseModel, open_base
-from tinsmith.model.context import ExpertAdapters, GradContext, PassContext
+from tinsmith.model.context import ExpertAdapters, GradContext, OwnRoutes, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.layout import RowLayout, init_row, shape_of
@@ -18,6 +18,7 @@ __all__ = [
     "FrozenMatrix",
     "GradContext",
     "LinearInfo",
+    "OwnRoutes",
     "PassContext",
     "Routes",
     "RowLayout",
