@@ -119,8 +119,14 @@ class Settings:
     )
     dtype: str = setting(
         "auto",
-        "What the base model computes in: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on the CPU). Losses, "
-        "gradients and optimizer states are float32.",
+        "What the base model computes in: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 on the CPU). "
+        "Losses, gradients and optimizer states are float32.",
+        group="engine",
+    )
+    base_weights: str = setting(
+        "stored",
+        "How its weights are kept: stored (fp8 and MXFP4 as the files have them), dequantised, or in int4 or nf4: "
+        "torchao quantises attention, MLP and experts while they are read.",
         group="engine",
     )
     deterministic: bool = setting(

@@ -72,6 +72,7 @@ class TorchEngine:
             dtype=dtype,
             deterministic=settings.deterministic,
             shares_factors=settings.expert_adapters == "shared",
+            weights=settings.base_weights,
         )
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.context import ExpertAdapters
 from tinsmith.model.families import Family
-from tinsmith.model.frozen import FrozenMatrix, can_pack
+from tinsmith.model.frozen import EVEN_ROWS, FrozenMatrix, can_pack, plain_values
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.linear import PassHolder
 from tinsmith.model.routes import Routes, gather, spread
-
-EVEN_ROWS = 16  # from so many rows up, torch's own products of float32 give a row the same bits
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -49,7 +47,7 @@ class StackedMatrices:
     def times(self, x_NI: Tensor, routes: Routes) -> Tensor:
         """x Wᵀ + b with the expert of each slot, a new tensor [N, O]."""
         if self.weight_EOI is not None:
-            y_NO = _grouped_mm(x_NI, self.weight_EOI.transpose(1, 2), offs=routes.ends_E)
+            y_NO = _grouped_mm(x_NI, plain_values(self.weight_EOI).transpose(1, 2), offs=routes.ends_E)
             if self.bias_EO is not None:
                 slots_N = torch.arange(len(x_NI), device=x_NI.device, dtype=torch.int32)
                 y_NO += self.bias_EO[torch.searchsorted(routes.ends_E, slots_N, right=True)]
@@ -63,7 +61,7 @@ class StackedMatrices:
     def times_transpose(self, y_NO: Tensor, routes: Routes) -> Tensor:
         """y W, a new tensor [N, I]."""
         if self.weight_EOI is not None:
-            return _grouped_mm(y_NO, self.weight_EOI, offs=routes.ends_E)
+            return _grouped_mm(y_NO, plain_values(self.weight_EOI), offs=routes.ends_E)
         parts = [matrix.times_transpose(y) for _, matrix, y in self._of_experts(y_NO, routes)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

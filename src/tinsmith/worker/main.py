@@ -130,7 +130,7 @@ def make_engine(info: BaseInfo, settings: Settings, role: Role = Role.ALL) -> En
     Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
-    leave_out_unused(settings.device)
+    leave_out_unused(settings.device, settings.base_weights)
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
     if settings.device == "fake":
         fake: Engine = made(info, settings.pass_max_tokens)
