@@ -124,10 +124,7 @@ class Settings:
         group="engine",
     )
     base_weights: str = setting(
-        "stored",
-        "How its weights are kept: stored (fp8 and MXFP4 as the files have them), dequantised, or in int4 or nf4: "
-        "torchao quantises attention, MLP and experts while they are read.",
-        group="engine",
+        "stored", "How its weights are kept: stored (as the files have them), dequantised, int4 or nf4.", group="engine"
     )
     deterministic: bool = setting(
         False,
