@@ -20,8 +20,8 @@ GENERATED = {"wire_pb2.py"}
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
     {
-        "", "types", "scopes", "loss_graph", "pictures", "errors", "config", "setting_values", "setting_checks", "cpu",
-        "heap", "crashpoints", "host_memory", "clock",
+        "", "types", "scopes", "loss_graph", "pictures", "errors", "config", "setting_values", "setting_checks",
+        "door_settings", "cpu", "heap", "crashpoints", "host_memory", "clock",
     },
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
