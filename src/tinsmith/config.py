@@ -307,6 +307,12 @@ def point_sdk_at(url: str, key: str) -> None:
     os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
 
 
+def read_weights_in_turn() -> None:
+    """Tell transformers to read a model's weights one after another, unless somebody said otherwise: its threads each
+    have memory of their own, in which what was freed stays."""
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
 def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:
     """Where the processes of this server count; None for one that was started alone."""
     named = (os.environ if env is None else env).get(METRICS_DIR)

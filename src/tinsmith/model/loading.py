@@ -127,6 +127,7 @@ class _Source:
         self._quantise: Quantise | None = None if weights in (STORED, DEQUANTISED) else quantiser(weights, files)
         self._progress = progress
         self._lock = threading.Lock()
+        self._quantising = threading.Lock()  # one weight at a time: it takes several times the weight's own memory
         self._total = sum(map(files.num_bytes, files))
         self._done = 0
         self.failure: Exception | None = None
@@ -155,9 +156,10 @@ class _Source:
             return found if self._keeps and is_matrix else found.dequantised()
         if self._quantise is None or not is_matrix:
             return found
-        if self._matrices.is_flipped(name):
-            return self._quantise(found.transpose(-1, -2).contiguous()).transpose(-1, -2)
-        return self._quantise(found)
+        with self._quantising:
+            if self._matrices.is_flipped(name):
+                return self._quantise(found.transpose(-1, -2).contiguous()).transpose(-1, -2)
+            return self._quantise(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ are. torchao is an extra and is imported only when it is asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ MIN_OUTPUTS = 32  # of a matrix that is worth it
 INT4_GROUPS = (128, 64, 32)  # the largest that divides the inputs
 NF4_GROUP = 64
 NF4_SCALE_GROUPS = 256
+CHUNK_NUMBERS = 2**16
 CURE = "install it with `pip install 'tinsmith[quantise]'`, or start without --base-weights"
 
 
@@ -70,6 +71,14 @@ def quantiser(weights: str, files: WeightFiles) -> Quantise:
     return {"int4": _int4, "nf4": _nf4}[weights]()
 
 
+def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
+    """[O, I] each: what quantising needs beside a weight is many times its own size, so it is done in parts, each of
+    one expert."""
+    rows = max(1, CHUNK_NUMBERS // weight.shape[-1])
+    for matrix in weight.flatten(0, -3) if weight.ndim > 2 else weight[None]:
+        yield from matrix.split(rows)
+
+
 def _torchao(module: str, wanted_for: str) -> Any:
     try:
         return importlib.import_module(f"torchao.{module}")
@@ -87,16 +96,14 @@ def _int4() -> Quantise:
         group = next((each for each in INT4_GROUPS if inputs % each == 0), None)
         if group is None:
             return weight
-        rows = weight.float().reshape(-1, inputs)
-        found = tensors.from_hp(rows, (1, group), int4, mapping_type=mapping)
-        shape = (*leading, outputs)
-        return Stored(
-            Form.INT4,
-            pack(found.qdata.view(torch.uint8) & 15).view(*shape, inputs // 2),
-            found.scale.float().view(*shape, inputs // group),
-            found.zero_point.to(torch.int8).view(*shape, inputs // group),
-            group=group,
-        )
+        parts = []
+        for rows in _row_chunks(weight):
+            found = tensors.from_hp(rows.float(), (1, group), int4, mapping_type=mapping)
+            parts.append(
+                (pack(found.qdata.view(torch.uint8) & 15), found.scale.float(), found.zero_point.to(torch.int8))
+            )
+        codes, scales, zeros = (torch.cat(part).view(*leading, outputs, -1) for part in zip(*parts, strict=True))
+        return Stored(Form.INT4, codes, scales, zeros, group=group)
 
     return quantise
 
@@ -109,8 +116,8 @@ def _nf4() -> Quantise:
         *leading, outputs, inputs = weight.shape
         if inputs % NF4_GROUP:
             return weight
-        parts = [one(each) for each in weight.float().reshape(-1, outputs, inputs)]
-        codes, scales = (torch.stack(part).view(*leading, outputs, -1) for part in zip(*parts, strict=True))
+        parts = [one(rows.float()) for rows in _row_chunks(weight)]
+        codes, scales = (torch.cat(part).view(*leading, outputs, -1) for part in zip(*parts, strict=True))
         if not scales.isfinite().all():
             return weight  # torchao's second quantisation divides by nothing where a tensor's scales are all the same
         return Stored(Form.NF4, codes, scales, group=NF4_GROUP)

@@ -25,6 +25,7 @@ NF4 = (
     -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
     0.7230, 1.0,
 )  # fmt: skip
+CHUNK_NUMBERS = 2**20
 
 
 class Form(enum.Enum):
@@ -126,22 +127,18 @@ class Stored(Tensor):
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def dequantised(self) -> Tensor:
-        """Its values, rounded from float32 to `dtype`."""
-        found = table(self.form, self.codes.device).index_select(0, self.codes.reshape(-1).int())
-        if self.form.is_half_byte:
-            found = torch.view_as_real(found)
+        """Its values, rounded from float32 to `dtype`; some rows at a time, which bounds what is needed beside them."""
         *leading, outputs, inputs = self._unflipped
-        scales = powers(self.codes.device)[self.scales.int()] if self.scales.dtype == torch.uint8 else self.scales
-        if inputs % self.group == 0:
-            groups = found.view(*leading, outputs, inputs // self.group, self.group)
-            if self.zeros is not None:
-                groups -= self.zeros[..., None]
-            groups *= scales[..., None]
-        else:
-            assert self.zeros is None, "groups with zeros are whole"
-            found = found.view(*leading, outputs, inputs)
-            found *= scales.repeat_interleave(self.group, -1)[..., :inputs]
-        whole = found.view(*leading, outputs, inputs).to(self.dtype)
+        zeros = None if self.zeros is None else self.zeros.flatten(0, -2)
+        codes, scales = self.codes.flatten(0, -2), self.scales.flatten(0, -2)
+        found = torch.empty(len(codes), inputs, dtype=self.dtype, device=codes.device)
+        step = max(1, CHUNK_NUMBERS // inputs) if codes.device.type == "cpu" else len(codes)
+        for at in range(0, len(codes), step):
+            rows = slice(at, at + step)
+            found[rows] = _values(
+                self.form, codes[rows], scales[rows], None if zeros is None else zeros[rows], self.group
+            )
+        whole = found.view(*leading, outputs, inputs)
         return whole.transpose(-1, -2) if self.is_flipped else whole
 
     @property
@@ -171,6 +168,23 @@ class Stored(Tensor):
             return dim
         is_inputs = (dim == self.ndim - 1) is not self.is_flipped
         return None if is_inputs else self.ndim - 2
+
+
+def _values(form: Form, codes_OB: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None, group: int) -> Tensor:
+    """float32 [O, I]."""
+    looked_up = table(form, codes_OB.device).index_select(0, codes_OB.reshape(-1).int())
+    values_OI = (torch.view_as_real(looked_up) if form.is_half_byte else looked_up).view(len(codes_OB), -1)
+    inputs = values_OI.shape[1]
+    if scales_OG.dtype == torch.uint8:
+        scales_OG = powers(codes_OB.device)[scales_OG.int()]
+    if inputs % group:
+        assert zeros_OG is None, "groups with zeros are whole"
+        return values_OI.mul_(scales_OG.repeat_interleave(group, 1)[:, :inputs])
+    groups = values_OI.view(len(codes_OB), -1, group)
+    if zeros_OG is not None:
+        groups -= zeros_OG[..., None]
+    groups *= scales_OG[..., None]
+    return values_OI
 
 
 def _copy(x: Stored, **options: Any) -> Stored:

@@ -7,6 +7,8 @@ import sys
 from types import ModuleType
 from typing import cast
 
+from tinsmith.config import read_weights_in_turn
+
 
 def leave_out_unused(device: str, base_weights: str = "stored") -> None:
     """Without a GPU, keep torch's compiler from loading triton: 75 MB that nothing uses there. Without weights that are
@@ -19,3 +21,4 @@ def leave_out_unused(device: str, base_weights: str = "stored") -> None:
         sys.modules.setdefault("torchao", cast(ModuleType, None))
     if device == "cpu" or (device == "auto" and not importlib.import_module("torch").cuda.is_available()):
         sys.modules.setdefault("triton", cast(ModuleType, None))
+        read_weights_in_turn()
