@@ -47,6 +47,20 @@ class DoorSettings:
         "num_samples x max_tokens x (1 + topk_sample_logprobs), and likewise for the prompt.",
         group="limits",
     )
+    max_pictures: int = setting(256, "Most pictures in one request.", group="limits")
+    max_picture_bytes: int = setting(20 * 2**20, "Largest file of one picture.", unit="bytes", group="limits")
+    max_picture_pixels: int = setting(
+        2**25, "Most pixels of one picture; those of a request together have eight times as many.", group="limits"
+    )
+    picture_locations: tuple[str, ...] = setting(
+        (),
+        "Where pictures may be fetched from that clients name instead of sending them: URLs that begin with https://, "
+        "directories, and networks such as 10.0.0.0/8 to whose private addresses these URLs may lead.",
+        group="limits",
+    )
+    picture_fetch_s: float = setting(
+        10.0, "How long the pictures that one request names may take to be fetched.", unit="s", group="limits"
+    )
     custom_losses: bool = setting(
         True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
     )
