@@ -87,6 +87,14 @@ class BaseModel:
             yield from experts.matrices()
         yield self.head
 
+    def bytes_by_form(self) -> dict[str, int]:
+        """What its matrices take now, by how they are kept."""
+        found: Counter[str] = Counter()
+        for matrix in self.matrices():
+            found[matrix.form] += matrix.num_bytes
+        joint = sum(experts.joint_bytes for experts in self._experts)
+        return {**found, "joint experts": joint} if joint else dict(found)
+
     def embed(self, tokens_T: Tensor) -> Tensor:
         """[T, D], without autograd."""
         with torch.no_grad():

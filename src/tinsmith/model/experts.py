@@ -23,6 +23,7 @@ from tinsmith.model.frozen import EVEN_ROWS, FrozenMatrix, can_pack, plain_value
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.linear import PassHolder
 from tinsmith.model.routes import Routes, gather, spread
+from tinsmith.model.stored import Stored
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -149,6 +150,12 @@ class Experts(nn.Module):
         adapters = self._holder.context.experts(self.name, routes)
         inner_NI = self._gate(self.gate_up(spread(hidden_states, routes), routes, adapters))
         return gather(self.down(inner_NI, routes, adapters), top_k_weights, routes)
+
+    @property
+    def joint_bytes(self) -> int:
+        """What is held of experts that are one product, which `matrices` leaves out."""
+        joint = [product.matrices.weight_EOI for product in (self.gate_up, self.down)]
+        return sum(w.num_bytes if isinstance(w, Stored) else w.nbytes for w in joint if w is not None)
 
     def matrices(self) -> Iterator[FrozenMatrix]:
         yield from self.gate_up.matrices.matrices

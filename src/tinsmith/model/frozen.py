@@ -54,6 +54,12 @@ class FrozenMatrix:
         return self._packed is not None
 
     @property
+    def form(self) -> str:
+        """How most of it is kept: the name of a form, or of a dtype."""
+        forms = [tile.form.value for tile in self._tiles if isinstance(tile, Stored)]
+        return forms[0] if forms else str(self.dtype).removeprefix("torch.")
+
+    @property
     def num_bytes(self) -> int:
         """What is held of it now."""
         if self._tiles:
