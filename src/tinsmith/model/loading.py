@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.base import BaseModel, open_base
+from tinsmith.model.directory import read_config
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
 from tinsmith.model.stored import Stored
 from tinsmith.model.weight_files import WeightFiles
@@ -70,7 +71,7 @@ def load_model(
         UserError, UnsupportedError: as `load_base`.
     """
     try:
-        config = AutoConfig.from_pretrained(info.path, local_files_only=True, trust_remote_code=False)
+        config = read_config(info.path)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
     model_class, config = _class_of(config)
@@ -78,9 +79,7 @@ def load_model(
     source = _Source(files, Matrices(config, files), weights, progress)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what it says was done to the weights is undone here
-    options: dict[str, Any] = (
-        {"experts_implementation": "eager"} if source.is_quantised else {}
-    )  # one in full at a time
+    one_by_one: dict[str, Any] = {"experts_implementation": "eager"} if source.is_quantised else {}
     try:
         loaded: Any = model_class.from_pretrained(
             None,
@@ -90,7 +89,7 @@ def load_model(
             attn_implementation="eager",  # of the check alone, and all families have it
             output_loading_info=True,
             device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
-            **options,
+            **one_by_one,  # not all experts of a layer in full
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         if source.failure is not None:
