@@ -60,6 +60,8 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         module, _, half = tensor.name.removeprefix(PART).rpartition(".")
         if half not in ("lora_A", "lora_B"):
             raise CorruptError(f"the checkpoint holds {tensor.name[:200]!r}, which is no half of an adapter")
+        if len(tensor.shape) < 2:
+            raise CorruptError(f"the checkpoint's {tensor.name[:200]!r} is no matrix")
         name = OWN_HEAD if module == HEAD and not base.is_head_tied else module
         if half == "lora_A":
             modules[OWN_HEAD if module == HEAD else module] = tensor.shape[-2]
