@@ -266,8 +266,8 @@ def test_a_large_body_is_pictures_and_not_values(service: Service) -> None:
             "sampling_params": {"max_tokens": 1},
         }
         assert plain.post("/asample", json={"seq_id": 0, **body}).status_code == 200
-        body["prompt"]["chunks"] = [{"type": "encoded_text", "tokens": [1] * 8_400_000}]
-        refused = plain.post("/asample", json={"seq_id": 1, **body})
+        values = b'{"prompt": [' + b"1," * 8_400_000 + b"1]}"
+        refused = plain.post("/asample", content=values, headers={"Content-Type": "application/json"})
         assert refused.status_code == 413
         assert "values" in refused.json()["detail"]
 
