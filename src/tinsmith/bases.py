@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.errors import ConfigError, echo
+from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
 
@@ -167,7 +168,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
-        vision=read_vision(path, config),
+        vision=read_vision(path, config) if config.get("model_type") in SHOWN else None,
         **_widths(path, inner, shares_factors=shares_factors),
     )
 
