@@ -10,10 +10,15 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from tinsmith.errors import UserError
 from tinsmith.model.base import BaseModel, open_base
+from tinsmith.model.families import vision_of
 from tinsmith.types import BaseInfo
 
 
@@ -45,7 +50,7 @@ def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreT
         UserError: as `load_base`.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _reader_of(info).from_pretrained(
             info.path,
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
@@ -62,3 +67,12 @@ def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreT
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
     return cast(PreTrainedModel, model.to(device))
+
+
+def _reader_of(info: BaseInfo) -> Any:
+    """What reads the model: with its vision, where that is known or the architecture has no other form."""
+    config = AutoConfig.from_pretrained(info.path, local_files_only=True, trust_remote_code=False)
+    has_text_form = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    has_whole_form = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    is_seeing = has_whole_form and (not has_text_form or vision_of(config) is not None)
+    return AutoModelForImageTextToText if is_seeing else AutoModelForCausalLM

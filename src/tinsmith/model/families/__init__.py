@@ -15,10 +15,12 @@ from tinsmith.model.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
 )
 from tinsmith.model.families.family import Family
+from tinsmith.model.vision.kind import VisionKind
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "vision_of"]
 
 FAMILIES = (
     llama.FAMILY,
@@ -26,6 +28,7 @@ FAMILIES = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    qwen3_vl.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
@@ -41,3 +44,9 @@ def family_of(config: PretrainedConfig) -> Family:
         if kinds & set(family.model_types):
             return family
     return Family(title=str(config.model_type), model_types=(str(config.model_type),))
+
+
+def vision_of(config: PretrainedConfig) -> VisionKind | None:
+    """How a whole model looks at pictures; None: it has no vision, or none that is known."""
+    vision = family_of(config).vision
+    return vision if vision is not None and config.model_type in vision.model_types else None

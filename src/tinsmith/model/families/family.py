@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.final import FinalLogits
+from tinsmith.model.vision.kind import VisionKind
 
 Gate = Callable[[Tensor], Tensor]
 
@@ -52,6 +53,7 @@ class Family:
         routers: classes that choose them, with a weight of their own, which stays as it is.
         expert_gate: what the experts do between their two products, [N, 2I] to [N, I], gate and up side by side.
         final_logits: what becomes of the logits after the head, from the text model's configuration.
+        vision: how its models with vision look at pictures.
     """
 
     title: str
@@ -63,3 +65,4 @@ class Family:
     routers: tuple[str, ...] = ()
     expert_gate: Callable[[nn.Module, bool], Gate] = silu_gate
     final_logits: Callable[[PretrainedConfig], FinalLogits] = as_they_are
+    vision: VisionKind | None = None

@@ -1,0 +1,128 @@
+"""The vision of a model that has been opened: a picture goes in, what the model sees in it comes out.
+
+Each distinct picture is processed and looked at by itself, so what is seen depends on nothing else in a pass; it is
+kept as long as there is room, since the tower never changes. Not thread-safe.
+Shape letters: N features of a picture, M rows of a pass that show one, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import structlog
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from tinsmith.errors import UserError
+from tinsmith.model.vision.kind import Pixels, Sight, VisionKind
+from tinsmith.model.vision.scene import Scene, make_scene
+from tinsmith.model.vision.sights import Sights, Span
+from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.types import TokenArray
+
+log = structlog.get_logger("tinsmith.worker")
+
+FORMATS = ("PNG", "JPEG")
+DEFAULT_MAX_BYTES = 256 * 2**20
+
+
+class Eyes:
+    """num_looks: how often a picture went through the tower. max_bytes: of what is kept of pictures; the last is kept
+    whatever its size."""
+
+    def __init__(self, info: VisionInfo, kind: VisionKind, model: nn.Module, processor: Any) -> None:
+        self.info = info
+        self.kind = kind
+        self.num_looks = 0
+        self.max_bytes = DEFAULT_MAX_BYTES
+        self.num_bytes = 0
+        self._model = model
+        self._processor = processor
+        self._kept: OrderedDict[bytes, Sight] = OrderedDict()
+        self.device = next(model.parameters()).device
+
+    def scene(self, tokens: TokenArray, pictures: Sequence[Picture]) -> Scene:
+        """
+        Raises:
+            UserError: the pictures aren't where the tokens say, or have another number of tokens.
+        """
+        return make_scene(
+            self.info, tokens, pictures, has_axes=self.kind.has_axes, sees_whole=self.kind.sees_whole
+        )
+
+    def sights(self, spans: Iterable[Span]) -> Sights | None:
+        """What the rows of a pass show; None if they show no picture.
+
+        Raises:
+            UserError: a picture can't be read.
+        """
+        rows, features, deeper = [], [], []
+        for span in spans:
+            for picture, first, stop, places in () if span.scene is None else span.scene.shown(span.start, span.end):
+                seen = self.see(picture)
+                rows.append(places + span.row)
+                features.append(seen.features_ND[first:stop])
+                deeper.append([part[first:stop] for part in seen.deeper])
+        if not rows:
+            return None
+        rows_M = torch.from_numpy(np.concatenate(rows)).to(self.device)
+        return Sights(rows_M, torch.cat(features), tuple(torch.cat(parts) for parts in zip(*deeper, strict=True)))
+
+    def see(self, picture: Picture) -> Sight:
+        """
+        Raises:
+            UserError: it can't be read, or the model makes another number of features of it than it has placeholders.
+        """
+        key = hashlib.sha256(picture.data).digest()
+        known = self._kept.get(key)
+        if known is None:
+            known = self._kept[key] = self.look(self.pixels(picture))
+            self.num_bytes += known.num_bytes
+        self._kept.move_to_end(key)
+        while self.num_bytes > self.max_bytes and len(self._kept) > 1:
+            self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+        return known
+
+    def look(self, pixels: Pixels) -> Sight:
+        """Through the tower."""
+        self.num_looks += 1
+        with torch.inference_mode(False), torch.no_grad():  # what is kept serves passes with gradients too
+            return self.kind.look(self._model, {name: value.to(self.device) for name, value in pixels.items()})
+
+    def pixels(self, picture: Picture) -> Pixels:
+        """What the model's own image processor makes of it, on the CPU."""
+        try:
+            with Image.open(io.BytesIO(picture.data), formats=FORMATS) as image:
+                if image.size != (picture.width, picture.height):
+                    raise UserError(
+                        f"a picture of {image.size[0]} x {image.size[1]} pixels was announced as {picture.width} x "
+                        f"{picture.height}: send the size that the file has"
+                    )
+                return cast(Pixels, self._processor(images=[image.convert("RGB")], return_tensors="pt"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"a picture can't be read ({error}): send it as a whole PNG or JPEG file") from None
+
+
+def open_eyes(model: PreTrainedModel, info: VisionInfo | None, kind: VisionKind | None, path: str) -> Eyes | None:
+    """The vision of a loaded model; None where it has none, or one that isn't known, which the log says."""
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    if info is None or kind is None:
+        log.warning(
+            "pictures are refused: text alone goes through this model", model=type(model).__name__,
+            because="its vision isn't of a known kind" if kind is None else "its directory lacks an image processor",
+        )  # fmt: skip
+        return None
+    for tower in kind.towers:
+        own = model.get_submodule(tower)
+        if isinstance(own, PreTrainedModel):
+            own.set_attn_implementation("sdpa")  # scores of all pairs of patches would take memory
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    return Eyes(info, kind, model, processor)
