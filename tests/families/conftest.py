@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.families.configs import CONFIGS
+from tests.families.configs import CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
+from tinsmith.vision_files import read_vision
 
 MakeBase = Callable[..., BaseModel]
 
@@ -40,8 +43,15 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                 biases = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("proj_bias")]
                 for parameter in (*corrections, *biases):  # those that do nothing would hide mistakes
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
+                    parameter.normal_(std=0.2)
             model.save_pretrained(directories[kind])
-        info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
+            if kind in PROCESSORS:
+                PROCESSORS[kind].save_pretrained(directories[kind])
+        path = Path(directories[kind])
+        vision = read_vision(path, json.loads((path / "config.json").read_text())) if kind in PROCESSORS else None
+        text = config.get_text_config()
+        info = BaseInfo(kind, str(path), kind, text.vocab_size, text.max_position_embeddings, (), vision=vision)
         return load_base(
             info,
             device=torch.device("cpu"),

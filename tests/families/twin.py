@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
+from tests.numerics.lab import reader_of
 from tinsmith.model import BaseModel
 from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.types import Datum, RunState
@@ -21,7 +21,7 @@ from tinsmith.types import Datum, RunState
 
 def plain_model(base: BaseModel) -> torch.nn.Module:
     """In float64 and written out, so that what differs is our own rounding."""
-    return AutoModelForCausalLM.from_pretrained(
+    return reader_of(base).from_pretrained(
         base.info.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
 

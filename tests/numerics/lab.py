@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, load_base
@@ -134,6 +141,11 @@ def assert_same_result(one: TrainResult, other: TrainResult) -> None:
     assert one.metrics["loss:sum"] == other.metrics["loss:sum"]
 
 
+def reader_of(base: BaseModel) -> Any:
+    """The class of transformers that reads the base's directory."""
+    return AutoModelForCausalLM if base.eyes is None else AutoModelForImageTextToText
+
+
 class PeftTwin:
     """The same adapter on the same weights in peft, computed sequence by sequence under plain autograd.
 
@@ -143,7 +155,7 @@ class PeftTwin:
 
     def __init__(self, base: BaseModel, state: RunState) -> None:
         spec = state.spec
-        model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
+        model = reader_of(base).from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
         names = [info.name for info in base.linears if info.is_targeted(spec.targets)]
         config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, lora_dropout=0.0)
         with warnings.catch_warnings():  # of an old name in transformers, and of merging a tied head
