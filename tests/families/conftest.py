@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
 
+BOUND = 1e-5
 MakeBase = Callable[..., BaseModel]
 
 
@@ -66,3 +69,17 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
 @pytest.fixture
 def plain() -> Callable[[BaseModel], torch.nn.Module]:
     return plain_model
+
+
+@pytest.fixture
+def within(record_property: Callable[[str, object], None]) -> Callable[[str, Any, Any], None]:
+    """Compares, and notes the largest difference for the page of models."""
+    largest: dict[str, float] = {}
+
+    def check(what: str, ours: Any, theirs: Any) -> None:
+        difference = float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
+        largest[what] = max(largest.get(what, 0.0), difference)
+        record_property(what, largest[what])
+        assert difference <= BOUND, f"{what}: {difference:.1e}"
+
+    return check

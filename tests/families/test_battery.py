@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,20 +49,6 @@ RUNS = (
 @pytest.fixture(params=CONFIGS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def within(record_property: Callable[[str, object], None]) -> Callable[[str, Any, Any], None]:
-    """Compares, and notes the largest difference for the page of models."""
-    largest: dict[str, float] = {}
-
-    def check(what: str, ours: Any, theirs: Any) -> None:
-        difference = float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
-        largest[what] = max(largest.get(what, 0.0), difference)
-        record_property(what, largest[what])
-        assert difference <= BOUND, f"{what}: {difference:.1e}"
-
-    return check
 
 
 def data_of(seed: int) -> list[Datum]:

@@ -170,10 +170,14 @@ class PeftTwin:
         for name, parameter in self.params.items():
             parameter.data.copy_(torch.from_numpy(state.tensors[f"param/{name}"]))
 
+    def inputs(self, datum: Datum) -> dict[str, Any]:
+        """What the model is called with."""
+        return {"input_ids": torch.from_numpy(datum.tokens.astype(np.int64))[None]}
+
     def loss(self, data: Sequence[Datum], loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         total, logprobs = torch.zeros((), dtype=torch.float64), []
         for d in data:
-            logits = self.model(input_ids=torch.from_numpy(d.tokens.astype(np.int64))[None]).logits[0]
+            logits = self.model(**self.inputs(d)).logits[0]
             inputs = {name: torch.from_numpy(array) for name, array in d.inputs.items()}
             targets = inputs["target_tokens"]
             lp = logits.log_softmax(-1).gather(1, targets.view(len(targets), -1)).view(targets.shape)

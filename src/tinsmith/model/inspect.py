@@ -50,7 +50,7 @@ class LinearInfo:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The layers that tokens go through, between the embedding and the head."""
-    return cast(PreTrainedModel, model.get_decoder())
+    return cast(PreTrainedModel, model.get_decoder())  # type: ignore[no-untyped-call]
 
 
 def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
@@ -58,7 +58,9 @@ def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
     whole = getattr(model, model.base_model_prefix)
     if decoder_of(model) is whole:
         return ()
-    return tuple(f"{model.base_model_prefix}.{name}" for name, m in whole.named_children() if m is not decoder_of(model))
+    return tuple(
+        f"{model.base_model_prefix}.{name}" for name, m in whole.named_children() if m is not decoder_of(model)
+    )
 
 
 def find_linears(

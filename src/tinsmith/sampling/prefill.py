@@ -12,24 +12,28 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import HEAD, BaseModel
+from tinsmith.model.vision import Span, joined, positions_of
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import PrefillContext, Segment, adapter_logits, head_logits, pad_rows
 from tinsmith.sampling.sequence import Prompt, Request
-from tinsmith.types import IntArray
 
 HEAD_ROWS = 128  # rows whose logits are held at once
 
 
 class Prefill:
-    """Chunks of several prompts, one after another; the `prompt_kv` of each is open."""
+    """Chunks of several prompts, one after another; the `prompt_kv` of each is open. positions: rotary ones. spans: of
+    the rows, to be looked at if there are pictures among them."""
 
     def __init__(self, base: BaseModel, chunks: Seq[Chunk]) -> None:
         self._base = base
         self._chunks = chunks
         self._segments = _segments(chunks)
         self.context = PrefillContext(self._segments, base.device, base.dtype, base.lora)
+        self.spans = [
+            Span(c.prompt.scene, c.start, c.end, s.first) for c, s in zip(chunks, self._segments, strict=True)
+        ]
         self.tokens = np.concatenate([c.prompt.tokens[c.start : c.end] for c in chunks]).astype(np.int64)
-        self.positions: IntArray = np.concatenate([np.arange(c.start, c.end) for c in chunks])
+        self.positions = joined([positions_of(c.prompt.scene, c.start, c.end) for c in chunks])
 
     def finish(self, hidden_TD: Tensor) -> None:
         """Take what the walk gave for these rows, and move the prompts on."""
@@ -49,7 +53,8 @@ def _segments(chunks: Seq[Chunk]) -> list[Segment]:
         prompt = chunk.prompt
         assert prompt.prompt_kv is not None, "the prompt's memory is opened before its first chunk"
         last = first + chunk.num_tokens
-        segments.append(Segment(first, last, chunk.start, prompt.adapter, prompt.prompt_kv))
+        last_seen = None if prompt.scene is None else prompt.scene.last_seen(chunk.start, chunk.end)
+        segments.append(Segment(first, last, chunk.start, prompt.adapter, prompt.prompt_kv, last_seen))
         first = last
     return segments
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, PassContext, padded_rows
+from tinsmith.model.vision import Positions, Sights, joined
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
@@ -60,26 +62,40 @@ class Walker:
         decoder = self.decoder
         num_decoded = decoder.prepare(paused)
         if not chunks:
-            found_TD = self.graphs.run(decoder.tokens, decoder.positions) if self.graphs is not None else None
+            inputs = (decoder.tokens, decoder.positions, decoder.rotary)
+            found_TD = self.graphs.run(*inputs) if self.graphs is not None else None
             if found_TD is None:
-                found_TD = self._run(decoder.tokens, decoder.positions, decoder.seek())
+                found_TD = self._run(decoder.tokens, decoder.rotary, decoder.seek())
             return decoder.draw(found_TD, paused)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
-            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
+            self._prefill(prefill)
             return []
         tokens = np.concatenate([decoder.tokens, prefill.tokens])
-        positions = np.concatenate([decoder.positions, prefill.positions])
-        hidden_TD = self._run(tokens, positions, MixedContext(decoder.seek(), num_decoded, prefill.context))
+        positions = joined([decoder.rotary, prefill.positions])
+        sights = self._look(prefill, num_decoded)
+        hidden_TD = self._run(tokens, positions, MixedContext(decoder.seek(), num_decoded, prefill.context), sights)
         prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
 
     def prefill(self, chunks: Seq[Chunk]) -> None:
         """The same for chunks alone."""
-        prefill = Prefill(self._base, chunks)
-        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
+        self._prefill(Prefill(self._base, chunks))
 
-    def _run(self, tokens: IntArray, positions: IntArray, context: PassContext) -> Tensor:
+    def _prefill(self, prefill: Prefill) -> None:
+        sights = self._look(prefill, 0)
+        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, sights))
+
+    def _look(self, prefill: Prefill, row: int) -> Sights | None:
+        """What the chunks' rows show, the first of which is `row`."""
+        eyes = self._base.eyes
+        return None if eyes is None else eyes.sights(replace(span, row=span.row + row) for span in prefill.spans)
+
+    def _run(
+        self, tokens: IntArray, positions: Positions, context: PassContext, sights: Sights | None = None
+    ) -> Tensor:
         missing = padded_rows(len(tokens)) - len(tokens)
-        tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
-        return self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
+        wide = np.pad(positions, [*[(0, 0)] * (positions.ndim - 1), (0, missing)])
+        tokens_T, positions_T = (torch.from_numpy(rows) for rows in (np.pad(tokens, (0, missing)), wide))
+        device = self._base.device
+        return self._hidden(tokens_T.to(device), positions_T.to(device), context, sights=sights)

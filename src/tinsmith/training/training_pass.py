@@ -15,7 +15,9 @@ import torch
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
+from tinsmith.errors import UserError
 from tinsmith.model import BaseModel
+from tinsmith.model.vision import Scene, UnseenError
 from tinsmith.training.budget import Budget
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress, load_inputs
@@ -52,7 +54,9 @@ class TorchPass:
         self._data = list_data(items)
         self._most: int | None = None  # work of a pack, once memory ran out
         self._recomputed: set[DatumRef] = set()
+        self._scenes: dict[DatumRef, Scene | None] = {}
         self._unfit: dict[int, Failure] = {}
+        self._find_pictures()
         self._has_added = False
         self._ops: list[OpProgress] = []
         self._begin()
@@ -71,6 +75,10 @@ class TorchPass:
             self._has_added = False
             try:
                 stats = self._compute(refs)
+            except UnseenError as error:
+                self._unfit[refs[error.span].item] = _named(refs[error.span], error)
+                self._go_back(begun_at, refs)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -120,6 +128,16 @@ class TorchPass:
             for index, (item, slot) in enumerate(zip(self._items, self._slots, strict=True))
         ]
         self._next = 0
+
+    def _find_pictures(self) -> None:
+        """Of all data; an item whose pictures can't be where it says fails alone."""
+        for ref in self._data:
+            datum = self._items[ref.item].data[ref.datum]
+            if datum.pictures:
+                try:
+                    self._scenes[ref] = self._base.scene(datum.tokens, datum.pictures)
+                except UserError as error:
+                    self._unfit.setdefault(ref.item, _named(ref, error))
 
     def _choose(self, max_work: int) -> list[DatumRef]:
         """The data of the next pack, in order. Those of an op that failed already are passed over."""
@@ -195,7 +213,7 @@ class TorchPass:
         lanes: list[Lane] = []
         for ref in refs:
             start = lanes[-1].end if lanes else 0
-            lane = Lane(self._ops[ref.item], ref, start, start + ref.num_tokens)
+            lane = Lane(self._ops[ref.item], ref, start, start + ref.num_tokens, scene=self._scenes.get(ref))
             lanes.append(lane)
         load_inputs(lanes, self._base.device)
         for lane in lanes:
@@ -204,6 +222,10 @@ class TorchPass:
         is_end = all(self._ops[ref.item].failure is not None for ref in self._data[after:])
         self._next = len(self._data) if is_end else after
         return lanes
+
+
+def _named(ref: DatumRef, error: UserError) -> Failure:
+    return Failure(error.code, error.category, f"datum {ref.datum}: {error.message}")
 
 
 def _does_not_fit(ref: DatumRef, needed: int | None, free: int | None) -> Failure:

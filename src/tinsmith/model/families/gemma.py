@@ -32,6 +32,4 @@ VISION = VisionKind(
     sees_whole=True,
 )
 
-FAMILY = Family(
-    title="Gemma 2 and 3", model_types=("gemma2", "gemma3_text"), final_logits=final_logits, vision=VISION
-)
+FAMILY = Family(title="Gemma 2 and 3", model_types=("gemma2", "gemma3_text"), final_logits=final_logits, vision=VISION)

@@ -33,6 +33,14 @@ FORMATS = ("PNG", "JPEG")
 DEFAULT_MAX_BYTES = 256 * 2**20
 
 
+class UnseenError(UserError):
+    """A picture of a pass can't be read. span: which of the pass's spans it is in."""
+
+    def __init__(self, message: str, span: int) -> None:
+        super().__init__(message)
+        self.span = span
+
+
 class Eyes:
     """num_looks: how often a picture went through the tower. max_bytes: of what is kept of pictures; the last is kept
     whatever its size."""
@@ -53,20 +61,21 @@ class Eyes:
         Raises:
             UserError: the pictures aren't where the tokens say, or have another number of tokens.
         """
-        return make_scene(
-            self.info, tokens, pictures, has_axes=self.kind.has_axes, sees_whole=self.kind.sees_whole
-        )
+        return make_scene(self.info, tokens, pictures, has_axes=self.kind.has_axes, sees_whole=self.kind.sees_whole)
 
     def sights(self, spans: Iterable[Span]) -> Sights | None:
         """What the rows of a pass show; None if they show no picture.
 
         Raises:
-            UserError: a picture can't be read.
+            UnseenError: a picture can't be read.
         """
         rows, features, deeper = [], [], []
-        for span in spans:
+        for number, span in enumerate(spans):
             for picture, first, stop, places in () if span.scene is None else span.scene.shown(span.start, span.end):
-                seen = self.see(picture)
+                try:
+                    seen = self.see(picture)
+                except UserError as error:
+                    raise UnseenError(error.message, number) from None
                 rows.append(places + span.row)
                 features.append(seen.features_ND[first:stop])
                 deeper.append([part[first:stop] for part in seen.deeper])
@@ -124,5 +133,6 @@ def open_eyes(model: PreTrainedModel, info: VisionInfo | None, kind: VisionKind 
         own = model.get_submodule(tower)
         if isinstance(own, PreTrainedModel):
             own.set_attn_implementation("sdpa")  # scores of all pairs of patches would take memory
-    processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    processor: Any = AutoImageProcessor
+    processor = processor.from_pretrained(path, backend="pil", local_files_only=True)
     return Eyes(info, kind, model, processor)

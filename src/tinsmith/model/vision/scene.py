@@ -89,7 +89,9 @@ def make_scene(
         at = f"picture {number}"
         start, end_before, end = picture.start, end, picture.start + picture.num_tokens
         if start < end_before or end > len(tokens):
-            raise UserError(f"{at}: its placeholders, tokens {start} to {end - 1}, aren't in their order in the sequence")
+            raise UserError(
+                f"{at}: its placeholders, tokens {start} to {end - 1}, aren't in their order in the sequence"
+            )
         try:
             expected = placeholders(vision, picture.width, picture.height)
         except PictureSizeError as error:
@@ -130,6 +132,10 @@ def _axes(vision: VisionInfo, num_tokens: int, pictures: Sequence[Picture]) -> I
         position += max(height, width)
     axes_3P[:, place:] = np.arange(num_tokens - place) + position
     return axes_3P
+
+
+def positions_of(scene: Scene | None, start: int, end: int) -> Positions:
+    return np.arange(start, end) if scene is None else scene.positions(start, end)
 
 
 def joined(parts: Sequence[Positions]) -> Positions:
