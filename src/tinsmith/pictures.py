@@ -6,9 +6,10 @@ reads no file, knows neither torch nor transformers.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -29,14 +30,22 @@ class PictureSizeError(ValueError):
 class Picture:
     """A picture among tokens: positions start..start+num_tokens-1 hold the model's placeholder tokens.
 
-    data: the file as it was sent, PNG or JPEG, of width x height pixels.
+    data: the file as it was sent, PNG or JPEG, of width x height pixels once it is upright. digest: SHA-256 of `data`.
     """
 
     start: int
     num_tokens: int
-    data: bytes
+    data: bytes = field(repr=False)
     width: int
     height: int
+    digest: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", hashlib.sha256(self.data).digest())
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

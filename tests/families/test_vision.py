@@ -21,6 +21,7 @@ from tests.numerics.sampling_lab import (
     state_of,
     with_blocks,
 )
+from tinsmith.model.vision.trial import noise
 from tinsmith.types import Datum, Failure, Targets
 
 BOUND = 1e-5
@@ -163,7 +164,8 @@ def test_what_was_preempted_is_computed_again(kind, make_base) -> None:
 def test_one_changed_pixel_changes_the_logprobs(kind, make_base) -> None:
     """Of the tokens after the picture, also where the rest was found in the prefix cache; not of those before it."""
     base = make_base(kind)
-    tokens, pictures = scenery(base, 8, SIZES[:2], 90)
+    scenes = (scenery(base, seed, SIZES[:2], 150) for seed in range(99))
+    tokens, pictures = next(scene for scene in scenes if 64 < scene[1][1].start < 110)
     other = [pictures[0], changed(pictures[1])]
     sampler = make_sampler(base)
     asks = [with_pictures(sample("r", tokens, prompt_logprobs=True, max_tokens=1), seen) for seen in (pictures, other)]
@@ -172,6 +174,11 @@ def test_one_changed_pixel_changes_the_logprobs(kind, make_base) -> None:
     np.testing.assert_array_equal(one[1:start], two[1:start])
     assert (one[end + 1 :] != two[end + 1 :]).all()
     assert np.abs(one[end + 1 :] - two[end + 1 :]).max() > 1e-4
+    unknown = [pictures[0], replace(pictures[1], data=noise(pictures[1].width, pictures[1].height, 999))]
+    asks = [with_pictures(sample("r", tokens, max_tokens=1), seen) for seen in (pictures, unknown, unknown)]
+    found = [run_all(sampler, [ask])["r"] for ask in asks]
+    assert [result.prompt_cache_hit_tokens for result in found] == [128, 64, 128]
+    assert found[0].sequences[0].logprobs != found[1].sequences[0].logprobs
 
 
 def test_a_picture_is_looked_at_once(kind, make_base) -> None:

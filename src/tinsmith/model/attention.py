@@ -163,7 +163,7 @@ def _forward(
 
 
 def _blocks(
-    q_BHND: Tensor, k_BGSD: Tensor, start: int, kind: AttentionKind, reach: Reach | None
+    q_BHND: Tensor, k_BGSD: Tensor, start: int, kind: AttentionKind, reach: Reach | None = None
 ) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, and the keys that some query of the block sees. They don't depend on B."""
     heads, num_queries = q_BHND.shape[1:3]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tinsmith.model.vision import Scene
+from tinsmith.pictures import Picture
 from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
@@ -66,6 +67,11 @@ class Request:
     def tokens(self) -> TokenArray:
         """What its prefill computes."""
         return self.item.prompt
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among these tokens."""
+        return self.item.pictures
 
     @property
     def tenant(self) -> str:
@@ -216,6 +222,11 @@ class Recompute:
     @classmethod
     def of(cls, sequence: Sequence) -> Recompute:
         return cls(sequence, sequence.kv_tokens)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among the prompt's tokens, which are the first."""
+        return self.sequence.request.item.pictures
 
     @property
     def age(self) -> tuple[int, int]:

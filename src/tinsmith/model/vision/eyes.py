@@ -7,8 +7,6 @@ Shape letters: N features of a picture, M rows of a pass that show one, D hidden
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -16,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import structlog
 import torch
-from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
@@ -24,12 +21,12 @@ from tinsmith.errors import UserError
 from tinsmith.model.vision.kind import Pixels, Sight, VisionKind
 from tinsmith.model.vision.scene import Scene, make_scene
 from tinsmith.model.vision.sights import Sights, Span
+from tinsmith.picture_files import read_rgb
 from tinsmith.pictures import Picture, VisionInfo
 from tinsmith.types import TokenArray
 
 log = structlog.get_logger("tinsmith.worker")
 
-FORMATS = ("PNG", "JPEG")
 DEFAULT_MAX_BYTES = 256 * 2**20
 
 
@@ -89,7 +86,7 @@ class Eyes:
         Raises:
             UserError: it can't be read, or the model makes another number of features of it than it has placeholders.
         """
-        key = hashlib.sha256(picture.data).digest()
+        key = picture.digest
         known = self._kept.get(key)
         if known is None:
             known = self._kept[key] = self.look(self.pixels(picture))
@@ -107,16 +104,13 @@ class Eyes:
 
     def pixels(self, picture: Picture) -> Pixels:
         """What the model's own image processor makes of it, on the CPU."""
-        try:
-            with Image.open(io.BytesIO(picture.data), formats=FORMATS) as image:
-                if image.size != (picture.width, picture.height):
-                    raise UserError(
-                        f"a picture of {image.size[0]} x {image.size[1]} pixels was announced as {picture.width} x "
-                        f"{picture.height}: send the size that the file has"
-                    )
-                return cast(Pixels, self._processor(images=[image.convert("RGB")], return_tensors="pt"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"a picture can't be read ({error}): send it as a whole PNG or JPEG file") from None
+        upright = read_rgb(picture.data)
+        if upright.size != (picture.width, picture.height):
+            raise UserError(
+                f"a picture of {upright.size[0]} x {upright.size[1]} pixels was announced as {picture.width} x "
+                f"{picture.height}: send the size that the file has"
+            )
+        return cast(Pixels, self._processor(images=[upright], return_tensors="pt"))
 
 
 def open_eyes(model: PreTrainedModel, info: VisionInfo | None, kind: VisionKind | None, path: str) -> Eyes | None:
