@@ -6,8 +6,8 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
     MistralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
