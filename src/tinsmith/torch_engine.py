@@ -73,6 +73,8 @@ class TorchEngine:
             deterministic=settings.deterministic,
             shares_factors=settings.expert_adapters == "shared",
         )
+        if self._base.eyes is not None:
+            self._base.eyes.max_bytes = settings.picture_cache_mib * 2**20
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)

@@ -153,6 +153,10 @@ class Datum:
     def num_tokens(self) -> int:
         return int(self.tokens.shape[0])
 
+    @property
+    def num_picture_tokens(self) -> int:
+        return sum(picture.num_tokens for picture in self.pictures)
+
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
@@ -196,8 +200,8 @@ class TrainItem:
 
     @property
     def work(self) -> int:
-        """Tokens, and what its loss costs beside them."""
-        return sum(self.loss.work(d.num_tokens) for d in self.data)
+        """Tokens, those of pictures twice since they are looked at too, and what its loss costs beside them."""
+        return sum(self.loss.work(d.num_tokens + d.num_picture_tokens) for d in self.data)
 
 
 @dataclass(frozen=True, slots=True)

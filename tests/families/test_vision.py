@@ -8,11 +8,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from tests.families.configs import PROCESSORS, VOCAB
+from tests.families.configs import COMMON, IMAGE, PROCESSORS, VOCAB
 from tests.families.gallery import SIZES, SeeingTwin, changed, plain_inputs, scenery, seeing, with_pictures
+from tests.numerics.graph_lab import Recorder, tables_in_use
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import (
+    Letters,
     assert_same_sample,
     make_sampler,
     prompt,
@@ -21,8 +24,14 @@ from tests.numerics.sampling_lab import (
     state_of,
     with_blocks,
 )
+from tinsmith import host_memory
+from tinsmith.config import Settings
+from tinsmith.errors import UnsupportedError
+from tinsmith.model import load_base
 from tinsmith.model.vision.trial import noise
-from tinsmith.types import Datum, Failure, Targets
+from tinsmith.pictures import Picture
+from tinsmith.sampling import Sampler
+from tinsmith.types import BaseInfo, Datum, Failure, Targets
 
 BOUND = 1e-5
 RUNS = (spec("a", 8), spec("b", 3, Targets(attn=True, mlp=False, unembed=False), seed=2))
@@ -240,3 +249,65 @@ def test_a_bad_picture_fails_its_request_alone(kind, make_base, how: str) -> Non
     assert isinstance(results["bad"], Failure)
     assert results["bad"].category == "user"
     assert len(results["text"].sequences[0].tokens) == 3
+
+
+def test_pages_and_recorded_steps_give_the_same(kind, make_base, monkeypatch) -> None:
+    """Decoded tokens go on where the pictures' rotary positions end."""
+    base = make_base(kind)
+    items = []
+    for index, sizes in enumerate((SIZES, (), SIZES[:1])):
+        tokens, pictures = scenery(base, index, sizes, 40)
+        items.append(with_pictures(sample(f"r{index}", tokens, num_samples=2, seed=index, max_tokens=30), pictures))
+    expected = run_all(make_sampler(base), items)
+    with tables_in_use(monkeypatch):
+        recorder = Recorder()
+        sampler = Sampler(base, Settings(), Letters(), is_paged=True, capture=recorder)
+        found = run_all(sampler, items)
+    assert (recorder.num_replays > 0) == (sampler._walker.graphs is not None)
+    for name, result in expected.items():
+        for one, other in zip(result.sequences, found[name].sequences, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=BOUND)
+
+
+def test_a_picture_for_which_there_is_no_memory_is_refused(kind, make_base, monkeypatch) -> None:
+    base = make_base(kind)
+    trainer = make_trainer(base, *RUNS, deterministic=False)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1)
+    rng = np.random.default_rng(1)
+    failed, done = run_pass(trainer, [item("a", [seeing(base, 555)]), item("b", [datum(rng, 20)])])
+    assert failed.code == "out_of_memory"
+    assert "not enough memory to look at a picture of 40 x 24 pixels" in failed.message
+    assert not isinstance(done, Failure)
+
+
+def test_pictures_count_twice_in_a_pack(kind, make_base) -> None:
+    """Once for their tokens, once for being looked at; a pack's bound holds them in both."""
+    base = make_base(kind)
+    one = seeing(base, 5)
+    work = item("a", [one]).work
+    assert work == one.num_tokens + sum(picture.num_tokens for picture in one.pictures)
+    trainer = make_trainer(base, RUNS[0], deterministic=False)
+    training_pass = trainer.start_pass([item("a", [one, one, one])])
+    assert training_pass.advance(3 * work - 1).num_tokens == 2 * one.num_tokens
+
+
+def test_text_goes_through_a_model_whose_vision_is_not_known(tmp_path) -> None:
+    text = LlamaConfig(**COMMON)
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE))
+    model.save_pretrained(tmp_path)
+    info = BaseInfo("llava", str(tmp_path), "llava", VOCAB, 512, ())
+    base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = prompt(1, 40, IMAGE)
+    sampler = make_sampler(base)
+    result = run_all(sampler, [sample("r", tokens, prompt_logprobs=True, max_tokens=1)])["r"]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.from_numpy(tokens)[None]).logits[0].log_softmax(-1).numpy()
+    np.testing.assert_allclose(result.prompt_logprobs[1:], expected[np.arange(39), tokens[1:]], rtol=0, atol=BOUND)
+    assert not any("vision" in linear.name for linear in base.linears)
+    with pytest.raises(UnsupportedError, match="llava takes no pictures"):
+        sampler.submit(with_pictures(sample("p", tokens), [Picture(0, 4, noise(16, 16), 16, 16)]))

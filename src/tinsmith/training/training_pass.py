@@ -145,8 +145,9 @@ class TorchPass:
         return left[: num_fitting([self._work(ref) for ref in left], max_work)]
 
     def _work(self, ref: DatumRef) -> int:
+        """Counted as in `TrainItem.work`."""
         op = self._ops[ref.item]
-        return op.loss_fn.work(ref.num_tokens)
+        return op.loss_fn.work(ref.num_tokens + op.item.data[ref.datum].num_picture_tokens)
 
     def _wants_grad(self, refs: Sequence[DatumRef]) -> bool:
         return any(self._items[ref.item].backward for ref in refs)

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from tinsmith.errors import UserError
+from tinsmith import host_memory
+from tinsmith.errors import TinsmithError, UserError
+from tinsmith.model.peak import peak_bytes
 from tinsmith.model.vision.kind import Pixels, Sight, VisionKind
 from tinsmith.model.vision.scene import Scene, make_scene
 from tinsmith.model.vision.sights import Sights, Span
@@ -31,16 +33,22 @@ DEFAULT_MAX_BYTES = 256 * 2**20
 
 
 class UnseenError(UserError):
-    """A picture of a pass can't be read. span: which of the pass's spans it is in."""
+    """A picture of a pass can't be looked at. span: which of the pass's spans it is in."""
 
-    def __init__(self, message: str, span: int) -> None:
-        super().__init__(message)
+    def __init__(self, error: TinsmithError, span: int) -> None:
+        super().__init__(error.message)
+        self.code, self.category = error.code, error.category
         self.span = span
+
+
+class TooLargeToSeeError(UserError):
+    code = "out_of_memory"
 
 
 class Eyes:
     """num_looks: how often a picture went through the tower. max_bytes: of what is kept of pictures; the last is kept
-    whatever its size."""
+    whatever its size. row_bytes: of what one row shows. look_bytes: that the tower takes for each of them, meanwhile.
+    """
 
     def __init__(self, info: VisionInfo, kind: VisionKind, model: nn.Module, processor: Any) -> None:
         self.info = info
@@ -48,6 +56,8 @@ class Eyes:
         self.num_looks = 0
         self.max_bytes = DEFAULT_MAX_BYTES
         self.num_bytes = 0
+        self.row_bytes = 0.0
+        self.look_bytes = 0.0
         self._model = model
         self._processor = processor
         self._kept: OrderedDict[bytes, Sight] = OrderedDict()
@@ -72,7 +82,7 @@ class Eyes:
                 try:
                     seen = self.see(picture)
                 except UserError as error:
-                    raise UnseenError(error.message, number) from None
+                    raise UnseenError(error, number) from None
                 rows.append(places + span.row)
                 features.append(seen.features_ND[first:stop])
                 deeper.append([part[first:stop] for part in seen.deeper])
@@ -84,11 +94,12 @@ class Eyes:
     def see(self, picture: Picture) -> Sight:
         """
         Raises:
-            UserError: it can't be read, or the model makes another number of features of it than it has placeholders.
+            UserError: it can't be read, or there is no memory for the tower to look at it.
         """
         key = picture.digest
         known = self._kept.get(key)
         if known is None:
+            self._check_room(picture)
             known = self._kept[key] = self.look(self.pixels(picture))
             self.num_bytes += known.num_bytes
         self._kept.move_to_end(key)
@@ -101,6 +112,33 @@ class Eyes:
         self.num_looks += 1
         with torch.inference_mode(False), torch.no_grad():  # what is kept serves passes with gradients too
             return self.kind.look(self._model, {name: value.to(self.device) for name, value in pixels.items()})
+
+    def measure(self, picture: Picture) -> None:
+        """Learn from one picture how much memory others will take."""
+        pixels = self.pixels(picture)
+        peak = peak_bytes(self.device, lambda: self.look(pixels))
+        seen = self.look(pixels)
+        self.row_bytes = seen.num_bytes / len(seen.features_ND)
+        self.look_bytes = peak / len(seen.features_ND)
+
+    @property
+    def room_bytes(self) -> int:
+        """What is kept of pictures may yet grow by so much."""
+        return max(0, self.max_bytes - self.num_bytes)
+
+    def _check_room(self, picture: Picture) -> None:
+        needed = int(picture.num_tokens * self.look_bytes)
+        if self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free: int | None = torch.cuda.mem_get_info(self.device)[0] + cached
+        else:
+            free = host_memory.available_bytes()
+        if free is not None and needed > free:
+            raise TooLargeToSeeError(
+                f"there is not enough memory to look at a picture of {picture.width} x {picture.height} pixels (about "
+                f"{needed >> 20:,} MiB needed, {free >> 20:,} MiB free): send a smaller one, or have the server given "
+                "more memory"
+            )
 
     def pixels(self, picture: Picture) -> Pixels:
         """What the model's own image processor makes of it, on the CPU."""

@@ -29,6 +29,7 @@ class Trial:
         tokens = np.concatenate([words[:WORDS], own, words[WORDS:]]).astype(np.int32)
         self.picture = Picture(WORDS, len(own), noise(WIDTH, HEIGHT), WIDTH, HEIGHT)
         self.scene = eyes.scene(tokens, [self.picture])
+        eyes.measure(self.picture)
         self.tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
         is_picture = (self.tokens_T == eyes.info.image_token).long()
         pixels = {name: value.to(model.device) for name, value in eyes.pixels(self.picture).items()}
