@@ -62,7 +62,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
-MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 IMAGE = 207  # the placeholder of models with vision
 
 # what people call them
@@ -137,7 +137,7 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "qwen3_vl": (
         Qwen3VLForConditionalGeneration,
         Qwen3VLConfig(
-            text_config={**COMMON, "head_dim": 16, "rope_parameters": MROPE},
+            text_config={**COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE},
             vision_config={
                 "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
                 "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64,
