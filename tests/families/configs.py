@@ -44,6 +44,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -64,6 +66,14 @@ YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_ma
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 IMAGE = 207  # the placeholder of models with vision
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+    "initializer_range": 0.1,
+}  # fmt: skip
+QWEN_MARKS = {
+    "image_token_id": IMAGE, "video_token_id": 208, "vision_start_token_id": 209, "vision_end_token_id": 210,
+}  # fmt: skip
 
 # what people call them
 TITLES = {
@@ -71,6 +81,7 @@ TITLES = {
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3",
+    "qwen3_vl_moe": "Qwen3-VL-MoE",
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
@@ -138,13 +149,17 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
         Qwen3VLForConditionalGeneration,
         Qwen3VLConfig(
             text_config={**COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE},
-            vision_config={
-                "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-                "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64,
-                "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2], "initializer_range": 0.1,
+            vision_config=QWEN_TOWER, tie_word_embeddings=True, **QWEN_MARKS,
+        ),
+    ),
+    "qwen3_vl_moe": (
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLMoeConfig(
+            text_config={
+                **COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE, "num_experts": 8, "num_experts_per_tok": 3,
+                "moe_intermediate_size": 48, "mlp_only_layers": [1],
             },
-            image_token_id=IMAGE, video_token_id=208, vision_start_token_id=209, vision_end_token_id=210,
-            tie_word_embeddings=True,
+            vision_config=QWEN_TOWER, **QWEN_MARKS,
         ),
     ),
     "gemma3_vl": (
@@ -162,10 +177,13 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     ),
 }  # fmt: skip
 
+QWEN_PROCESSOR = Qwen2VLImageProcessorPil(
+    patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
+)
+
 # of those with vision: the image processor of their directory
 PROCESSORS: dict[str, Any] = {
-    "qwen3_vl": Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
-    ),
+    "qwen3_vl": QWEN_PROCESSOR,
+    "qwen3_vl_moe": QWEN_PROCESSOR,
     "gemma3_vl": Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
 }

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from tests.families.configs import IMAGE, PROCESSORS
+from tests.families.twin import MergedTwin
 from tests.numerics.lab import PeftTwin
 from tinsmith.model import BaseModel
 from tinsmith.model.vision.trial import noise
 from tinsmith.pictures import Picture, placeholders
-from tinsmith.types import Datum, SampleItem
+from tinsmith.types import Datum, RunState, SampleItem
 
 SIZES = ((40, 24), (16, 16), (21, 50))
 
@@ -70,9 +71,9 @@ def plain_inputs(base: BaseModel, kind: str, tokens: Any, pictures: Sequence[Pic
     return base.eyes.kind.inputs(tokens_T[None], (tokens_T == IMAGE).long()[None], pixels)
 
 
-class SeeingTwin(PeftTwin):
-    kind: str = ""
-    base: BaseModel
-
-    def inputs(self, datum: Datum) -> dict[str, Any]:
-        return plain_inputs(self.base, self.kind, datum.tokens, datum.pictures)
+def seeing_twin(base: BaseModel, kind: str, state: RunState) -> PeftTwin | MergedTwin:
+    """As the battery takes them, looking at the pictures of data."""
+    has_experts = any(linear.is_of_experts for linear in base.linears)
+    twin = MergedTwin(base, state) if has_experts else PeftTwin(base, state)
+    twin.inputs = lambda datum: plain_inputs(base, kind, datum.tokens, datum.pictures)  # type: ignore[method-assign]
+    return twin

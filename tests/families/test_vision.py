@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.families.configs import COMMON, IMAGE, PROCESSORS, VOCAB
-from tests.families.gallery import SIZES, SeeingTwin, changed, plain_inputs, scenery, seeing, with_pictures
+from tests.families.gallery import SIZES, changed, plain_inputs, scenery, seeing, seeing_twin, with_pictures
 from tests.numerics.graph_lab import Recorder, tables_in_use
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import (
@@ -65,8 +65,7 @@ def test_logprobs_and_gradients_are_those_of_peft(kind, make_base, within) -> No
     items = [item(run.run_id, data_of(base, index)) for index, run in enumerate(RUNS)]
     results = run_pass(trainer, items)
     for run, one, result in zip(RUNS, items, results, strict=True):
-        twin = SeeingTwin(base, trainer.export_run(run.run_id))
-        twin.kind, twin.base = kind, base
+        twin = seeing_twin(base, kind, trainer.export_run(run.run_id))
         total, logprobs = twin.backward(one.data)
         assert result.metrics["loss:sum"] == pytest.approx(total, rel=BOUND, abs=1e-3)
         for ours, theirs in zip(result.logprobs, logprobs, strict=True):
@@ -192,8 +191,8 @@ def test_one_changed_pixel_changes_the_logprobs(kind, make_base) -> None:
 
 def test_a_picture_is_looked_at_once(kind, make_base) -> None:
     """By training and sampling alike; forgotten ones are looked at again, and nothing changes by it."""
-    base = make_base(kind)
-    trainer = make_trainer(base, RUNS[0], deterministic=False)
+    base = make_base(kind, deterministic=True)
+    trainer = make_trainer(base, RUNS[0])
     one = seeing(base, 77)
     before = base.eyes.num_looks
     (first,) = run_pass(trainer, [item("a", [one, one], backward=False)])

@@ -38,9 +38,12 @@ class MergedTwin:
         }
         self.weights = merged(self.model, self.params, state.spec.alpha / state.spec.rank)
 
+    def inputs(self, datum: Datum) -> dict[str, Any]:
+        """What the model is called with."""
+        return {"input_ids": torch.from_numpy(datum.tokens.astype(np.int64))[None]}
+
     def logprobs(self, datum: Datum) -> Tensor:
-        tokens = torch.from_numpy(datum.tokens.astype(np.int64))[None]
-        logits = functional_call(self.model, self.weights, (), {"input_ids": tokens}, tie_weights=False).logits[0]
+        logits = functional_call(self.model, self.weights, (), self.inputs(datum), tie_weights=False).logits[0]
         targets = torch.from_numpy(datum.inputs["target_tokens"])
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 

@@ -16,6 +16,7 @@ from tinsmith.model.families import (
     qwen3,
     qwen3_moe,
     qwen3_vl,
+    qwen3_vl_moe,
 )
 from tinsmith.model.families.family import Family
 from tinsmith.model.vision.kind import VisionKind
@@ -29,6 +30,7 @@ FAMILIES = (
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     qwen3_vl.FAMILY,
+    qwen3_vl_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
