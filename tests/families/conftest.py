@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families.configs import CONFIGS, PROCESSORS
+from tests.families.configs import CONFIGS, HUB_CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
@@ -49,6 +49,8 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                 for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
                     parameter.normal_(std=0.2)
             model.save_pretrained(directories[kind])
+            if kind in HUB_CONFIGS:
+                Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))
             if kind in PROCESSORS:
                 PROCESSORS[kind].save_pretrained(directories[kind])
         path = Path(directories[kind])

@@ -39,8 +39,8 @@ from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
+from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
-from tinsmith.model.rows import padded_rows
 from tinsmith.model.vision import Eyes, Scene, Sights, Span, open_eyes
 from tinsmith.model.vision.trial import Trial
 from tinsmith.pictures import Picture
@@ -55,7 +55,9 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 class BaseModel:
     """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
-    `final` is what becomes of the head's outputs, its adapters' among them; `eyes` look at pictures, if it has any."""
+    `final` is what becomes of the head's outputs, its adapters' among them; `eyes` look at pictures, if it has any.
+    Routes have `num_chosen` of `num_experts` experts for each of `num_routers` routers; 0 where they can't be
+    replayed."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class BaseModel:
         head: nn.Linear,
         experts: Sequence[Experts],
         router_weights: Sequence[Tensor],
+        routers: Sequence[Router],
         holder: PassHolder,
         eyes: Eyes | None = None,
     ) -> None:
@@ -84,6 +87,9 @@ class BaseModel:
         self._groups = groups
         self._experts = experts
         self.router_weights = router_weights
+        self.num_routers = len(routers)
+        self.num_experts = experts[0].num_experts if experts else 0
+        self.num_chosen = routers[0].num_chosen if routers else 0
         self._holder = holder
 
     @property
@@ -146,7 +152,7 @@ class BaseModel:
         embeds_TD = self.embed(tokens_T, sights)
         if torch.is_grad_enabled() and recompute:
             embeds_TD = embeds_TD.requires_grad_()  # a layer that is computed twice is differentiated by its input
-        self._holder.enter(context, recomputes=recompute)
+        self._holder.enter(context, positions_T, recomputes=recompute)
         try:
             out = self.backbone(
                 inputs_embeds=embeds_TD[None],
@@ -176,25 +182,33 @@ def open_base(
     linears = find_linears(model, head, frozen_parts(model, family), apart_of(model))
     found = find_experts(model, family)
     check_rope(decoder_of(model))
-    trial = None if eyes is None else Trial(model, eyes, info.vocab_size)
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
-    with SiblingWatch(linears) as watch:
+    choosing = family.routers if family.expert_weights is not None else ()
+    with ChoiceWatch(model, choosing) as looking:
+        trial = None if eyes is None else Trial(model, eyes, info.vocab_size)
+    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found, shares_factors=shares_factors))
+    infos = describe_linears(
+        model, linears, head, watch.leads, describe_experts(found, family, shares_factors=shares_factors)
+    )
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
-    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    router_weights = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
     experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
+    _replace_others(model, family, holder)
+    routers = replace_routers(
+        model, family.routers, family.expert_weights, holder, choose=family.routers_choose, is_even=deterministic
+    )
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder, eyes)
+    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder, eyes)
     open_layers(base.backbone, base.num_layers, holder)
-    _check(base, groups, model, tokens_T, logits_TV)
+    _check(base, groups, model, tokens_T, logits_TV, routing.choices)
     if trial is not None:
-        _check_trial(base, trial, model)
+        _check_trial(base, trial, model, looking.choices)
     base.num_forwards = 0
     return base
 
@@ -211,6 +225,14 @@ def _group_linears(
         for index, name in enumerate(group.names):
             model.set_submodule(name, GroupedLinear(group, index))
     return groups
+
+
+def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) -> None:
+    """Modules that hooks can't carry."""
+    for path, module in list(model.named_modules()):
+        stand_in = family.stand_ins.get(type(module).__name__)
+        if stand_in is not None:
+            model.set_submodule(path, stand_in(module, holder))
 
 
 def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
@@ -260,7 +282,8 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self, reach: Reach | None = None) -> None:
+    def __init__(self, choices: Sequence[Tensor], reach: Reach | None = None) -> None:
+        self.choices = choices
         self.reach = reach
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
@@ -278,12 +301,21 @@ class _CheckContext:
         self.mixtures[name] += 1
         return NO_ADAPTERS
 
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        """The plain model's choice, since rounding may tip another one, backwards: so the weights are made anew."""
+        return self.choices[router].flip(1) if self.choices else experts_TK
+
 
 def _check(
-    base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
+    base: BaseModel,
+    groups: Sequence[LinearGroup],
+    model: PreTrainedModel,
+    tokens_T: Tensor,
+    expected_TV: Tensor,
+    choices: Sequence[Tensor],
 ) -> None:
     kind = type(model).__name__
-    context = _CheckContext()
+    context = _CheckContext(choices)
     with torch.no_grad():
         h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
     if context.layers != Counter(range(base.num_layers)):
@@ -300,17 +332,15 @@ def _check(
     _check_logits(base, model, h_TD, expected_TV, "it does something between hidden states and logits, or in attention")
 
 
-def _check_trial(base: BaseModel, trial: Trial, model: PreTrainedModel) -> None:
+def _check_trial(base: BaseModel, trial: Trial, model: PreTrainedModel, choices: Sequence[Tensor]) -> None:
     """The same with a picture among the tokens."""
     assert base.eyes is not None, "who has no eyes has no trial"
-    num, device = len(trial.tokens_T), base.device
-    missing = padded_rows(num) - num
-    span = Span(trial.scene, 0, num + missing, 0)
-    positions_T = torch.from_numpy(trial.scene.positions(0, num + missing)).to(device)
-    context = _CheckContext(reach_of(trial.scene.last_seen(0, num + missing), device))
-    sights = base.eyes.sights([span])
+    num = len(trial.tokens_T)
+    positions_T = torch.from_numpy(trial.scene.positions(0, num)).to(base.device)
+    context = _CheckContext(choices, reach_of(trial.scene.last_seen(0, num), base.device))
+    sights = base.eyes.sights([Span(trial.scene, 0, num, 0)])
     with torch.no_grad():
-        h_TD = base.hidden(F.pad(trial.tokens_T, (0, missing)), positions_T, context, sights=sights)[:num]
+        h_TD = base.hidden(trial.tokens_T, positions_T, context, sights=sights)
     _check_logits(base, model, h_TD, trial.logits_TV, "with a picture it does something")
 
 

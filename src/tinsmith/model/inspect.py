@@ -41,6 +41,11 @@ class LinearInfo:
     num_b: int = 0
 
     @property
+    def layer(self) -> str:
+        """The last part of its path."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_of_experts(self) -> bool:
         return self.num_a > 0
 
@@ -49,18 +54,18 @@ class LinearInfo:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The layers that tokens go through, between the embedding and the head."""
-    return cast(PreTrainedModel, model.get_decoder())  # type: ignore[no-untyped-call]
+    """The layers that tokens go through, between the embedding and the head; some models call it otherwise than they
+    say."""
+    found: object = model.get_decoder()  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, model.get_submodule("model") if found is model else found)
 
 
 def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
     """Paths of what stands beside the decoder, such as towers for pictures: no token goes through it."""
-    whole = getattr(model, model.base_model_prefix)
-    if decoder_of(model) is whole:
-        return ()
-    return tuple(
-        f"{model.base_model_prefix}.{name}" for name, m in whole.named_children() if m is not decoder_of(model)
-    )
+    decoder = decoder_of(model)
+    place = next(name for name, module in model.named_modules() if module is decoder).rpartition(".")[0]
+    beside = model.get_submodule(place).named_children() if place else ()
+    return tuple(f"{place}.{name}" for name, module in beside if module is not decoder)
 
 
 def find_linears(

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from tinsmith.errors import UserError
 from tinsmith.model.base import BaseModel, open_base
+from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
 from tinsmith.types import BaseInfo
 
@@ -50,8 +51,10 @@ def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreT
         UserError: as `load_base`.
     """
     try:
-        loaded: Any = _reader_of(info).from_pretrained(
+        config = read_config(info.path)
+        loaded: Any = _reader_of(config).from_pretrained(
             info.path,
+            config=config,
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
             local_files_only=True,
@@ -69,9 +72,8 @@ def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreT
     return cast(PreTrainedModel, model.to(device))
 
 
-def _reader_of(info: BaseInfo) -> Any:
+def _reader_of(config: PretrainedConfig) -> Any:
     """What reads the model: with its vision, where that is known or the architecture has no other form."""
-    config = AutoConfig.from_pretrained(info.path, local_files_only=True, trust_remote_code=False)
     has_text_form = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     has_whole_form = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     is_seeing = has_whole_form and (not has_text_form or vision_of(config) is not None)

@@ -69,6 +69,11 @@ class Decoder:
         """The rotary positions that go with `positions`."""
         return self.positions if self._offsets is None else self.positions + self._offsets
 
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        """In the order of `tokens`."""
+        return self._sequences
+
     def prepare(self, paused: Collection[Sequence]) -> int:
         """Make `tokens` and `positions` ready for a walk; the number of sequences."""
         if self._version != self._kv.version:

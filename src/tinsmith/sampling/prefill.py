@@ -26,7 +26,7 @@ class Prefill:
 
     def __init__(self, base: BaseModel, chunks: Seq[Chunk]) -> None:
         self._base = base
-        self._chunks = chunks
+        self.chunks = chunks
         self._segments = _segments(chunks)
         self.context = PrefillContext(self._segments, base.device, base.dtype, base.lora)
         self.spans = [
@@ -37,12 +37,12 @@ class Prefill:
 
     def finish(self, hidden_TD: Tensor) -> None:
         """Take what the walk gave for these rows, and move the prompts on."""
-        parts = [(c, hidden_TD[s.first : s.last]) for c, s in zip(self._chunks, self._segments, strict=True)]
+        parts = [(c, hidden_TD[s.first : s.last]) for c, s in zip(self.chunks, self._segments, strict=True)]
         for chunk, hidden_ND in parts:
             if isinstance(chunk.prompt, Request) and chunk.prompt.scores.wanted:
                 _score(self._base, chunk.prompt, chunk, hidden_ND)
         _first_logits(self._base, [(c.prompt, h_ND) for c, h_ND in parts if c.is_last])
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             chunk.prompt.num_prefilled = chunk.end
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, PassContext, padded_rows
-from tinsmith.model.vision import Positions, Sights, joined
+from tinsmith.model.vision import Positions, joined
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
@@ -25,6 +25,7 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.prefill import Prefill
+from tinsmith.sampling.recording import RecordedRoutes, note_decoded, note_prompts, wants_routes
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.tiled_lora import TiledLora, row_lora_for
 from tinsmith.types import IntArray
@@ -63,39 +64,48 @@ class Walker:
         num_decoded = decoder.prepare(paused)
         if not chunks:
             inputs = (decoder.tokens, decoder.positions, decoder.rotary)
-            found_TD = self.graphs.run(*inputs) if self.graphs is not None else None
+            found_TD = None
+            if self.graphs is not None and not wants_routes(decoder.sequences, ()):
+                found_TD = self.graphs.run(*inputs)
             if found_TD is None:
-                found_TD = self._run(decoder.tokens, decoder.rotary, decoder.seek())
+                found_TD = self._run(decoder.tokens, decoder.rotary, decoder.seek(), num_decoded, None)
             return decoder.draw(found_TD, paused)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
-            self._prefill(prefill)
+            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, prefill))
             return []
         tokens = np.concatenate([decoder.tokens, prefill.tokens])
         positions = joined([decoder.rotary, prefill.positions])
-        sights = self._look(prefill, num_decoded)
-        hidden_TD = self._run(tokens, positions, MixedContext(decoder.seek(), num_decoded, prefill.context), sights)
+        mixed = MixedContext(decoder.seek(), num_decoded, prefill.context)
+        hidden_TD = self._run(tokens, positions, mixed, num_decoded, prefill)
         prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
 
     def prefill(self, chunks: Seq[Chunk]) -> None:
         """The same for chunks alone."""
-        self._prefill(Prefill(self._base, chunks))
-
-    def _prefill(self, prefill: Prefill) -> None:
-        sights = self._look(prefill, 0)
-        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, sights))
-
-    def _look(self, prefill: Prefill, row: int) -> Sights | None:
-        """What the chunks' rows show, the first of which is `row`."""
-        eyes = self._base.eyes
-        return None if eyes is None else eyes.sights(replace(span, row=span.row + row) for span in prefill.spans)
+        prefill = Prefill(self._base, chunks)
+        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, prefill))
 
     def _run(
-        self, tokens: IntArray, positions: Positions, context: PassContext, sights: Sights | None = None
+        self, tokens: IntArray, positions: Positions, context: PassContext, num_decoded: int, prefill: Prefill | None
     ) -> Tensor:
+        """Rows of the decoder's sequences first, then those of the prompts; their routes are noted for whom they are,
+        and their pictures are looked at."""
+        decoded = self.decoder.sequences[:num_decoded]
+        chunks = () if prefill is None else prefill.chunks
+        noted = None
+        if self._base.num_routers and wants_routes(decoded, chunks):
+            context = noted = RecordedRoutes(context, self._base.num_routers)
+        sights = None
+        if prefill is not None and self._base.eyes is not None:
+            sights = self._base.eyes.sights(replace(span, row=span.row + num_decoded) for span in prefill.spans)
         missing = padded_rows(len(tokens)) - len(tokens)
         wide = np.pad(positions, [*[(0, 0)] * (positions.ndim - 1), (0, missing)])
         tokens_T, positions_T = (torch.from_numpy(rows) for rows in (np.pad(tokens, (0, missing)), wide))
         device = self._base.device
-        return self._hidden(tokens_T.to(device), positions_T.to(device), context, sights=sights)
+        hidden_TD = self._hidden(tokens_T.to(device), positions_T.to(device), context, sights=sights)
+        if noted is not None:
+            rows_TLK = noted.rows()
+            note_decoded(decoded, rows_TLK[:num_decoded])
+            note_prompts(chunks, rows_TLK[num_decoded : len(tokens)])
+        return hidden_TD

@@ -18,11 +18,13 @@ from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
 from tinsmith.model import BaseModel
 from tinsmith.model.vision import Scene, UnseenError
+from tinsmith.pictures import tokens_of
 from tinsmith.training.budget import Budget
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress, load_inputs
 from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import DatumRef, list_data, num_fitting
+from tinsmith.training.replay import misfit
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.training.shortage import is_out_of_memory, reclaim
 from tinsmith.training.walk import walk
@@ -55,7 +57,8 @@ class TorchPass:
         self._most: int | None = None  # work of a pack, once memory ran out
         self._recomputed: set[DatumRef] = set()
         self._scenes: dict[DatumRef, Scene | None] = {}
-        self._unfit: dict[int, Failure] = {}
+        faults = ((index, misfit(base, item)) for index, item in enumerate(items))
+        self._unfit: dict[int, Failure] = {index: fault for index, fault in faults if fault is not None}
         self._find_pictures()
         self._has_added = False
         self._ops: list[OpProgress] = []
@@ -147,7 +150,7 @@ class TorchPass:
     def _work(self, ref: DatumRef) -> int:
         """Counted as in `TrainItem.work`."""
         op = self._ops[ref.item]
-        return op.loss_fn.work(ref.num_tokens + op.item.data[ref.datum].num_picture_tokens)
+        return op.loss_fn.work(ref.num_tokens + tokens_of(op.item.data[ref.datum].pictures))
 
     def _wants_grad(self, refs: Sequence[DatumRef]) -> bool:
         return any(self._items[ref.item].backward for ref in refs)

@@ -9,7 +9,9 @@ from tinsmith.model.families import (
     gemma,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     llama,
+    llama4,
     mistral,
     mixtral,
     qwen2,
@@ -25,6 +27,7 @@ __all__ = ["FAMILIES", "Family", "family_of", "vision_of"]
 
 FAMILIES = (
     llama.FAMILY,
+    llama4.FAMILY,
     mistral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
@@ -35,6 +38,7 @@ FAMILIES = (
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
     deepseek_v3.FAMILY,
+    kimi_k2.FAMILY,
     gemma.FAMILY,
 )
 

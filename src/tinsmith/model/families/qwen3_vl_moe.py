@@ -2,6 +2,7 @@
 
 from tinsmith.model.families.family import Family
 from tinsmith.model.families.qwen3_vl import VISION
+from tinsmith.model.routers import softmax_weights
 
 FAMILY = Family(
     title="Qwen3-VL-MoE",
@@ -11,5 +12,6 @@ FAMILY = Family(
     attentions=("Qwen3VLMoeTextAttention",),
     experts=("Qwen3VLMoeTextExperts",),
     routers=("Qwen3VLMoeTextTopKRouter",),
+    expert_weights=softmax_weights,
     vision=VISION,
 )

@@ -13,19 +13,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tinsmith.model.rows import padded_rows
 from tinsmith.model.vision.eyes import Eyes
 from tinsmith.pictures import Picture, placeholders
 
 WIDTH, HEIGHT = 72, 48
-WORDS = 8  # before the picture, and after it
+WORDS = 8  # before the picture, and at least so many after it
 
 
 class Trial:
-    """tokens_T: int64. logits_TV: of the model as it came."""
+    """tokens_T: int64, as many as `padded_rows` says. logits_TV: of the model as it came."""
 
     def __init__(self, model: PreTrainedModel, eyes: Eyes, vocab_size: int) -> None:
         own = placeholders(eyes.info, WIDTH, HEIGHT)
-        words = np.arange(2 * WORDS) % min(vocab_size, eyes.info.image_token)
+        num_words = padded_rows(2 * WORDS + len(own)) - len(own)
+        words = np.arange(num_words) % min(vocab_size, eyes.info.image_token)
         tokens = np.concatenate([words[:WORDS], own, words[WORDS:]]).astype(np.int32)
         self.picture = Picture(WORDS, len(own), noise(WIDTH, HEIGHT), WIDTH, HEIGHT)
         self.scene = eyes.scene(tokens, [self.picture])
