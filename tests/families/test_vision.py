@@ -42,6 +42,12 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[kind for kind in PROCESSORS if "moe" not in kind])
+def dense(request: pytest.FixtureRequest) -> str:
+    """For what experts have no part in."""
+    return request.param
+
+
 def data_of(base, seed: int) -> list[Datum]:
     """With pictures, without any, and with one alone."""
     rng = np.random.default_rng(seed)
@@ -126,9 +132,9 @@ def test_samples_have_the_logprobs_of_the_trainer(kind, make_base, within) -> No
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_chunks_and_prefixes_are_as_the_whole(kind, make_base, deterministic: bool) -> None:
+def test_chunks_and_prefixes_are_as_the_whole(dense, make_base, deterministic: bool) -> None:
     """Wherever a prompt is cut, and wherever what is known of it ends: before a picture, in it or behind it."""
-    base = make_base(kind, deterministic=deterministic)
+    base = make_base(dense, deterministic=deterministic)
     tokens, pictures = scenery(base, 4, (*SIZES, *SIZES), 70)
     scored = with_pictures(sample("r", tokens, prompt_logprobs=True, max_tokens=1), pictures)
     ask = with_pictures(sample("s", tokens, max_tokens=6, temperature=0.0), pictures)
@@ -154,8 +160,8 @@ def test_chunks_and_prefixes_are_as_the_whole(kind, make_base, deterministic: bo
     assert_same_sample(first, cut[1]["s"]) if deterministic else None
 
 
-def test_what_was_preempted_is_computed_again(kind, make_base) -> None:
-    base = make_base(kind)
+def test_what_was_preempted_is_computed_again(dense, make_base) -> None:
+    base = make_base(dense)
     items = []
     for index in range(4):
         tokens, pictures = scenery(base, index, SIZES[:2], 30)
@@ -169,9 +175,9 @@ def test_what_was_preempted_is_computed_again(kind, make_base) -> None:
         np.testing.assert_allclose(result.sequences[0].logprobs, tight[name].sequences[0].logprobs, rtol=0, atol=BOUND)
 
 
-def test_one_changed_pixel_changes_the_logprobs(kind, make_base) -> None:
+def test_one_changed_pixel_changes_the_logprobs(dense, make_base) -> None:
     """Of the tokens after the picture, also where the rest was found in the prefix cache; not of those before it."""
-    base = make_base(kind)
+    base = make_base(dense)
     scenes = (scenery(base, seed, SIZES[:2], 150) for seed in range(99))
     tokens, pictures = next(scene for scene in scenes if 64 < scene[1][1].start < 110)
     other = [pictures[0], changed(pictures[1])]
@@ -189,9 +195,9 @@ def test_one_changed_pixel_changes_the_logprobs(kind, make_base) -> None:
     assert found[0].sequences[0].logprobs != found[1].sequences[0].logprobs
 
 
-def test_a_picture_is_looked_at_once(kind, make_base) -> None:
+def test_a_picture_is_looked_at_once(dense, make_base) -> None:
     """By training and sampling alike; forgotten ones are looked at again, and nothing changes by it."""
-    base = make_base(kind, deterministic=True)
+    base = make_base(dense, deterministic=True)
     trainer = make_trainer(base, RUNS[0])
     one = seeing(base, 77)
     before = base.eyes.num_looks
@@ -223,8 +229,8 @@ def spoiled(one: Datum, how: str) -> Datum:
 
 
 @pytest.mark.parametrize("how", ["unreadable", "of other pixels", "of fewer tokens"])
-def test_a_bad_picture_fails_its_request_alone(kind, make_base, how: str) -> None:
-    base = make_base(kind)
+def test_a_bad_picture_fails_its_request_alone(dense, make_base, how: str) -> None:
+    base = make_base(dense)
     good, bad = data_of(base, 3), spoiled(seeing(base, 12), how)
     trainer = make_trainer(base, *RUNS, deterministic=False)
     failed, done = run_pass(trainer, [item("a", [good[0], bad]), item("b", good)])
@@ -250,9 +256,9 @@ def test_a_bad_picture_fails_its_request_alone(kind, make_base, how: str) -> Non
     assert len(results["text"].sequences[0].tokens) == 3
 
 
-def test_pages_and_recorded_steps_give_the_same(kind, make_base, monkeypatch) -> None:
+def test_pages_and_recorded_steps_give_the_same(dense, make_base, monkeypatch) -> None:
     """Decoded tokens go on where the pictures' rotary positions end."""
-    base = make_base(kind)
+    base = make_base(dense)
     items = []
     for index, sizes in enumerate((SIZES, (), SIZES[:1])):
         tokens, pictures = scenery(base, index, sizes, 40)
@@ -269,8 +275,8 @@ def test_pages_and_recorded_steps_give_the_same(kind, make_base, monkeypatch) ->
             np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=BOUND)
 
 
-def test_a_picture_for_which_there_is_no_memory_is_refused(kind, make_base, monkeypatch) -> None:
-    base = make_base(kind)
+def test_a_picture_for_which_there_is_no_memory_is_refused(dense, make_base, monkeypatch) -> None:
+    base = make_base(dense)
     trainer = make_trainer(base, *RUNS, deterministic=False)
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1)
     rng = np.random.default_rng(1)
@@ -280,9 +286,9 @@ def test_a_picture_for_which_there_is_no_memory_is_refused(kind, make_base, monk
     assert not isinstance(done, Failure)
 
 
-def test_pictures_count_twice_in_a_pack(kind, make_base) -> None:
+def test_pictures_count_twice_in_a_pack(dense, make_base) -> None:
     """Once for their tokens, once for being looked at; a pack's bound holds them in both."""
-    base = make_base(kind)
+    base = make_base(dense)
     one = seeing(base, 5)
     work = item("a", [one]).work
     assert work == one.num_tokens + sum(picture.num_tokens for picture in one.pictures)
