@@ -294,6 +294,12 @@ def _check(
     if unseen:
         raise UnsupportedError(f"{kind}: experts that aren't called: {', '.join(unseen[:6])}")
     logits_TV = base.final.apply_(base.head.times(h_TD))
+    if not expected_TV.isfinite().all():
+        name = str(base.dtype).removeprefix("torch.")
+        cure = (
+            "start with --dtype bfloat16, whose range is float32's" if base.dtype == torch.float16 else "fetch it again"
+        )
+        raise UnsupportedError(f"{kind}: its logits are not finite in {name}: {cure}")
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(
