@@ -26,6 +26,7 @@ from tinsmith.adapter_files import OWN_HEAD
 from tinsmith.bases import MAX_HEADER_BYTES
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
+from tinsmith.export.plain_base import is_quantised, plain_base
 
 INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
@@ -75,6 +76,9 @@ def merge(
     """
     if target.exists():
         raise ConfigError(f"{target} exists: name a new directory")
+    if is_quantised(base):
+        with plain_base(base, target.parent, dtype) as plain:
+            return merge(plain, adapter, target, dtype=dtype, progress=progress)
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ConfigError(f"{base} has no weights (*.safetensors)")
