@@ -92,3 +92,20 @@ def test_what_a_full_run_cannot_do_is_refused_by_name(service: Service, client: 
         client.create_lora_training_client(BASE, rank=0, train_mlp=False).result()
     with pytest.raises(tinker.RequestFailedError, match=r"tinsmith\.lora_alpha is of adapters"):
         client.create_lora_training_client(BASE, rank=0, user_metadata={"tinsmith.lora_alpha": "8"}).result()
+
+
+def test_a_killed_worker_changes_no_bit_of_what_is_learned(service: Service, client: tinker.ServiceClient) -> None:
+    """Of a full run, and of one with dropout: gradients that were accumulated are computed again."""
+    dropping = {"tinsmith.lora_dropout": "0.3", "tinsmith.rank_pattern": '{"k_proj": 3}'}
+    makings: list[dict[str, Any]] = [{"rank": 0}, {"rank": 8, "seed": 3, "user_metadata": dropping}]
+    undisturbed, disturbed = (
+        [client.create_lora_training_client(BASE, **making).result() for making in makings] for _ in range(2)
+    )
+    want = [[train(run), train(run)] for run in undisturbed]
+    first = [train(run) for run in disturbed]
+    for run in disturbed:
+        run.forward_backward([DATUM], "cross_entropy").result()
+    service.kill_worker()
+    for run in disturbed:
+        run.optim_step(STEP)
+    assert [[one, logprobs(run)] for one, run in zip(first, disturbed, strict=True)] == want
