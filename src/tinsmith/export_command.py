@@ -60,7 +60,14 @@ def export_command(
     if format_ is Format.PEFT and (base is not None or dtype is not None):
         raise ConfigError("--base and --dtype belong to --format hf; an adapter is float32, and has no base in it")
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
-        adapter = _fetch(source, Path(scratch), data_dir)
+        path = _fetch(source, Path(scratch), data_dir)
+        weights = importlib.import_module("tinsmith.export.full").find_full(path, Path(scratch)) if base else None
+        if weights is not None:
+            write = importlib.import_module("tinsmith.export.full").write_full
+            number = write(base, weights, out, dtype=None if dtype is None else dtype.value)
+            typer.echo(f"{out}: a model of {number} weights, all of them trained")
+            return
+        adapter = _adapter_in(path, Path(scratch))
         if base is None:
             out.mkdir(parents=True)
             write_peft(adapter, out)
@@ -72,7 +79,8 @@ def export_command(
     typer.echo(f"{out}: a model with {len(changed)} changed weights")
 
 
-def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Adapter:
+def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Path:
+    """The checkpoint as a directory or a tar."""
     path = Path(source)
     if source.startswith(SCHEME):
         wanted = parse_path(source)
@@ -80,10 +88,14 @@ def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Adapter:
         with byte_bar("fetching") as progress, path.open("wb") as target:
             route = f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
             _client(data_dir).download(route, target, progress)
+    if not path.is_dir() and not path.is_file():
+        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
+    return path
+
+
+def _adapter_in(path: Path, scratch: Path) -> Adapter:
     if path.is_dir():
         return read_adapter(path)
-    if not path.is_file():
-        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
     unpack(path, scratch)
     return read_adapter(scratch)
 

@@ -14,6 +14,7 @@ import torch
 
 from tinsmith.checkpoint_file import aligned_row
 from tinsmith.config import Settings
+from tinsmith.engine import TrainingPass
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import load_base
 from tinsmith.model.device import choose_device, choose_dtype
@@ -21,7 +22,6 @@ from tinsmith.model.row_probe import uneven_products, uneven_routers
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
-from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -160,7 +160,7 @@ class TorchEngine:
     def drop_run(self, run_id: RunId) -> None:
         self._trainer.drop_run(run_id)
 
-    def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+    def start_pass(self, items: Sequence[TrainItem]) -> TrainingPass:
         return self._trainer.start_pass(items)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
