@@ -79,7 +79,7 @@ def test_what_was_left_alone_is_sound(house: House, lived: object) -> None:
     assert report.is_sound
     assert not report.leftovers
     seen = {found.naming for found in house.store.upkeep.references()}
-    assert seen == set(Naming) - {Naming.LOSS, Naming.PIN, Naming.ROUTES}
+    assert seen == set(Naming) - {Naming.LOSS, Naming.PIN}
     assert report.num_files == len({found.blob for found in house.store.upkeep.references()})
 
 

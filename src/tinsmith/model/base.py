@@ -361,7 +361,7 @@ def _check_logits(base: BaseModel, model: PreTrainedModel, h_TD: Tensor, expecte
         cure = (
             "start with --dtype bfloat16, whose range is float32's" if base.dtype == torch.float16 else "fetch it again"
         )
-        raise UnsupportedError(f"{kind}: its logits are not finite in {name}: {cure}")
+        raise UnsupportedError(f"{type(model).__name__}: its logits are not finite in {name}: {cure}")
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(
