@@ -26,16 +26,17 @@ LAYERS = (
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "jsonform", "tls", "metrics", "series", "tracing", "otel",
+        "adapter_files", "layer_table", "jsonform", "tls", "metrics", "series", "tracing", "otel",
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
         "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use", "export",
+        "importing",
     },
     {"worker", "api"},
     {
         "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
-        "disk_command", "export_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
+        "disk_command", "export_command", "import_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
     },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -11,17 +12,16 @@ from typing import Annotated
 import typer
 
 from tinsmith.byte_bar import byte_bar
-from tinsmith.client import Client, connect
-from tinsmith.config import Settings, client_address
-from tinsmith.datadir import DataDir
+from tinsmith.client import server_of
 from tinsmith.errors import ConfigError
 from tinsmith.export.adapter import Adapter, read_adapter, unpack, write_peft
-from tinsmith.wire.paths import SCHEME, parse_path
+from tinsmith.wire.paths import SCHEME, TinkerPath, parse_path
 
 
 class Format(StrEnum):
     PEFT = "peft"
     HF = "hf"
+    STATE = "state"
 
 
 class Dtype(StrEnum):
@@ -35,9 +35,14 @@ def export_command(
         str,
         typer.Argument(help="A checkpoint (tinker://RUN/weights/NAME), or a directory or tar that was downloaded."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="A new directory.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory; of --format state a new file.")],
     format_: Annotated[
-        Format, typer.Option("--format", help="peft: an adapter; hf: base and adapter merged into a whole model.")
+        Format,
+        typer.Option(
+            "--format",
+            help="peft: an adapter; hf: base and adapter merged into a whole model; state: weights, moments and step, "
+            "for `tinsmith import` elsewhere.",
+        ),
     ] = Format.PEFT,
     base: Annotated[
         Path | None, typer.Option("--base", help="The base model's directory, as it was served; for --format hf.")
@@ -57,8 +62,11 @@ def export_command(
         raise ConfigError(f"{out} exists: name a new directory")
     if format_ is Format.HF and base is None:
         raise ConfigError("--format hf merges into a base model: name its directory with --base")
-    if format_ is Format.PEFT and (base is not None or dtype is not None):
+    if format_ is not Format.HF and (base is not None or dtype is not None):
         raise ConfigError("--base and --dtype belong to --format hf; an adapter is float32, and has no base in it")
+    if format_ is Format.STATE:
+        _fetch_state(source, out, data_dir)
+        return
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
         adapter = _fetch(source, Path(scratch), data_dir)
         if base is None:
@@ -72,24 +80,34 @@ def export_command(
     typer.echo(f"{out}: a model with {len(changed)} changed weights")
 
 
+def _fetch_state(source: str, out: Path, data_dir: Path | None) -> None:
+    """The checkpoint's file in a tar. It has its name once it is whole."""
+    wanted = parse_path(source)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with byte_bar("fetching") as progress, part.open("xb") as target:
+            server_of(data_dir).download(f"{_route(wanted)}?content=state", target, progress)
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
+    typer.echo(f"{out}: the state of {source}; `tinsmith import {out}` takes it to another server")
+
+
+def _route(wanted: TinkerPath) -> str:
+    return f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
+
+
 def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Adapter:
     path = Path(source)
     if source.startswith(SCHEME):
         wanted = parse_path(source)
         path = scratch / "checkpoint.tar"
         with byte_bar("fetching") as progress, path.open("wb") as target:
-            route = f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
-            _client(data_dir).download(route, target, progress)
+            server_of(data_dir).download(_route(wanted), target, progress)
     if path.is_dir():
         return read_adapter(path)
     if not path.is_file():
         raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
     unpack(path, scratch)
     return read_adapter(scratch)
-
-
-def _client(data_dir: Path | None) -> Client:
-    address = client_address()
-    if address is not None and address[1]:
-        return Client(*address)
-    return connect(DataDir(Settings.load(data_dir=data_dir).data_dir))

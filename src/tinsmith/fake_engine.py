@@ -15,6 +15,7 @@ import numpy as np
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
+from tinsmith.layer_table import Layer
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -100,6 +101,11 @@ class FakeEngine:
     @property
     def info(self) -> BaseInfo:
         return self._info
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """None: its adapters are nobody else's."""
+        return ()
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._runs
