@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Annotated
 
 import typer
 
+from tinsmith.bases import text_model_type, weight_shapes
 from tinsmith.byte_bar import byte_bar
 from tinsmith.client import server_of
 from tinsmith.errors import ConfigError
-from tinsmith.export.adapter import Adapter, read_adapter, unpack, write_peft
+from tinsmith.export.adapter import Adapter, read_adapter, unpack
+from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.wire.paths import SCHEME, TinkerPath, parse_path
 
 
@@ -45,7 +48,8 @@ def export_command(
         ),
     ] = Format.PEFT,
     base: Annotated[
-        Path | None, typer.Option("--base", help="The base model's directory, as it was served; for --format hf.")
+        Path | None,
+        typer.Option("--base", help="The base model's directory, as it was served; for --format hf, and for experts."),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of the merged weights; as the base has them, if not given.")
@@ -62,22 +66,31 @@ def export_command(
         raise ConfigError(f"{out} exists: name a new directory")
     if format_ is Format.HF and base is None:
         raise ConfigError("--format hf merges into a base model: name its directory with --base")
-    if format_ is not Format.HF and (base is not None or dtype is not None):
-        raise ConfigError("--base and --dtype belong to --format hf; an adapter is float32, and has no base in it")
+    if format_ is not Format.HF and dtype is not None:
+        raise ConfigError("--dtype belongs to --format hf; an adapter is float32")
     if format_ is Format.STATE:
         _fetch_state(source, out, data_dir)
         return
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
         adapter = _fetch(source, Path(scratch), data_dir)
-        if base is None:
-            out.mkdir(parents=True)
-            write_peft(adapter, out)
+        if format_ is Format.PEFT:
+            _write_peft(adapter, out, base)
             typer.echo(f"{out}: an adapter of {len(adapter.names)} layers")
             return
+        assert base is not None
         with byte_bar("merging") as progress:
             merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
             changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
     typer.echo(f"{out}: a model with {len(changed)} changed weights")
+
+
+def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> None:
+    out.mkdir(parents=True)
+    try:
+        write_peft(adapter, out, None if base is None else BaseShapes(weight_shapes(base), text_model_type(base)))
+    except BaseException:
+        shutil.rmtree(out)
+        raise
 
 
 def _fetch_state(source: str, out: Path, data_dir: Path | None) -> None:

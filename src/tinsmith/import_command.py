@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO
 from urllib.parse import urlencode
@@ -67,7 +68,7 @@ def _body(source: Path, opened: ExitStack) -> tuple[Iterator[bytes], int]:
     """
     if source.is_file():
         file = opened.enter_context(source.open("rb"))
-        return iter(lambda: file.read(PIECE_BYTES), b""), source.stat().st_size
+        return iter(partial(file.read, PIECE_BYTES), b""), source.stat().st_size
     names = (STATE,) if (source / STATE).is_file() else (CONFIG, WEIGHTS)
     lacking = [name for name in names if not (source / name).is_file()]
     if lacking:
@@ -86,7 +87,7 @@ def _tar(files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
         entry.size, entry.mode = _size(file), 0o644
         yield entry.tobuf(tarfile.GNU_FORMAT)
         file.seek(0)
-        yield from iter(lambda file=file: file.read(PIECE_BYTES), b"")
+        yield from iter(partial(file.read, PIECE_BYTES), b"")
         yield bytes(-entry.size % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
