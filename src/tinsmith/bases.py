@@ -17,6 +17,7 @@ from typing import Any
 
 from tinsmith.errors import ConfigError, echo
 from tinsmith.types import BaseInfo
+from tinsmith.vision_files import read_vision
 
 SHIPPED_NAME = "tinsmith/tiny"
 SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
@@ -40,6 +41,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "preprocessor_config.json",
+    "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
@@ -160,6 +163,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
+        vision=read_vision(path, config),
         **_widths(path, inner, shares_factors=shares_factors),
     )
 

@@ -17,6 +17,7 @@ POSITIVE = (
     "lease_s", "hang_timeout_s", "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
     "unknown_keys_per_minute", "max_queued_samples", "max_queued_training",
     "max_queued_training_mib", "max_sample_numbers", "min_ttl_s", "sampling_share",
+    "max_pictures", "max_picture_bytes", "max_picture_pixels", "picture_fetch_s",
 )  # fmt: skip
 MAY_BE_ZERO = (
     "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",

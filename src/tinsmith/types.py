@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinsmith.loss_graph import LossGraph
-from tinsmith.pictures import Picture
+from tinsmith.pictures import Picture, VisionInfo
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -385,6 +385,7 @@ class BaseInfo:
     attn_width: int = 0  # inputs and outputs of all linear layers of attention together; 0: not known
     mlp_width: int = 0
     unembed_width: int = 0
+    vision: VisionInfo | None = None  # None: pictures are refused
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers

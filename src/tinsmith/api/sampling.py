@@ -88,9 +88,10 @@ async def asample(request: Call, services: ServicesDep) -> Promise:
 
 
 def weight_of(body: bytes) -> int:
-    """For `Services.digest`: bytes, and more where there may be a schema, which takes longer to check than to read."""
-    has_schema = b"json_schema" in body or b"\\u" in body
-    return max(len(body), LIGHT_BYTES + 1) if has_schema else len(body)
+    """For `Services.digest`: bytes, and more where there may be a schema or a picture, which takes longer to check than
+    to read."""
+    is_slow = any(mark in body for mark in (b"json_schema", b'"image', b"\\u"))
+    return max(len(body), LIGHT_BYTES + 1) if is_slow else len(body)
 
 
 async def _admit_sample(services: Services, principal: Principal, body: bytes) -> OpRow:
@@ -164,8 +165,8 @@ def fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: D
     Raises:
         UserError: it can't be carried out.
     """
-    asked = decode_sample(body)
     info = services.base(draft.base_model).info
+    asked = decode_sample(body, services.sight(info))
     check_sample(asked, info, services.settings)
     num_prompt = int(asked.prompt.size)
     if services.settings.log_prompts:

@@ -45,10 +45,12 @@ from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
 from tinsmith.metrics import Counting
+from tinsmith.picture_files import Bounds, Verified
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
 from tinsmith.types import BaseInfo, OpId, TenantId
+from tinsmith.wire.images import Sight
 
 T = TypeVar("T")
 NUM_THREADS = 4
@@ -109,6 +111,7 @@ class Services:
     pressure: Pressure = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
+    verified: Verified = field(init=False, default_factory=Verified)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 
@@ -194,6 +197,12 @@ class Services:
         if name not in self.bases:
             raise UserError(f"base model {name[:200]!r} is not served here; served: {', '.join(self.bases)}")
         return self.bases[name]
+
+    def sight(self, info: BaseInfo) -> Sight:
+        """How requests that are admitted here may show pictures to a base."""
+        settings = self.settings
+        bounds = Bounds(settings.max_picture_bytes, settings.max_picture_pixels)
+        return Sight(info.name, info.vision, bounds, settings.max_pictures, self.verified)
 
     def ring(self, base_model: str) -> None:
         """Hint to the base's workers that there's work: once, however many say so in this turn of the event loop, and

@@ -1,8 +1,8 @@
-"""A base model, loaded once from a Hugging Face directory and frozen, with its layers opened to a pass context.
+"""A base model, frozen, with its layers opened to a pass context.
 
-Owns the transformers model and the hooks in it. Refuses to know runs, sequences and losses. What stays true: after
-loading, the opened model gives the logits of the untouched one, and each hook was called (so an upgrade of transformers
-that goes around a hook is refused at start, not answered with wrong numbers).
+Owns the transformers model and the hooks in it. Refuses to know files (see `model.loading`), runs, sequences and
+losses. What stays true: the opened model gives the logits of the untouched one, and each hook was called (so an upgrade
+of transformers that goes around a hook is refused at start, not answered with wrong numbers).
 Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
 """
 
@@ -14,11 +14,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import replace_blocks
@@ -116,27 +115,6 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(
-    info: BaseInfo,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    deterministic: bool = False,
-    shares_factors: bool = True,
-) -> BaseModel:
-    """Load `info.path` and open it.
-
-    deterministic: no kernel may round an element by its place in an array.
-    shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
-
-    Raises:
-        UserError: the directory lacks weights.
-        UnsupportedError: the architecture has parts that can't be hooked; they are named.
-    """
-    model = _load(info, device, dtype)
-    return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
-
-
 @torch.no_grad()
 def open_base(
     model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False, shares_factors: bool = True
@@ -144,7 +122,7 @@ def open_base(
     """Open a model that is in memory. It is changed, and shares its weights with the base.
 
     Raises:
-        UnsupportedError: as `load_base`.
+        UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
@@ -170,27 +148,6 @@ def open_base(
     _check(base, groups, model, tokens_T, logits_TV)
     base.num_forwards = 0
     return base
-
-
-def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.path,
-            dtype=dtype,
-            attn_implementation="eager",  # of the check alone, and all families have it
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
-        )
-    except (SafetensorError, ImportError, OSError, ValueError) as error:
-        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
-    model, report = loaded
-    lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if lacking:
-        raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
-    return cast(PreTrainedModel, model.to(device))
 
 
 def _group_linears(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from tinsmith.pictures import Picture
 from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
@@ -63,6 +64,11 @@ class Request:
     def tokens(self) -> TokenArray:
         """What its prefill computes."""
         return self.item.prompt
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among these tokens."""
+        return self.item.pictures
 
     @property
     def tenant(self) -> str:
@@ -208,6 +214,11 @@ class Recompute:
     @classmethod
     def of(cls, sequence: Sequence) -> Recompute:
         return cls(sequence, sequence.kv_tokens)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among the prompt's tokens, which are the first."""
+        return self.sequence.request.item.pictures
 
     @property
     def age(self) -> tuple[int, int]:
