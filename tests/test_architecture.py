@@ -26,7 +26,8 @@ LAYERS = (
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "layer_table", "vision_files", "picture_files", "jsonform", "tls", "metrics", "series", "tracing", "otel",
+        "adapter_files", "layer_table", "vision_files", "picture_files", "jsonform", "tls", "metrics", "series",
+        "tracing", "otel",
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",

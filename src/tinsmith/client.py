@@ -77,8 +77,9 @@ class Client:
         if done < total:
             raise ConfigError(f"{self.url} ended the download after {done} of {total} bytes; try again")
 
-    def upload(self, path: str, body: Iterator[bytes], num_bytes: int) -> Any:
+    def upload(self, path: str, query: Mapping[str, str], body: Iterator[bytes], num_bytes: int) -> Any:
         """The JSON that POST of these bytes answers; `path` begins after /api/v1. Raises: as `call`."""
+        path = f"{path}?{urllib.parse.urlencode(query)}"
         headers = {"Content-Length": str(num_bytes), "Content-Type": "application/x-tar"}
         with self._open("POST", f"/api/v1{path}", body, headers=headers, timeout_s=UPLOAD_TIMEOUT_S) as answer:
             return json.load(answer)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO
-from urllib.parse import urlencode
 
 import typer
 
@@ -48,11 +47,11 @@ def import_command(
     They come to the server in TINKER_BASE_URL, for the tenant of TINKER_API_KEY, else to the one on this machine.
     """
     asked = {"base_model": base_model, "name": name, "ttl_seconds": ttl, "project_id": project}
-    query = urlencode({key: value for key, value in asked.items() if value is not None})
+    query = {key: str(value) for key, value in asked.items() if value is not None}
     with ExitStack() as opened:
         body, num_bytes = _body(source, opened)
         with byte_bar("sending") as progress:
-            answer = server_of(data_dir).upload(f"/import_weights?{query}", _told(body, num_bytes, progress), num_bytes)
+            answer = server_of(data_dir).upload("/import_weights", query, _told(body, num_bytes, progress), num_bytes)
     what = "weights, moments and step" if answer["has_optimizer"] else "weights"
     typer.echo(
         f"{answer['path']}: {what} of rank {answer['lora_rank']} on {answer['base_model']}, to go on training from"
