@@ -54,6 +54,11 @@ def export_command(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of the merged weights; as the base has them, if not given.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the Hugging Face hub too."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made for it is open to all.")] = False,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
     ] = None,
@@ -68,6 +73,10 @@ def export_command(
         raise ConfigError("--format hf merges into a base model: name its directory with --base")
     if format_ is not Format.HF and dtype is not None:
         raise ConfigError("--dtype belongs to --format hf; an adapter is float32")
+    if public and push_to_hub is None:
+        raise ConfigError("--public belongs to --push-to-hub")
+    if format_ is Format.STATE and push_to_hub is not None:
+        raise ConfigError("a run's state is for `tinsmith import` elsewhere: push --format peft or hf")
     if format_ is Format.STATE:
         _fetch_state(source, out, data_dir)
         return
@@ -76,12 +85,15 @@ def export_command(
         if format_ is Format.PEFT:
             _write_peft(adapter, out, base)
             typer.echo(f"{out}: an adapter of {len(adapter.names)} layers")
-            return
-        assert base is not None
-        with byte_bar("merging") as progress:
-            merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
-            changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
-    typer.echo(f"{out}: a model with {len(changed)} changed weights")
+        else:
+            assert base is not None
+            with byte_bar("merging") as progress:
+                merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
+                changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
+            typer.echo(f"{out}: a model with {len(changed)} changed weights")
+    if push_to_hub is not None:
+        push = importlib.import_module("tinsmith.hub").push
+        typer.echo(f"pushed to {push(out, push_to_hub, is_public=public)}")
 
 
 def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> None:
