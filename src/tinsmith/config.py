@@ -62,6 +62,13 @@ class Settings(DoorSettings):
         "of a layer) or own (each expert has both factors). States of one kind don't fit the other.",
         group="engine",
     )
+    router_replay: bool = setting(
+        False,
+        "Sample requests with record_stability_info record which experts their tokens went to, and training requests "
+        "whose provenance names them send the tokens there again. Costs two bytes for each token, layer and chosen "
+        "expert, in memory and on disk, as long as the sample's result is kept.",
+        group="engine",
+    )
     pass_cap_ms: float = setting(
         250.0,
         "Longest stretch of training between two sampler steps while samples are running.",

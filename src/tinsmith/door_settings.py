@@ -84,6 +84,11 @@ class DoorSettings:
     session_timeout_s: float = setting(
         600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
     )
+    max_sessions: int = setting(
+        1000,
+        "Sessions of one tenant that may live at one time; ten times as many may be opened in an hour.",
+        group="limits",
+    )
     unpolled_sample_s: float = setting(
         600.0,
         "A sample whose result nobody has asked for so long is cancelled, whether it waits or runs; 0: never.",

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from tinsmith.errors import BusyError
-from tinsmith.types import Targets
+from tinsmith.lora_options import Targets
+from tinsmith.types import RunSpec
 
 DIRECTORY = "layers"  # in the data directory
 HEAD = "lm_head"  # as layers name it
@@ -55,6 +56,11 @@ class Layer(Struct, frozen=True):
     def is_targeted(self, targets: Targets) -> bool:
         return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
 
+    @property
+    def layer(self) -> str:
+        """The last part of its path, by which options name it."""
+        return self.name.rpartition(".")[2]
+
     def a_shape(self, rank: int) -> tuple[int, ...]:
         return (self.num_a, rank, self.inputs) if self.is_of_experts else (rank, self.inputs)
 
@@ -71,6 +77,18 @@ def halves_in_order(layers: Sequence[Layer], targets: Targets) -> Iterator[tuple
     for group in groups.values():
         for half in ("lora_A", "lora_B"):
             yield from ((layer, half) for layer in group)
+
+
+def shapes_of(layers: Sequence[Layer], spec: RunSpec) -> Mapping[str, tuple[int, ...]]:
+    """Of a run's tensors, by `<layer>.lora_A` and `.lora_B` as states name them, in the order of `halves_in_order`."""
+    return {
+        f"{layer.state_name}.{half}": (layer.a_shape if half == "lora_A" else layer.b_shape)(rank_of(layer, spec))
+        for layer, half in halves_in_order(layers, spec.targets)
+    }
+
+
+def rank_of(layer: Layer, spec: RunSpec) -> int:
+    return spec.options.rank_of(layer.group, layer.layer, spec.rank)
 
 
 def write_layers(data_dir: Path, base_model: str, layers: Sequence[Layer]) -> None:

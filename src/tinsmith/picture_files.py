@@ -90,6 +90,11 @@ class Verified:
                 self._known.popitem(last=False)
 
 
+def kind_of(data: bytes) -> str:
+    """Of a file that was found to be a picture."""
+    return PNG if data.startswith(PNG_START) else JPEG
+
+
 def may_hold_pictures(body: bytes) -> bool:
     """Whether a file that could be decoded stands somewhere in a body, as it is."""
     return PNG_START in body or JPEG_START in body
@@ -111,8 +116,7 @@ def shape_of(data: bytes, bounds: Bounds) -> Shape:
     except BROKEN as error:
         raise _broken(error) from None
     width, height = image.size
-    kind = PNG if isinstance(image, PngImageFile) else JPEG
-    return Shape(kind, height, width) if is_turned else Shape(kind, width, height)
+    return Shape(kind_of(data), height, width) if is_turned else Shape(kind_of(data), width, height)
 
 
 def check_whole(data: bytes, bounds: Bounds) -> None:

@@ -20,6 +20,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -62,7 +64,36 @@ TITLES = {
     "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
-    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3",
+    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
+    "llama4": "Llama 4 (text)",
+}  # fmt: skip
+
+KIMI_K2: dict[str, Any] = {
+    **COMMON, "num_key_value_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827, "rms_norm_eps": 1e-6, "attention_bias": False, "hidden_act": "silu",
+}  # fmt: skip
+KIMI_K2_ROPE = {
+    "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+# config.json of families whose directories on the hub have another than transformers writes
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "kimi_k2": {
+        **KIMI_K2,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModel": "modeling_deepseek.DeepseekV3Model",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "model_type": "kimi_k2", "rope_theta": 50_000.0, "rope_scaling": {**KIMI_K2_ROPE, "type": "yarn"},
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True, "aux_loss_alpha": 0.001, "ep_size": 1,
+        "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "attention_dropout": 0.0,
+        "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32", "transformers_version": "4.48.3",
+    },
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
@@ -101,6 +132,21 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
             moe_intermediate_size=48, n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.7,
             rope_parameters=YARN,
+        ),
+    ),
+    "kimi_k2": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **KIMI_K2, rope_parameters={**KIMI_K2_ROPE, "rope_type": "yarn", "rope_theta": 50_000.0},
+            num_nextn_predict_layers=0,
+        ),
+    ),
+    "llama4": (
+        Llama4ForCausalLM,
+        Llama4TextConfig(
+            **{**COMMON, "num_hidden_layers": 4}, head_dim=16, intermediate_size_mlp=80, num_local_experts=6,
+            num_experts_per_tok=1, interleave_moe_layer_step=2, use_qk_norm=True, attention_chunk_size=24,
+            attn_temperature_tuning=True, floor_scale=16, attn_scale=0.3, rope_parameters=LLAMA3_ROPE,
         ),
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),

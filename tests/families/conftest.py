@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.families.configs import CONFIGS
+from tests.families.configs import CONFIGS, HUB_CONFIGS
 from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
@@ -41,6 +43,8 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                 for parameter in (*corrections, *biases):  # those that do nothing would hide mistakes
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
             model.save_pretrained(directories[kind])
+            if kind in HUB_CONFIGS:
+                Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))
         info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
         return load_base(
             info,

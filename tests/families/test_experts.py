@@ -94,14 +94,16 @@ def test_the_backends_of_gpus_add_to_shared_factors_as_the_loop_does(backend) ->
         segments = []
         for start, end, live in ((0, 18, [(0, 18)]), (20, 44, [(20, 30), (35, 44)])):
             weights = {
-                "m.w1": ExpertWeights(torch.randn(1, 16, 32), (torch.randn(NUM, 16, 8), torch.randn(NUM, 16, 8))),
-                "m.w2": ExpertWeights(torch.randn(NUM, 8, 16), (torch.randn(1, 32, 8),)),
+                "m.w1": ExpertWeights(
+                    torch.randn(1, 16, 32), (torch.randn(NUM, 16, 8), torch.randn(NUM, 16, 8)), (2.0, 3.0)
+                ),
+                "m.w2": ExpertWeights(torch.randn(NUM, 8, 16), (torch.randn(1, 32, 8),), (2.0,)),
             }
             grads_of = {
                 group: ExpertWeights(torch.zeros_like(w.a_EKI), tuple(map(torch.zeros_like, w.bs)))
                 for group, w in weights.items()
             }
-            segments.append(Segment(start, end, {}, {}, 2.0, live, weights, grads_of))
+            segments.append(Segment(start, end, {}, {}, live, weights, grads_of))
         lora = ExpertLora([segments], "m", routes, each)
         numbers = []
         for group, inputs, outputs in (("m.w1", 32, 32), ("m.w2", 16, 32)):
@@ -261,7 +263,9 @@ def test_experts_with_another_activation_are_refused(make_base) -> None:
         open_base(model, make_base("qwen3_moe").info)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "phi3", "gemma2"]
+)
 @pytest.mark.parametrize("shares_factors", [True, False])
 def test_the_api_knows_the_size_of_an_adapter_of_experts(make_base, kind: str, shares_factors: bool) -> None:
     """From the names and shapes in the weights' files alone; quotas are reckoned with it."""

@@ -6,6 +6,7 @@ import io
 import tarfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tinsmith.importing.look import look
 from tinsmith.layer_table import Layer
 from tinsmith.model import BaseModel
 from tinsmith.torch_engine import layers_of
-from tinsmith.types import RunId, RunSpec, RunState, Targets
+from tinsmith.types import RunId, RunState, Targets
 
 BOUND = 1e-5
 NAMES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,7 +52,7 @@ def imported(base: BaseModel, sent: bytes, layers: list[Layer] | None = None) ->
     Path(base.info.path, "tokenizer.json").write_text("{}")
     info = describe(BaseRef(base.info.name, Path(base.info.path)))
     found = look(io.BytesIO(sent), len(sent), layers or layers_of(base), info)
-    made = RunSpec(RunId("a"), "base", found.rank, found.seed, found.targets, found.alpha)
+    made = replace(found.spec, run_id=RunId("a"), base_model="base")
     data = b"".join(found.pieces(made))
     assert len(data) - found.num_bytes == read_state_header(io.BytesIO(data)).tensors[0].offset
     return load_state(data)

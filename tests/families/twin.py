@@ -6,6 +6,7 @@ peft has no adapters with a factor that experts share, so for mixtures of expert
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from tests.families.configs import CONFIGS, HUB_CONFIGS
 from tinsmith.model import BaseModel
 from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.types import Datum, RunState
@@ -21,8 +23,9 @@ from tinsmith.types import Datum, RunState
 
 def plain_model(base: BaseModel) -> torch.nn.Module:
     """In float64 and written out, so that what differs is our own rounding."""
+    given = {} if base.info.name not in HUB_CONFIGS else {"config": deepcopy(CONFIGS[base.info.name][1])}
     return AutoModelForCausalLM.from_pretrained(
-        base.info.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        base.info.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", **given
     )
 
 
@@ -65,14 +68,15 @@ def merged(model: torch.nn.Module, params: Mapping[str, Tensor], scale: float) -
         module: Any = model.get_submodule(path)
         key = f"{path}.down_proj" if last == "w2" else f"{path}.gate_up_proj"
         whole = weights.get(key, model.get_parameter(key))
-        if module.is_transposed:
+        is_transposed, is_concatenated = (getattr(module, f"is_{how}", True) for how in ("transposed", "concatenated"))
+        if is_transposed:
             delta = delta.transpose(1, 2)
         if last == "w2":
             weights[key] = whole + delta
             continue
-        out = -1 if module.is_transposed else 1
+        out = -1 if is_transposed else 1
         is_gate = last == "w1"
-        if module.is_concatenated:
+        if is_concatenated:
             none = torch.zeros_like(delta)
             weights[key] = whole + torch.cat([delta, none] if is_gate else [none, delta], out)
         else:

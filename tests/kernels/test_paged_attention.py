@@ -39,6 +39,17 @@ def test_windows_caps_and_sinks(window: int | None, softcap: float | None, has_s
     torch.testing.assert_close(found, gathered_attention(q, k, v, tables, lengths, kind), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 50, 64, 500])
+def test_chunks(chunk: int) -> None:
+    k, v = torch.randn(2, 12, 64, 2, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    q = torch.ones(5, 6, 32, device=DEVICE)
+    tables = torch.arange(10, device=DEVICE).view(5, 2)
+    lengths = torch.tensor([1, 50, 64, 101, 128], device=DEVICE)
+    kind = AttentionKind(0.3, chunk=chunk)
+    found = paged_attention_kernel(q, k, v, tables, lengths, kind)
+    torch.testing.assert_close(found, gathered_attention(q, k, v, tables, lengths, kind), atol=2e-6, rtol=1e-5)
+
+
 def test_bfloat16_is_summed_in_float32() -> None:
     generator = torch.Generator().manual_seed(1)
     k, v = torch.randn(2, 8, 64, 2, 64, generator=generator).to(DEVICE, torch.bfloat16)

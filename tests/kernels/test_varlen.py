@@ -33,6 +33,7 @@ KINDS = {
     "plain": AttentionKind(SCALE),
     "window": AttentionKind(SCALE, window=5),
     "wide window": AttentionKind(SCALE, window=64),
+    "chunk": AttentionKind(SCALE, chunk=7),
     "cap": AttentionKind(SCALE, softcap=2.0),
     "sinks": AttentionKind(SCALE, window=9, sinks_H=torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)),
 }

@@ -15,6 +15,8 @@ CASES = {
     "window": (AttentionKind(0.3, window=7), 0),
     "window of one": (AttentionKind(0.3, window=1), 0),
     "cap": (AttentionKind(0.3, softcap=1.5), 0),
+    "chunk": (AttentionKind(0.3, chunk=24), 0),
+    "chunk, later rows": (AttentionKind(0.3, chunk=150), 130),
     "sinks": (AttentionKind(0.3, sinks_H=SINKS), 0),
     "all of it, later rows": (AttentionKind(0.3, window=150, softcap=3.0, sinks_H=SINKS), 130),
 }
@@ -30,6 +32,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, start: int, kind: AttentionKind
     hidden = of > at
     if kind.window is not None:
         hidden = hidden | (at - of >= kind.window)
+    if kind.chunk is not None:
+        hidden = hidden | (at // kind.chunk != of // kind.chunk)
     scores = scores.masked_fill(hidden, float("-inf"))
     if kind.sinks_H is not None:
         sinks = kind.sinks_H.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

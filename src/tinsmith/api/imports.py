@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, BinaryIO
 
@@ -25,8 +26,9 @@ from tinsmith.api.outgo import closing_with
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.blobs import BlobInfo, checkpoint_key
 from tinsmith.errors import BusyError, TooLargeError, UserError
-from tinsmith.importing.look import Foreign, look
+from tinsmith.importing.look import look
 from tinsmith.layer_table import read_layers
+from tinsmith.lora_fields import check_names
 from tinsmith.store.copies import own_session_id
 from tinsmith.store.imports import DIGEST, NewImport
 from tinsmith.store.rows import NewCheckpoint, NewRun, Principal
@@ -92,7 +94,8 @@ async def import_weights(
     num_bytes, digest = await _take_in(request, services, body, plan)
     ask = partial(_make, services, request.user, plan, body, num_bytes, digest)
     new, has_optimizer = await asyncio.get_running_loop().run_in_executor(services.importing, ask)
-    if not await services.write(services.store.imports.create, new, time.time()):
+    most = services.settings.max_sessions
+    if not await services.write(services.store.imports.create, new, time.time(), most_sessions=most):
         await services.work(services.blobs.delete, new.checkpoints[0].blob)
     training, sampler = (f"tinker://{each.run_id}/{each.kind}/{each.name}" for each in new.checkpoints)
     spec = new.run.spec
@@ -162,8 +165,10 @@ def _make(
     """
     layers = read_layers(services.settings.data_dir, plan.base.name)
     found = look(body, num_bytes, layers, plan.base)
-    check_lora(found.rank, None, found.targets, services.settings)
-    run = _run(principal, plan, found, digest)
+    for rank in (found.spec.rank, *dict(found.spec.options.ranks).values()):
+        check_lora(rank, None, found.spec.targets, services.settings)
+    check_names(found.spec.options, found.spec.targets, plan.base)
+    run = _run(principal, plan, found.spec, digest)
     services.store.quotas.require_storage(principal, 2 * found.num_bytes, time.time())
     stored = services.blobs.put(checkpoint_key(principal.tenant_id), found.pieces(run.spec))
     expires_at = None if plan.ttl_s is None else time.time() + plan.ttl_s
@@ -172,10 +177,10 @@ def _make(
     return NewImport(run, checkpoints, principal, plan.project_id), found.has_optimizer
 
 
-def _run(principal: Principal, plan: Plan, found: Foreign, digest: str) -> NewRun:
+def _run(principal: Principal, plan: Plan, like: RunSpec, digest: str) -> NewRun:
     session_id = own_session_id(principal.tenant_id, None if plan.request_key is None else f"import {plan.request_key}")
     run_id = RunId(f"{session_id}:train:0")
-    spec = RunSpec(run_id, plan.base.name, found.rank, found.seed, found.targets, found.alpha)
+    spec = replace(like, run_id=run_id, base_model=plan.base.name)
     return NewRun(principal.tenant_id, session_id, 0, spec, {DIGEST: digest}, plan.base.adapter_bytes(spec))
 
 

@@ -17,10 +17,12 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
+from tinsmith.api.replaying import with_routes
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
+from tinsmith.lora_fields import check_names, extra_fields, read_extras
 from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
@@ -148,7 +150,7 @@ def with_spec(draft: Draft, meta: CreateMeta, info: BaseInfo, user_metadata: Map
     run = replace(
         draft.run,
         spec=meta.spec,
-        user_metadata=check_metadata(user_metadata),
+        user_metadata=extra_fields(meta.spec) | check_metadata(user_metadata),
         adapter_bytes=info.adapter_bytes(meta.spec),
     )
     return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
@@ -212,6 +214,8 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
         targets=targets,
     )
+    spec = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank).of_new_run(spec)
+    check_names(spec.options, targets, info)
     return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 
@@ -232,7 +236,8 @@ def fill_training(services: Services, principal: Principal, body: bytes, draft: 
     settings, info = services.settings, services.base(draft.base_model).info
     check_bounds(body, settings.max_request_tokens, settings.max_pictures, settings.max_picture_bytes)
     asked = decode_training(body, services.sight(info))
-    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+    payload = with_routes(services, principal, body, asked) if settings.router_replay else body
+    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=payload, media=PROTOBUF)
     if asked.loss.name != CUSTOM:
         check_training(asked, info, settings)
         return filled

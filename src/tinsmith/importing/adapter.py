@@ -1,7 +1,7 @@
 """A PEFT adapter of anybody's as a run's state: its headers tell what it becomes, its numbers follow one by one.
 
-Layers of a group that the adapter leaves out get factors of zero, which add nothing and never learn. Ranks that differ
-are filled up with zeros, which don't either. All modules must be scaled alike, as a run has one scale.
+Layers of a group that the adapter leaves out get factors of zero, which add nothing and never learn. Layers of one name
+have one rank and one scale in a run: where their ranks differ they are filled up with zeros, which don't learn either.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from tinsmith.importing.names import Places, expert_place, sort_keys
 from tinsmith.importing.pairs import Pair, zeros
 from tinsmith.importing.peft_config import MAX_BYTES, NAME, PeftConfig, parse_config
 from tinsmith.importing.tensor_file import TensorFile
-from tinsmith.layer_table import Layer, halves_in_order
-from tinsmith.types import BaseInfo, RunSpec, Targets
+from tinsmith.layer_table import Layer, halves_in_order, rank_of, shapes_of
+from tinsmith.lora_options import LoraOptions, Targets
+from tinsmith.types import BaseInfo, RunId, RunSpec
 
 WEIGHTS = "adapter_model.safetensors"
 SAME = 1e-6  # by which scales may differ, relative
@@ -31,21 +32,18 @@ SAME = 1e-6  # by which scales may differ, relative
 
 @dataclass(frozen=True, slots=True)
 class ForeignAdapter:
-    """pairs: by layer name. rank: the largest of its modules'. alpha: so that alpha / rank is their scale."""
+    """pairs: by layer name. spec: of a run like it."""
 
     layers: Sequence[Layer]
     pairs: Mapping[str, Pair]
-    targets: Targets
-    rank: int
-    alpha: float
+    spec: RunSpec
     step: int = 0
     has_optimizer: bool = False
-    seed: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Of the tensors of the state that is made of it."""
-        return 4 * sum(math.prod(shape) for shape in self._shapes().values())
+        return 4 * sum(math.prod(shape) for shape in shapes_of(self.layers, self.spec).values())
 
     def pieces(self, spec: RunSpec) -> Iterator[memoryview]:
         """The state's file, with `spec` in it.
@@ -53,17 +51,12 @@ class ForeignAdapter:
         Raises:
             UserError: a number isn't finite, or a factor can't be shared.
         """
-        yield memoryview(state_header(spec, self.step, self._shapes()))
-        for layer, half in halves_in_order(self.layers, self.targets):
-            pair = self.pairs.get(layer.name)
-            found = zeros(layer, half, self.rank) if pair is None else pair.half(layer, half, self.rank)
+        shapes = {f"param/{name}": shape for name, shape in shapes_of(self.layers, spec).items()}
+        yield memoryview(state_header(spec, self.step, shapes))
+        for layer, half in halves_in_order(self.layers, spec.targets):
+            pair, rank = self.pairs.get(layer.name), rank_of(layer, spec)
+            found = zeros(layer, half, rank) if pair is None else pair.half(layer, half, rank)
             yield np.ascontiguousarray(found, "<f4").reshape(-1).view(np.uint8).data
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            f"param/{layer.state_name}.{half}": (layer.a_shape if half == "lora_A" else layer.b_shape)(self.rank)
-            for layer, half in halves_in_order(self.layers, self.targets)
-        }
 
 
 def look_at_adapter(
@@ -81,19 +74,42 @@ def look_at_adapter(
     for key in keys.whole:
         require_base_weight(weights, key, base)
     pairs = _pairs(weights, keys.pairs, config, Places(layers))
-    rank = max(pair.rank for pair in pairs.values())
-    (first, *others) = pairs.items()
-    for name, pair in others:
-        if not math.isclose(pair.scale, first[1].scale, rel_tol=SAME):
-            raise UnsupportedError(
-                f"{name} is scaled by {pair.scale:g}, {first[0]} by {first[1].scale:g} (alpha / rank): a run has one "
-                "scale for all of its layers, so alpha_pattern has to follow rank_pattern"
-            )
-    groups = {layer.group for layer in layers if layer.name in pairs}
-    targets = Targets(attn="attn" in groups, mlp="mlp" in groups, unembed="unembed" in groups)
-    scale = first[1].scale
-    alpha = config.alpha if config.alpha / rank == scale else scale * rank
-    return ForeignAdapter(layers, pairs, targets, rank, alpha)
+    return ForeignAdapter(layers, pairs, _spec(layers, pairs, config, base))
+
+
+def _spec(layers: Sequence[Layer], pairs: Mapping[str, Pair], config: PeftConfig, base: BaseInfo) -> RunSpec:
+    """Of a run whose layers have the ranks and scales of the adapter's."""
+    by_name: dict[str, list[tuple[str, Pair]]] = {}
+    groups: set[str] = set()
+    for layer in layers:
+        if layer.name in pairs:
+            by_name.setdefault(layer.layer, []).append((layer.name, pairs[layer.name]))
+            groups.add(layer.group)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, found in by_name.items():
+        (first, pair), *others = found
+        for other, its in others:
+            if not math.isclose(its.scale, pair.scale, rel_tol=SAME):
+                raise UnsupportedError(
+                    f"{other} is scaled by {its.scale:g}, {first} by {pair.scale:g}: layers of one name have one scale in a "
+                    "run, so alpha_pattern has to follow rank_pattern"
+                )
+        rank = max(its.rank for _, its in found)
+        exact = {its.alpha for _, its in found if its.rank == rank and its.alpha / config.divisor(rank) == its.scale}
+        alpha = exact.pop() if len(exact) == 1 else pair.scale * config.divisor(rank)
+        if rank != config.rank:
+            ranks[name] = rank
+        if alpha != config.alpha:
+            alphas[name] = alpha
+    return RunSpec(
+        RunId(""),
+        base.name,
+        config.rank,
+        targets=Targets(attn="attn" in groups, mlp="mlp" in groups, unembed="unembed" in groups),
+        alpha=config.alpha,
+        options=LoraOptions(config.is_stabilised, tuple(sorted(ranks.items())), tuple(sorted(alphas.items()))),
+    )
 
 
 def _pairs(
@@ -126,7 +142,8 @@ def _plain_pair(file: TensorFile, config: PeftConfig, module: str, keys: tuple[s
             f"{echo(module)} has factors of {list(a)} and {list(b)}; the served base has {layer.inputs} inputs and "
             f"{layer.outputs} outputs there: the adapter is of another model"
         )
-    return Pair(rank, config.scale(module, rank), lambda: file.read(a_key), lambda: file.read(b_key))
+    scale, alpha = config.scale(module, rank), config.alpha_of(module)
+    return Pair(rank, scale, alpha, lambda: file.read(a_key), lambda: file.read(b_key))
 
 
 def _small(file: BinaryIO, files: Mapping[str, Stretch], name: str) -> bytes:

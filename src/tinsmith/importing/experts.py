@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -65,7 +65,8 @@ class Mixture:
         is_fit = len(a) == len(b) == 3 and a[0] in counts and b[0] in counts
         if not is_fit or (a[1:], b[1:]) != ((rank, layer.inputs), (layer.outputs, rank)) or rank < 1:
             raise _misfit(module, a, b, layer)
-        return Pair(rank, config.scale(module, rank), partial(file.read, a_key), partial(file.read, b_key))
+        scale, alpha = config.scale(module, rank), config.alpha_of(module)
+        return Pair(rank, scale, alpha, partial(file.read, a_key), partial(file.read, b_key))
 
     def _one_by_one(self, file: TensorFile, config: PeftConfig) -> Mapping[str, Pair]:
         of_layer: dict[str, dict[int, tuple[str, str, str]]] = {}
@@ -93,7 +94,8 @@ class Mixture:
         def stack(half: int) -> FloatArray:
             return np.stack([file.read(keys[half]) for keys in ordered])
 
-        return Pair(rank, config.scale(ordered[0][0], rank), partial(stack, 1), partial(stack, 2))
+        module = ordered[0][0]
+        return Pair(rank, config.scale(module, rank), config.alpha_of(module), partial(stack, 1), partial(stack, 2))
 
     def _wrapped(self, file: TensorFile, config: PeftConfig) -> Mapping[str, Pair]:
         made: dict[str, Pair] = {}
@@ -107,29 +109,40 @@ class Mixture:
             read_a, read_b = partial(_experts_a, file, a_key, num), partial(_experts_b, file, b_key, num)
             path = re.sub(r"(\.base_layer)+$", "", module)
             if (a[1], b[0]) == (down.inputs, down.outputs) and "w2" not in made:
-                made["w2"] = Pair(rank, config.scale(f"{path}.down_proj", rank), read_a, read_b)
+                own = f"{path}.down_proj"
+                made["w2"] = Pair(rank, config.scale(own, rank), config.alpha_of(own), read_a, read_b)
             elif (a[1], b[0]) == (gate.inputs, 2 * gate.outputs) and "w1" not in made:
-                scale = config.scale(f"{path}.gate_up_proj", rank)
-                made |= _gate_and_up(rank, scale, read_a, read_b, interleaves=gate.interleaves)
+                own = f"{path}.gate_up_proj"
+                joint = Pair(rank, config.scale(own, rank), config.alpha_of(own), read_a, read_b)
+                made |= _gate_and_up(joint, interleaves=gate.interleaves)
             else:
                 raise _misfit(module, a, b, gate)
         return made
 
 
-def _gate_and_up(
-    rank: int, scale: float, read_a: Callable[[], FloatArray], read_b: Callable[[], FloatArray], *, interleaves: bool
-) -> Mapping[str, Pair]:
+def _gate_and_up(joint: Pair, *, interleaves: bool) -> Mapping[str, Pair]:
     def rows(index: int) -> FloatArray:
-        b_EOR = read_b()
+        b_EOR = joint.b()
         return b_EOR[:, index::2] if interleaves else np.split(b_EOR, 2, axis=1)[index]
 
-    half = rank // 2
-    if rank % 2 or rows(0)[..., half:].any() or rows(1)[..., :half].any():
-        return {name: Pair(rank, scale, read_a, partial(rows, index)) for index, name in enumerate(("w1", "w3"))}
+    half = joint.rank // 2
+    if joint.rank % 2 or rows(0)[..., half:].any() or rows(1)[..., :half].any():
+        return {name: replace(joint, b=partial(rows, index)) for index, name in enumerate(("w1", "w3"))}
+    first, second = slice(half), slice(half, None)
     return {
-        "w1": Pair(half, scale, lambda: read_a()[:, :half], lambda: rows(0)[..., :half]),
-        "w3": Pair(half, scale, lambda: read_a()[:, half:], lambda: rows(1)[..., half:]),
+        name: Pair(
+            half, joint.scale, joint.alpha / 2, partial(_part_a, joint, part), partial(_part_b, rows, index, part)
+        )
+        for index, (name, part) in enumerate((("w1", first), ("w3", second)))
     }
+
+
+def _part_a(joint: Pair, part: slice) -> FloatArray:
+    return joint.a()[:, part]
+
+
+def _part_b(rows: Callable[[int], FloatArray], index: int, part: slice) -> FloatArray:
+    return rows(index)[..., part]
 
 
 def _experts_a(file: TensorFile, key: str, num: int) -> FloatArray:

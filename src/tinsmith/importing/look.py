@@ -9,7 +9,7 @@ from tinsmith.errors import UserError
 from tinsmith.importing import adapter, peft_config, state
 from tinsmith.importing.archive import Stretch, files_in
 from tinsmith.layer_table import Layer
-from tinsmith.types import BaseInfo, RunSpec, Targets
+from tinsmith.types import BaseInfo, RunSpec
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
@@ -18,13 +18,10 @@ class Foreign(Protocol):
     """What can become a checkpoint. num_bytes: of its tensors there."""
 
     @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def targets(self) -> Targets: ...
+    def spec(self) -> RunSpec:
+        """Of a run like it; whose and on which base is left open."""
+        ...
+
     @property
     def has_optimizer(self) -> bool: ...
     @property

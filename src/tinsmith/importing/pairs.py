@@ -17,10 +17,12 @@ from tinsmith.types import FloatArray
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A [R, I] and B [O, R]; of experts A [E, R, I] and B [E, O, R]. scale: B A times this is added to the layer."""
+    """A [R, I] and B [O, R]; of experts A [E, R, I] and B [E, O, R]. scale: B A times this is added to the layer.
+    alpha: what the file says it is made of."""
 
     rank: int
     scale: float
+    alpha: float
     a: Callable[[], FloatArray]
     b: Callable[[], FloatArray]
 

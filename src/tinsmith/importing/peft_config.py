@@ -39,10 +39,16 @@ class PeftConfig:
     is_stabilised: bool
     alphas: Mapping[str, float]
 
+    def alpha_of(self, module: str) -> float:
+        return next((value for pattern, value in self.alphas.items() if _matches(pattern, module)), self.alpha)
+
     def scale(self, module: str, rank: int) -> float:
         """Of a module's product, B A times this. `rank`: as its tensors have it."""
-        alpha = next((value for pattern, value in self.alphas.items() if _matches(pattern, module)), self.alpha)
-        return alpha / (math.sqrt(rank) if self.is_stabilised else rank)
+        return self.alpha_of(module) / self.divisor(rank)
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by."""
+        return math.sqrt(rank) if self.is_stabilised else rank
 
 
 def parse_config(data: bytes) -> PeftConfig:

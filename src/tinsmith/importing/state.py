@@ -14,8 +14,8 @@ from tinsmith.checkpoint_file import ENTRY, FORMAT, Label, state_header
 from tinsmith.errors import UserError, echo
 from tinsmith.importing.archive import Stretch
 from tinsmith.importing.tensor_file import TensorFile
-from tinsmith.layer_table import Layer, halves_in_order
-from tinsmith.types import RunSpec, Targets
+from tinsmith.layer_table import Layer, shapes_of
+from tinsmith.types import RunSpec
 
 NAME = "run_state.safetensors"
 PARTS = ("param", "m", "v")
@@ -31,22 +31,6 @@ class ForeignState:
     step: int
     names: Mapping[str, tuple[int, ...]]
     has_optimizer: bool
-
-    @property
-    def rank(self) -> int:
-        return self.spec.rank
-
-    @property
-    def alpha(self) -> float:
-        return self.spec.alpha
-
-    @property
-    def seed(self) -> int:
-        return self.spec.seed
-
-    @property
-    def targets(self) -> Targets:
-        return self.spec.targets
 
     @property
     def num_bytes(self) -> int:
@@ -68,20 +52,18 @@ def look_at_state(file: BinaryIO, place: Stretch, layers: Sequence[Layer]) -> Fo
         raise UserError(f"{NAME} is no run's state: its label can't be read ({error})") from None
     if label.format != FORMAT:
         raise UserError(f"{NAME} has the format {echo(label.format)}, and {FORMAT!r} is read here: update the server")
-    if not 0 <= label.step <= MAX_STEP or not (math.isfinite(label.spec.alpha) and label.spec.alpha > 0):
-        raise UserError(f"{NAME}: its step and alpha are no numbers that a run can have")
-    if label.spec.rank < 1:
-        raise UserError(f"{NAME}: rank {label.spec.rank} is no adapter's")
+    spec = label.spec
+    ranks, alphas = (spec.rank, *dict(spec.options.ranks).values()), (spec.alpha, *dict(spec.options.alphas).values())
+    are_good = all(rank >= 1 for rank in ranks) and all(math.isfinite(alpha) and alpha > 0 for alpha in alphas)
+    if not are_good or not 0 <= label.step <= MAX_STEP or not 0 <= spec.options.dropout < 1:
+        raise UserError(f"{NAME}: its step, ranks, alphas and dropout are no numbers that a run can have")
     names = _names(found, label.spec, layers)
     return ForeignState(found, label.spec, label.step, names, any(name.startswith("m/") for name in names))
 
 
 def _names(file: TensorFile, spec: RunSpec, layers: Sequence[Layer]) -> Mapping[str, tuple[int, ...]]:
     """The tensors in the order in which they lie here, with their shapes."""
-    wanted = {
-        f"{layer.state_name}.{half}": (layer.a_shape if half == "lora_A" else layer.b_shape)(spec.rank)
-        for layer, half in halves_in_order(layers, spec.targets)
-    }
+    wanted = shapes_of(layers, spec)
     parts = {name.partition("/")[0] for name in file.tensors}
     if not wanted or parts not in ({"param"}, set(PARTS)):
         raise UserError(f"{NAME} must hold weights, and both moments or none; it has {', '.join(sorted(parts)[:6])}")

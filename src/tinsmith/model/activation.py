@@ -42,6 +42,24 @@ class _SiLU(torch.autograd.Function):
         return stable_silu_grad(x).mul_(grad)
 
 
+def stable_sigmoid(x: Tensor) -> Tensor:
+    """Differentiable; the bits of an element don't depend on its place."""
+    return cast(Tensor, _Sigmoid.apply(x)) if torch.is_grad_enabled() else _sigmoid(x)  # type: ignore[no-untyped-call]
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        s = _sigmoid(x)
+        ctx.save_for_backward(s)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (s,) = ctx.saved_tensors
+        return torch.rsub(s, 1.0).mul_(s).mul_(grad)
+
+
 def gated_silu(gate_up: Tensor, *, stable: bool) -> Tensor:
     """silu(gate) · up of [..., 2I], whose last dimension holds gate and then up; [..., I]. Keeps its input alone."""
     if not torch.is_grad_enabled():

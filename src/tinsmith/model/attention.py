@@ -4,6 +4,7 @@ Plain causal attention goes to the kernels of torch. What they can't do, windows
 sinks, is computed here block by block of queries: memory is linear in the length, and scores are made again for
 backward (Dao 2022, arXiv 2205.14135, algorithms 1 and 4, with blocks of queries only).
 
+* chunk: Llama 4: a position sees what lies before it in its own chunk, and itself; chunks begin at multiples.
 * window: Beltagy 2020, arXiv 2004.05150, section 3.1: a position sees itself and window - 1 before it.
 * softcap: Gemma 2, arXiv 2408.00118, section 2: scores become cap · tanh(scores / cap).
 * sinks: gpt-oss, arXiv 2508.10925, section 2.2: one more score a head, of a key whose value is zero.
@@ -35,6 +36,7 @@ class AttentionKind:
     window: int | None = None
     softcap: float | None = None
     sinks_H: Tensor | None = None
+    chunk: int | None = None
 
     @property
     def is_masked_only(self) -> bool:
@@ -43,11 +45,26 @@ class AttentionKind:
 
     def is_plain(self, num_positions: int) -> bool:
         """Plain causal attention, for sequences of at most so many positions."""
-        return self.is_masked_only and (self.window is None or self.window >= num_positions)
+        return self.is_masked_only and all(reach is None or reach >= num_positions for reach in self.reaches)
+
+    @property
+    def reaches(self) -> tuple[int | None, int | None]:
+        """Window and chunk: together with a position they say from where on it sees keys."""
+        return self.window, self.chunk
 
     def first_seen(self, position: int) -> int:
         """The first key that a query at this position sees."""
-        return 0 if self.window is None else max(0, position - self.window + 1)
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
+
+    def unseen(self, at: Tensor, of: Tensor) -> Tensor | None:
+        """Where keys at positions `of` are hidden from queries at positions `at`, for lying too far back, whatever
+        comes after; None if none is. The two broadcast."""
+        found = None if self.window is None else of <= at - self.window
+        if self.chunk is None:
+            return found
+        before = of < at - at % self.chunk
+        return before if found is None else found | before
 
 
 def block_attention(q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: AttentionKind) -> Tensor:
@@ -143,7 +160,8 @@ def _forward(q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: A
 def _blocks(q_BHND: Tensor, k_BGSD: Tensor, start: int, kind: AttentionKind) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, and the keys that some query of the block sees. They don't depend on B."""
     heads, num_queries = q_BHND.shape[1:3]
-    num_seen = k_BGSD.shape[2] if kind.window is None else min(k_BGSD.shape[2], kind.window + BLOCK_QUERIES)
+    reaches = [reach + BLOCK_QUERIES for reach in kind.reaches if reach is not None]
+    num_seen = min(k_BGSD.shape[2], *reaches) if reaches else k_BGSD.shape[2]
     size = max(1, min(BLOCK_QUERIES, MAX_SCORES // (heads * num_seen)))
     for first in range(0, num_queries, size):
         last = min(first + size, num_queries)
@@ -157,8 +175,9 @@ def _scores(q_BGXD: Tensor, k_BGKD: Tensor, rows: slice, keys: slice, start: int
     at_M = torch.arange(start + rows.start, start + rows.stop, device=scores.device)[:, None]
     of_K = torch.arange(keys.start, keys.stop, device=scores.device)
     hidden_MK = of_K > at_M
-    if kind.window is not None:
-        hidden_MK |= of_K <= at_M - kind.window
+    unseen_MK = kind.unseen(at_M, of_K)
+    if unseen_MK is not None:
+        hidden_MK |= unseen_MK
     scores.view(num, groups, -1, *hidden_MK.shape).masked_fill_(hidden_MK, float("-inf"))
     return scores
 

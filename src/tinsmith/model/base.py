@@ -30,6 +30,7 @@ from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
+from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
 from tinsmith.types import BaseInfo
 
@@ -42,7 +43,8 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 class BaseModel:
     """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
-    `final` is what becomes of the head's outputs, its adapters' among them."""
+    `final` is what becomes of the head's outputs, its adapters' among them. Routes have `num_chosen` of `num_experts`
+    experts for each of `num_routers` routers; 0 where they can't be replayed."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class BaseModel:
         head: nn.Linear,
         experts: Sequence[Experts],
         router_weights: Sequence[Tensor],
+        routers: Sequence[Router],
         holder: PassHolder,
     ) -> None:
         self.info = info
@@ -63,12 +66,15 @@ class BaseModel:
         self.head = FrozenMatrix(head.weight)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.num_forwards = 0
-        self.backbone: nn.Module = getattr(model, model.base_model_prefix)
+        self.backbone: nn.Module = _backbone(model)
         self._embedding: nn.Module = model.get_input_embeddings()
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
         self._experts = experts
         self.router_weights = router_weights
+        self.num_routers = len(routers)
+        self.num_experts = experts[0].num_experts if experts else 0
+        self.num_chosen = routers[0].num_chosen if routers else 0
         self._holder = holder
 
     @property
@@ -105,7 +111,7 @@ class BaseModel:
         embeds_TD = self.embed(tokens_T)
         if torch.is_grad_enabled() and recompute:
             embeds_TD = embeds_TD.requires_grad_()  # a layer that is computed twice is differentiated by its input
-        self._holder.enter(context, recomputes=recompute)
+        self._holder.enter(context, positions_T, recomputes=recompute)
         try:
             out = self.backbone(
                 inputs_embeds=embeds_TD[None], position_ids=positions_T[None], use_cache=False, return_dict=True
@@ -131,21 +137,28 @@ def open_base(
     found = find_experts(model, family)
     check_rope(model)
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
-    with SiblingWatch(linears) as watch:
+    choosing = family.routers if family.expert_weights is not None else ()
+    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
-    infos = describe_linears(model, linears, head, watch.leads, describe_experts(found, shares_factors=shares_factors))
+    infos = describe_linears(
+        model, linears, head, watch.leads, describe_experts(found, family, shares_factors=shares_factors)
+    )
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
-    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    router_weights = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
     experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
+    _replace_others(model, family, holder)
+    routers = replace_routers(
+        model, family.routers, family.expert_weights, holder, choose=family.routers_choose, is_even=deterministic
+    )
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
-    _check(base, groups, model, tokens_T, logits_TV)
+    _check(base, groups, model, tokens_T, logits_TV, routing.choices)
     base.num_forwards = 0
     return base
 
@@ -162,6 +175,20 @@ def _group_linears(
         for index, name in enumerate(group.names):
             model.set_submodule(name, GroupedLinear(group, index))
     return groups
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The decoder layers and what is around them; some models call it otherwise than they say."""
+    found: object = getattr(model, model.base_model_prefix, None)
+    return found if isinstance(found, nn.Module) else model.get_submodule("model")
+
+
+def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) -> None:
+    """Modules that hooks can't carry."""
+    for path, module in list(model.named_modules()):
+        stand_in = family.stand_ins.get(type(module).__name__)
+        if stand_in is not None:
+            model.set_submodule(path, stand_in(module, holder))
 
 
 def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
@@ -210,7 +237,8 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Sequence[Tensor]) -> None:
+        self.choices = choices
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
@@ -227,12 +255,21 @@ class _CheckContext:
         self.mixtures[name] += 1
         return NO_ADAPTERS
 
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        """The plain model's choice, since rounding may tip another one, backwards: so the weights are made anew."""
+        return self.choices[router].flip(1) if self.choices else experts_TK
+
 
 def _check(
-    base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
+    base: BaseModel,
+    groups: Sequence[LinearGroup],
+    model: PreTrainedModel,
+    tokens_T: Tensor,
+    expected_TV: Tensor,
+    choices: Sequence[Tensor],
 ) -> None:
     kind = type(model).__name__
-    context = _CheckContext()
+    context = _CheckContext(choices)
     with torch.no_grad():
         h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
     if context.layers != Counter(range(base.num_layers)):

@@ -1,8 +1,8 @@
 """Mixtures of experts: a layer's experts as two products over rows sorted by expert, with adapters in both.
 
-Owns the base's products and their order; routes are the model's own router's, whose gradient flows by autograd, and
-which is frozen. Refuses to know adapters: the pass context adds them. As in `model.linear`, no gradient is made for any
-weight. Layers are named as `tinker_cookbook.weights` names them: w1 is the gate, w3 what it gates, w2 the way back.
+Owns the base's products and their order; routes come from `model.routers`. Refuses to know adapters: the pass context
+adds them. As in `model.linear`, no gradient is made for any weight. Layers are named
+as `tinker_cookbook.weights` names them: w1 is the gate, w3 what it gates, w2 the way back.
 Shape letters: T rows of the pass, K experts of a row, E experts, N slots (see `model.routes`), D hidden size, I inputs
 and O outputs of a product.
 """
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.context import ExpertAdapters
 from tinsmith.model.families import Family
+from tinsmith.model.families.family import ExpertLayout
 from tinsmith.model.frozen import FrozenMatrix, can_pack
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.linear import PassHolder
-from tinsmith.model.routes import Routes, gather, spread
-
-EVEN_ROWS = 16  # from so many rows up, torch's own products of float32 give a row the same bits
+from tinsmith.model.routes import Routes, gather, spread, to_slots
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -107,7 +106,8 @@ class ExpertProduct:
 
 
 class Experts(nn.Module):
-    """In the place of a model's own experts: Σ over a row's experts of weight · w2(gate(w1 x, w3 x))."""
+    """In the place of a model's own experts: Σ over a row's experts of weight · w2(gate(w1 x, w3 x)), or where weights
+    are of inputs, of w2(gate(weight · w1 x, weight · w3 x))."""
 
     def __init__(
         self,
@@ -124,16 +124,17 @@ class Experts(nn.Module):
         self._holder = holder
         self._gate = family.expert_gate(module, stable)
         self.num_experts = cast(int, module.num_experts)
-        is_transposed = bool(module.is_transposed)
+        self._weighs_inputs = family.weighs_inputs
+        layout = layout_of(module, family)
         gate_up_EOI, down_EOI = (
-            w.transpose(1, 2) if is_transposed else w
+            w.transpose(1, 2) if layout.is_transposed else w
             for w in (cast(Tensor, module.gate_up_proj).detach(), cast(Tensor, module.down_proj).detach())
         )
         gate_up_bias, down_bias = (
-            cast(Tensor, getattr(module, f"{name}_bias")).detach() if module.has_bias else None
+            cast(Tensor, getattr(module, f"{name}_bias")).detach() if layout.has_bias else None
             for name in ("gate_up_proj", "down_proj")
         )
-        if not module.is_concatenated:
+        if not layout.is_concatenated:
             gate_up_EOI = _side_by_side(gate_up_EOI)
             gate_up_bias = None if gate_up_bias is None else _side_by_side(gate_up_bias)
         is_grouped = gate_up_EOI.device.type == "cuda" and gate_up_EOI.dtype == torch.bfloat16
@@ -149,26 +150,16 @@ class Experts(nn.Module):
         """[T, D], int64 [T, K] and [T, K] -> [T, D]."""
         routes = Routes.of(top_k_index, self.num_experts)
         adapters = self._holder.context.experts(self.name, routes)
-        inner_NI = self._gate(self.gate_up(spread(hidden_states, routes), routes, adapters))
+        x_ND = spread(hidden_states, routes)
+        if self._weighs_inputs:
+            x_ND = x_ND * to_slots(top_k_weights, routes)[:, None]
+            top_k_weights = torch.ones_like(top_k_weights)
+        inner_NI = self._gate(self.gate_up(x_ND, routes, adapters))
         return gather(self.down(inner_NI, routes, adapters), top_k_weights, routes)
 
     def matrices(self) -> Iterator[FrozenMatrix]:
         yield from self.gate_up.matrices.matrices
         yield from self.down.matrices.matrices
-
-
-class EvenRouter(nn.Module):
-    """A model's own router, which is never asked about so few rows that their number would change a row's bits."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        missing = max(0, EVEN_ROWS - len(x_TD))
-        found = self.router(F.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD)
-        return tuple(part[: len(x_TD)] for part in found)
 
 
 class _Product(torch.autograd.Function):
@@ -210,16 +201,24 @@ def find_experts(model: nn.Module, family: Family) -> dict[str, nn.Module]:
 def frozen_parts(model: nn.Module, family: Family) -> list[nn.Module]:
     """Modules whose weights aren't in nn.Linear layers and are known all the same."""
     known = {*family.experts, *family.routers}
-    return [module for module in model.modules() if type(module).__name__ in known]
+    others = [module for module in model.modules() if type(module).__name__ in family.stand_ins]
+    own = [child for module in others for child in module.children() if isinstance(child, nn.Conv1d)]
+    return own + [module for module in model.modules() if type(module).__name__ in known]
 
 
-def describe_experts(experts: Mapping[str, nn.Module], *, shares_factors: bool) -> Iterator[LinearInfo]:
+def layout_of(module: nn.Module, family: Family) -> ExpertLayout:
+    if family.expert_layout is not None:
+        return family.expert_layout
+    return ExpertLayout(bool(module.is_transposed), bool(module.is_concatenated), bool(module.has_bias))
+
+
+def describe_experts(experts: Mapping[str, nn.Module], family: Family, *, shares_factors: bool) -> Iterator[LinearInfo]:
     """The layers of each. Where factors are shared, the one on the side of the hidden states is one for all experts,
     and the other each expert's own; else both are its own."""
     for path, module in experts.items():
         num = cast(int, module.num_experts)
         gate_up, down = cast(Tensor, module.gate_up_proj), cast(Tensor, module.down_proj)
-        hidden, inner = (down.shape[2], down.shape[1]) if module.is_transposed else (down.shape[1], down.shape[2])
+        hidden, inner = down.shape[:0:-1] if layout_of(module, family).is_transposed else down.shape[1:]
         if gate_up.numel() != num * 2 * inner * hidden:
             raise UnsupportedError(f"{path}: experts of {list(gate_up.shape)} and {list(down.shape)} can't be carried")
         outer, in_turn = 1 if shares_factors else num, not module.is_concatenated
@@ -247,10 +246,6 @@ def replace_experts(
         path = next(iter(experts))
         replaced.append(Experts(path, experts.pop(path), family, holder, leads, stable=stable))
         model.set_submodule(path, replaced[-1])
-    if stable:
-        for path, module in list(model.named_modules()):
-            if type(module).__name__ in family.routers:
-                model.set_submodule(path, EvenRouter(module))
     return replaced
 
 

@@ -42,6 +42,11 @@ class LinearInfo:
     interleaves: bool = False
 
     @property
+    def layer(self) -> str:
+        """The last part of its path."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_of_experts(self) -> bool:
         return self.num_a > 0
 

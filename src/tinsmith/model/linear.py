@@ -21,12 +21,14 @@ class PassHolder:
     """Where the layers of one base find the context of the pass that is running.
 
     recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`.
+    positions_T: of the pass's rows in their sequences, for layers that compute with them.
     anchor: an input by which a product is differentiated although its x isn't, for its adapters' sake; it never gets a
     gradient.
     """
 
     def __init__(self) -> None:
         self._context: PassContext | None = None
+        self._positions_T: Tensor | None = None
         self.recomputes = False
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -35,13 +37,19 @@ class PassHolder:
         assert self._context is not None, "a layer of the base was called outside a pass"
         return self._context
 
-    def enter(self, context: PassContext, *, recomputes: bool = False) -> None:
+    @property
+    def positions_T(self) -> Tensor:
+        assert self._positions_T is not None, "a layer of the base was called outside a pass"
+        return self._positions_T
+
+    def enter(self, context: PassContext, positions_T: Tensor, *, recomputes: bool = False) -> None:
         assert self._context is None, "a pass is already running over this base"
         self._context = context
+        self._positions_T = positions_T
         self.recomputes = recomputes
 
     def leave(self) -> None:
-        self._context = None
+        self._context = self._positions_T = None
         self.recomputes = False
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinsmith.errors import UserError
 from tinsmith.model.base import BaseModel, open_base
+from tinsmith.model.directory import read_config
 from tinsmith.types import BaseInfo
 
 
@@ -47,6 +48,7 @@ def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreT
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.path,
+            config=read_config(info.path),
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
             local_files_only=True,

@@ -45,16 +45,16 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, forward: Forward, holder: PassHolder, given: Mapping[str, Any]) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.layer = (forward, holder, holder.context, given)
+        ctx.layer = (forward, holder, holder.context, holder.positions_T, given)
         return forward(hidden, **given)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         """The layer's own backward, from values made anew; `add_lora_grad` is called in it as without checkpointing."""
-        forward, holder, context, given = ctx.layer
+        forward, holder, context, positions_T, given = ctx.layer
         (hidden,) = ctx.saved_tensors
         leaf = hidden.detach().requires_grad_()
-        holder.enter(context)
+        holder.enter(context, positions_T)
         try:
             with torch.enable_grad():
                 out = forward(leaf, **given)

@@ -83,6 +83,12 @@ def spread(x_TD: Tensor, routes: Routes) -> Tensor:
     return x_TD.index_select(0, routes.rows_N)
 
 
+def to_slots(weights_TK: Tensor, routes: Routes) -> Tensor:
+    """The weight of each slot, [N]; zero for filler."""
+    empty_N = weights_TK.new_zeros(len(routes.rows_N))
+    return empty_N.scatter(0, routes.places_TK.reshape(-1), weights_TK.reshape(-1))
+
+
 def gather(y_ND: Tensor, weights_TK: Tensor, routes: Routes) -> Tensor:
     """Σ over a row's experts of weight · output, added up in float32: [T, D] in the dtype of y."""
     if torch.is_grad_enabled():

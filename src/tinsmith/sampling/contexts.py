@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, Routes, padded_rows
+from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind, block_attention, masked_attention
 from tinsmith.model.lora import NO_ADAPTERS, ExpertLora, LoraBackend
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
@@ -47,7 +47,7 @@ class Segment:
         return self.last - self.first
 
 
-class PrefillContext:
+class PrefillContext(OwnRoutes):
     """Attention of each chunk over its own prompt so far, LoRA of each chunk by its own adapter."""
 
     def __init__(self, segments: Seq[Segment], device: torch.device, dtype: torch.dtype, backend: LoraBackend) -> None:
@@ -104,7 +104,7 @@ class DecodeGroup:
         self._columns_W = torch.arange(arena.num_positions, device=device)
         self._slots_N1 = torch.arange(len(arena.owners), device=device)[:, None]
         self._positions_N = torch.empty(0, dtype=torch.int64, device=device)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
         self._dtype = torch.float32
         self._ends: list[int] = []
         self._indices: dict[int, Tensor] = {}
@@ -127,7 +127,7 @@ class DecodeGroup:
         k_CGWD.view(-1, size).index_copy_(0, index, k_GND.transpose(0, 1).reshape(-1, size))
         v_CGWD.view(-1, size).index_copy_(0, index, v_GND.transpose(0, 1).reshape(-1, size))
         q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
-        mask = self._mask(kind.window).expand(num, 1, heads // groups, -1)
+        mask = self._mask(kind).expand(num, 1, heads // groups, -1)
         if not self.arena.is_long:
             out_NGQD = masked_attention(q_NGQD, k_CGWD[:num], v_CGWD[:num], mask, kind)
             return out_NGQD.reshape(num, heads, size)
@@ -138,16 +138,17 @@ class DecodeGroup:
             outs.append(masked_attention(q_NGQD[one], k, v, seen, kind))
         return torch.cat(outs).reshape(num, heads, size)
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, kind: AttentionKind) -> Tensor:
         """0 where a sequence's new position sees a position of its slot, else -inf: [N, 1, 1, W]."""
-        mask = self._masks.get(window)
+        mask = self._masks.get(kind.reaches)
         if mask is None:
             columns_W, positions_N1 = self._columns_W[: max(self._ends, default=None)], self._positions_N[:, None]
             seen_NW = columns_W <= positions_N1
-            if window is not None:
-                seen_NW &= columns_W > positions_N1 - window
+            unseen_NW = kind.unseen(positions_N1, columns_W)
+            if unseen_NW is not None:
+                seen_NW &= ~unseen_NW
             hidden = torch.full(seen_NW.shape, float("-inf"), dtype=self._dtype, device=seen_NW.device)
-            mask = self._masks[window] = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
+            mask = self._masks[kind.reaches] = hidden.masked_fill_(seen_NW, 0.0)[:, None, None]
         return mask
 
     def _written(self, heads: int) -> Tensor:
@@ -185,7 +186,7 @@ def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.devic
     return groups
 
 
-class DecodeContext:
+class DecodeContext(OwnRoutes):
     """One token of every sequence in the groups; rows past the last group are padding.
 
     is_exact: in experts each row is computed by itself. backend: of the adapters in experts.
@@ -216,7 +217,7 @@ class DecodeContext:
         return ExpertLora([self.expert_segments], name, routes, self.backend)
 
 
-class MixedContext:
+class MixedContext(OwnRoutes):
     """Decoding sequences in rows 0..num_decoded-1, prompts in those after them."""
 
     def __init__(self, decode: DecodeContext, num_decoded: int, prefill: PrefillContext) -> None:
@@ -239,7 +240,7 @@ class MixedContext:
         return ExpertLora([self._expert_segments], name, routes, self._backend)
 
 
-class ShapeProbe:
+class ShapeProbe(OwnRoutes):
     """Records the key/value heads and head size of each layer; leaves attention out."""
 
     def __init__(self) -> None:

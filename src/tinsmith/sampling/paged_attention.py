@@ -36,8 +36,9 @@ def gathered_attention(
     k_NGWD, v_NGWD = (pool[tables_NB].flatten(1, 2).transpose(1, 2) for pool in (k_PKGD, v_PKGD))
     columns_W = torch.arange(k_NGWD.shape[2], device=q_NHD.device)
     seen_NW = columns_W < lengths_N[:, None]
-    if kind.window is not None:
-        seen_NW &= columns_W >= lengths_N[:, None] - kind.window
+    unseen_NW = kind.unseen(lengths_N[:, None] - 1, columns_W)
+    if unseen_NW is not None:
+        seen_NW &= ~unseen_NW
     q_NGQD = q_NHD.reshape(num, groups, heads // groups, size)
     hidden_NW = torch.zeros(seen_NW.shape, dtype=q_NHD.dtype, device=q_NHD.device)
     mask = hidden_NW.masked_fill_(~seen_NW, float("-inf"))[:, None, None].expand(num, 1, heads // groups, -1)

@@ -30,10 +30,12 @@ def paged_attention_kernel(
     sinks_H = q_NHD if kind.sinks_H is None else kind.sinks_H.contiguous()
     _attend[(num, groups)](
         q_NHD, k_PKGD, v_PKGD, tables_NB, lengths_N, out_NHD, kind.scale, sinks_H, tables_NB.stride(0),
-        k_PKGD.stride(0), k_PKGD.stride(1), k_PKGD.stride(2), heads, per_group, kind.window or 0, kind.softcap or 0.0,
+        k_PKGD.stride(0), k_PKGD.stride(1), k_PKGD.stride(2), heads, per_group, kind.window or 0,
+        kind.chunk or 0, kind.softcap or 0.0,
         SIZE=size, BLOCK_K=k_PKGD.shape[1], BLOCK_Q=max(MIN_QUERIES, triton.next_power_of_2(per_group)),
         BLOCK_D=triton.next_power_of_2(size),
-        HAS_WINDOW=kind.window is not None, HAS_CAP=kind.softcap is not None, HAS_SINKS=kind.sinks_H is not None,
+        HAS_WINDOW=kind.window is not None,
+        HAS_CHUNK=kind.chunk is not None, HAS_CAP=kind.softcap is not None, HAS_SINKS=kind.sinks_H is not None,
         BY_HAND=k_PKGD.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
     )  # fmt: skip
     return out_NHD
@@ -42,9 +44,9 @@ def paged_attention_kernel(
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, out_ptr, scale, sink_ptr, table_stride, block_stride, token_stride,
-    head_stride, heads, per_group, window, cap, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    BY_HAND: tl.constexpr,
+    head_stride, heads, per_group, window, chunk, cap, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     sequence, group = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_ptr + sequence)
@@ -64,6 +66,8 @@ def _attend(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(length - window, 0)
+    if HAS_CHUNK:
+        first = tl.maximum(first, (length - 1) // chunk * chunk)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for index in range(first // BLOCK_K, tl.cdiv(length, BLOCK_K)):
         block = tl.load(table_ptr + sequence * table_stride + index)

@@ -63,9 +63,8 @@ class Stages:
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""
         assert prompt.prompt_kv is not None, "memory is opened first"
-        known = self._prefixes.fill(
-            prompt.line, prompt.tokens, prompt.prompt_kv.load, prompt.num_skippable, prompt.pictures
-        )
+        skippable = 0 if isinstance(prompt, Request) and prompt.item.records_routes else prompt.num_skippable
+        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.load, skippable, prompt.pictures)
         prompt.num_prefilled = known
         self.begun[prompt] = None
         if isinstance(prompt, Request):

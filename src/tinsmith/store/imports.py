@@ -42,10 +42,13 @@ class Imports:
         self._database = database
         self._quotas = quotas
 
-    def create(self, new: NewImport, now: float) -> bool:
+    def create(self, new: NewImport, now: float, *, most_sessions: int | None = None) -> bool:
         """Whether it was made now; False: an equal request made it before, and the file that came now isn't needed.
 
+        most_sessions: as for `Copies.create`.
+
         Raises:
+            CapacityError: too many sessions were opened lately.
             UserError: something else has been imported under this key.
             QuotaError: there is no room for it in a quota of the tenant or the key.
         """
@@ -58,10 +61,10 @@ class Imports:
                     raise UserError("this X-Idempotency-Key has been used for something else: take a new one")
                 return False
             self._quotas.require_storage(new.by, sum(each.size_bytes for each in new.checkpoints), now, conn)
-            open_ended(conn, run.session_id, run.tenant_id, new.project_id, new.by, IMPORTED, now)
+            open_ended(conn, run.session_id, run.tenant_id, new.project_id, new.by, IMPORTED, now, most_sessions)
             put_untrainable(conn, run, now)
             for checkpoint in new.checkpoints:
-                put_checkpoint(conn, run.tenant_id, checkpoint, now)
+                put_checkpoint(conn, run.tenant_id, checkpoint, now, new.by.key_id)
                 path = f"tinker://{checkpoint.run_id}/{checkpoint.kind}/{checkpoint.name}"
                 about = {"model_id": run.spec.run_id, "tinker_path": path, "sha256": run.user_metadata[DIGEST]}
                 note(conn, "checkpoint_import", run.tenant_id, new.by, about, now)

@@ -17,6 +17,7 @@ from tinsmith.model.attention import AttentionKind
 from tinsmith.model.lora import ExpertLora, LoraBackend, Segment
 from tinsmith.training.expert_loads import ExpertLoads
 from tinsmith.training.lanes import Lane, OpProgress
+from tinsmith.training.replay import Replay
 from tinsmith.training.varlen import Attention
 
 
@@ -48,6 +49,7 @@ class TrainingContext:
         self._parts = [[segment] for segment in self._segments] if deterministic else whole
         self._first_cut = len(self._parts) if num_first is None else num_first if deterministic else 1
         self._loads = ExpertLoads(lanes)
+        self._replay = Replay(lanes)
         self._num_kept: dict[str, int] = {}
         self._is_backward = False
 
@@ -78,6 +80,9 @@ class TrainingContext:
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         self._loads.see(name, routes)
         return ExpertLora(self._parts, name, routes, self._backend, self._before_expert_grads)
+
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        return self._replay.choose(router, experts_TK)
 
     def book_loads(self) -> None:
         """After the walk: tell each op how many of its tokens went to which experts."""
@@ -121,7 +126,6 @@ def _segment(span: Sequence[Lane]) -> Segment:
         span[-1].end,
         op.slot.views,
         grads,
-        op.slot.scale,
         experts=op.slot.expert_views,
         expert_grads=expert_grads,
     )

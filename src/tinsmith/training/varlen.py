@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch import Tensor
 from tinsmith.model.attention import AttentionKind
 from tinsmith.model.lora.tables import to_device
 from tinsmith.training.attention import PackedAttention
+from tinsmith.training.packing import pieces
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -53,10 +55,13 @@ class VarlenAttention:
         self._kernel = kernel
         self._lengths, self._device = lengths, device
         self._padded: PackedAttention | None = None  # for what the kernel can't do
+        self._by_chunk: dict[int, VarlenAttention] = {}
         self._accepted = frozenset(inspect.signature(kernel).parameters)
 
     def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         """[T, H, D]: each sequence attends to itself; differentiable."""
+        if kind.chunk is not None and kind.chunk < self._longest:
+            return self._of_chunks(kind.chunk).attend(q_HTD, k_GTD, v_GTD, replace(kind, chunk=None))
         is_within = kind.window is None or kind.window >= self._longest
         if not kind.is_masked_only or not (is_within or "window_size" in self._accepted):
             self._padded = self._padded or PackedAttention(self._lengths, self._device)
@@ -76,6 +81,13 @@ class VarlenAttention:
         starts, longest = self._starts, self._longest
         out_THD: Tensor = self._kernel(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)
         return out_THD
+
+    def _of_chunks(self, size: int) -> VarlenAttention:
+        """Chunks see nothing of one another: each is a sequence of its own."""
+        if size not in self._by_chunk:
+            parts = [end - start for length in self._lengths for start, end in pieces(length, size)]
+            self._by_chunk[size] = VarlenAttention(parts, self._device, self._kernel)
+        return self._by_chunk[size]
 
 
 def plain_varlen(

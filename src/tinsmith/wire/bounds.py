@@ -18,6 +18,7 @@ MAX_SHAPE_BYTES = 64
 MAX_ID_BYTES = 256
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 TOKEN_BYTES = 4
+ROUTES = 1000  # field of a request, see `wire.routes`
 
 # The messages within a message, by field number; what isn't listed is a value, and is skipped by its length.
 Message: TypeAlias = "dict[int, Message]"
@@ -59,6 +60,8 @@ def check_bounds(body: bytes, max_tokens: int, max_pictures: int = MAX_FIELDS, m
             if at + size > end:
                 raise IndexError(at)
             inner = message.get(number)
+            if message is REQUEST and number == ROUTES:
+                raise WireError("field 1000 is the server's own: leave it out")
             if inner is None:
                 at += size
                 if message is TEXT and number == 1:

@@ -71,9 +71,10 @@ class Chunks:
         self._length += len(tokens)
 
     def add_picture(
-        self, data: bytes, kind: str, expected_tokens: int | None, override: tuple[int, int] | None = None
+        self, data: bytes, kind: str | None, expected_tokens: int | None, override: tuple[int, int] | None = None
     ) -> None:
-        """kind: the format that the client says it has. override: width and height that it is to be taken to have.
+        """kind: the format that the client says it has; None: it says nothing. override: width and height that it is to
+        be taken to have.
 
         Raises:
             UserError: it can't be read, is of another format, or stands for another number of tokens than expected.
@@ -86,13 +87,17 @@ class Chunks:
         except UserError as error:
             raise type(error)(f"{where}: {error.message}") from None
 
-    def _add(self, data: bytes, kind: str, expected_tokens: int | None, override: tuple[int, int] | None) -> None:
+    def _add(
+        self, data: bytes, kind: str | None, expected_tokens: int | None, override: tuple[int, int] | None
+    ) -> None:
         sight = self._looking.sight
         if sight.vision is None:
             raise blind(sight.base)
         shape = shape_of(data, sight.bounds)
-        if kind != shape.kind:
-            raise UserError(f"format says {kind[:20]!r}, but the bytes are {shape.kind}: send format {shape.kind!r}")
+        if kind not in (None, shape.kind):
+            raise UserError(
+                f"format says {str(kind)[:20]!r}, but the bytes are {shape.kind}: send format {shape.kind!r}"
+            )
         size = f"{shape.width} x {shape.height} pixels"
         if override not in (None, (shape.width, shape.height)):
             raise UnsupportedError(f"override_dimensions other than its own {size} are not offered here: resize it")

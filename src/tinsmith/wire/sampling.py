@@ -102,6 +102,7 @@ class SampleRequest:
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_alt_tokens_k: int = 0
+    records_routes: bool = False
     pictures: tuple[Picture, ...] = ()
 
     def item(self, op_id: OpId, adapter: str | None, seed: int) -> SampleItem:
@@ -119,6 +120,7 @@ class SampleRequest:
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
             prompt_targets=self.prompt_targets,
             prompt_alt_tokens_k=self.prompt_alt_tokens_k,
+            records_routes=self.records_routes,
             pictures=self.pictures,
         )
 
@@ -132,11 +134,6 @@ def decode_sample(body: bytes, sight: Sight = BLIND) -> SampleRequest:
         UnsupportedError: it asks for something that isn't offered; the message names it.
     """
     request = decode_json(body, SampleBody)
-    if request.record_stability_info:
-        raise UnsupportedError(
-            "record_stability_info is not offered: it records what the loss stable_reinforce trains on, whose formula "
-            "is not published; leave it out, and train with importance_sampling (recipes: loss_fn=importance_sampling)"
-        )
     params = request.sampling_params
     stop_tokens, stop_strings = _decode_stop(params.stop)
     chunks = _decode_prompt(request.prompt, sight)
@@ -163,6 +160,7 @@ def decode_sample(body: bytes, sight: Sight = BLIND) -> SampleRequest:
         prompt_logprobs_last_n=request.prompt_logprobs_last_n,
         prompt_targets=_decode_targets(request.target_prompt_logprobs),
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        records_routes=bool(request.record_stability_info),
     )
 
 

@@ -19,6 +19,7 @@ from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.bounds import read_address
 from tinsmith.wire.images import BLIND, Chunks, Looking, Sight
 from tinsmith.wire.media import WireError
+from tinsmith.wire.routes import decode_routes
 from tinsmith.wire.tensors import ElementBudget, decode_tensor, decode_tokens, encode_floats
 
 OUTPUT_TYPE = "ArrayRecord"
@@ -84,7 +85,11 @@ def decode_training(body: bytes, sight: Sight = BLIND) -> TrainingRequest:
         raise WireError("the request names more than one model_id or seq_id: give each once", address)
     budget, looking = ElementBudget(), Looking(sight)
     try:
-        data = tuple(_decode_datum(datum, index, budget, looking) for index, datum in enumerate(message.data))
+        routes = decode_routes(message)
+        data = tuple(
+            replace(_decode_datum(datum, index, budget, looking), routes=routes.get(index))
+            for index, datum in enumerate(message.data)
+        )
     except WireError as error:
         raise WireError(error.message, address) from None
     return TrainingRequest(

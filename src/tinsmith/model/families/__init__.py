@@ -9,7 +9,9 @@ from tinsmith.model.families import (
     gemma,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     llama,
+    llama4,
     mistral,
     mixtral,
     qwen2,
@@ -22,6 +24,7 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES = (
     llama.FAMILY,
+    llama4.FAMILY,
     mistral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
@@ -30,6 +33,7 @@ FAMILIES = (
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
     deepseek_v3.FAMILY,
+    kimi_k2.FAMILY,
     gemma.FAMILY,
 )
 

@@ -7,8 +7,8 @@ here; a file makes it faster, by naming modules whose code was read and is known
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ from transformers.activations import SiLUActivation
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.final import FinalLogits
+from tinsmith.model.linear import PassHolder
+from tinsmith.model.routers import Weigh
 
 Gate = Callable[[Tensor], Tensor]
+StandIn = Callable[[nn.Module, PassHolder], nn.Module]
 
 
 def as_they_are(config: PretrainedConfig) -> FinalLogits:
@@ -38,6 +41,16 @@ def silu_gate(experts: nn.Module, stable: bool) -> Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How the weights of a layer's experts are stored: with outputs last (is_transposed), gate and up one after the
+    other or in turn (is_concatenated), with biases."""
+
+    is_transposed: bool
+    is_concatenated: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """
     Args:
@@ -49,9 +62,21 @@ class Family:
             them, rotate halves, attend, and project by o_proj.
         experts: classes of a layer's experts, called with rows, the experts of each row and their weights, that hold
             `gate_up_proj` and `down_proj` of all and say by `is_transposed`, `is_concatenated` and `has_bias` how.
+        expert_layout: the same of those that don't say it.
+        weighs_inputs: a row's weights are factors of what its experts get, not of what they give.
         routers: classes that choose them, with a weight of their own, which stays as it is.
         expert_gate: what the experts do between their two products, [N, 2I] to [N, I], gate and up side by side.
+        routers_choose: a router gives logits, weights and experts. Otherwise the one who asks it chooses, by a stand-in
+            that asks the pass context.
+        expert_weights: the weights of a row's experts, whichever these are, from the router's logits: of the router,
+            the logits [T, E] and the experts [T, K], float [T, K]. Of routers that choose; without it their routes
+            can't be replayed.
         final_logits: what becomes of the logits after the head, from the text model's configuration.
+        stand_ins: by class, what makes a module that takes its place: of what hooks can't carry, such as what
+            computes with other rows or with positions. Its linear layers, experts and routers are those of the pass
+            already; its other weights stay as they are.
+        loads_as: the `model_type` of the architecture in transformers, where the directories of this family say
+            another. Nothing else is used of such a family: a loaded model is one of the other.
     """
 
     title: str
@@ -61,5 +86,11 @@ class Family:
     attentions: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
+    expert_layout: ExpertLayout | None = None
+    weighs_inputs: bool = False
     expert_gate: Callable[[nn.Module, bool], Gate] = silu_gate
+    routers_choose: bool = True
+    expert_weights: Weigh | None = None
     final_logits: Callable[[PretrainedConfig], FinalLogits] = as_they_are
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+    loads_as: str | None = None
