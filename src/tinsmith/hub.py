@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError  # the second is the HTTP library's own
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
 from tinsmith.bases import BaseRef, parse
 from tinsmith.errors import ConfigError

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from tests.contract.conftest import House
-from tests.contract.raw import BASE, Raw, refused
+from tests.contract.raw import Raw, refused
 from tests.contract.routes import Ids, Probe, belongings, closed_routes, probes
 from tests.contract.standing import standing
-from tests.contract.test_imports import LAYERS, archive
-from tinsmith.layer_table import write_layers
+from tests.contract.test_imports import archive
 
 CHECKPOINT = "/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}"
 KEPT = 3  # checkpoints: one of each kind
@@ -151,7 +150,6 @@ def asked(scene: Scene, at: Ids, route: str) -> list[Probe]:
             )
         ]
     if route == "POST /import_weights":
-        write_layers(scene.house.settings.data_dir, BASE, LAYERS)
         return [Probe("POST", "/import_weights", content=archive())]
     if route == "PUT /admin/quotas":
         return [Probe("PUT", "/admin/quotas", {"tenant": "bob", "quotas": {"runs": 100}})]

@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS
 from tests.numerics.lab import assert_same_bits, datum, item, make_trainer, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, run_all, sample
 from tinsmith.adapter_files import adapter_files
-from tinsmith.bases import BaseRef, describe
+from tinsmith.bases import BaseRef, describe, text_model_type, weight_shapes
 from tinsmith.checkpoint_file import dump_state, load_state, read_state_header
 from tinsmith.errors import UserError
+from tinsmith.export.adapter import read_adapter
+from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.importing.look import look
 from tinsmith.layer_table import Layer
+from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.model import BaseModel
 from tinsmith.torch_engine import layers_of
 from tinsmith.types import RunId, RunState, Targets
@@ -196,3 +200,58 @@ def test_experts_factors_that_differ_need_a_server_that_has_them(make_base, tmp_
     )
     with pytest.raises(UserError, match="--expert-adapters own"):
         imported(base, tar_of_directory(tmp_path))
+
+
+def test_layers_of_one_name_that_are_scaled_differently_are_refused(make_base, tmp_path: Path) -> None:
+    base = make_base("llama")
+    peft_of(base, tmp_path, r=2, lora_alpha=2, target_modules=["o_proj"], alpha_pattern={LAST: 3})
+    with pytest.raises(UserError, match="have one scale"):
+        imported(base, tar_of_directory(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("shares_factors", [True, False])
+def test_what_is_written_for_serving_engines_comes_back_to_the_bit(
+    kind: str, shares_factors: bool, make_base, tmp_path: Path
+) -> None:
+    """Experts one by one under the base's own names, or in one parameter, with shared factors repeated for each."""
+    base = make_base(kind, shares_factors=shares_factors)
+    state = make_trainer(base, spec("a", 4), deterministic=False).export_run(RunId("a"), ("param",))
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    out.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(exported(base, state))) as tar:
+        tar.extractall(own, filter="data")
+    path = Path(base.info.path)
+    write_peft(read_adapter(own), out, BaseShapes(weight_shapes(path), text_model_type(path)))
+    found = imported(base, tar_of_directory(out))
+    assert_same_bits(state.tensors, found.tensors)
+    assert (found.spec.rank, found.spec.alpha, found.spec.options) == (4, 32.0, PLAIN)
+    names = load_file(out / "adapter_model.safetensors")
+    own_names = {"mixtral": "block_sparse_moe.experts.5.w1", "gpt_oss": "mlp.experts.base_layer"}
+    one = own_names.get(kind, "mlp.experts.7.gate_proj")
+    assert f"base_model.model.model.layers.1.{one}.lora_A.weight" in names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LoraOptions(True),
+        LoraOptions(ranks=(("mlp", 3), ("q_proj", 7)), alphas=(("o_proj", 5.0),)),
+        LoraOptions(True, (("k_proj", 2),)),
+    ],
+)
+def test_ranks_and_scales_of_layers_come_back(options: LoraOptions, make_base) -> None:
+    base = make_base("llama")
+    run = replace(spec("a", 4), options=options, alpha=11.0)
+    state = make_trainer(base, run, deterministic=False).export_run(RunId("a"), ("param",))
+    found = imported(base, exported(base, state))
+    assert_same_bits(state.tensors, found.tensors)
+    assert found.spec.options.use_rslora == options.use_rslora
+    for layer in layers_of(base):
+        where = layer.group, layer.layer, 4
+        assert found.spec.options.rank_of(*where) == options.rank_of(*where)
+        assert found.spec.options.scale_of(*where, found.spec.alpha) == options.scale_of(*where, 11.0)
+    whole = imported(base, dump_state(state))
+    assert whole.spec.options == options
+    assert_same_bits(state.tensors, whole.tensors)

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from tinsmith.adapter_files import CONFIG, PREFIX, WEIGHTS
-from tinsmith.errors import ConfigError, UserError
+from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.export.expert_weights import Layout, layouts
 
@@ -113,8 +113,6 @@ def _wrapped(adapter: Adapter, experts: Mapping[str, Expert], layout: Layout) ->
     if set(experts) != {"w1", "w2", "w3"}:
         raise UserError(f"{next(iter(experts.values())).module}: gate, up and down are trained together or not at all")
     gate, up, down = experts["w1"], experts["w3"], experts["w2"]
-    if not math.isclose(adapter.scale(gate.module), adapter.scale(up.module)):
-        raise UserError(f"{gate.module} and {up.module} are scaled differently, and would be one parameter's adapter")
     path = f"{PREFIX}{gate.module.rpartition('.')[0]}"
     num = max(adapter.shapes[name][0] for name in adapter.names[gate.module])
     inputs, outputs = adapter.shapes[adapter.names[gate.module][0]][2], adapter.shapes[adapter.names[gate.module][1]][1]
@@ -175,13 +173,15 @@ def _config(adapter: Adapter, found: Mapping[str, Layout], outs: list[_Out]) -> 
     if not adapter.experts:
         return settings
     ranks, alphas = dict(settings.get("rank_pattern") or {}), dict(settings.get("alpha_pattern") or {})
+    _require_plain(adapter, ranks or alphas)
+    if adapter.config.is_stabilised:
+        settings |= {"use_rslora": False, "lora_alpha": adapter.config.alpha * math.sqrt(adapter.config.rank)}
     modules = [module for module in adapter.names if module not in adapter.experts]
     leaves = {module.rpartition(".")[2] for module in modules}
     parameters: set[str] = set()
     if any(layout.whole for layout in found.values()):
         parameters |= {"experts.gate_up_proj", "experts.down_proj"}
-        first = next(iter(adapter.experts.values()))
-        ranks[WHOLE] = 2 * adapter.rank(first.module)
+        ranks[WHOLE] = 2 * adapter.config.rank
         alphas[WHOLE] = 2 * settings["lora_alpha"]
     else:
         own = {out.name.split(".lora_")[0].rpartition(".")[2] for out in outs if ".experts." in out.name}
@@ -192,6 +192,17 @@ def _config(adapter: Adapter, found: Mapping[str, Layout], outs: list[_Out]) -> 
     if parameters:
         settings["target_parameters"] = sorted(parameters)
     return {**settings, "target_modules": sorted(leaves), "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _require_plain(adapter: Adapter, patterns: Mapping[str, Any]) -> None:
+    """Raises: UnsupportedError: experts have ranks or alphas of their own, which engines don't read for experts."""
+    config = adapter.config
+    own = [m for m in adapter.experts if adapter.rank(m) != config.rank or config.alpha_of(m) != config.alpha]
+    if own or (config.is_stabilised and patterns):
+        raise UnsupportedError(
+            f"{(own or list(adapter.experts))[0]}: ranks and alphas that differ can't be written so that peft, vLLM "
+            "and SGLang read them for experts: merge with --format hf"
+        )
 
 
 def _header(outs: list[_Out]) -> bytes:

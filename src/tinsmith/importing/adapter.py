@@ -92,8 +92,8 @@ def _spec(layers: Sequence[Layer], pairs: Mapping[str, Pair], config: PeftConfig
         for other, its in others:
             if not math.isclose(its.scale, pair.scale, rel_tol=SAME):
                 raise UnsupportedError(
-                    f"{other} is scaled by {its.scale:g}, {first} by {pair.scale:g}: layers of one name have one scale in a "
-                    "run, so alpha_pattern has to follow rank_pattern"
+                    f"{other} is scaled by {its.scale:g}, {first} by {pair.scale:g}: layers of one name have one scale "
+                    "in a run, so alpha_pattern has to follow rank_pattern"
                 )
         rank = max(its.rank for _, its in found)
         exact = {its.alpha for _, its in found if its.rank == rank and its.alpha / config.divisor(rank) == its.scale}

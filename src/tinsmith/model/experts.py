@@ -221,7 +221,7 @@ def describe_experts(experts: Mapping[str, nn.Module], family: Family, *, shares
         hidden, inner = down.shape[:0:-1] if layout_of(module, family).is_transposed else down.shape[1:]
         if gate_up.numel() != num * 2 * inner * hidden:
             raise UnsupportedError(f"{path}: experts of {list(gate_up.shape)} and {list(down.shape)} can't be carried")
-        outer, in_turn = 1 if shares_factors else num, not module.is_concatenated
+        outer, in_turn = 1 if shares_factors else num, not layout_of(module, family).is_concatenated
         for name in ("w1", "w3"):
             lead = f"{path}.w1" if shares_factors else f"{path}.{name}"
             yield LinearInfo(f"{path}.{name}", "mlp", hidden, inner, lead, outer, num, in_turn)
