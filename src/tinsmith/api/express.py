@@ -116,6 +116,7 @@ class Express:
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
         status, headers, problem = refusal(request.path.decode(), CapacityError(TOO_MUCH))
+        self._services.turned_away.note(principal.tenant_id, request.path.decode(), status)
         request_id = request_id_of(request.headers.get(b"x-request-id", b""))
         return Answered(Answer(status, encode_json(problem), headers=headers), request_id, self._security)
 
@@ -152,6 +153,7 @@ class Express:
                 answer = _failed(path, request_id, error)
             if answer is None:
                 return None
+            self._services.turned_away.note(principal.tenant_id, path, answer.status)
             log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
         return Answered(answer, request_id, self._security)
 
