@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS, VOCAB
-from tests.families.twin import MergedTwin
+from tests.families.twin import MergedTwin, own_config, plain_model
 from tests.numerics.lab import (
     PeftTwin,
     assert_same_bits,
@@ -214,7 +214,7 @@ def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path:
     merge(Path(base.info.path), read_adapter(tmp_path), tmp_path / "merged")
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager",
-        output_loading_info=True,
+        output_loading_info=True, **own_config(base),
     )  # fmt: skip
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -236,9 +236,7 @@ def test_the_exported_adapter_is_the_same_in_peft(kind, make_base, tmp_path: Pat
     write_adapter(base, trainer, own)
     path = Path(base.info.path)
     write_peft(read_adapter(own), out, BaseShapes(weight_shapes(path), text_model_type(path)))
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
+    model = plain_model(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*tie")

@@ -209,7 +209,7 @@ def test_layers_of_one_name_that_are_scaled_differently_are_refused(make_base, t
         imported(base, tar_of_directory(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("shares_factors", [True, False])
 def test_what_is_written_for_serving_engines_comes_back_to_the_bit(
     kind: str, shares_factors: bool, make_base, tmp_path: Path
@@ -229,6 +229,7 @@ def test_what_is_written_for_serving_engines_comes_back_to_the_bit(
     assert (found.spec.rank, found.spec.alpha, found.spec.options) == (4, 32.0, PLAIN)
     names = load_file(out / "adapter_model.safetensors")
     own_names = {"mixtral": "block_sparse_moe.experts.5.w1", "gpt_oss": "mlp.experts.base_layer"}
+    own_names["llama4"] = "feed_forward.experts.base_layer"
     one = own_names.get(kind, "mlp.experts.7.gate_proj")
     assert f"base_model.model.model.layers.1.{one}.lora_A.weight" in names
 

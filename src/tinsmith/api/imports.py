@@ -137,7 +137,7 @@ async def _take_in(request: Call, services: Services, body: BinaryIO, plan: Plan
     hold, digest, pieces, num_bytes, waiting = hold_of(request.scope), hashlib.sha256(), bytearray(), 0, 0
 
     def write(data: bytes) -> None:
-        services.disk.take(2 * len(data))  # here, and in the checkpoint
+        services.disk.take(request.user.tenant_id, 2 * len(data))  # here, and in the checkpoint
         body.write(data)
         digest.update(data)
 

@@ -18,17 +18,20 @@ from tinsmith.importing.names import OWN_NAMES, expert_place
 FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 IN_TURN = ("gpt_oss",)  # model types whose gate and up are interleaved
 TRANSPOSED = ("gpt_oss", "llama4")  # for shapes that don't tell
+UNTOLD = ("llama4",)  # transposed, and their modules don't say so (`is_transposed`)
 PACKED = ("_blocks", "_scales", "_packed", "weight_scale", "weight_scale_inv")
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A tensor with all of a layer's experts. projections: whose rows it holds."""
+    """A tensor with all of a layer's experts. projections: whose rows it holds. is_untold: `peft` takes its inputs for
+    outputs, as the module doesn't say that it is transposed."""
 
     name: str
     projections: tuple[str, ...]
     is_transposed: bool
     is_interleaved: bool
+    is_untold: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,11 @@ def _layout(
         raise UnsupportedError(f"the base's experts are quantised ({packed}): merge into its dequantised weights")
     if "gate_up_proj" in names and "down_proj" in names:
         is_transposed = _is_transposed(expert, shapes[names["gate_up_proj"]], adapter, model_type)
-        is_interleaved = model_type.startswith(IN_TURN)
+        is_interleaved, is_untold = model_type.startswith(IN_TURN), model_type.startswith(UNTOLD)
         return Layout(
             {},
             {
-                projection: Whole(names[name], projections, is_transposed, is_interleaved)
+                projection: Whole(names[name], projections, is_transposed, is_interleaved, is_untold)
                 for name, projections in FUSED.items()
                 for projection in projections
             },

@@ -9,7 +9,8 @@ engines name them by:
   which it leaves alone.
 * all of a layer in one parameter: `peft`'s layout of parameters, which vLLM loads for gpt-oss and the like: A [E R, I],
   B [O, R E]. `experts.base_layer` is of gate and up together, whose A are put one under the other and whose B
-  stand on a diagonal, so it has twice the rank and twice the alpha; `experts` is of down.
+  stand on a diagonal, so it has twice the rank and twice the alpha; `experts` is of down. Where the parameter is
+  transposed and its module doesn't say so (Llama 4), `peft` takes inputs for outputs, and both factors change places.
 Shape letters: E experts, R rank, I inputs, O outputs.
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.export.expert_weights import Layout, layouts
 
 Array = npt.NDArray[Any]
+_Factor: TypeAlias = "tuple[tuple[int, int, int], Callable[[Any], Array]]"  # shape and how it is made
 ALIGNMENT = 8
 WHOLE = r".*\.experts\.gate_up_proj"
 
@@ -118,36 +120,59 @@ def _wrapped(adapter: Adapter, experts: Mapping[str, Expert], layout: Layout) ->
     inputs, outputs = adapter.shapes[adapter.names[gate.module][0]][2], adapter.shapes[adapter.names[gate.module][1]][1]
     rank = adapter.rank(gate.module) + adapter.rank(up.module)
     pairs = [adapter.names[expert.module] for expert in (gate, up)]
-    is_in_turn = layout.whole["w1"].is_interleaved
-    yield _Out(f"{path}.base_layer.lora_A.weight", (num * rank, inputs), partial(_joint_a, pairs, num))
-    yield _Out(f"{path}.base_layer.lora_B.weight", (2 * outputs, rank * num), partial(_joint_b, pairs, num, is_in_turn))
     a_name, b_name = adapter.names[down.module]
-    a, b = adapter.shapes[a_name], adapter.shapes[b_name]
-    yield _Out(f"{path}.lora_A.weight", (num * a[1], a[2]), lambda file: _all(file, a_name, num).reshape(-1, a[2]))
-    yield _Out(f"{path}.lora_B.weight", (b[1], b[2] * num), lambda file: _flat_b(_all(file, b_name, num)))
+    whole = layout.whole["w1"]
+    factors = {
+        f"{path}.base_layer": (
+            ((num, rank, inputs), partial(_joint_a, pairs, num)),
+            ((num, 2 * outputs, rank), partial(_joint_b, pairs, num, whole.is_interleaved)),
+        ),
+        path: (
+            ((num, *adapter.shapes[a_name][1:]), partial(_all, a_name, num)),
+            ((num, *adapter.shapes[b_name][1:]), partial(_all, b_name, num)),
+        ),
+    }
+    for name, (a, b) in factors.items():
+        first, second = (_turned(b), _turned(a)) if whole.is_untold else (a, b)
+        (num, rank, inputs), (_, outputs, _) = first[0], second[0]
+        yield _Out(f"{name}.lora_A.weight", (num * rank, inputs), partial(_flat_a, first[1]))
+        yield _Out(f"{name}.lora_B.weight", (outputs, rank * num), partial(_flat_b, second[1]))
+
+
+def _turned(factor: _Factor) -> _Factor:
+    """[E, M, N] as [E, N, M]."""
+    (num, rows, columns), make = factor
+    return (num, columns, rows), lambda file: make(file).transpose(0, 2, 1)
 
 
 def _joint_a(pairs: list[tuple[str, str]], num: int, file: Any) -> Array:
-    """[E, R + R, I] as [E (R + R), I]."""
-    both = np.concatenate([_all(file, a_name, num) for a_name, _ in pairs], axis=1)
-    return both.reshape(-1, both.shape[2])
+    """[E, R + R, I]."""
+    return np.concatenate([_all(a_name, num, file) for a_name, _ in pairs], axis=1)
 
 
 def _joint_b(pairs: list[tuple[str, str]], num: int, is_in_turn: bool, file: Any) -> Array:
-    """B of gate and of up on a diagonal, [E, O + O, R + R], as [O + O, (R + R) E]."""
-    gate, up = (_all(file, b_name, num) for _, b_name in pairs)
+    """B of gate and of up on a diagonal, [E, O + O, R + R]."""
+    gate, up = (_all(b_name, num, file) for _, b_name in pairs)
     both = np.zeros((num, 2 * gate.shape[1], gate.shape[2] + up.shape[2]), np.float32)
     rows = (slice(0, None, 2), slice(1, None, 2)) if is_in_turn else (slice(gate.shape[1]), slice(gate.shape[1], None))
     both[:, rows[0], : gate.shape[2]] = gate
     both[:, rows[1], gate.shape[2] :] = up
-    return _flat_b(both)
+    return both
 
 
-def _flat_b(b_EOR: Array) -> Array:
-    return b_EOR.transpose(1, 2, 0).reshape(b_EOR.shape[1], -1)
+def _flat_a(make: Callable[[Any], Array], file: Any) -> Array:
+    """[E, R, I] as [E R, I]."""
+    found = make(file)
+    return found.reshape(-1, found.shape[2])
 
 
-def _all(file: Any, name: str, num: int) -> Array:
+def _flat_b(make: Callable[[Any], Array], file: Any) -> Array:
+    """[E, O, R] as [O, R E]."""
+    found = make(file)
+    return found.transpose(1, 2, 0).reshape(found.shape[1], -1)
+
+
+def _all(name: str, num: int, file: Any) -> Array:
     found = file.get_tensor(name)
     return np.broadcast_to(found, (num, *found.shape[1:]))
 

@@ -107,6 +107,10 @@ class Mixture:
                 raise _misfit(module, a, b, gate)
             rank = a[0] // num
             read_a, read_b = partial(_experts_a, file, a_key, num), partial(_experts_b, file, b_key, num)
+            straight = (down.inputs, down.outputs), (gate.inputs, 2 * gate.outputs)
+            if (a[1], b[0]) not in straight and (b[0], a[1]) in straight:
+                read_a, read_b = partial(_turned, read_b), partial(_turned, read_a)
+                a, b = (a[0], b[0]), (a[1], b[1])
             path = re.sub(r"(\.base_layer)+$", "", module)
             if (a[1], b[0]) == (down.inputs, down.outputs) and "w2" not in made:
                 own = f"{path}.down_proj"
@@ -118,6 +122,11 @@ class Mixture:
             else:
                 raise _misfit(module, a, b, gate)
         return made
+
+
+def _turned(read: Callable[[], FloatArray]) -> FloatArray:
+    """The factors of a parameter that is transposed, and whose module doesn't say so, stand in each other's place."""
+    return read().transpose(0, 2, 1)
 
 
 def _gate_and_up(joint: Pair, *, interleaves: bool) -> Mapping[str, Pair]:
