@@ -35,7 +35,7 @@ from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.export.expert_weights import Layout, layouts
 
 Array = npt.NDArray[Any]
-_Factor: TypeAlias = "tuple[tuple[int, int, int], Callable[[Any], Array]]"  # shape and how it is made
+_Factor: TypeAlias = "tuple[tuple[int, ...], Callable[[Any], Array]]"  # shape and how it is made
 ALIGNMENT = 8
 WHOLE = r".*\.experts\.gate_up_proj"
 
@@ -122,7 +122,7 @@ def _wrapped(adapter: Adapter, experts: Mapping[str, Expert], layout: Layout) ->
     pairs = [adapter.names[expert.module] for expert in (gate, up)]
     a_name, b_name = adapter.names[down.module]
     whole = layout.whole["w1"]
-    factors = {
+    factors: dict[str, tuple[_Factor, _Factor]] = {
         f"{path}.base_layer": (
             ((num, rank, inputs), partial(_joint_a, pairs, num)),
             ((num, 2 * outputs, rank), partial(_joint_b, pairs, num, whole.is_interleaved)),
