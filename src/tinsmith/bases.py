@@ -187,6 +187,18 @@ def num_params(path: Path) -> int:
     return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
 
 
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the directory's safetensors files, by name. Raises: ConfigError: a header can't be read."""
+    return {name: tuple(shape) for file in weight_files(path) for name, shape in _shapes(file).items()}
+
+
+def text_model_type(path: Path) -> str:
+    """`model_type` of the text model. Raises: ConfigError: config.json can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
+
+
 def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 

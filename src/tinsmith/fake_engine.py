@@ -17,6 +17,7 @@ import numpy as np
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
+from tinsmith.layer_table import Layer
 from tinsmith.pictures import Picture
 from tinsmith.route_tape import RouteArray, RouteTape, num_known
 from tinsmith.types import (
@@ -104,6 +105,11 @@ class FakeEngine:
     @property
     def info(self) -> BaseInfo:
         return self._info
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """None: its adapters are nobody else's."""
+        return ()
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._runs

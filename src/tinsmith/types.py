@@ -101,7 +101,7 @@ class OpState(StrEnum):
 class RunStatus(StrEnum):
     """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state.
 
-    COPY: made to hold a copied checkpoint, and can't be trained.
+    COPY: made to hold copied or imported checkpoints, and can't be trained.
     """
 
     CREATING = "creating"
