@@ -138,7 +138,12 @@ class Settings(DoorSettings):
         group="engine",
     )
 
-    poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
+    poll_hold_s: float = setting(
+        40.0,
+        "How long a poll for a result is held open; less than proxies between allow, and the 45 s of clients.",
+        unit="s",
+        group="durability",
+    )
     answer_hold_s: float = setting(
         600.0,
         "How long the OpenAI- and Anthropic-compatible endpoints wait for an answer, or for the next part of one.",

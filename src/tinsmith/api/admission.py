@@ -25,7 +25,7 @@ from tinsmith.errors import CapacityError, UserError
 from tinsmith.series import FAILED_OPS, OPS
 from tinsmith.store.quota_rules import SAVED_PARTS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
-from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
+from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId, TenantId
 from tinsmith.wire.media import JSON
 
 NUM_SNAPSHOTS = 2  # of a run: the newest, and the one before
@@ -96,6 +96,19 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
     draft = attempt(draft, partial(_fitting, services, principal))
     async with _room_for_training(services, principal, draft):
         return await _admit(services, principal, draft)
+
+
+async def refuse_when_full(services: Services, tenant_id: TenantId, run_id: RunId, seq_id: int) -> None:
+    """Before a request on a run is read: what needn't be, since there was no room for it a moment ago.
+
+    Raises:
+        CapacityError: as many as may wait do already.
+    """
+    try:
+        services.training_room.refuse_known(tenant_id)
+    except CapacityError:
+        if not await services.work(services.store.loads.is_awaited, run_id, seq_id):
+            raise
 
 
 @asynccontextmanager

@@ -125,7 +125,7 @@ class Services:
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
-        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
+        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s, self._count_queued))
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
@@ -146,7 +146,13 @@ class Services:
 
     async def why_waiting(self, op: OpRow) -> Waiting:
         """What an unfinished op waits for."""
+        if self.pace.knows(op):
+            return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
+
+    async def _count_queued(self, tenant_id: TenantId) -> int:
+        samples = await self.work(self.store.loads.samples, tenant_id)
+        return samples.requests + (await self.work(self.store.loads.training, tenant_id)).requests
 
     def _disk_bytes(self) -> Mapping[str, int]:
         """By kind, as they were measured last."""
@@ -154,7 +160,7 @@ class Services:
 
     def look_why_waiting(self, op: OpRow) -> Waiting:
         """The same, by a call that blocks."""
-        is_ready = op.base_model in self.ready_bases()
+        is_ready = self.pace.is_ready(op.base_model, self.ready_bases)
         return why_waiting(self.store, self.pace, op, self.settings.session_timeout_s, is_ready=is_ready)
 
     def _why_all(self, ops: Sequence[OpRow]) -> Sequence[Waiting | Exception]:
