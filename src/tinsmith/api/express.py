@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from itertools import cycle
 from typing import Any, TypeAlias
 
 import structlog
@@ -30,7 +31,7 @@ from tinsmith.api.intake import Budget
 from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
-from tinsmith.api.pressure import FILLING, TOO_MUCH
+from tinsmith.api.pressure import FILLING, TOO_MUCH, WAITS_S
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
@@ -108,7 +109,9 @@ class Express:
         self._filling = frozenset(path.encode() for path in FILLING)
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
         status, refused, problem = refusal("", CapacityError(TOO_MUCH))
-        self._too_much = Answer(status, encode_json(problem), headers=refused)
+        body = encode_json(problem)
+        waits = [refused | {"retry-after": str(wait_s)} for wait_s in WAITS_S]
+        self._too_much = cycle([Answer(status, body, headers=headers) for headers in waits])
 
     def refuse(self, data: bytes) -> Answered | None:
         """The refusal of the request that `data` is, while too much is asked for; else None."""
@@ -119,7 +122,7 @@ class Express:
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
         REFUSED.add(CapacityError.code)
-        return Answered(self._too_much, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
+        return Answered(next(self._too_much), request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
