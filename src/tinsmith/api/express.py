@@ -122,7 +122,9 @@ class Express:
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
         REFUSED.add(CapacityError.code)
-        return Answered(next(self._too_much), request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
+        answer = next(self._too_much)
+        self._services.turned_away.note(principal.tenant_id, request.path.decode(), answer.status)
+        return Answered(answer, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
@@ -157,6 +159,7 @@ class Express:
                 answer = _failed(path, request_id, error)
             if answer is None:
                 return None
+            self._services.turned_away.note(principal.tenant_id, path, answer.status)
             log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
         return Answered(answer, request_id, self._security)
 

@@ -36,8 +36,10 @@ from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
 from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
+from tinsmith.api.rates import Rate
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
+from tinsmith.api.turned_away import TurnedAway
 from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -106,7 +108,9 @@ class Services:
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
     underway: Underway = field(init=False, default_factory=Underway)
+    turned_away: TurnedAway = field(init=False, default_factory=TurnedAway)
     pressure: Pressure = field(init=False)
+    foreign_keys: Rate = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
     verified: Verified = field(init=False, default_factory=Verified)
@@ -116,6 +120,7 @@ class Services:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
+        object.__setattr__(self, "foreign_keys", Rate(self.settings.unknown_keys_per_minute))
         object.__setattr__(self, "fetcher", Fetcher(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
