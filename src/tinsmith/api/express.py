@@ -3,7 +3,7 @@
 Sending a pass or a step and asking for a result are nearly all that a busy server is asked, and the framework's part of
 each costs more than ours. What stays true: whoever comes this way gets the answer that the routes give, to the byte
 (the request's id and the date aside), under the same bounds; whatever isn't plain goes the long way, untouched: a key
-that was not seen good a moment ago, a body of another kind or size, a custom loss, pictures, a result in a file.
+that was not seen good within the hour, a body of another kind or size, a custom loss, pictures, a result in a file.
 """
 
 from __future__ import annotations
@@ -132,11 +132,22 @@ class Express:
         request = read_plain(data, self._paths)
         if request is None:
             return None
-        principal = self._keys.known(_secret_of(request))
-        if principal is None or not principal.scope.allows(self._needs[request.path]):
+        secret = _secret_of(request)
+        principal = self._keys.known(secret)
+        if principal is None:
+            return self._answered_later(request, secret) if self._keys.was_good(secret) else None
+        if not principal.scope.allows(self._needs[request.path]):
             return None
         self._services.underway.begin(principal.key_id)
         return self._answered(request, principal)
+
+    async def _answered_later(self, request: PlainRequest, secret: str) -> Answered | None:
+        """Thousands may come at once after a pause: their key is looked up once, and none of them goes the long way."""
+        principal = await self._keys.again(secret)
+        if principal is None or not principal.scope.allows(self._needs[request.path]):
+            return None
+        self._services.underway.begin(principal.key_id)
+        return await self._answered(request, principal)
 
     async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
         request_id = request_id_of(request.headers.get(b"x-request-id", b""))
