@@ -7,7 +7,17 @@ from pathlib import Path
 
 from tests.families.configs import CONFIGS, TITLES
 
-WITH_EXPERTS = {"qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4"}  # aren't merged yet
+WITH_EXPERTS = {
+    "qwen3_moe",
+    "mixtral",
+    "glm4_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "kimi_k2",
+    "llama4",
+    "qwen3_next",
+    "qwen3_5_moe",
+}  # aren't merged yet
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
 
 

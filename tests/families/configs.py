@@ -38,10 +38,16 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -65,7 +71,7 @@ TITLES = {
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
-    "llama4": "Llama 4 (text)",
+    "llama4": "Llama 4 (text)", "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -78,6 +84,19 @@ KIMI_K2_ROPE = {
     "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+# two of three layers keep a state
+QWEN_NEXT: dict[str, Any] = {
+    **COMMON, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+QWEN_NEXT["initializer_range"] = 0.05  # with 0.1, transformers in float32 is up to 1.4e-5 from itself in float64
+QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+MROPE = {**HALF_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 # config.json of families whose directories on the hub have another than transformers writes
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
@@ -149,6 +168,12 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             attn_temperature_tuning=True, floor_scale=16, attn_scale=0.3, rope_parameters=LLAMA3_ROPE,
         ),
     ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(**QWEN_NEXT, **QWEN_EXPERTS, mlp_only_layers=[1], rope_parameters=HALF_ROPE),
+    ),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN_NEXT, rope_parameters=MROPE, tie_word_embeddings=True)),
+    "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**QWEN_NEXT, **QWEN_EXPERTS, rope_parameters=MROPE)),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
     "ministral": (
         MinistralForCausalLM,

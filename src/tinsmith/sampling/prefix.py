@@ -22,9 +22,13 @@ Line = tuple[str, str | None]  # the scope (its tenant), and the weights
 
 
 class PrefixCache:
-    """num_bytes: what is held, at most `max_bytes`."""
+    """num_bytes: what is held, at most `max_bytes`.
 
-    def __init__(self, grid: int, max_bytes: int) -> None:
+    has_states: a beginning is of use only up to a piece after which the model's states are known.
+    """
+
+    def __init__(self, grid: int, max_bytes: int, *, has_states: bool = False) -> None:
+        self._has_states = has_states
         self._grid = grid
         self._max_bytes = max_bytes
         self._pieces: OrderedDict[bytes, Kept] = OrderedDict()
@@ -38,6 +42,8 @@ class PrefixCache:
             if key not in self._pieces:
                 break
             found.append(key)
+        while self._has_states and found and self._pieces[found[-1]].states is None:
+            found.pop()
         for index, key in enumerate(found):
             load(index * self._grid, self._pieces[key])
         self._use(found)
@@ -53,9 +59,16 @@ class PrefixCache:
             return
         keys = list(self._keys(line, tokens, last))
         for index, key in enumerate(keys):
-            if index < first or key in self._pieces:
+            known = self._pieces.get(key)
+            if index < first or (known is not None and (known.states is not None or not self._has_states)):
                 continue
             kept = save(index * self._grid, (index + 1) * self._grid)
+            if known is not None and kept.states is None:
+                kept.drop()
+                continue
+            if known is not None:
+                self.num_bytes -= known.num_bytes
+                known.drop()
             self._pieces[key] = kept
             self.num_bytes += kept.num_bytes
         self._use(keys)

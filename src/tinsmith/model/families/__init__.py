@@ -16,7 +16,9 @@ from tinsmith.model.families import (
     mixtral,
     qwen2,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
 )
 from tinsmith.model.families.family import Family
 
@@ -29,6 +31,8 @@ FAMILIES = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    qwen3_next.FAMILY,
+    qwen3_5.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
