@@ -8,7 +8,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points audit release bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points audit release examples bench bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ soak: init ## an hour of tenants that come and go, with a kill every minute: fla
 
 crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
+
+examples: init ## every example from beginning to end, each judged by what it learned (six minutes)
+	@TINSMITH_TEST_EXAMPLES_LEARN=1 $(BIN)/python -m pytest -q tests/examples
 
 audit: init ## known weaknesses of the pinned dependencies; without its service it says so and fails nothing
 	@$(BIN)/python -m scripts.audit

@@ -49,7 +49,7 @@ def main() -> None:
         for layer in range(LAYERS)
         for name, shape in SHAPES.items()
     ]
-    layout = RowLayout(linears, SPEC.targets, SPEC.rank)
+    layout = RowLayout.of(linears, SPEC)
     print("| state | MB | what | ms | GB/s |\n|---|---|---|---|---|")
     table = []
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:

@@ -79,7 +79,7 @@ def make_states(base: BaseModel, count: int, rank: int) -> list[RunState]:
     states = []
     for index in range(count):
         spec = RunSpec(RunId(f"run{index}"), base.info.name, rank=rank, seed=index)
-        layout = RowLayout(base.linears, spec.targets, spec.rank)
+        layout = RowLayout.of(base.linears, spec)
         row = init_row(layout, spec)
         row += 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(index))
         states.append(RunState(spec, 0, layout.row_to_tensors("param", row)))

@@ -20,17 +20,19 @@ GENERATED = {"wire_pb2.py"}
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
     {
-        "", "types", "scopes", "loss_graph", "pictures", "errors", "config", "setting_values", "setting_checks", "cpu",
-        "heap", "crashpoints", "host_memory", "clock",
+        "", "types", "scopes", "loss_graph", "lora_options", "pictures", "route_tape", "errors", "config",
+        "setting_values",
+        "setting_checks", "door_settings", "cpu", "heap", "crashpoints", "host_memory", "clock",
     },
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "jsonform", "tls", "metrics", "series", "tracing", "otel",
+        "adapter_files", "lora_fields", "vision_files", "picture_files", "jsonform", "tls", "metrics", "series",
+        "tracing", "otel",
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "torch_probe", "verify", "backup", "disk_use", "export",
+        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export",
     },
     {"worker", "api"},
     {

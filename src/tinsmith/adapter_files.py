@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from tinsmith.age import SUFFIX, encrypt
+from tinsmith.bases import ATTN_PARTS
 from tinsmith.checkpoint_file import StoredState, dump_state, read_state_header
 from tinsmith.errors import CorruptError
 from tinsmith.types import BaseInfo, RunSpec, RunState
@@ -51,7 +52,7 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     spans: list[Piece] = []
-    modules: dict[str, None] = {}
+    modules: dict[str, int] = {}
     end = 0
     for tensor in state.tensors:
         if not tensor.name.startswith(PART):
@@ -60,7 +61,8 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         if half not in ("lora_A", "lora_B"):
             raise CorruptError(f"the checkpoint holds {tensor.name[:200]!r}, which is no half of an adapter")
         name = OWN_HEAD if module == HEAD and not base.is_head_tied else module
-        modules[OWN_HEAD if module == HEAD else module] = None
+        if half == "lora_A":
+            modules[OWN_HEAD if module == HEAD else module] = tensor.shape[-2]
         offsets = [end, end + tensor.size]
         entries[f"{PREFIX}{name}.{half}.weight"] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": offsets}
         spans.append(Span(tensor.offset, tensor.size))
@@ -70,7 +72,7 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return {
-        CONFIG: VirtualFile([_config(state.spec, list(modules))]),
+        CONFIG: VirtualFile([_config(state.spec, modules)]),
         WEIGHTS: VirtualFile([struct.pack("<Q", len(header)) + header, *spans]),
     }
 
@@ -119,22 +121,47 @@ def external_files(stored: BinaryIO) -> Files:
     return files
 
 
-def _config(spec: RunSpec, modules: Sequence[str]) -> bytes:
-    """What `peft` reads. The modules are given by the last parts of their paths, as serving engines expect them."""
-    alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
+def _config(spec: RunSpec, modules: Mapping[str, int]) -> bytes:
+    """What `peft` reads, for modules of these ranks. They are given by the last parts of their paths, as serving
+    engines expect them; in a pattern by the whole path, where modules of one name differ."""
+    alphas = {module: _number(spec.options.alpha_of(*_place(module), spec.alpha)) for module in modules}
     config = {
         "base_model_name_or_path": spec.base_model,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "alpha_pattern": _pattern(alphas, _number(spec.alpha)),
+        "lora_alpha": _number(spec.alpha),
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": spec.rank,
+        "rank_pattern": _pattern(modules, spec.rank),
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": spec.options.use_rslora,
     }
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _place(module: str) -> tuple[str, str]:
+    """The group of a module, and the last part of its path."""
+    *parents, layer = module.split(".")
+    if layer == OWN_HEAD:
+        return "unembed", layer
+    return "attn" if ATTN_PARTS & set(parents) else "mlp", layer
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """The modules whose value isn't the usual one."""
+    by_layer: dict[str, set[float]] = {}
+    for module, value in values.items():
+        by_layer.setdefault(module.rpartition(".")[2], set()).add(value)
+    names = {module: layer if len(by_layer[layer := module.rpartition(".")[2]]) == 1 else module for module in values}
+    return {names[module]: value for module, value in values.items() if value != usual}
+
+
+def _number(value: float) -> float:
+    """Whole numbers without a point."""
+    return int(value) if float(value).is_integer() else value

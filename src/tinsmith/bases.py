@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,7 @@ from typing import Any
 
 from tinsmith.errors import ConfigError, echo
 from tinsmith.types import BaseInfo
+from tinsmith.vision_files import read_vision
 
 SHIPPED_NAME = "tinsmith/tiny"
 SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
@@ -31,6 +33,9 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
 GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are never trained
 ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
+EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
+HEAD = "lm_head"  # as in `model.inspect`
+GROUPS = ("attn", "mlp", "unembed")  # of layers, as in `types.Targets`
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +46,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "preprocessor_config.json",
+    "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
@@ -161,6 +168,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
+        vision=read_vision(path, config),
         **_widths(path, inner, shares_factors=shares_factors),
     )
 
@@ -243,9 +251,13 @@ def _is_head_tied(path: Path) -> bool:
     return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
 
 
-def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> dict[str, int]:
+def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> dict[str, Any]:
     """Inputs and outputs of the linear layers, by the group that their names put them in; a head without weights of its
-    own has the embedding's. Routers, and layers beyond those of the model, carry no adapters."""
+    own has the embedding's. Routers, and layers beyond those of the model, carry no adapters.
+
+    Returns:
+        The fields of a BaseInfo that begin with `attn_`, `mlp_`, `unembed_` and `layer_`.
+    """
     depth = config.get("num_hidden_layers")
     shapes = {
         name: shape
@@ -261,7 +273,7 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
             count = int(number) + 1 if number else shape[0]
             num_experts[place] = max(num_experts.get(place, 0), count)
     mixtures = {place.rpartition(".")[0] for place in num_experts}
-    widths = {"attn_width": 0, "mlp_width": 0, "unembed_width": 0}
+    widths: Counter[tuple[str, str]] = Counter()
     embedding = 0
     for name, shape in shapes.items():
         parent, _, layer = name.removesuffix(".weight").rpartition(".")
@@ -270,26 +282,30 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
             continue
         parts = set(name.split("."))
         if parts & ATTN_PARTS:
-            widths["attn_width"] += sum(shape)
+            widths["attn", layer] += sum(shape)
         elif parts & MLP_PARTS:
-            widths["mlp_width"] += sum(shape)
+            widths["mlp", layer] += sum(shape)
         elif f".{name}".endswith(".lm_head.weight"):
-            widths["unembed_width"] += sum(shape)
+            widths["unembed", layer] += sum(shape)
         elif "embed_tokens" in parts or "wte" in parts:
             embedding = sum(shape)
     for number in num_experts.values():
-        widths["mlp_width"] += _experts_width(config, number, shares_factors=shares_factors)
-    widths["unembed_width"] = widths["unembed_width"] or embedding
-    return widths
+        for layer in EXPERT_LAYERS:
+            widths["mlp", layer] += _expert_width(config, number, shares_factors=shares_factors)
+    widths["unembed", HEAD] = widths["unembed", HEAD] or embedding
+    of_groups = {f"{group}_width": 0 for group in GROUPS}
+    for (group, _), width in widths.items():
+        of_groups[f"{group}_width"] += width
+    return {**of_groups, "layer_widths": tuple((*names, width) for names, width in sorted(widths.items()))}
 
 
-def _experts_width(config: Mapping[str, Any], number: int, *, shares_factors: bool) -> int:
-    """Of one layer's experts: three products each, between the hidden states and the experts' own width. Where factors
-    are shared, the one on the side of the hidden states counts once."""
+def _expert_width(config: Mapping[str, Any], number: int, *, shares_factors: bool) -> int:
+    """Of one of the three products of one layer's experts, which are between the hidden states and the experts' own
+    width. Where factors are shared, the one on the side of the hidden states counts once."""
     hidden, inner = config.get("hidden_size"), config.get("moe_intermediate_size") or config.get("intermediate_size")
     if not isinstance(hidden, int) or not isinstance(inner, int):
         return 0
-    return 3 * (hidden * (1 if shares_factors else number) + inner * number)
+    return hidden * (1 if shares_factors else number) + inner * number
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

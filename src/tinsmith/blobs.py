@@ -239,6 +239,10 @@ def result_key(tenant: TenantId, op_id: OpId) -> BlobKey:
     return _key(tenant, "results", op_id)
 
 
+def routes_key(tenant: TenantId, op_id: OpId) -> BlobKey:
+    return _key(tenant, "routes", op_id)
+
+
 def snapshot_key(tenant: TenantId, run_id: RunId, seq: int) -> BlobKey:
     """Unique at each call: a worker that lost its run must not touch the file that the next holder made at this seq."""
     return _key(tenant, "snapshots", run_id, f"{seq}-{secrets.token_hex(8)}")

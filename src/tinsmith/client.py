@@ -19,6 +19,7 @@ from tinsmith.errors import (
     CapacityError,
     ConfigError,
     ForbiddenError,
+    GoneError,
     NotFoundError,
     TinsmithError,
     UserError,
@@ -32,6 +33,8 @@ BY_STATUS: dict[int, type[TinsmithError]] = {
     401: AuthError,
     403: ForbiddenError,
     404: NotFoundError,
+    410: GoneError,
+    429: CapacityError,
     503: CapacityError,
 }
 

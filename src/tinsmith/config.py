@@ -1,4 +1,4 @@
-"""The settings table: one field a setting, with its default, unit and help.
+"""The settings table: one field a setting, with its default, unit and help; its first part is in `door_settings.py`.
 
 Command-line flags (`--pass-max-tokens`), environment names (`TINSMITH_PASS_MAX_TOKENS`) and the reference page derive
 from it. This is the only module that reads the environment. Settings are frozen once made; a child process gets them
@@ -9,106 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
+from tinsmith.door_settings import DoorSettings
 from tinsmith.setting_checks import check
-from tinsmith.setting_values import ENV_PREFIX, absolute, parse, show
+from tinsmith.setting_values import ENV_PREFIX, absolute, parse, setting, show
 
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def setting(default: Any, help: str, *, unit: str = "", group: str = "server") -> Any:
-    """A field of `Settings`; `unit` is shown in help and docs."""
-    return field(default=default, metadata={"help": help, "unit": unit, "group": group})
-
-
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """All settings of a server, its API process and its workers."""
-
-    base_model: tuple[str, ...] = setting(
-        ("tinsmith/tiny",), "A base model to serve: NAME, PATH or NAME=PATH. May be given several times."
-    )
-    host: str = setting("127.0.0.1", "Address to listen on.")
-    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
-    data_dir: Path = setting(Path("~/.tinsmith"), "Where the database, payloads, snapshots and checkpoints live.")
-    public_url: str = setting("", "The URL under which clients reach this server, if not http://HOST:PORT.")
-
-    lora_max_rank: int = setting(128, "Largest LoRA rank a run may ask for.", group="limits")
-    max_body_bytes: int = setting(
-        256 * 2**20,
-        "Largest body of a training request, as sent and decompressed; other requests are smaller.",
-        unit="bytes",
-        group="limits",
-    )
-    max_request_tokens: int = setting(1_000_000, "Most tokens in one training request.", unit="tokens", group="limits")
-    max_queued_samples: int = setting(
-        10_000, "Sample requests of one tenant that may wait; beyond it, clients are answered 429.", group="limits"
-    )
-    max_queued_training: int = setting(
-        20_000, "Training requests of one tenant that may wait; beyond it, clients are answered 429.", group="limits"
-    )
-    max_queued_training_mib: int = setting(
-        8192, "Room that their bodies may take; the last one may reach beyond it.", unit="MiB", group="limits"
-    )
-    max_samples_per_request: int = setting(1024, "Largest num_samples of one sample request.", group="limits")
-    max_sample_numbers: int = setting(
-        2**22,
-        "Most tokens in the answer to one sample request, each counted once and again for all that is asked beside it: "
-        "num_samples x max_tokens x (1 + topk_sample_logprobs), and likewise for the prompt.",
-        group="limits",
-    )
-    custom_losses: bool = setting(
-        True, "Evaluate losses that clients upload; without it the clients evaluate them.", group="limits"
-    )
-    chunk_max_datums: int = setting(
-        1024, "Most datums that clients put into one training request; they send more as several.", group="limits"
-    )
-    chunk_max_bytes: int = setting(
-        5_000_000,
-        "Largest training request that clients make up, before compression; one datum may be larger.",
-        unit="bytes",
-        group="limits",
-    )
-    price_training: float = setting(
-        0.0, "Price of a million tokens of training, for quotas of money.", unit="USD", group="limits"
-    )
-    price_prefill: float = setting(0.0, "The same of prompts that are sampled from.", unit="USD", group="limits")
-    price_prefill_cached: float = setting(
-        0.0, "The same of their tokens that were there already.", unit="USD", group="limits"
-    )
-    price_sample: float = setting(0.0, "The same of sampled tokens.", unit="USD", group="limits")
-    session_timeout_s: float = setting(
-        600.0, "A session that has not sent a heartbeat for this long has ended.", unit="s", group="limits"
-    )
-    unpolled_sample_s: float = setting(
-        600.0,
-        "A sample whose result nobody has asked for so long is cancelled, whether it waits or runs; 0: never.",
-        unit="s",
-        group="limits",
-    )
-    result_ttl_s: float = setting(
-        24 * 3600.0,
-        "How long results can be fetched again, and how long samplers stay after their session has ended.",
-        unit="s",
-        group="limits",
-    )
-    max_disk_mib: int = setting(
-        0,
-        "Most that the data directory may take; at it new requests are refused (503), and what was accepted is carried "
-        "out. 0: no bound.",
-        unit="MiB",
-        group="limits",
-    )
-    min_free_disk_mib: int = setting(
-        512, "The same once less than this is free on its disk. 0: until the disk is full.", unit="MiB", group="limits"
-    )
-    min_ttl_s: int = setting(
-        3600, "Shortest lifetime that a checkpoint may be given; the longest is ten years.", unit="s", group="limits"
-    )
+class Settings(DoorSettings):
+    """All settings of a server, its API process and its workers; those of its door come first."""
 
     threads: int = setting(0, "Compute threads of a worker; 0 takes all cores.", group="engine")
     device: str = setting(
@@ -145,6 +60,13 @@ class Settings:
         "shared",
         "Adapters of a mixture of experts: shared (the factor on the side of the hidden states is one for all experts "
         "of a layer) or own (each expert has both factors). States of one kind don't fit the other.",
+        group="engine",
+    )
+    router_replay: bool = setting(
+        False,
+        "Sample requests with record_stability_info record which experts their tokens went to, and training requests "
+        "whose provenance names them send the tokens there again. Costs two bytes for each token, layer and chosen "
+        "expert, in memory and on disk, as long as the sample's result is kept.",
         group="engine",
     )
     pass_cap_ms: float = setting(

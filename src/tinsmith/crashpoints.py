@@ -19,6 +19,7 @@ NAMES = frozenset(
         "backup.half_copied",
         "blob.after_rename",
         "blob.before_rename",
+        "janitor.after_spare",
         "janitor.before_delete",
         "janitor.half_deleted",
         "load.after_import",

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,7 @@ from tinsmith.errors import ConfigError
 from tinsmith.serve import bind
 from tinsmith.store import CURE, DATABASE_FILE, damage
 from tinsmith.supervisor import available_cores
+from tinsmith.tls import valid_until
 
 PROBE_TIMEOUT_S = 120.0
 MIN_DISK_BYTES = 2 * 10**9
@@ -38,6 +40,7 @@ BYTES_PER_PARAM = 8  # float32, laid out once for each side it is multiplied fro
 WORKER_BYTES = 600 * 2**20  # torch and transformers themselves
 GIB = 2**30
 MOST_SPINS = 1000
+CERTIFICATE_ENDS_SOON_S = 14 * 86400.0
 
 
 class Level(StrEnum):
@@ -71,6 +74,7 @@ def examine(settings: Settings) -> list[Check]:
         check_data_dir(data_dir),
         check_database(settings.data_dir / DATABASE_FILE),
         check_port(settings, data_dir),
+        *check_tls(settings, time.time()),
         check_sdk(),
         check_watching(settings),
     ]
@@ -247,6 +251,30 @@ def check_port(settings: Settings, data_dir: DataDir) -> Check:
         return Check("port", Level.FAIL, f"{settings.host}:{settings.port}", error.message)
     sock.close()
     return Check("port", Level.OK, f"{settings.host}:{settings.port} is free")
+
+
+def check_tls(settings: Settings, now: float) -> list[Check]:
+    """The certificate and its key, as `serve` would load them and clients would look at them. now: unix seconds."""
+    if not settings.has_tls:
+        if settings.is_loopback or settings.public_url.startswith("https://"):
+            return [Check("TLS", Level.OK, "off: http")]
+        cure = "give --tls-certificate and --tls-key, or let a proxy speak https and name it with --public-url"
+        return [Check("TLS", Level.WARN, f"off: keys and prompts cross the network to {settings.host} readable", cure)]
+    certificate, key = Path(settings.tls_certificate), Path(settings.tls_key)
+    try:
+        until = valid_until(certificate, key)
+    except ConfigError as error:
+        return [Check("TLS", Level.FAIL, error.message, "give a certificate and its key that clients can take")]
+    days = f"valid until {time.strftime('%Y-%m-%d', time.gmtime(until))}"
+    if until - now < CERTIFICATE_ENDS_SOON_S:
+        cure = f"renew {certificate}: a server that runs takes the new one up by itself"
+        rows = [Check("TLS", Level.WARN, f"{certificate}: {days}", cure)]
+    else:
+        rows = [Check("TLS", Level.OK, f"{certificate}: {days}")]
+    if key.stat().st_mode & 0o077:
+        cure = f"chmod 600 {key}"
+        rows.append(Check("TLS key", Level.WARN, f"{key}: others on this machine may read or change it", cure))
+    return rows
 
 
 def check_sdk() -> Check:

@@ -1,12 +1,14 @@
 """An engine without a model: arithmetic in place of a transformer, exact and reproducible.
 
 It obeys the whole protocol (atomic passes, accumulated gradients, frozen snapshots, seeded samples), so that the
-worker, the store, the API and clients can be tested fast and to the bit. Its numbers mean nothing. A run's state is one
-vector of `rank` numbers; every op that has an effect changes it in a way that shows if it happened twice or not at all.
+worker, the store, the API and clients can be tested fast and to the bit. Its numbers mean nothing, but those of a
+sequence with pictures depend on each of their bytes. A run's state is one vector of `rank` numbers; every op that has
+an effect changes it in a way that shows if it happened twice or not at all.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,7 @@ import numpy as np
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
+from tinsmith.pictures import Picture
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -151,14 +154,14 @@ class FakeEngine:
         total = 0.0
         for datum in item.data:
             shape = datum.inputs["target_tokens"].shape
-            level = np.float32(-1.0 - np.abs(run.parts["param"]).mean())
+            level = np.float32(-1.0 - np.abs(run.parts["param"]).mean() - _look(datum.pictures))
             logprobs.append(np.full(shape, level, np.float32))
             total -= float(level) * float(np.prod(shape))
         if not np.isfinite(total):
             return Failure("non_finite_loss", "user", "the loss is not finite: lower the learning rate")
         if item.backward:
             for datum in item.data:
-                run.parts["grad"] += np.float32(datum.tokens.mean() / self._info.vocab_size)
+                run.parts["grad"] += np.float32(datum.tokens.mean() / self._info.vocab_size + _look(datum.pictures))
         metrics = {"loss:sum": total, "pass_runs:max": float(num_runs), "pass_tokens:max": float(num_tokens)}
         return TrainResult(tuple(logprobs), metrics)
 
@@ -242,7 +245,8 @@ class FakeEngine:
         length = self._length(item)
         sequences = []
         for index in range(item.num_samples):
-            rng = np.random.default_rng([item.seed & 0x7FFFFFFF, index, abs(int(weight * 1e6))])
+            seen = [int.from_bytes(picture.digest[:8], "little") for picture in item.pictures]
+            rng = np.random.default_rng([item.seed & 0x7FFFFFFF, index, abs(int(weight * 1e6)), *seen])
             tokens = rng.integers(0, self._info.vocab_size, length).astype(np.int32)
             sequence = SampledSequence(tokens, np.full(length, -1.0, np.float32), stopped=False)
             if item.topk_sample_logprobs:
@@ -253,11 +257,11 @@ class FakeEngine:
 
 
 def _with_scores(result: SampleResult, item: SampleItem) -> SampleResult:
-    """Every logprob is -1, every likely or drawn token the lowest."""
+    """Every logprob is -1 less what the pictures add, every likely or drawn token the lowest."""
     num_prompt, k = len(item.prompt), item.prompt_alt_tokens_k
     start = num_prompt - min(item.prompt_logprobs_last_n or num_prompt, num_prompt - 1)
     if item.prompt_logprobs:
-        logprobs = np.full(num_prompt, -1.0, np.float32)
+        logprobs = np.full(num_prompt, -1.0 - _look(item.pictures), np.float32)
         logprobs[:start] = np.nan
         result = replace(result, prompt_logprobs=logprobs)
     if item.topk_prompt_logprobs:
@@ -271,6 +275,12 @@ def _with_scores(result: SampleResult, item: SampleItem) -> SampleResult:
         ids, drawn = _likeliest(num_prompt - 1, k)
         result = replace(result, prompt_alt_tokens=ids.astype(np.int64), prompt_alt_logprobs=drawn)
     return result
+
+
+def _look(pictures: Sequence[Picture]) -> float:
+    """0 without pictures, below 1 with them; another picture or another order gives another number."""
+    seen = hashlib.sha256(b"".join(picture.digest for picture in pictures)).digest()
+    return int.from_bytes(seen[:4], "little") / 2**32 if pictures else 0.0
 
 
 def _likeliest(length: int, k: int) -> tuple[TokenArray, FloatArray]:

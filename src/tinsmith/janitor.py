@@ -1,4 +1,5 @@
-"""Takes out what is no longer needed: silent sessions, old results, expired checkpoints, files without a row.
+"""Takes out what is no longer needed: silent sessions, old results, expired checkpoints, files without a row, the logs
+of runs that rest (cooling.py).
 
 Every call is harmless at any time and in any number of processes: the rows decide, each in its own transaction, and a
 file is deleted only once nothing refers to it.
@@ -21,8 +22,10 @@ import structlog
 from tinsmith.blobs import Blobs
 from tinsmith.clock import Clock
 from tinsmith.config import Settings
+from tinsmith.cooling import Cooling
 from tinsmith.crashpoints import crash_point
 from tinsmith.store import Store
+from tinsmith.store.sessions import EMPTY_S
 from tinsmith.types import BlobKey
 
 log = structlog.get_logger("tinsmith.janitor")
@@ -79,6 +82,8 @@ def sweep(store: Store, blobs: Blobs, settings: Settings, now: float, *, can_tel
         pass
     while store.losses.retire(now - settings.result_ttl_s, now, PAGE) == PAGE:
         pass
+    while store.sessions.drop_empty(now - EMPTY_S, PAGE) == PAGE:
+        pass
     store.quotas.forget(now)
     num_files = blobs.sweep(now - LEFTOVER_AFTER_S) if can_tell_age else 0
     while dead := store.checkpoints.collect(now):
@@ -105,6 +110,7 @@ def sweeping(
     (unix seconds) at each round, and once at the start."""
     stop = threading.Event()
     leftovers = Leftovers()
+    cooling = Cooling()
     clock = Clock()
 
     def work() -> None:
@@ -116,6 +122,7 @@ def sweeping(
                 can_tell_age = clock.is_even(LEFTOVER_AFTER_S)
                 if pause_s:
                     swept = sweep(store, blobs, settings, time.time(), can_tell_age=can_tell_age)
+                    cooling.sweep(store, blobs, time.time() - settings.result_ttl_s, time.time())
                 else:
                     swept = Swept(0, 0, 0)
                 if can_tell_age:

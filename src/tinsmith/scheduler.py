@@ -182,8 +182,8 @@ def _fair(
     room: Counter[TenantId] | None = None,
 ) -> tuple[list[Candidate], Turn]:
     """Take from the queues, each a line's and in its own order, until there comes one for which the budget has no room
-    left: the tenant next whose op starts first in virtual time (of equals the one whose op ends first), and of its
-    lines the one whose op starts first. The first op always fits.
+    left: the tenant next whose op starts first in virtual time (of equals those that are due, then the one whose op
+    ends first), and of its lines the one whose op starts first. The first op always fits.
 
     `price` is what an op takes of the budget; what it adds to tags are its tokens. `room`: how many ops more each
     tenant may have; who has had them stands aside and doesn't wait.
@@ -200,12 +200,13 @@ def _fair(
         _, _, _, line, position = own[tenant][0]
         return tags[tenant] + max(1, lines[line][position].cost_tokens) / standing.weight(tenant)
 
-    turns = [(tags[tenant], end_of(tenant), tenant) for tenant in own]
+    never = max(standing.due.values(), default=0) + 1
+    turns = [(tags[tenant], standing.due.get(tenant, never), end_of(tenant), tenant) for tenant in own]
     heapq.heapify(turns)
     taken: list[Candidate] = []
     clock, clocks, spent = 0.0, dict[TenantId, float](), 0
     while turns and budget > 0:
-        _, _, tenant = turns[0]
+        *_, tenant = turns[0]
         if room is not None and room[tenant] <= 0:
             heapq.heappop(turns)
             del own[tenant]
@@ -226,8 +227,8 @@ def _fair(
             heapq.heappop(own[tenant])
         if own[tenant]:
             tags[tenant] += tokens / standing.weight(tenant)
-            heapq.heapreplace(turns, (tags[tenant], end_of(tenant), tenant))
+            heapq.heapreplace(turns, (tags[tenant], never, end_of(tenant), tenant))
         else:
             heapq.heappop(turns)
-    waiting = frozenset(entry[3] for _, _, tenant in turns for entry in own[tenant])
+    waiting = frozenset(entry[3] for *_, tenant in turns for entry in own[tenant])
     return taken, Turn(clock, clocks, frozenset(lines), waiting)

@@ -10,13 +10,15 @@ from tinsmith.errors import ConfigError
 from tinsmith.setting_values import flag
 
 DEVICE = re.compile(r"auto|cpu|fake|cuda(:\d+)?")
+PICTURE_LOCATION = re.compile(r"https://[^/?#@\s]+(/[^?#\s]*)?|/\S.*|[0-9a-fA-F.:]+/\d{1,3}")
 POSITIVE = (
     "lora_max_rank", "max_body_bytes", "max_request_tokens", "workers_per_base", "max_resident_runs",
     "max_resident_adapters", "resident_runs_mib", "resident_adapters_mib", "host_cache_mib", "max_resident_samples",
     "kv_cache_mib", "prefill_chunk_tokens", "poll_hold_s", "answer_hold_s", "gap_timeout_s", "scan_interval_s",
     "lease_s", "hang_timeout_s", "pass_cap_ms", "download_ttl_s", "chunk_max_datums", "chunk_max_bytes", "jwt_ttl_s",
-    "unknown_keys_per_minute", "max_queued_samples", "max_queued_training",
+    "unknown_keys_per_minute", "max_sessions", "max_queued_samples", "max_queued_training",
     "max_queued_training_mib", "max_sample_numbers", "min_ttl_s", "sampling_share",
+    "max_pictures", "max_picture_bytes", "max_picture_pixels", "picture_fetch_s",
 )  # fmt: skip
 MAY_BE_ZERO = (
     "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
@@ -56,6 +58,12 @@ def check(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"--port must lie between 0 and 65535, not {values['port']}")
     if bool(values["tls_certificate"]) != bool(values["tls_key"]):
         raise ConfigError("--tls-certificate and --tls-key go together: give both, or none to serve http")
+    for location in values["picture_locations"]:
+        if not PICTURE_LOCATION.fullmatch(location):
+            raise ConfigError(
+                f"--picture-locations holds a URL that begins with https://, an absolute path of a directory, or a "
+                f"network such as 10.0.0.0/8, not {location!r}"
+            )
     if not values["base_model"]:
         raise ConfigError("--base-model: name at least one model to serve")
     for name, allowed in CHOICES.items():

@@ -1,13 +1,19 @@
-"""Values of settings as texts: what a flag is called, what an environment variable holds."""
+"""A setting as a field of the table, and as text: what a flag is called, what an environment variable holds."""
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from tinsmith.errors import ConfigError
 
 ENV_PREFIX = "TINSMITH_"
+
+
+def setting(default: Any, help: str, *, unit: str = "", group: str = "server") -> Any:
+    """A field of `Settings`; `unit` is shown in help and docs."""
+    return field(default=default, metadata={"help": help, "unit": unit, "group": group})
 
 
 def flag(name: str) -> str:

@@ -15,8 +15,11 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from tinsmith import lora_options
+from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.loss_graph import LossGraph
-from tinsmith.pictures import Picture
+from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.route_tape import RouteArray, RouteTape
 
 TenantId = NewType("TenantId", str)
 SessionId = NewType("SessionId", str)
@@ -24,6 +27,8 @@ RunId = NewType("RunId", str)  # "<session>:train:<model_seq_id>": clients deriv
 SamplerId = NewType("SamplerId", str)  # "<session>:sample:<sampling_session_seq_id>"
 OpId = NewType("OpId", str)  # what the wire calls request_id
 BlobKey = NewType("BlobKey", str)  # always begins with the tenant
+DEFAULT_ALPHA = 32.0
+Targets = lora_options.Targets
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
@@ -116,15 +121,6 @@ class CheckpointKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
-    """Which groups of linear layers carry an adapter."""
-
-    attn: bool = True
-    mlp: bool = True
-    unembed: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class RunSpec:
     """All that is needed to make a run's adapter from nothing, to the bit."""
 
@@ -133,7 +129,8 @@ class RunSpec:
     rank: int = 32
     seed: int = 0
     targets: Targets = field(default_factory=Targets)
-    alpha: float = 32.0  # the adapter's output is scaled by alpha / rank
+    alpha: float = DEFAULT_ALPHA  # what the adapter computes is scaled by alpha / rank, but see the options
+    options: LoraOptions = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +145,7 @@ class Datum:
     tokens: TokenArray
     inputs: Mapping[str, Array]
     pictures: tuple[Picture, ...] = ()
+    routes: RouteArray | None = None  # int16 [N, L, K], see `route_tape`
 
     @property
     def num_tokens(self) -> int:
@@ -288,6 +286,7 @@ class SampleItem:
     scope: str = ""
     weight: float = 1.0
     pictures: tuple[Picture, ...] = ()
+    records_routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +342,7 @@ class SampleResult:
     prompt_alt_tokens: IntArray | None = None
     prompt_alt_logprobs: FloatArray | None = None
     prompt_cache_hit_tokens: int = 0
+    routes: RouteTape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,10 +385,13 @@ class BaseInfo:
     attn_width: int = 0  # inputs and outputs of all linear layers of attention together; 0: not known
     mlp_width: int = 0
     unembed_width: int = 0
+    layer_widths: tuple[tuple[str, str, int], ...] = ()  # the same by group and last part of the path
+    vision: VisionInfo | None = None  # None: pictures are refused
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers
         (Hu et al. 2021, section 4.1)."""
-        on = spec.targets
+        on, rank = spec.targets, spec.rank
         width = self.attn_width * on.attn + self.mlp_width * on.mlp + self.unembed_width * on.unembed
-        return 4 * spec.rank * width
+        chosen = [layer for layer in self.layer_widths if spec.options.ranks and getattr(on, layer[0])]
+        return 4 * (rank * width + sum((spec.options.rank_of(g, name, rank) - rank) * size for g, name, size in chosen))

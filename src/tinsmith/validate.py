@@ -125,6 +125,12 @@ def check_sample(request: SampleRequest, info: BaseInfo, settings: Settings) -> 
         raise UserError(f"num_samples must lie in 1..{settings.max_samples_per_request}, not {request.num_samples}")
     if num_prompt == 0:
         raise UserError("the prompt is empty: give at least one token")
+    if request.records_routes and not settings.router_replay:
+        raise UnsupportedError(
+            "record_stability_info is not offered: it records what the loss stable_reinforce trains on, whose formula "
+            "is not published; leave it out, and train with importance_sampling (recipes: loss_fn=importance_sampling)"
+            "; with --router-replay it records a mixture's routes"
+        )
     _check_range(request.prompt, info.vocab_size, "prompt tokens")
     if num_prompt >= info.max_context:
         raise UserError(

@@ -79,3 +79,59 @@ def test_metadata_comes_back_as_strings(service: Service, rest: tinker.RestClien
     run = make(service, rank=4, user_metadata={"renderer": "plain", "step": 3, "list": [1, None], "deep": {"a": 1.5}})
     metadata = rest.get_training_run(run.model_id).result().user_metadata
     assert metadata == {"renderer": "plain", "step": "3", "list": "[1, null]", "deep": '{"a": 1.5}'}
+
+
+OPTIONS = {
+    "tinsmith.lora_alpha": "16",
+    "tinsmith.use_rslora": "true",
+    "tinsmith.rank_pattern": '{"k_proj":3,"mlp":12}',
+    "tinsmith.alpha_pattern": '{"q_proj":4.5}',
+}
+
+
+def test_each_field_of_an_adapter_changes_what_is_learned(service: Service) -> None:
+    plain = after_a_step(make(service, rank=8, seed=1))
+    assert after_a_step(make(service, rank=8, seed=1, user_metadata={"tinsmith.lora_alpha": "32"})) == plain
+    each = [after_a_step(make(service, rank=8, seed=1, user_metadata={name: value})) for name, value in OPTIONS.items()]
+    assert len({tuple(logprobs) for logprobs in [plain, *each]}) == 1 + len(OPTIONS)
+
+
+def test_a_run_made_from_a_checkpoint_keeps_the_options_and_shows_them(
+    service: Service, rest: tinker.RestClient
+) -> None:
+    client = tinker.ServiceClient(base_url=service.url, api_key=service.key)
+    run = make(service, rank=8, seed=2, user_metadata={**OPTIONS, "note": "mine"})
+    before = after_a_step(run)
+    path = run.save_state("w").result().path
+    again = client.create_training_client_from_state_with_optimizer(path).result()
+    assert list(again.forward([DATUM], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()) == before
+    assert after_a_step(again) == after_a_step(run)
+    assert rest.get_training_run(run.model_id).result().user_metadata == {**OPTIONS, "note": "mine"}
+    assert rest.get_training_run(again.model_id).result().user_metadata == OPTIONS
+    sampler = run.save_weights_and_get_sampling_client().result()
+    prompt = types.ModelInput.from_ints(TEXT)
+    assert sampler.compute_logprobs(prompt).result()[1:] == pytest.approx(
+        run.forward([DATUM], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist(), abs=1e-5
+    )
+    other = make(service, rank=8)
+    with (
+        pytest.warns(FutureWarning, match="DEPRECATED"),
+        pytest.raises(tinker.RequestFailedError, match=r"rank_pattern.*make a run with"),
+    ):
+        other.load_state(path).result()
+    with pytest.raises(tinker.RequestFailedError, match="lora_alpha doesn't change"):
+        client.create_training_client_from_state(path, user_metadata={"tinsmith.lora_alpha": "8"}).result()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tinsmith.alpha": "8"}, "there is no field 'tinsmith.alpha'"),
+        ({"tinsmith.lora_alpha": "x"}, "tinsmith.lora_alpha must be a number"),
+        ({"tinsmith.rank_pattern": '{"x_proj": 3}'}, "'x_proj', which this run doesn't train"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(service: Service, fields: dict[str, str], message: str) -> None:
+    with pytest.raises(tinker.RequestFailedError, match=message) as caught:
+        make(service, rank=8, user_metadata=fields)
+    assert caught.value.category == types.RequestErrorCategory.User

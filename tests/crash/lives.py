@@ -28,11 +28,12 @@ from tests.flow.house import House, settle, train
 from tinsmith import crashpoints
 from tinsmith.backup import back_up, restore
 from tinsmith.blobs import Blobs
+from tinsmith.cooling import Cooling
 from tinsmith.errors import GoneError
 from tinsmith.janitor import sweep
 from tinsmith.store import DATABASE_FILE, Store, open_as_it_is, open_store
 from tinsmith.store.rows import OpRow
-from tinsmith.types import CheckpointKind, OpId, OpKind, OpState, RunId, SamplerId, TenantId
+from tinsmith.types import CheckpointKind, OpId, OpKind, OpState, RunId, SamplerId, SessionId, TenantId
 from tinsmith.verify import verify
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.worker.loop import Worker
@@ -136,7 +137,11 @@ class Client:
         self.home.sample(self.sampler, 1, max_tokens=9)
 
     def clean(self) -> None:
-        sweep(self.home.store, self.home.blobs, self.home.settings, time.time() + 120)
+        """The janitor's round after the session's end; no worker is there."""
+        store, now = self.home.store, time.time()
+        store.sessions.finish(self.home.tenant, SessionId(self.home.session), "success", None, now)
+        Cooling().sweep(store, self.home.blobs, now + 120, now)
+        sweep(store, self.home.blobs, self.home.settings, now + 120)
 
 
 def live(root: Path, crash_point: str, rounds: Iterable[int]) -> None:
@@ -159,7 +164,7 @@ def _live(home: Home, rounds: Iterable[int]) -> None:
     client = Client(home)
     worker: Worker | None = None
     for number in rounds:
-        if client.rounds()[number] == client.harm and worker is not None:
+        if client.rounds()[number] in (client.harm, client.clean) and worker is not None:
             worker.close()
             worker = None
         client.rounds()[number]()

@@ -1,10 +1,15 @@
-"""Every example learns: run one after another against one real server, each judged by what it measures itself."""
+"""Every example learns: run one after another against one real server, each judged by what it measures itself.
+
+Those that take longest run a few steps here, which shows that they still run; `make examples` has all of them learn.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import io
+import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +26,8 @@ from tinsmith.demo.reinforcement import reinforcement
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HOW_TO = EXAMPLES.parent / "docs" / "how-to"
+ALL_LEARN = bool(os.environ.get("TINSMITH_TEST_EXAMPLES_LEARN"))
+whole = pytest.mark.skipif(not ALL_LEARN, reason="make examples")
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "many_runs")
 
 pytestmark = [
@@ -75,6 +82,7 @@ class TestLearns:
         assert f"answers after step {example.EARLY_STEP}" in out.getvalue()
         assert "What is" in out.getvalue()
 
+    @whole
     def test_async_rl(self) -> None:
         report = learn("async_rl", STEPS=14)
         assert report.before < 0.7
@@ -87,6 +95,7 @@ class TestLearns:
         assert report.after >= 0.85
         assert report.losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference start equal: log 2"
 
+    @whole
     def test_on_policy_distillation(self) -> None:
         report = learn("on_policy_distillation")
         assert report.teacher >= 0.95
@@ -104,6 +113,7 @@ class TestLearns:
         report = learn("custom_loss", STEPS=9)
         assert report.after <= 0.5 * report.before
 
+    @whole
     def test_tool_use(self) -> None:
         report = learn("tool_use", STEPS=8)
         assert report.base < 0.5
@@ -111,11 +121,39 @@ class TestLearns:
         assert report.after >= 0.8
         assert report.calls_after > report.calls_before
 
+    @whole
     def test_self_play(self) -> None:
         report = learn("self_play", STEPS=8)
         assert report.before < 0.7
         assert report.after >= 0.8
         assert report.best_after > report.best_before
+
+
+@pytest.mark.skipif(ALL_LEARN, reason="they learn")
+@pytest.mark.usefixtures("service")
+class TestRuns:
+    """Two steps each of those that take longest to learn: what they report is there and finite."""
+
+    def test_async_rl(self) -> None:
+        report = learn("async_rl", STEPS=2)
+        assert len(report.rewards) == len(report.lags) == 2
+        assert 0 <= report.after <= 1
+
+    def test_on_policy_distillation(self) -> None:
+        report = learn("on_policy_distillation", TEACHER_STEPS=2, STEPS=2, BATCH=4)
+        assert all(math.isfinite(kl) for kl in [*report.kls, report.kl_before, report.kl_after])
+        assert len(report.kls) == 2
+
+    def test_tool_use(self) -> None:
+        report = learn("tool_use", WARM_UP_STEPS=12, STEPS=1, GROUP_SIZE=4)
+        assert len(report.rewards) == 1
+        assert report.calls_after > 0, "twelve steps are enough to learn to call the tool"
+        assert report.transcript
+
+    def test_self_play(self) -> None:
+        report = learn("self_play", WARM_UP_STEPS=6, STEPS=1)
+        assert len(report.best_moves) == 1
+        assert 0 <= report.after <= 1
 
 
 @pytest.mark.usefixtures("service")

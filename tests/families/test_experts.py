@@ -94,14 +94,16 @@ def test_the_backends_of_gpus_add_to_shared_factors_as_the_loop_does(backend) ->
         segments = []
         for start, end, live in ((0, 18, [(0, 18)]), (20, 44, [(20, 30), (35, 44)])):
             weights = {
-                "m.w1": ExpertWeights(torch.randn(1, 16, 32), (torch.randn(NUM, 16, 8), torch.randn(NUM, 16, 8))),
-                "m.w2": ExpertWeights(torch.randn(NUM, 8, 16), (torch.randn(1, 32, 8),)),
+                "m.w1": ExpertWeights(
+                    torch.randn(1, 16, 32), (torch.randn(NUM, 16, 8), torch.randn(NUM, 16, 8)), (2.0, 3.0)
+                ),
+                "m.w2": ExpertWeights(torch.randn(NUM, 8, 16), (torch.randn(1, 32, 8),), (2.0,)),
             }
             grads_of = {
                 group: ExpertWeights(torch.zeros_like(w.a_EKI), tuple(map(torch.zeros_like, w.bs)))
                 for group, w in weights.items()
             }
-            segments.append(Segment(start, end, {}, {}, 2.0, live, weights, grads_of))
+            segments.append(Segment(start, end, {}, {}, live, weights, grads_of))
         lora = ExpertLora([segments], "m", routes, each)
         numbers = []
         for group, inputs, outputs in (("m.w1", 32, 32), ("m.w2", 16, 32)):

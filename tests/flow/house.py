@@ -46,6 +46,7 @@ class House:
         self.settings = Settings.load({}, **(defaults | settings))
         self.store = open_store(root, synchronous=self.synchronous)
         self.blobs = Blobs(root / "blobs")
+        self.key_id: str | None = None  # that requests come with
         self.be("alice")
         self._num_runs = 0
         self._open: list[Bell | Ringer] = []
@@ -138,6 +139,7 @@ class House:
             payload=encode_json(body),
             payload_bytes=len(encode_json(body)),
             meta=to_meta(SampleMeta(seed, sampler, 2)),
+            key_id=self.key_id,
         )
         return self.enqueue(op)
 
@@ -194,6 +196,7 @@ class House:
             payload_bytes=size,
             media=media,
             meta=meta or {},
+            key_id=self.key_id,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.store.rows import EndsAfter
+from tinsmith.store.end_rows import EndsAfter
 from tinsmith.types import OpState
 
 

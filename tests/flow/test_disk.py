@@ -115,6 +115,17 @@ def test_nothing_that_verify_counts_as_named_is_an_orphan(full: House) -> None:
     assert full.store.files.orphans([*named, BlobKey("tenants/t/payloads/req-x.00")]) == {"tenants/t/payloads/req-x.00"}
 
 
+def test_the_snapshot_before_the_newest_is_no_orphan(tmp_path: Path) -> None:
+    with contextlib.closing(House(tmp_path, snapshot_debt_bytes=1)) as house:
+        run = house.create_run()
+        for step in range(3):
+            train(house, run, range(step, step + 1))
+            settle(house.worker())
+        row = house.store.runs.get(house.tenant, run)
+        assert row.previous_blob is not None
+        assert house.store.files.orphans([row.previous_blob]) == set()
+
+
 def test_a_file_that_only_an_uncovered_request_needs_is_no_orphan(full: House) -> None:
     (kept,), _ = full.store.checkpoints.list(full.tenant, 10, 0)
     full.load(kept.run_id, 13, kept.blob)

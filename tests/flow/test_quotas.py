@@ -13,8 +13,8 @@ import pytest
 from tests.flow.house import House, settle
 from tinsmith.fake_engine import FakeEngine
 from tinsmith.store import quota_gates
-from tinsmith.store.quota_rules import Prices, Quota
-from tinsmith.store.rows import OpRow
+from tinsmith.store.quota_rules import REOPENED_S, Prices, Quota
+from tinsmith.store.rows import KeyRow, OpRow, Principal
 from tinsmith.types import OpState, SessionId, TenantId
 from tinsmith.worker import queue_view
 from tinsmith.worker.loop import Worker
@@ -33,6 +33,10 @@ def limit(house: House, tenant: TenantId | None = None, key: str | None = None, 
 
 def states(house: House, ops: list[OpRow]) -> list[OpState]:
     return [house.get(op).state for op in ops]
+
+
+def holder(house: House, key: KeyRow) -> Principal:
+    return Principal(house.tenant, key.tenant_name, key.key_id, key.scope)
 
 
 class Clock:
@@ -273,7 +277,7 @@ def test_a_key_s_quota_holds_for_the_sessions_that_it_opened(house: House) -> No
     key, _ = house.store.tenants.create_key(house.tenant, "ci")
     limit(house, key=key.key_id, tokens_per_day=2)
     plain = house.create_run()
-    house.session = house.store.sessions.create(house.tenant, key_id=key.key_id).session_id
+    house.session = house.store.sessions.create(house.tenant, by=holder(house, key)).session_id
     bound = house.create_run()
     ops = [house.forward_backward(run, seq, [1, 2, 3]) for run in (plain, bound) for seq in (1, 2)]
     settle(house.worker())
@@ -328,3 +332,108 @@ def test_tenants_without_quotas_cost_no_look_at_what_is_under_way(
     settle(house.worker())
     assert house.get(op).state is OpState.DONE
     assert isinstance(house.engine, FakeEngine)
+
+
+def next_session(house: House, by: Principal | None = None) -> None:
+    """The one before ends."""
+    house.store.sessions.finish(house.tenant, SessionId(house.session), "success", None, time.time())
+    house.session = house.store.sessions.create(house.tenant, by=by).session_id
+
+
+def test_a_run_that_trains_on_after_its_session_ended_counts_again(house: House, clock: Clock) -> None:
+    limit(house, runs=1)
+    worker = house.worker()
+    first = house.create_run()
+    settle(worker)
+    next_session(house)
+    second = house.create_run()
+    settle(worker)
+    ops = [house.forward_backward(first, 1, [1, 2]), house.optim_step(first, 2)]
+    settle(worker)
+    assert states(house, ops) == ["queued"] * 2
+    assert used(house, Quota.RUNS) == 1
+    hold = house.store.quotas.hold_of(house.get(ops[0]), time.time())
+    assert hold is not None
+    assert hold.quota is Quota.RUNS
+    next_session(house)
+    settle(worker)
+    assert states(house, ops) == ["done"] * 2
+    assert used(house, Quota.RUNS) == 1, "that of the run which was opened again"
+    waits = house.forward_backward(second, 1, [1, 2])
+    settle(worker)
+    assert house.get(waits).state is OpState.QUEUED
+    clock.ahead += timedelta(seconds=REOPENED_S + 1)
+    settle(worker)
+    assert house.get(waits).state is OpState.DONE
+    assert used(house, Quota.RUNS) == 1
+
+
+def test_its_adapter_bytes_count_again_too(house: House) -> None:
+    worker = house.worker()
+    first = house.create_run()
+    settle(worker)
+    with house.store._database.write() as conn:
+        conn.exec_driver_sql("UPDATE runs SET adapter_bytes = 100")
+    next_session(house)
+    assert used(house, Quota.ADAPTER_BYTES) == 0
+    house.forward_backward(first, 1, [1, 2])
+    settle(worker)
+    assert used(house, Quota.ADAPTER_BYTES) == 100
+
+
+def test_runs_made_by_requests_that_outlived_their_session_are_no_way_around(house: House, clock: Clock) -> None:
+    limit(house, runs=2)
+    runs = [house.create_run() for _ in range(5)]
+    next_session(house)
+    worker = house.worker()
+    settle(worker)
+    assert used(house, Quota.RUNS) == 2
+    for round_ in range(3):
+        clock.ahead += timedelta(seconds=REOPENED_S + 1)
+        settle(worker)
+        assert used(house, Quota.RUNS) == (2 if round_ < 1 else 1 if round_ < 2 else 0)
+    ops = [house.forward_backward(run, 1, [1, 2]) for run in runs]
+    settle(worker)
+    assert states(house, ops).count(OpState.DONE) == 2
+
+
+def used(house: House, quota: Quota, key: str | None = None) -> float:
+    return next(scope.used[quota] for scope in house.store.quotas.list(time.time()) if scope.key_id == key)
+
+
+def test_a_key_s_quota_is_not_escaped_through_another_key_s_session(house: House) -> None:
+    """What counts is the key that asks, not the one that opened the session."""
+    bound, free = (holder(house, house.store.tenants.create_key(house.tenant, name)[0]) for name in ("ci", "me"))
+    limit(house, key=bound.key_id, tokens_per_day=2)
+    next_session(house, free)
+    house.key_id = free.key_id
+    mine, theirs = house.create_run(), house.create_run()
+    ops = [house.forward_backward(mine, seq, [1, 2, 3]) for seq in (1, 2)]
+    house.key_id = bound.key_id
+    ops += [house.forward_backward(theirs, seq, [1, 2, 3]) for seq in (1, 2)]
+    ops += [house.sample(house.sampler(), seq) for seq in (1, 2)]
+    settle(house.worker())
+    assert states(house, ops) == ["done", "done", "done", "queued", "queued", "queued"]
+    assert used(house, Quota.TOKENS_PER_DAY, bound.key_id) == 3
+    assert used(house, Quota.TOKENS_PER_DAY) == 9
+
+
+def test_nor_are_its_runs_and_its_storage(house: House) -> None:
+    bound, free = (holder(house, house.store.tenants.create_key(house.tenant, name)[0]) for name in ("ci", "me"))
+    limit(house, key=bound.key_id, runs=1, storage_bytes=10**9)
+    next_session(house, free)
+    house.key_id = bound.key_id
+    first, second = house.create_run(), house.create_run()
+    save = house.save(first, 1, "mine")
+    waits = house.forward_backward(second, 1, [1, 2])
+    house.key_id = free.key_id
+    third = house.create_run()
+    goes = house.forward_backward(third, 1, [1, 2])
+    settle(house.worker())
+    assert states(house, [save, waits, goes]) == ["done", "queued", "done"]
+    assert (used(house, Quota.RUNS, bound.key_id), used(house, Quota.RUNS)) == (1, 2)
+    assert used(house, Quota.STORAGE_BYTES, bound.key_id) == used(house, Quota.STORAGE_BYTES) > 0
+    successor, _ = house.store.tenants.rotate_key(bound.key_id, 0.0)
+    house.store.quotas._limits_until = float("-inf")
+    assert used(house, Quota.RUNS, successor.key_id) == 1
+    assert used(house, Quota.STORAGE_BYTES, successor.key_id) == used(house, Quota.STORAGE_BYTES)

@@ -19,7 +19,7 @@ def weights_in_a_row(inputs: int, widths: tuple[int, ...], rank: int, dtype: tor
     for width in widths:
         bs.append(row_P[offset : offset + rank * width].view(width, rank))
         offset += rank * width
-    return LoraWeights(row_P[:num_a].view(-1, inputs), tuple(bs))
+    return LoraWeights(row_P[:num_a].view(-1, inputs), tuple(bs), tuple(2.0 + layer for layer in range(len(bs))))
 
 
 def make_segments(spans: Spans, inputs: int, widths: tuple[int, ...], dtype: torch.dtype) -> list[Segment]:
@@ -28,7 +28,7 @@ def make_segments(spans: Spans, inputs: int, widths: tuple[int, ...], dtype: tor
     for start, end, rank in spans:
         weights = {"g": weights_in_a_row(inputs, widths, rank, dtype, inputs**-0.5)}
         grads = {"g": weights_in_a_row(inputs, widths, rank, torch.float32, 0.0)}
-        made.append(Segment(start, end, weights, grads, 2.0, live=[(start, end)] if end > start else []))
+        made.append(Segment(start, end, weights, grads, live=[(start, end)] if end > start else []))
     return made
 
 
@@ -37,14 +37,14 @@ def to_float32(segments: list[Segment]) -> list[Segment]:
     made = []
     for segment in segments:
         weights = {
-            name: LoraWeights(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs))
+            name: LoraWeights(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs), w.scales)
             for name, w in segment.weights.items()
         }
         grads = {
             name: LoraWeights(torch.zeros_like(w.a_KI), tuple(torch.zeros_like(b_OR) for b_OR in w.bs))
             for name, w in weights.items()
         }
-        made.append(Segment(segment.start, segment.end, weights, grads, segment.scale, live=segment.live))
+        made.append(Segment(segment.start, segment.end, weights, grads, live=segment.live))
     return made
 
 

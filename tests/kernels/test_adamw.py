@@ -99,7 +99,7 @@ def test_runs_step_as_on_the_cpu(dtype: torch.dtype):
 def make_slot(seed: int, dtype: torch.dtype) -> RunSlot:
     linear = LinearInfo("l", "attn", 33, 17, "l")
     layout = RowLayout([linear], Targets(), 4 + seed, dtype)
-    return RunSlot.fresh(RunSpec(RunId(f"r{seed}"), "base", layout.rank, seed, Targets()), layout, DEVICE)
+    return RunSlot.fresh(RunSpec(RunId(f"r{seed}"), "base", 4 + seed, seed, Targets()), layout, DEVICE)
 
 
 def test_a_long_norm_is_exact():

@@ -61,9 +61,9 @@ def test_gradients_of_a_run_in_several_spans_add_up(is_ordered: bool):
     """Two segments of one run, the second cut into pieces where the order is free."""
     torch.manual_seed(6)
     (first,) = make_segments([(0, 40, 8)], 32, (48,), torch.float32)
-    shared = [first, Segment(44, 600, first.weights, first.grads, 2.0, live=[(44, 60), (61, 600)])]
+    shared = [first, Segment(44, 600, first.weights, first.grads, live=[(44, 60), (61, 600)])]
     (want,) = to_float32([first])
-    exact = [want, Segment(44, 600, want.weights, want.grads, 2.0, live=[(44, 60), (61, 600)])]
+    exact = [want, Segment(44, 600, want.weights, want.grads, live=[(44, 60), (61, 600)])]
     x_TI, y_TO, dy_TO = torch.randn(600, 32), torch.randn(600, 48), torch.randn(600, 48)
     walk(LoopLora(exact), x_TI, y_TO.clone(), dy_TO, torch.zeros(600, 32))
     lora = TritonLora(shared, is_ordered=is_ordered)
@@ -86,10 +86,36 @@ def test_ordered_gradients_have_the_same_bits_however_a_pass_is_cut_and_whoever_
     for part in (data[:2], data[2:]):
         first, last = part[0][0], part[-1][1]
         live = [(start - first, end - first) for start, end in part]
-        segment = Segment(0, last - first, alone.weights, alone.grads, 2.0, live=live)
+        segment = Segment(0, last - first, alone.weights, alone.grads, live=live)
         rows = slice(first, last)
         own_dx_TI = torch.zeros_like(x_TI[rows])
         walk(TritonLora([segment], is_ordered=True), x_TI[rows], y_TO[rows].clone(), dy_TO[rows], own_dx_TI)
         assert torch.equal(own_dx_TI, dx_TI[rows])
     for got, want in zip(gradients(alone), gradients(run), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_the_same_segments_have_other_ranks_in_another_group(backend: LoraBackend):
+    torch.manual_seed(8)
+    segments = make_segments([(0, 20, 8), (20, 50, 8)], 32, (16, 16), torch.float32)
+    for segment, other in zip(
+        segments, make_segments([(0, 20, 16), (20, 50, 24)], 32, (16, 16), torch.float32), strict=True
+    ):
+        assert other.grads is not None
+        segment.weights = {**segment.weights, "h": other.weights["g"]}
+        segment.grads = {**(segment.grads or {}), "h": other.grads["g"]}
+    exact = to_float32(segments)
+    lora, loop = backend(segments), LoopLora(exact)
+    for group in ("g", "h"):
+        x_TI, y_TO, dy_TO, dx_TI = (torch.randn(50, 32, device=DEVICE) for _ in range(4))
+        want_y, want_dx = y_TO.clone(), dx_TI.clone()
+        loop.add_grads(group, x_TI, loop.add(group, x_TI, want_y), dy_TO, want_dx)
+        lora.add_grads(group, x_TI, lora.add(group, x_TI, y_TO), dy_TO, dx_TI)
+        assert error(y_TO, want_y) < 1e-6
+        assert error(dx_TI, want_dx) < 1e-6
+        for ours, theirs in zip(segments, exact, strict=True):
+            assert ours.grads is not None
+            assert theirs.grads is not None
+            for got, want in zip(ours.grads[group].tensors, theirs.grads[group].tensors, strict=True):
+                assert error(got, want) < 1e-6

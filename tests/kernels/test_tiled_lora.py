@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.lab import DEVICE, error
+from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.model import LinearInfo, RowLayout
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.tiled_kernel import add_tiles
@@ -22,22 +23,30 @@ def linears(inputs: int, inner: int) -> list[LinearInfo]:
     return [*shared, LinearInfo("mlp.down", "mlp", inner, inputs, "mlp.down")]
 
 
-def adapter(layers: list[LinearInfo], rank: int, dtype: torch.dtype, targets: Targets) -> Adapter:
-    layout = RowLayout(layers, targets, rank)
-    return Adapter.of(layout, targets, torch.randn(layout.num_params).to(DEVICE, dtype) * 0.1, 2.0 * rank)
+MIXED = LoraOptions(ranks=(("down", 9), ("k", 24)), alphas=(("v", 5.0),))
+
+
+def adapter(
+    layers: list[LinearInfo], rank: int, dtype: torch.dtype, targets: Targets, options: LoraOptions = PLAIN
+) -> Adapter:
+    layout = RowLayout(layers, targets, rank, alpha=2.0 * rank, options=options)
+    return Adapter.of(layout, torch.randn(layout.num_params).to(DEVICE, dtype) * 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("ranks", "inputs"), [((8, 32, 16), 48), ((3, 5, 40), 30)])
 def test_they_are_their_reference(ranks: tuple[int, ...], inputs: int, dtype: torch.dtype) -> None:
-    """Ranks and target sets of all kinds, tiles that are full and not, rows of nobody; then another batch."""
+    """Ranks and target sets of all kinds, also of single layers, tiles that are full and not, rows of nobody; then
+    another batch."""
     torch.manual_seed(1)
     layers = linears(inputs, 300)
     made = [adapter(layers, rank, dtype, Targets(mlp=rank != ranks[1], unembed=False)) for rank in ranks]
     lora = TiledLora(layers, DEVICE, dtype)
     before = lora.tables.addresses
-    a, b, c = made
-    for batch in ([None, a, b, a, c, None, *[a] * 17, b, None], [c, None], [None, None], [b, b, a]):
+    mixed = adapter(layers, ranks[0], dtype, Targets(unembed=False), MIXED)
+    made.append(mixed)
+    a, b, c, _ = made
+    for batch in ([None, a, b, a, c, None, *[a] * 17, b, None], [c, None], [None, None], [b, b, a], [mixed, a, mixed]):
         lora.arrange(batch)
         for name in ("attn.q", "mlp.down"):
             group = lora.group(name)
@@ -55,8 +64,11 @@ def test_they_are_their_reference(ranks: tuple[int, ...], inputs: int, dtype: to
 
 
 def adapter_in_float32(one: Adapter) -> Adapter:
-    matrices = {name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs)) for name, w in one.matrices.items()}
-    return Adapter(one.targets, one.rank, one.scale, matrices)
+    matrices = {
+        name: type(w)(w.a_KI.float(), tuple(b_OR.float() for b_OR in w.bs), w.scales)
+        for name, w in one.matrices.items()
+    }
+    return Adapter.holding(matrices, {})
 
 
 def test_the_heads_float32_logits_take_bfloat16_adapters() -> None:

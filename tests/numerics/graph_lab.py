@@ -93,7 +93,8 @@ def add_by_tables(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: 
         x_NI, y_TO_host = x_TI.numpy()[rows], y_TO.numpy()
         at = [tables.anchor.data_ptr() + int(place) * unit * 4 for place in places[1:, tile]]
         a_KI = _numbers(at[0], rank * len(group.widths), group.inputs)
-        u_NK = x_NI @ a_KI.T * tables.scales_T.numpy()[tile]
+        scales_L = tables.scales_GLT[group.index, : len(group.widths), tile].numpy()
+        u_NK = x_NI @ a_KI.T * scales_L.repeat(rank)
         for layer, width in enumerate(group.widths):
             delta = u_NK[:, layer * rank : (layer + 1) * rank] @ _numbers(at[1 + layer], width, rank).T
             y_TO_host[np.ix_(rows, range(starts[layer], starts[layer] + width))] += delta

@@ -141,11 +141,12 @@ class PeftTwin:
     from one another.
     """
 
-    def __init__(self, base: BaseModel, state: RunState) -> None:
+    def __init__(self, base: BaseModel, state: RunState, **more: Any) -> None:
+        """more: what else the adapter's configuration says."""
         spec = state.spec
         model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
         names = [info.name for info in base.linears if info.is_targeted(spec.targets)]
-        config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, lora_dropout=0.0)
+        config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, lora_dropout=0.0, **more)
         with warnings.catch_warnings():  # of an old name in transformers, and of merging a tied head
             warnings.simplefilter("ignore")
             self.model = get_peft_model(model, config).double()

@@ -36,7 +36,7 @@ def main() -> None:
     base = make_base("thick", Path(sys.argv[1]))
     footprint = measure(base, CHUNK)
     fits, recomputes = 256, int(1.5 * ROOM_BYTES / footprint.kept)
-    too_long = int(1.1 * ROOM_BYTES / footprint.recomputed)
+    too_long = int(1.6 * ROOM_BYTES / footprint.recomputed)
     assert recomputes * footprint.recomputed < 0.6 * ROOM_BYTES
     cases = {
         "many": ([[fits] * 6, [fits] * 4], ""),

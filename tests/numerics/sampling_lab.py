@@ -28,7 +28,7 @@ class Letters:
 
 def state_of(base: BaseModel, run: RunSpec, spread: float = 0.05) -> RunState:
     """Weights whose B isn't zero."""
-    layout = RowLayout(base.linears, run.targets, run.rank)
+    layout = RowLayout.of(base.linears, run)
     tensors = layout.row_to_tensors("param", init_row(layout, run))
     rng = np.random.default_rng(run.seed)
     for name, array in tensors.items():

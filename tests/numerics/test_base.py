@@ -29,6 +29,7 @@ from tests.numerics.lab import (
 )
 from tinsmith.bases import BaseRef, describe
 from tinsmith.errors import TinsmithError, UnsupportedError
+from tinsmith.lora_options import LoraOptions
 from tinsmith.model import RowLayout, load_base
 from tinsmith.model import base as base_module
 from tinsmith.model.activation import StableSiLU
@@ -64,6 +65,10 @@ def test_the_api_knows_the_size_of_an_adapter_as_the_engine_lays_it_out(kind, tm
     for targets in (Targets(), Targets(mlp=False, unembed=False), Targets(attn=False), Targets(attn=False, mlp=False)):
         asked = RunSpec(RunId("r"), "x", rank=3, targets=targets)
         assert info.adapter_bytes(asked) == 4 * RowLayout(linears, targets, 3).num_params
+    mixed = LoraOptions(ranks=(("attn", 5), ("k_proj", 1), ("lm_head", 7), ("up_proj", 9)))
+    asked = RunSpec(RunId("r"), "x", rank=3, options=mixed)
+    layout = RowLayout.of(linears, asked)
+    assert info.adapter_bytes(asked) == 4 * layout.num_own < 4 * layout.num_params
 
 
 def test_experts_of_an_unknown_family_are_refused_by_name(tmp_path, monkeypatch):

@@ -18,7 +18,11 @@ def weights_of(rank: int, *, zero: bool = False) -> dict[str, LoraWeights]:
         return torch.zeros(shape) if zero else torch.randn(shape)
 
     return {
-        group: LoraWeights(make(rank * len(widths), INPUTS), tuple(make(width, rank) for width in widths))
+        group: LoraWeights(
+            make(rank * len(widths), INPUTS),
+            tuple(make(width, rank) for width in widths),
+            tuple(2.0 / rank * (1 + layer) for layer in range(len(widths))),
+        )
         for group, widths in WIDTHS.items()
     }
 
@@ -27,7 +31,7 @@ def make_segments() -> list[Segment]:
     made = []
     for index, (start, end, rank) in enumerate(SPANS):
         grads = None if index == 3 else weights_of(rank, zero=True)
-        segment = Segment(start, end, weights_of(rank), grads, 2.0 / rank)
+        segment = Segment(start, end, weights_of(rank), grads)
         segment.live = [(10, 20), (25, 40)] if index == 2 else [(start, end)]
         made.append(segment)
     made[4].weights = {"q": made[4].weights["q"]}
@@ -42,7 +46,8 @@ def expected(segment: Segment, group: str, x_TI: Tensor, dy_TO: Tensor) -> tuple
     bs = [b_OR.double().requires_grad_() for b_OR in weights.bs]
     x_NI = x_TI[rows].double().requires_grad_()
     u_NK = x_NI @ a_KI.T
-    y_NO = segment.scale * torch.cat([u @ b.T for u, b in zip(u_NK.split(weights.rank, 1), bs, strict=True)], 1)
+    layers = zip(weights.scales, u_NK.split(weights.rank, 1), bs, strict=True)
+    y_NO = torch.cat([scale * (u @ b.T) for scale, u, b in layers], 1)
     live_N1 = torch.zeros(len(x_NI), 1, dtype=torch.float64)
     for start, end in segment.live:
         live_N1[start - segment.start : end - segment.start] = 1

@@ -21,7 +21,7 @@ def slots_of(base, ranks, seed=0):
     slots = []
     for number, rank in enumerate(ranks):
         own = spec(f"r{number}", rank, seed=number)
-        slots.append(RunSlot.fresh(own, RowLayout(base.linears, own.targets, rank), CPU))
+        slots.append(RunSlot.fresh(own, RowLayout.of(base.linears, own), CPU))
         slots[-1].rows["param"].normal_(generator=generator)
     return slots
 

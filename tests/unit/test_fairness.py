@@ -10,7 +10,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, count
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -420,3 +420,45 @@ def test_what_is_known_of_those_who_left_is_forgotten() -> None:
         for op in batch.passes:
             shares.charge(op, op.cost_tokens)
     assert sum(len(level.tags) for level in shares._lines.values()) < 300
+
+
+@settings(deadline=None, max_examples=60, phases=[Phase.explicit, Phase.generate])
+@given(
+    floods=st.lists(st.tuples(st.integers(1, 1500), st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=9),
+    small=st.integers(1, 1500),
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+    budget=st.sampled_from([1, 50, 1000]),
+    rng=st.randoms(use_true_random=False),
+)
+def test_who_asks_anew_whenever_it_is_answered_keeps_the_pace_of_a_fluid_server(
+    floods: list[tuple[int, float]], small: int, weight: float, budget: int, rng: random.Random
+) -> None:
+    """Beside tenants that flood, each request of one that awaits them begins no later than it would in a server that
+    serves all at once by their weights, but for one step: what a pass takes, or a largest request."""
+    shares, one, rate = Shares(), TenantId("one"), (weight + sum(w for _, w in floods)) / weight
+    shares.weigh({one: weight} | {TenantId(f"f{n}"): w for n, (_, w) in enumerate(floods)})
+    queues: list[list[Candidate]] = [[] for _ in floods]
+    step = max(budget, small, *(most for most, _ in floods))
+    served, fluid_end, asked, numbers = 0.0, 0.0, None, count()
+    begun: set[TenantId] = set()  # the others have come before
+    for number in range(80):
+        if asked is None and len(begun) == len(floods) and rng.random() < 0.8:
+            asked = training("one", "one", number, rng.randint(1, small))
+            begins_by = max(fluid_end, served)
+            fluid_end = begins_by + asked.cost_tokens * rate
+        for n, (most, _) in enumerate(floods):
+            while sum(op.cost_tokens for op in queues[n]) <= budget:
+                queues[n].append(training(f"f{n}", f"f{n}", next(numbers), rng.randint(1, most)))
+        work = [op for queue in queues for op in queue] + ([] if asked is None else [asked])
+        batch = plan(work, Limits(budget, 8), shares.enter(line_of(op) for op in work))
+        assert batch is not None
+        shares.took(batch.trained)
+        for op in batch.passes:
+            shares.charge(op, op.cost_tokens)
+        if asked in batch.passes:
+            asked = None
+        assert asked is None or served <= begins_by + step + EPS
+        served += sum(op.cost_tokens for op in batch.passes)
+        begun |= {op.tenant_id for op in batch.passes} - {one}
+        gone = {op.op_id for op in batch.passes}
+        queues = [[op for op in queue if op.op_id not in gone] for queue in queues]

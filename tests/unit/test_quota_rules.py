@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinsmith.scopes import Scope
 from tinsmith.store import Store, open_store
 from tinsmith.store.ledger import HOUR_S
 from tinsmith.store.quota_gates import tally
@@ -33,7 +34,7 @@ from tinsmith.store.quota_rules import (
     tokens_of,
     told,
 )
-from tinsmith.store.rows import Finished, NewOp, NewSampler, OpRow, WorkerId
+from tinsmith.store.rows import Finished, NewOp, NewSampler, OpRow, Principal, WorkerId
 from tinsmith.store.usage_rows import Usage, UsageKind
 from tinsmith.types import OpId, OpKind, OpState, SamplerId, TenantId
 
@@ -105,7 +106,7 @@ def test_kinds_of_requests_take_what_they_leave_behind() -> None:
         (
             Hold(Quota.RUNS, 3, 3),
             "3 runs of this tenant are open, of 3 (quota runs); goes on when a session with runs ends, by itself "
-            "10 min after its client has gone",
+            "10 min after its client has gone, or 1 min after the last request of a run whose session had ended",
         ),
     ],
 )
@@ -143,7 +144,9 @@ class History:
         self.name = name
         key, _ = self.store.tenants.create_key(self.tenant, "k")
         self.key = key.key_id
-        session = self.store.sessions.create(self.tenant, key_id=self.key).session_id
+        session = self.store.sessions.create(
+            self.tenant, by=Principal(self.tenant, name, self.key, Scope.FULL)
+        ).session_id
         self.sampler = SamplerId(f"{session}:sample:0")
         self.store.samplers.create(NewSampler(self.tenant, session, self.sampler, "tiny"), self.now)
         self.workers = [self.store.workers.register(f"{name}{n}", "tiny", 1e9, self.now) for n in range(2)]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tinsmith.errors import GoneError, NotFoundError, UnsupportedError
-from tinsmith.store.rows import EndsAfter, NewSampler
+from tinsmith.store.end_rows import EndsAfter
+from tinsmith.store.rows import NewSampler
 from tinsmith.types import BlobKey, Failure, OpId, RunSpec, SamplerId, TenantId
 
 BAD = Failure("invalid_request", "user", "bad")

@@ -192,6 +192,13 @@ def test_an_answer_beyond_the_bound_is_refused_by_its_name(asked: dict[str, Any]
         check_sample(request, INFO, replace(SETTINGS, max_sample_numbers=100))
 
 
+def test_stability_info_is_refused_by_name_unless_routes_are_replayed() -> None:
+    asked = sample(records_routes=True)
+    with pytest.raises(UnsupportedError, match=r"record_stability_info.* loss_fn=importance_sampling.*--router-replay"):
+        check_sample(asked, INFO, SETTINGS)
+    check_sample(asked, INFO, replace(SETTINGS, router_replay=True))
+
+
 @pytest.mark.parametrize("rank", [0, -1, 9])
 def test_bad_ranks_name_the_largest(rank: int) -> None:
     with pytest.raises(UserError, match=r"1\.\.8"):

@@ -72,9 +72,9 @@ def test_mixed_stops_are_refused() -> None:
         decode_sample(body(sampling_params={"stop": ["a", 1]}))
 
 
-def test_stability_info_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"record_stability_info.* loss_fn=importance_sampling"):
-        decode_sample(body(record_stability_info=True))
+def test_stability_info_asks_for_routes() -> None:
+    assert decode_sample(body(record_stability_info=True)).records_routes
+    assert not decode_sample(body()).records_routes
 
 
 def test_scores_of_the_sdk_model_decode() -> None:

@@ -134,6 +134,7 @@ async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRo
         media=draft.media,
         meta=tracing.carry(draft.meta),
         failure=draft.failure,
+        key_id=principal.key_id,
     )
     looks_before = services.waiters.num_looks
     try:

@@ -58,7 +58,7 @@ from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
 from tinsmith.api.waiters import Awaited, Ended
 from tinsmith.errors import UserError
-from tinsmith.store.rows import EndsAfter
+from tinsmith.store.end_rows import EndsAfter
 from tinsmith.wire.media import JSON, encode_json
 
 KEYS, BUDGET = "keys", "budget"  # in the state of the app: what the express lane shares with it

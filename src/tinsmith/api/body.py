@@ -19,6 +19,7 @@ from tinsmith.wire.media import decode_json
 
 PLAIN_BYTES = 1 << 20  # a request without tokens in it: a name, an address, metadata of 8 KiB
 TOKENS_BYTES = 8 << 20  # a JSON request with a prompt: a million token ids
+PICTURES_BYTES = 64 << 20  # the same with pictures
 PIECE_BYTES = 1 << 20
 PREFIX_BYTES = 1 << 16
 HEAD_BYTES = 1 << 18  # of a body that says itself that it is too large: enough of a zstd frame for the prefix
@@ -74,6 +75,17 @@ async def read_body(request: Call, services: Services, at_most: int = PLAIN_BYTE
     inflated = await services.digest(request.user, max_bytes, inflate, body, max_bytes, hold.take)
     hold.give_back(len(body))
     return inflated
+
+
+def check_structure(body: bytes, at_most: int) -> None:
+    """Whether a JSON body with pictures is cheap to read: they are long strings, and it is all that is between strings
+    which costs many times its bytes.
+
+    Raises:
+        TooLargeError: as much is between them as `at_most` bytes could hold.
+    """
+    if len(body) > at_most and sum(body.count(mark) for mark in (b"[", b"{", b",", b":")) > at_most:
+        raise TooLargeError(f"the request body holds more than {at_most} values: send fewer tokens a request")
 
 
 def inflate(body: bytes, max_bytes: int, take: Callable[[int], None]) -> bytes:

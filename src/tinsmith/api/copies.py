@@ -35,7 +35,11 @@ async def copy_weights(request: Call, services: ServicesDep, data: JSONBody[Copy
     key = request.headers.get(KEY_HEADER)
     new = await services.work(_draft, services, request.user, data, token, key)
     services.disk.take(2 * ROW_BYTES)  # beside the checkpoint's row those of its run and session
-    return CopiedWeights(tinker_path=await services.write(services.store.copies.create, new, time.time()))
+    return CopiedWeights(
+        tinker_path=await services.write(
+            services.store.copies.create, new, time.time(), most_sessions=services.settings.max_sessions
+        )
+    )
 
 
 def _draft(

@@ -15,7 +15,8 @@ from tinsmith.api.auth import Call
 from tinsmith.api.pauses import ACTIVE
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UnsupportedError
-from tinsmith.store.rows import Ended, EndsAfter, Principal
+from tinsmith.store.end_rows import Ended, EndsAfter
+from tinsmith.store.rows import Principal
 from tinsmith.types import OpId, OpState, SamplerId
 from tinsmith.wire.requests import CLONE_SEQS, CancelFuture, RetrieveFutures
 

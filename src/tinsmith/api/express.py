@@ -3,7 +3,7 @@
 Sending a pass or a step and asking for a result are nearly all that a busy server is asked, and the framework's part of
 each costs more than ours. What stays true: whoever comes this way gets the answer that the routes give, to the byte
 (the request's id and the date aside), under the same bounds; whatever isn't plain goes the long way, untouched: a key
-that was not seen good a moment ago, a body of another kind or size, a custom loss, a result that lies in a file.
+that was not seen good a moment ago, a body of another kind or size, a custom loss, pictures, a result in a file.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tinsmith.api.pressure import FILLING, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
+from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate import CUSTOM
@@ -172,7 +173,7 @@ class Express:
         with _Held(self._budget, principal.tenant_id) as held:
             body = self._body(request, held)
             address = None if body is None else read_address(body)
-            if body is None or address is None or CUSTOM.encode() in body:
+            if body is None or address is None or CUSTOM.encode() in body or may_hold_pictures(body):
                 return None
             where = RunAddress(*address)
             run = await self._run(principal, where)

@@ -54,6 +54,7 @@ async def create_custom_loss(request: Call, services: ServicesDep) -> Promise:
         id=OpId("req-" + hashlib.sha256(upload.loss_id.encode()).hexdigest()[:32]),
         seq_id=0,
         failure=upload.failure,
+        key_id=request.user.key_id,
     )
     result = loss_result(upload.loss_id)
     try:

@@ -14,9 +14,11 @@ from litestar import get, post
 from litestar.params import FromPath, JSONBody
 from msgspec import Struct
 
-from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
-from tinsmith.api.body import TOKENS_BYTES, read_body
+from tinsmith.api.body import PICTURES_BYTES, TOKENS_BYTES, check_structure, read_body
+from tinsmith.api.intake import hold_of
+from tinsmith.api.pointers import with_pictures
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
@@ -81,21 +83,29 @@ async def join_sampling_session(
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
-    body = await read_body(request, services, TOKENS_BYTES)
-    row = await _admit_sample(services, request.user, body)
+    body = await read_body(request, services, PICTURES_BYTES if services.sees else TOKENS_BYTES)
+    check_structure(body, TOKENS_BYTES)
+    refusal = None
+    try:
+        body = await with_pictures(services, request.user, body, hold_of(request.scope).take)
+    except UserError as error:
+        refusal = error
+    row = await _admit_sample(services, request.user, body, refusal)
     num_samples = int(row.meta.get("num_samples", 0))
     return Promise(request_id=row.id, sample_sequence_ids=[f"{row.id}-{i}" for i in range(num_samples)])
 
 
 def weight_of(body: bytes) -> int:
-    """For `Services.digest`: bytes, and more where there may be a schema, which takes longer to check than to read."""
-    has_schema = b"json_schema" in body or b"\\u" in body
-    return max(len(body), LIGHT_BYTES + 1) if has_schema else len(body)
+    """For `Services.digest`: bytes, and more where there may be a schema or a picture, which takes longer to check than
+    to read."""
+    is_slow = any(mark in body for mark in (b"json_schema", b'"image', b"\\u"))
+    return max(len(body), LIGHT_BYTES + 1) if is_slow else len(body)
 
 
-async def _admit_sample(services: Services, principal: Principal, body: bytes) -> OpRow:
+async def _admit_sample(services: Services, principal: Principal, body: bytes, refusal: UserError | None) -> OpRow:
+    """`refusal`: what was found wrong with its pictures already."""
     async with room_for_sample(services, principal.tenant_id):
-        draft = await services.digest(principal, weight_of(body), _draft_sample, services, principal, body)
+        draft = await services.digest(principal, weight_of(body), _draft_sample, services, principal, body, refusal)
         return await admit(services, principal, draft)
 
 
@@ -149,12 +159,14 @@ def new_sampler(services: Services, principal: Principal, asked: CreateSamplingS
     )
 
 
-def _draft_sample(services: Services, principal: Principal, body: bytes) -> Draft:
+def _draft_sample(services: Services, principal: Principal, body: bytes, refusal: UserError | None) -> Draft:
     address = decode_json(body, SamplerAddress)
     sampler = services.store.samplers.get(principal.tenant_id, SamplerId(address.sampling_session_id))
     draft = Draft(
         kind=OpKind.SAMPLE, base_model=sampler.base_model, seq_id=address.seq_id, sampler_id=sampler.sampler_id
     )
+    if refusal is not None:
+        return rejected(draft, refusal)
     return attempt(draft, partial(fill_sample, services, sampler.sampler_id, body))
 
 
@@ -164,8 +176,8 @@ def fill_sample(services: Services, sampler_id: SamplerId, body: bytes, draft: D
     Raises:
         UserError: it can't be carried out.
     """
-    asked = decode_sample(body)
     info = services.base(draft.base_model).info
+    asked = decode_sample(body, services.sight(info))
     check_sample(asked, info, services.settings)
     num_prompt = int(asked.prompt.size)
     if services.settings.log_prompts:

@@ -26,6 +26,7 @@ from litestar.params import SkipValidation
 
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
+from tinsmith.api.fetching import Fetcher
 from tinsmith.api.figures import Watched
 from tinsmith.api.once import Once
 from tinsmith.api.pace import Pace
@@ -43,12 +44,14 @@ from tinsmith.bell import Ringer
 from tinsmith.blobs import Blobs
 from tinsmith.clock import Clock
 from tinsmith.config import Settings
-from tinsmith.errors import CapacityError, CorruptError, NotFoundError, UserError
+from tinsmith.errors import CapacityError, CorruptError, UserError
 from tinsmith.metrics import Counting
+from tinsmith.picture_files import Bounds, Verified
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
 from tinsmith.types import BaseInfo, OpId, TenantId
+from tinsmith.wire.images import Sight
 
 T = TypeVar("T")
 NUM_THREADS = 4
@@ -106,11 +109,14 @@ class Services:
     pressure: Pressure = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
+    verified: Verified = field(init=False, default_factory=Verified)
+    fetcher: Fetcher = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
+        object.__setattr__(self, "fetcher", Fetcher(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
@@ -125,6 +131,7 @@ class Services:
 
         Raises:
             NotFoundError: its run or sampler is not the tenant's.
+            GoneError: it came before, and its result has expired.
         """
         return await self.arriving.ask(new.tenant_id, new)
 
@@ -161,7 +168,7 @@ class Services:
 
     def _enqueue_at_once(self, new: NewOp) -> Enqueued:
         (enqueued,) = self.store.ops.enqueue_all([new], time.time(), may_wait=False)
-        if isinstance(enqueued, NotFoundError):
+        if isinstance(enqueued, UserError):
             raise enqueued
         return enqueued
 
@@ -191,6 +198,17 @@ class Services:
         if name not in self.bases:
             raise UserError(f"base model {name[:200]!r} is not served here; served: {', '.join(self.bases)}")
         return self.bases[name]
+
+    @property
+    def sees(self) -> bool:
+        """Whether any base takes pictures."""
+        return any(base.info.vision is not None for base in self.bases.values())
+
+    def sight(self, info: BaseInfo) -> Sight:
+        """How requests that are admitted here may show pictures to a base."""
+        settings = self.settings
+        bounds = Bounds(settings.max_picture_bytes, settings.max_picture_pixels)
+        return Sight(info.name, info.vision, bounds, settings.max_pictures, self.verified)
 
     def ring(self, base_model: str) -> None:
         """Hint to the base's workers that there's work: once, however many say so in this turn of the event loop, and

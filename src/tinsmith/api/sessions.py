@@ -65,16 +65,18 @@ async def create_session(request: Call, services: ServicesDep, data: JSONBody[Cr
         sdk_version=data.sdk_version,
         project_id=data.project_id,
         display_name=data.display_name,
-        key_id=request.user.key_id,
+        by=request.user,
+        most=services.settings.max_sessions,
     )
     return SessionCreated(session_id=row.session_id)
 
 
 @post("/session_heartbeat", status_code=200)
 async def session_heartbeat(request: Call, services: ServicesDep, data: JSONBody[SessionHeartbeat]) -> Beat:
-    """410 once the session has ended: the client stops sending."""
-    session_id = SessionId(data.session_id)
-    await services.write(services.store.sessions.beat, request.user.tenant_id, session_id, time.time())
+    """410 once the session has ended: the client stops sending. A key of a scope less than full keeps those sessions
+    alive that it opened."""
+    user = request.user
+    await services.write(services.store.sessions.beat, user.tenant_id, SessionId(data.session_id), time.time(), by=user)
     return Beat()
 
 

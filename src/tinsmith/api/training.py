@@ -17,10 +17,13 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
-from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.replaying import with_routes
+from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
+from tinsmith.lora_fields import check_names, extra_fields, read_extras
+from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
 from tinsmith.types import BaseInfo, Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
@@ -97,7 +100,8 @@ async def forward_backward(request: Call, services: ServicesDep) -> Promise:
     except BodyTooLarge as error:
         await _consume(services, request.user, error)
         raise
-    draft = await services.digest(request.user, len(body), _draft_training, services, request.user, body)
+    weight = max(len(body), LIGHT_BYTES + 1) if may_hold_pictures(body) else len(body)
+    draft = await services.digest(request.user, weight, _draft_training, services, request.user, body)
     row = await admit(services, request.user, draft)
     return Promise(request_id=row.id, model_id=row.run_id)
 
@@ -146,7 +150,7 @@ def with_spec(draft: Draft, meta: CreateMeta, info: BaseInfo, user_metadata: Map
     run = replace(
         draft.run,
         spec=meta.spec,
-        user_metadata=check_metadata(user_metadata),
+        user_metadata=extra_fields(meta.spec) | check_metadata(user_metadata),
         adapter_bytes=info.adapter_bytes(meta.spec),
     )
     return replace(draft, base_model=meta.spec.base_model, meta=to_meta(meta), run=run)
@@ -210,6 +214,8 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         seed=secrets.randbelow(MAX_SEED) if lora.seed is None else lora.seed,
         targets=targets,
     )
+    spec = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank).of_new_run(spec)
+    check_names(spec.options, targets, info)
     return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 
@@ -227,17 +233,18 @@ def fill_training(services: Services, principal: Principal, body: bytes, draft: 
     Raises:
         UserError: it can't be carried out.
     """
-    check_bounds(body, services.settings.max_request_tokens)
-    asked = decode_training(body)
-    info = services.base(draft.base_model).info
-    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=body, media=PROTOBUF)
+    settings, info = services.settings, services.base(draft.base_model).info
+    check_bounds(body, settings.max_request_tokens, settings.max_pictures, settings.max_picture_bytes)
+    asked = decode_training(body, services.sight(info))
+    payload = with_routes(services, principal, body, asked) if settings.router_replay else body
+    filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=payload, media=PROTOBUF)
     if asked.loss.name != CUSTOM:
-        check_training(asked, info, services.settings)
+        check_training(asked, info, settings)
         return filled
-    refuse_if_off(services.settings)
+    refuse_if_off(settings)
     loss = _find_loss(services, principal, RunId(str(draft.run_id)), loss_id_of(asked.loss))
     graph = decode_custom_loss(services.blobs.get(loss.blob))
-    check_custom_training(asked.with_graph(graph), graph, info, services.settings)
+    check_custom_training(asked.with_graph(graph), graph, info, settings)
     work = sum(LossSpec(CUSTOM, graph=graph).work(datum.num_tokens) for datum in asked.data)
     return replace(filled, cost_tokens=work, meta=to_meta(LossMeta(loss_id=loss.loss_id, blob=loss.blob)))
 

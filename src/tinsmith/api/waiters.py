@@ -21,7 +21,8 @@ from tinsmith.api.recent import Recent
 from tinsmith.api.stay import STAY
 from tinsmith.bell import Bell
 from tinsmith.errors import UserError
-from tinsmith.store.rows import EndsAfter, OpRow
+from tinsmith.store.end_rows import EndsAfter
+from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId
 
 log = structlog.get_logger("tinsmith.api")

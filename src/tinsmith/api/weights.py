@@ -18,6 +18,7 @@ from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import new_run_draft, refuse_finished_session, run_draft, with_spec
 from tinsmith.config import Settings
 from tinsmith.errors import UserError
+from tinsmith.lora_fields import read_extras, shape_text
 from tinsmith.store.rows import CheckpointRow, OpRow, Principal
 from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId, SessionId
 from tinsmith.validate import check_lora, check_metadata, check_optimizer, check_ttl
@@ -176,6 +177,8 @@ def _fill_create_from(
         raise UserError(f"{asked.path} was made on {found.spec.base_model}, not on {asked.base_model[:200]!r}")
     info = services.base(found.spec.base_model).info
     check_lora(found.spec.rank, None, found.spec.targets, services.settings)
+    extras = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank)
+    extras.require_same(found.spec, found.path)
     spec = replace(found.spec, run_id=RunId(str(draft.run_id)))
     meta = CreateMeta(spec=spec, path=found.path, blob=found.blob, optimizer=asked.optimizer)
     return with_spec(draft, meta, info, asked.user_metadata)
@@ -187,8 +190,8 @@ def _fill_load(services: Services, principal: Principal, body: bytes, draft: Dra
     run = services.store.runs.get(principal.tenant_id, RunId(str(draft.run_id)))
     if _shape(found.spec) != _shape(run.spec):
         raise UserError(
-            f"{asked.path} holds an adapter of rank {found.spec.rank} on {found.spec.base_model}, the run has rank "
-            f"{run.spec.rank} on {run.spec.base_model}: make a run with create_training_client_from_state"
+            f"{asked.path} holds an adapter of {shape_text(found.spec)} of {found.spec.base_model}, the run has one of "
+            f"{shape_text(run.spec)} of {run.spec.base_model}: make a run with create_training_client_from_state"
         )
     return replace(draft, meta=to_meta(LoadMeta(path=found.path, blob=found.blob, optimizer=asked.optimizer)))
 
@@ -203,4 +206,4 @@ def _loadable(services: Services, principal: Principal, asked: LoadWeights) -> C
 
 
 def _shape(spec: RunSpec) -> tuple[object, ...]:
-    return spec.base_model, spec.rank, spec.targets, spec.alpha
+    return spec.base_model, spec.rank, spec.targets, spec.alpha, spec.options

@@ -1,10 +1,11 @@
 """The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
 
-from tinsmith.model.base import BaseModel, load_base, open_base
-from tinsmith.model.context import ExpertAdapters, GradContext, PassContext
+from tinsmith.model.base import BaseModel, open_base
+from tinsmith.model.context import ExpertAdapters, GradContext, OwnRoutes, PassContext
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
-from tinsmith.model.layout import RowLayout, init_row
+from tinsmith.model.layout import RowLayout, init_row, shape_of
+from tinsmith.model.loading import load_base
 from tinsmith.model.routes import Routes
 from tinsmith.model.rows import MIN_ROWS, ROW_GRID, padded_rows
 
@@ -17,6 +18,7 @@ __all__ = [
     "FrozenMatrix",
     "GradContext",
     "LinearInfo",
+    "OwnRoutes",
     "PassContext",
     "Routes",
     "RowLayout",
@@ -24,4 +26,5 @@ __all__ = [
     "load_base",
     "open_base",
     "padded_rows",
+    "shape_of",
 ]

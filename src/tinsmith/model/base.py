@@ -1,8 +1,8 @@
-"""A base model, loaded once from a Hugging Face directory and frozen, with its layers opened to a pass context.
+"""A base model, frozen, with its layers opened to a pass context.
 
-Owns the transformers model and the hooks in it. Refuses to know runs, sequences and losses. What stays true: after
-loading, the opened model gives the logits of the untouched one, and each hook was called (so an upgrade of transformers
-that goes around a hook is refused at start, not answered with wrong numbers).
+Owns the transformers model and the hooks in it. Refuses to know files (see `model.loading`), runs, sequences and
+losses. What stays true: the opened model gives the logits of the untouched one, and each hook was called (so an upgrade
+of transformers that goes around a hook is refused at start, not answered with wrong numbers).
 Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
 """
 
@@ -14,17 +14,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import replace_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import ExpertAdapters, PassContext
 from tinsmith.model.delta import Chunks, DeltaKind, mix
-from tinsmith.model.directory import read_config
 from tinsmith.model.experts import Experts, describe_experts, find_experts, frozen_parts, replace_experts
 from tinsmith.model.families import Family, family_of
 from tinsmith.model.frozen import FrozenMatrix
@@ -33,6 +31,7 @@ from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
+from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
 from tinsmith.types import BaseInfo
 
@@ -45,7 +44,8 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 class BaseModel:
     """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
-    `final` is what becomes of the head's outputs, its adapters' among them."""
+    `final` is what becomes of the head's outputs, its adapters' among them. Routes have `num_chosen` of `num_experts`
+    experts for each of `num_routers` routers; 0 where they can't be replayed."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class BaseModel:
         head: nn.Linear,
         experts: Sequence[Experts],
         router_weights: Sequence[Tensor],
+        routers: Sequence[Router],
         holder: PassHolder,
     ) -> None:
         self.info = info
@@ -72,6 +73,9 @@ class BaseModel:
         self._groups = groups
         self._experts = experts
         self.router_weights = router_weights
+        self.num_routers = len(routers)
+        self.num_experts = experts[0].num_experts if experts else 0
+        self.num_chosen = routers[0].num_chosen if routers else 0
         self._holder = holder
 
     @property
@@ -118,27 +122,6 @@ class BaseModel:
         return cast(Tensor, out.last_hidden_state)[0]
 
 
-def load_base(
-    info: BaseInfo,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    deterministic: bool = False,
-    shares_factors: bool = True,
-) -> BaseModel:
-    """Load `info.path` and open it.
-
-    deterministic: no kernel may round an element by its place in an array.
-    shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
-
-    Raises:
-        UserError: the directory lacks weights.
-        UnsupportedError: the architecture has parts that can't be hooked; they are named.
-    """
-    model = _load(info, device, dtype)
-    return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
-
-
 @torch.no_grad()
 def open_base(
     model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False, shares_factors: bool = True
@@ -146,7 +129,7 @@ def open_base(
     """Open a model that is in memory. It is changed, and shares its weights with the base.
 
     Raises:
-        UnsupportedError: as `load_base`.
+        UnsupportedError: the architecture has parts that can't be hooked; they are named.
     """
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
@@ -155,7 +138,8 @@ def open_base(
     found = find_experts(model, family)
     check_rope(model)
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
-    with SiblingWatch(linears) as watch:
+    choosing = family.routers if family.expert_weights is not None else ()
+    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()
@@ -164,39 +148,20 @@ def open_base(
     )
     groups = _group_linears(model, linears, watch.leads, holder)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
-    routers = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
+    router_weights = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
     experts = replace_experts(model, found, family, holder, leads, stable=deterministic)
     _replace_others(model, family, holder)
+    routers = replace_routers(
+        model, family.routers, family.expert_weights, holder, choose=family.routers_choose, is_even=deterministic
+    )
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, routers, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder)
     open_layers(base.backbone, base.num_layers, holder)
-    _check(base, groups, model, tokens_T, logits_TV)
+    _check(base, groups, model, tokens_T, logits_TV, routing.choices)
     base.num_forwards = 0
     return base
-
-
-def _load(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.path,
-            config=read_config(info.path),
-            dtype=dtype,
-            attn_implementation="eager",  # of the check alone, and all families have it
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
-        )
-    except (SafetensorError, ImportError, OSError, ValueError) as error:
-        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
-    model, report = loaded
-    lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if lacking:
-        raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
-    return cast(PreTrainedModel, model.to(device))
 
 
 def _group_linears(
@@ -273,7 +238,8 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Sequence[Tensor]) -> None:
+        self.choices = choices
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
@@ -294,12 +260,21 @@ class _CheckContext:
         self.mixtures[name] += 1
         return NO_ADAPTERS
 
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        """The plain model's choice, since rounding may tip another one, backwards: so the weights are made anew."""
+        return self.choices[router].flip(1) if self.choices else experts_TK
+
 
 def _check(
-    base: BaseModel, groups: Sequence[LinearGroup], model: PreTrainedModel, tokens_T: Tensor, expected_TV: Tensor
+    base: BaseModel,
+    groups: Sequence[LinearGroup],
+    model: PreTrainedModel,
+    tokens_T: Tensor,
+    expected_TV: Tensor,
+    choices: Sequence[Tensor],
 ) -> None:
     kind = type(model).__name__
-    context = _CheckContext()
+    context = _CheckContext(choices)
     with torch.no_grad():
         h_TD = base.hidden(tokens_T, torch.arange(len(tokens_T), device=base.device), context)
     if context.layers != Counter(range(base.num_layers)):

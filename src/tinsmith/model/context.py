@@ -27,6 +27,13 @@ class ExpertAdapters(Protocol):
     def add_grads(self, group: str, x_NI: Tensor, kept: tuple[Tensor, ...], dy_NO: Tensor, dx_NI: Tensor) -> None: ...
 
 
+class OwnRoutes:
+    """Of contexts in which routers choose by themselves."""
+
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        return experts_TK
+
+
 class PassContext(Protocol):
     """One pass. The base hands it every attention and every linear layer, in the order of the model.
 
@@ -75,6 +82,18 @@ class PassContext(Protocol):
         """The rows of the pass go to the experts of a layer, whose path is `name`, by these routes.
 
         Called once for each layer that has experts, or twice with activation checkpointing.
+        """
+        ...
+
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        """The experts to which rows go, after a router chose, before `experts`.
+
+        Args:
+            router: its place among the model's routers, from 0.
+            experts_TK: int64, its own choice.
+
+        Returns:
+            The same tensor, or another one: int64 [T, K].
         """
         ...
 

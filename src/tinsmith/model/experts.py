@@ -1,8 +1,8 @@
 """Mixtures of experts: a layer's experts as two products over rows sorted by expert, with adapters in both.
 
-Owns the base's products and their order; routes are the model's own router's, whose gradient flows by autograd, and
-which is frozen. Refuses to know adapters: the pass context adds them. As in `model.linear`, no gradient is made for any
-weight. Layers are named as `tinker_cookbook.weights` names them: w1 is the gate, w3 what it gates, w2 the way back.
+Owns the base's products and their order; routes come from `model.routers`. Refuses to know adapters: the pass context
+adds them. As in `model.linear`, no gradient is made for any weight. Layers are named
+as `tinker_cookbook.weights` names them: w1 is the gate, w3 what it gates, w2 the way back.
 Shape letters: T rows of the pass, K experts of a row, E experts, N slots (see `model.routes`), D hidden size, I inputs
 and O outputs of a product.
 """
@@ -24,8 +24,6 @@ from tinsmith.model.frozen import FrozenMatrix, can_pack
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.linear import PassHolder
 from tinsmith.model.routes import Routes, gather, spread, to_slots
-
-EVEN_ROWS = 16  # from so many rows up, torch's own products of float32 give a row the same bits
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -164,20 +162,6 @@ class Experts(nn.Module):
         yield from self.down.matrices.matrices
 
 
-class EvenRouter(nn.Module):
-    """A model's own router, which is never asked about so few rows that their number would change a row's bits."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        missing = max(0, EVEN_ROWS - len(x_TD))
-        found = self.router(F.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD)
-        return tuple(part[: len(x_TD)] for part in found)
-
-
 class _Product(torch.autograd.Function):
     """See `linear._Product`."""
 
@@ -262,10 +246,6 @@ def replace_experts(
         path = next(iter(experts))
         replaced.append(Experts(path, experts.pop(path), family, holder, leads, stable=stable))
         model.set_submodule(path, replaced[-1])
-    if stable:
-        for path, module in list(model.named_modules()):
-            if type(module).__name__ in family.routers:
-                model.set_submodule(path, EvenRouter(module))
     return replaced
 
 

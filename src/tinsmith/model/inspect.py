@@ -41,6 +41,11 @@ class LinearInfo:
     num_b: int = 0
 
     @property
+    def layer(self) -> str:
+        """The last part of its path."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_of_experts(self) -> bool:
         return self.num_a > 0
 

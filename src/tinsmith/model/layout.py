@@ -2,6 +2,9 @@
 
 Knows names, offsets and shapes, and how a row becomes named tensors and back. Parameters, gradients and moments of a
 run have the same layout, so saving, clipping and stepping work on whole rows.
+Layers with the same input may have different ranks. In the row all of them have the greatest; what is beyond a layer's
+own rank is zero and stays so, since the gradient of a row of A is a product with a column of B, and the other way
+round. Named tensors have the layers' own ranks.
 Shape letters: P numbers of a row, R rank, I inputs and O outputs of a linear layer, K rows of A of a group's layers,
 E experts, or 1 where they share a factor.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,19 +22,27 @@ from torch import Tensor
 
 from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
+from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.lora.backend import ExpertWeights, LoraWeights
-from tinsmith.types import FloatArray, RunSpec, Targets
+from tinsmith.types import DEFAULT_ALPHA, FloatArray, RunId, RunSpec, Targets
 
 HEAD_STATE_NAME = "model.unembed_tokens"
+
+Array = TypeVar("Array", Tensor, FloatArray)  # a row, on a device or on the host
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where A [R, I] and B [O, R] of one layer begin in the row; of experts A [E, R, I] and B [E, O, R]."""
+    """Where A [R, I] and B [O, R] of one layer begin in the row; of experts A [E, R, I] and B [E, O, R].
+
+    rank: in the row; own_rank: the layer's. scale: of what its adapter computes.
+    """
 
     linear: LinearInfo
     rank: int
+    own_rank: int
+    scale: float
     a_offset: int
     b_offset: int
 
@@ -49,19 +61,32 @@ class Place:
         one = (self.linear.out_features, self.rank)
         return (self.linear.num_b, *one) if self.linear.is_of_experts else one
 
-    def views(self, row_P: Tensor) -> tuple[Tensor, Tensor]:
+    def views(self, row_P: Array) -> tuple[Array, Array]:
         a, b = (
-            row_P[offset : offset + math.prod(shape)].view(shape)
+            row_P[offset : offset + math.prod(shape)].reshape(shape)
             for offset, shape in ((self.a_offset, self.a_shape), (self.b_offset, self.b_shape))
         )
         return a, b
+
+    def own(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """What of A and B is the layer's own: views."""
+        return a[..., : self.own_rank, :], b[..., : self.own_rank]
+
+    @property
+    def num_own(self) -> int:
+        """Numbers of A and B that are the layer's own."""
+        return (math.prod(self.a_shape) + math.prod(self.b_shape)) // self.rank * self.own_rank
 
 
 class RowLayout:
     """The places of one adapter's matrices in its row, for the layers that `targets` choose.
 
     Layers with the same input lie together, first the A of all, then the B of each, so that their A is one matrix.
-    Rows are float32; `compute_dtype` is what passes compute in.
+    Rows are float32; `compute_dtype` is what passes compute in. `num_own`: numbers of the row that may differ from
+    zero.
+
+    Raises:
+        UserError: the options name a layer that isn't among the chosen ones.
     """
 
     def __init__(
@@ -70,32 +95,45 @@ class RowLayout:
         targets: Targets,
         rank: int,
         compute_dtype: torch.dtype = torch.float32,
+        *,
+        alpha: float = DEFAULT_ALPHA,
+        options: LoraOptions = PLAIN,
     ) -> None:
         self.compute_dtype = compute_dtype
         chosen = [linear for linear in linears if linear.is_targeted(targets)]
+        unknown = options.names - {name for linear in chosen for name in (linear.group, linear.layer)}
+        if unknown:
+            raise UserError(f"this run trains no {', '.join(sorted(unknown))}: name layers that it trains")
         groups: dict[str, list[LinearInfo]] = {}
         for linear in chosen:
             groups.setdefault(linear.lead, []).append(linear)
         places: dict[str, Place] = {}
         offset = 0
         for group in groups.values():
+            own_ranks = {linear.name: options.rank_of(linear.group, linear.layer, rank) for linear in group}
             for linear in group:
-                places[linear.name] = place = Place(linear, rank, offset, 0)
+                own_rank, scale = own_ranks[linear.name], options.scale_of(linear.group, linear.layer, rank, alpha)
+                place = Place(linear, max(own_ranks.values()), own_rank, scale, offset, 0)
+                places[linear.name] = place
                 offset += math.prod(place.a_shape)
             for linear in group:
                 places[linear.name] = place = replace(places[linear.name], b_offset=offset)
                 offset += math.prod(place.b_shape)
-        self.rank = rank
         self.places: Mapping[str, Place] = {linear.name: places[linear.name] for linear in chosen}
         self.groups: Mapping[str, Sequence[Place]] = {
             lead: [places[linear.name] for linear in group] for lead, group in groups.items()
         }
         self.num_params = offset
+        self.num_own = sum(place.num_own for place in places.values())
+
+    @classmethod
+    def of(cls, linears: Iterable[LinearInfo], spec: RunSpec, compute_dtype: torch.dtype = torch.float32) -> RowLayout:
+        return cls(linears, spec.targets, spec.rank, compute_dtype, alpha=spec.alpha, options=spec.options)
 
     def views(self, row_P: Tensor) -> dict[str, LoraWeights]:
         """By group, which is named for its first layer (`lm_head` for the head): views of the row. Without experts."""
         return {
-            lead: LoraWeights(self._joint_a(places, row_P)[0], tuple(place.views(row_P)[1] for place in places))
+            lead: LoraWeights(self._joint_a(places, row_P)[0], *_bs(places, row_P))
             for lead, places in self.groups.items()
             if not places[0].linear.is_of_experts
         }
@@ -103,7 +141,7 @@ class RowLayout:
     def expert_views(self, row_P: Tensor) -> dict[str, ExpertWeights]:
         """The same for groups of experts."""
         return {
-            lead: ExpertWeights(self._joint_a(places, row_P), tuple(place.views(row_P)[1] for place in places))
+            lead: ExpertWeights(self._joint_a(places, row_P), *_bs(places, row_P))
             for lead, places in self.groups.items()
             if places[0].linear.is_of_experts
         }
@@ -112,19 +150,18 @@ class RowLayout:
         """A of all layers of a group: [E, K, I], or [1, K, I] where the group isn't of experts."""
         first, num_a = places[0], max(1, places[0].linear.num_a)
         assert num_a == 1 or len(places) == 1, "layers side by side share their A among all experts"
-        shape = (num_a, len(places) * self.rank, first.linear.in_features)
+        shape = (num_a, len(places) * first.rank, first.linear.in_features)
         return row_P[first.a_offset : first.a_offset + math.prod(shape)].view(shape)
 
     def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
         """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
 
+        What is beyond a layer's own rank is left out.
+
         copy: without it they share the row's memory if that is on the host.
         """
         host_P: FloatArray = row_P.detach().to("cpu", torch.float32, copy=copy).numpy()
-        return {
-            name: host_P[offset : offset + math.prod(shape)].reshape(shape)
-            for name, (offset, shape) in self._spans(part).items()
-        }
+        return self._named(part, host_P)
 
     def tensors_to_row(
         self, part: str, tensors: Mapping[str, FloatArray], device: torch.device, *, may_keep: bool = False
@@ -139,13 +176,15 @@ class RowLayout:
         given = {name: tensor for name, tensor in tensors.items() if name.startswith(part + "/")}
         if not given:
             return torch.zeros(self.num_params, device=device)
-        wanted = self._spans(part)
-        for name, (_, shape) in wanted.items():
+        is_padded = self.num_own < self.num_params
+        room_P: FloatArray = np.zeros(self.num_params if is_padded else 1, np.float32)
+        wanted = self._named(part, room_P if is_padded else np.broadcast_to(room_P, self.num_params))
+        for name, place in wanted.items():
             if name not in given:
                 raise UserError(f"the weights lack {name}: they were made for other layers or another base model")
-            if given[name].shape != shape:
+            if given[name].shape != place.shape:
                 raise UserError(
-                    f"{name} has shape {list(given[name].shape)}, this run needs {list(shape)}: "
+                    f"{name} has shape {list(given[name].shape)}, this run needs {list(place.shape)}: "
                     "the weights were made with another rank or another base model"
                 )
         surplus = given.keys() - wanted.keys()
@@ -153,6 +192,10 @@ class RowLayout:
             raise UserError(
                 f"the weights hold {min(surplus)}, for which this run has no layer: create a run that trains it"
             )
+        if is_padded:
+            for name, place in wanted.items():
+                place[...] = given[name]
+            return torch.from_numpy(room_P).to(device)
         flat_P = one_piece([given[name] for name in wanted])
         if flat_P is None:
             row_P = torch.empty(self.num_params)
@@ -162,15 +205,24 @@ class RowLayout:
             return torch.from_numpy(flat_P.copy()).to(device)
         return torch.from_numpy(flat_P).to(device, copy=not may_keep or device.type != "cpu")
 
-    def _spans(self, part: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Where a part's tensors begin in the row, and their shapes, by name and in the row's order."""
-        spans: dict[str, tuple[int, tuple[int, ...]]] = {}
+    def _named(self, part: str, host_P: FloatArray) -> dict[str, FloatArray]:
+        """The layers' own numbers in a row by name, in the row's order: views."""
+        named: dict[str, FloatArray] = {}
         for places in self.groups.values():
-            for place in places:
-                spans[f"{part}/{place.state_name}.lora_A"] = (place.a_offset, place.a_shape)
-            for place in places:
-                spans[f"{part}/{place.state_name}.lora_B"] = (place.b_offset, place.b_shape)
-        return spans
+            own = [(place.state_name, *place.own(*place.views(host_P))) for place in places]
+            named |= {f"{part}/{name}.lora_A": a for name, a, _ in own}
+            named |= {f"{part}/{name}.lora_B": b for name, _, b in own}
+        return named
+
+
+def _bs(places: Sequence[Place], row_P: Tensor) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
+    """B of each layer of a group, and their scales."""
+    return tuple(place.views(row_P)[1] for place in places), tuple(place.scale for place in places)
+
+
+def shape_of(spec: RunSpec) -> RunSpec:
+    """Equal for runs that have the same layout on the same base."""
+    return replace(spec, run_id=RunId(""), base_model="", seed=0)
 
 
 def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
@@ -182,7 +234,7 @@ def init_row(layout: RowLayout, spec: RunSpec) -> Tensor:
     generator = torch.Generator().manual_seed(spec.seed)
     row_P = torch.zeros(layout.num_params)
     for place in layout.places.values():
-        a, _ = place.views(row_P)
+        a, _ = place.own(*place.views(row_P))
         bound = place.linear.in_features**-0.5
         a.uniform_(-bound, bound, generator=generator)
     return row_P

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from torch import Tensor
 
 from tinsmith.errors import UserError
-from tinsmith.model import BaseModel, RowLayout
+from tinsmith.model import BaseModel, RowLayout, shape_of
 from tinsmith.sampling.lora import Adapter
 from tinsmith.types import RunSpec, RunState
 
@@ -23,7 +23,7 @@ class AdapterCache:
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._sizes: dict[str, int] = {}
         self._num_users: Counter[str] = Counter()
-        self._layouts: dict[tuple[object, int], RowLayout] = {}
+        self._layouts: dict[RunSpec, RowLayout] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._adapters
@@ -51,7 +51,7 @@ class AdapterCache:
         """A row that nobody changes any more."""
         layout = self._layout(spec)
         row_P = row_P.to(self._base.device, self._base.dtype)
-        self._adapters[key] = Adapter.of(layout, spec.targets, row_P, spec.alpha)
+        self._adapters[key] = Adapter.of(layout, row_P)
         self._adapters.move_to_end(key)
         self._sizes[key] = row_P.numel() * row_P.element_size()
         self._evict(keep=key)
@@ -85,7 +85,7 @@ class AdapterCache:
                 num_bytes -= self._sizes.pop(key)
 
     def _layout(self, spec: RunSpec) -> RowLayout:
-        key = (spec.targets, spec.rank)
+        key = shape_of(spec)
         if key not in self._layouts:
-            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank)
+            self._layouts[key] = RowLayout.of(self._base.linears, spec)
         return self._layouts[key]

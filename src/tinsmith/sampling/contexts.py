@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.errors import UnsupportedError
-from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, Routes, padded_rows
+from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind, block_attention, masked_attention
 from tinsmith.model.delta import Chunks, DeltaKind, StateShape, go_on
 from tinsmith.model.lora import NO_ADAPTERS, ExpertLora, LoraBackend
@@ -50,7 +50,7 @@ class Segment:
         return self.last - self.first
 
 
-class PrefillContext:
+class PrefillContext(OwnRoutes):
     """Attention of each chunk over its own prompt so far, LoRA of each chunk by its own adapter."""
 
     def __init__(self, segments: Seq[Segment], device: torch.device, dtype: torch.dtype, backend: LoraBackend) -> None:
@@ -202,7 +202,7 @@ def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.devic
     return groups
 
 
-class DecodeContext:
+class DecodeContext(OwnRoutes):
     """One token of every sequence in the groups; rows past the last group are padding.
 
     is_exact: in experts each row is computed by itself. backend: of the adapters in experts. states: of the sequences,
@@ -249,7 +249,7 @@ class DecodeContext:
         return ExpertLora([self.expert_segments], name, routes, self.backend)
 
 
-class MixedContext:
+class MixedContext(OwnRoutes):
     """Decoding sequences in rows 0..num_decoded-1, prompts in those after them."""
 
     def __init__(self, decode: DecodeContext, num_decoded: int, prefill: PrefillContext) -> None:
@@ -276,7 +276,7 @@ class MixedContext:
         return ExpertLora([self._expert_segments], name, routes, self._backend)
 
 
-class ShapeProbe:
+class ShapeProbe(OwnRoutes):
     """Records the key/value heads and head size of each layer, or the shape of its state; leaves attention out."""
 
     def __init__(self) -> None:

@@ -62,6 +62,11 @@ class Decoder:
         self.positions: IntArray = np.zeros(0, np.int64)
         self._counts_B: IntArray = np.zeros(0, np.int64)
 
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        """In the order of `tokens`."""
+        return self._sequences
+
     def prepare(self, paused: Collection[Sequence]) -> int:
         """Make `tokens` and `positions` ready for a walk; the number of sequences."""
         if self._version != self._kv.version:

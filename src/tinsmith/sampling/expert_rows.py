@@ -14,7 +14,7 @@ Owned = tuple[int, int, Adapter | None]  # rows first..last-1 of the walk
 def expert_segments(rows: Iterable[Owned]) -> list[Segment]:
     """A segment for each stretch of rows whose adapter has experts."""
     return [
-        Segment(first, last, adapter.matrices, None, adapter.scale, experts=adapter.experts)
+        Segment(first, last, adapter.matrices, None, experts=adapter.experts)
         for first, last, adapter in rows
         if adapter is not None and adapter.experts
     ]

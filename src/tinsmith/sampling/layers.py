@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinsmith.model import MIN_ROWS, BaseModel, ExpertAdapters, PassContext, Routes
+from tinsmith.model import MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, PassContext, Routes
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
@@ -147,7 +147,7 @@ def _normed(norm: RMSNorm, x_TD: Tensor) -> Tensor:
     return F.rms_norm(x_TD, norm.weight_D.shape, norm.weight_D, norm.eps)
 
 
-class _Causal:
+class _Causal(OwnRoutes):
     """One sequence over all rows."""
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:

@@ -1,8 +1,8 @@
 """Adapters as the sampler holds them, and how a decode batch of mixed adapters is computed.
 
-In decode every row is one token of one sequence. Adapters are stacked by (targets, rank class), and each stacked
-adapter serves a tile of up to 16 rows. In deterministic mode a tile has at least 4: batched products give the same bits
-for any number of matrices and of rows from 2 up (measured; a single row, and a product of fewer than 400
+In decode every row is one token of one sequence. Adapters are stacked by their groups and rank classes, and each
+stacked adapter serves a tile of up to 16 rows. In deterministic mode a tile has at least 4: batched products give the
+same bits for any number of matrices and of rows from 2 up (measured; a single row, and a product of fewer than 400
 multiplications, take other kernels), so a row's numbers depend on its own adapter alone. Otherwise tiles of one row are
 used, and a batch of one adapter needs no stack. Rows without adapter are not touched.
 Shape letters: T rows of the batch, N rows of all tiles, I inputs, O outputs, C columns of a block of layers.
@@ -10,8 +10,9 @@ Shape letters: T rows of the batch, N rows of all tiles, I inputs, O outputs, C 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from weakref import ref
 
@@ -22,7 +23,6 @@ from tinsmith.model import RowLayout
 from tinsmith.model.lora import ExpertWeights, LoraWeights
 from tinsmith.model.lora.segments import add_adapter
 from tinsmith.sampling.stacked import StackedGroup
-from tinsmith.types import Targets
 
 MIN_TILE = 4
 MAX_TILE = 16
@@ -33,28 +33,39 @@ KEPT_BYTES = 512 << 20  # of slots that no row uses, for adapters that come back
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """A frozen snapshot. matrices: by group of layers with one input, in the base's dtype; experts: of groups of
-    experts; scale: alpha / rank."""
+    experts; rank: the greatest; shape: equal of adapters whose stacks have the same groups and rank classes."""
 
-    targets: Targets
     rank: int
-    scale: float
+    shape: Hashable
     matrices: Mapping[str, LoraWeights]
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: RowLayout, targets: Targets, row_P: Tensor, alpha: float) -> Adapter:
-        return cls(targets, layout.rank, alpha / layout.rank, layout.views(row_P), layout.expert_views(row_P))
+    def of(cls, layout: RowLayout, row_P: Tensor) -> Adapter:
+        return cls.holding(layout.views(row_P), layout.expert_views(row_P))
 
-    @property
-    def rank_class(self) -> int:
-        """The rank padded to a power of two; it is the adapter's own, so padding never depends on neighbours."""
-        return max(MIN_RANK, 1 << (self.rank - 1).bit_length())
+    @classmethod
+    def holding(cls, matrices: Mapping[str, LoraWeights], experts: Mapping[str, ExpertWeights]) -> Adapter:
+        ranks = {name: weights.rank for name, weights in matrices.items()}
+        shape = _interned(frozenset((name, rank_class(rank)) for name, rank in ranks.items()))
+        return cls(max(ranks.values(), default=0), shape, matrices, experts)
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
         """y += (x Aᵀ) Bᵀ · scale, in place, if this group has an adapter; all rows belong to this adapter."""
         weights = self.matrices.get(group)
         if weights is not None:
-            add_adapter(weights, x_TI, y_TO, self.scale)
+            add_adapter(weights, x_TI, y_TO)
+
+
+@lru_cache(maxsize=1024)
+def _interned(shape: frozenset[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+    """One object for equal ones, so that comparing them costs nothing."""
+    return shape
+
+
+def rank_class(rank: int) -> int:
+    """The rank padded to a power of two; it is the adapter's own, so padding never depends on neighbours."""
+    return max(MIN_RANK, 1 << (rank - 1).bit_length())
 
 
 def tile_rows(num_rows: int, num_adapters: int, least: int = MIN_TILE) -> int:
@@ -83,7 +94,7 @@ def assign_slots(held: Sequence[Adapter | None], wanted: Sequence[Adapter]) -> l
 
 
 class AdapterStack:
-    """Adapters of one (targets, rank class), stacked, and the rows of the current batch that they serve.
+    """Adapters of one shape, stacked, and the rows of the current batch that they serve.
 
     The adapters of a batch have neighbouring slots, so that no product reads more than it needs. What the others held
     stays, within `KEPT_BYTES`; a change of the batch copies only the adapters that are new in their slot.
@@ -156,14 +167,14 @@ class AdapterStack:
             if held is None or held() is not adapter:
                 self._held[slot] = ref(adapter)
                 for name, weights in adapter.matrices.items():
-                    self._groups[name].fill(slot, weights, adapter.scale)
+                    self._groups[name].fill(slot, weights)
 
     def _reserve(self, like: Adapter, num_slots: int) -> None:
         """Make room for at least `num_slots`, keeping what is loaded; grows by half, so that growing stays rare."""
         kept = len(self._held)
         capacity = max(num_slots, kept * 3 // 2)
         for name, weights in like.matrices.items():
-            made = StackedGroup.like(weights, like.rank_class, capacity, self._is_turned)
+            made = StackedGroup.like(weights, rank_class(weights.rank), capacity, self._is_turned)
             if kept:
                 for stack, old in zip(made.stacks, self._groups[name].stacks, strict=True):
                     stack[:kept] = old
@@ -181,7 +192,7 @@ class DecodeLora:
         self._device = device
         self._is_exact = is_exact
         self._sole: tuple[Adapter, int] | None = None  # the adapter of all rows, and their number
-        self._stacks: dict[tuple[Targets, int], AdapterStack] = {}  # those that were used last come last
+        self._stacks: dict[Hashable, AdapterStack] = {}  # those that were used last come last
         self._used: list[AdapterStack] = []
 
     def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
@@ -190,10 +201,10 @@ class DecodeLora:
         self._sole = None if sole is None else (sole, len(adapters_B))
         if sole is not None:
             return
-        rows: dict[tuple[Targets, int], dict[Adapter, list[int]]] = {}
+        rows: dict[Hashable, dict[Adapter, list[int]]] = {}
         for row, adapter in enumerate(adapters_B):
             if adapter is not None:
-                of_stack = rows.setdefault((adapter.targets, adapter.rank_class), {})
+                of_stack = rows.setdefault(adapter.shape, {})
                 of_stack.setdefault(adapter, []).append(row)
         self._used = []
         for key, of_stack in rows.items():

@@ -1,20 +1,23 @@
 """Keys and values of beginnings, kept for later prompts that begin alike.
 
-They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, the weights and the scope that they
-came with. Where the grid is the size of the chunks in which prompts are computed, and only prompts are kept, what is
-found is what would be computed again, to the bit. On a finer grid, and with what was sampled kept as well, so that
-the next turn of a conversation finds it, the last bits may differ. The least recently used go first. Holds memory of
-its own, beside that of the prompts and sequences under way: copies, or in pages blocks that it shares with them.
+They are kept in pieces of `grid` tokens, under all tokens up to a piece's end, the contents of the pictures that begin
+there, the weights and the scope that they came with. Where the grid is the size of the chunks in which prompts are
+computed, and only prompts are kept, what is found is what would be computed again, to the bit. On a finer grid, and
+with what was sampled kept as well, so that the next turn of a conversation finds it, the last bits may differ. The
+least recently used go first. Holds memory of its own, beside that of the prompts and sequences under way: copies, or in
+pages blocks that it shares with them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from tinsmith.pictures import Picture
 from tinsmith.sampling.kv import Kept
 from tinsmith.types import TokenArray
 
@@ -34,11 +37,18 @@ class PrefixCache:
         self._pieces: OrderedDict[bytes, Kept] = OrderedDict()
         self.num_bytes = 0
 
-    def fill(self, line: Line, tokens: TokenArray, load: Callable[[int, Kept], None], end: int) -> int:
-        """Hand what is known of a beginning of `tokens` to `load`, with the position at which it begins, never beyond
-        position `end`; how many tokens that was."""
+    def fill(
+        self,
+        line: Line,
+        tokens: TokenArray,
+        load: Callable[[int, Kept], None],
+        end: int,
+        pictures: Sequence[Picture] = (),
+    ) -> int:
+        """Hand what is known of a beginning of `tokens` with its pictures to `load`, with the position at which it
+        begins, never beyond position `end`; how many tokens that was."""
         found: list[bytes] = []
-        for key in self._keys(line, tokens, end // self._grid if self._pieces else 0):
+        for key in self._keys(line, tokens, end // self._grid if self._pieces else 0, pictures):
             if key not in self._pieces:
                 break
             found.append(key)
@@ -49,7 +59,15 @@ class PrefixCache:
         self._use(found)
         return len(found) * self._grid
 
-    def keep(self, line: Line, tokens: TokenArray, save: Callable[[int, int], Kept], start: int, end: int) -> None:
+    def keep(
+        self,
+        line: Line,
+        tokens: TokenArray,
+        save: Callable[[int, int], Kept],
+        start: int,
+        end: int,
+        pictures: Sequence[Picture] = (),
+    ) -> None:
         """Positions start..end-1 of `tokens` have been computed, and those before them are there. save: keeps some
         positions, first and past the last."""
         if not self._max_bytes:
@@ -57,7 +75,7 @@ class PrefixCache:
         first, last = start // self._grid, end // self._grid
         if first == last:
             return
-        keys = list(self._keys(line, tokens, last))
+        keys = list(self._keys(line, tokens, last, pictures))
         for index, key in enumerate(keys):
             known = self._pieces.get(key)
             if index < first or (known is not None and (known.states is not None or not self._has_states)):
@@ -83,11 +101,15 @@ class PrefixCache:
             if key in self._pieces:
                 self._pieces.move_to_end(key)
 
-    def _keys(self, line: Line, tokens: TokenArray, num_pieces: int) -> Iterator[bytes]:
-        """Of the first pieces, in order."""
+    def _keys(self, line: Line, tokens: TokenArray, num_pieces: int, pictures: Sequence[Picture]) -> Iterator[bytes]:
+        """Of the first pieces, in order. A picture counts with its place, length and content in the piece in which it
+        begins, and so in all after it: its placeholders are the same for every picture of its size."""
         scope, weights = line
         digest = hashlib.sha256(f"{scope}\0{weights}\0".encode())
         for index in range(num_pieces):
-            part = tokens[index * self._grid : (index + 1) * self._grid]
-            digest.update(np.ascontiguousarray(part, "<i4").tobytes())
+            start, end = index * self._grid, (index + 1) * self._grid
+            digest.update(np.ascontiguousarray(tokens[start:end], "<i4").tobytes())
+            for picture in pictures:
+                if start <= picture.start < end:
+                    digest.update(struct.pack("<qq", picture.start, picture.num_tokens) + picture.digest)
             yield digest.digest()

@@ -359,7 +359,7 @@ class Sampler:
         if not is_stopped and len(sequence.tokens) < request.max_tokens:
             return
         self._stages.leave(sequence)
-        request.finished[sequence.index] = sequence.result(is_stopped)
+        request.finish(sequence, is_stopped)
         if request.is_finished:
             result = request.result()
             self._drop(request)

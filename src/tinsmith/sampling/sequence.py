@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from tinsmith.pictures import Picture
+from tinsmith.route_tape import RouteArray, RouteTape
 from tinsmith.sampling.blocks import Claim, num_blocks
 from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
@@ -25,6 +27,7 @@ from tinsmith.types import SampledSequence, SampleItem, SampleResult, TokenArray
 class Request:
     """One sample request: waiting, then in prefill, then with sequences that start as memory allows.
 
+    prompt_routes, finished_routes: of a request that records them, int16 [., L, K], see `route_tape`.
     num_cached: tokens at the prompt's beginning that needed no computing.
     arrival: its number among all requests. sequences: those under way. num_preempted: how often its prompt lost its KV.
     has_begun: it has a token.
@@ -47,8 +50,10 @@ class Request:
     prompt_kv: PromptKV | PagedPrompt | None = None
     first_logits_V: Tensor | None = None
     grammar: Grammar | None = None
+    prompt_routes: RouteArray | None = None
     sequences: dict[Sequence, None] = field(default_factory=dict)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
+    finished_routes: dict[int, RouteArray] = field(default_factory=dict)
     num_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +68,11 @@ class Request:
     def tokens(self) -> TokenArray:
         """What its prefill computes."""
         return self.item.prompt
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among these tokens."""
+        return self.item.pictures
 
     @property
     def tenant(self) -> str:
@@ -112,7 +122,20 @@ class Request:
     def result(self) -> SampleResult:
         """The answer once all sequences have finished."""
         sequences = tuple(self.finished[index] for index in range(self.item.num_samples))
-        return self.scores.add_to(SampleResult(sequences, prompt_cache_hit_tokens=self.num_cached))
+        found = SampleResult(sequences, prompt_cache_hit_tokens=self.num_cached, routes=self._tape())
+        return self.scores.add_to(found)
+
+    def finish(self, sequence: Sequence, is_stopped: bool) -> None:
+        """The sequence has ended."""
+        self.finished[sequence.index] = sequence.result(is_stopped)
+        if self.prompt_routes is not None:
+            routes = np.array(sequence.routes, np.int16).reshape(-1, *self.prompt_routes.shape[1:])
+            self.finished_routes[sequence.index] = routes
+
+    def _tape(self) -> RouteTape | None:
+        if self.prompt_routes is None:
+            return None
+        return RouteTape(self.prompt_routes, tuple(self.finished_routes[i] for i in range(self.item.num_samples)))
 
     @property
     def num_sampled(self) -> int:
@@ -126,6 +149,7 @@ class Sequence:
 
     tops: the likeliest tokens of each position, if they were asked for. matcher: holds the text to a schema, if the
     request has one.
+    routes: of the tokens that entered the KV since the prompt, int16 [L, K] each, where they are recorded.
     num_blocks: the blocks of its KV; 0 while it has no KV of its own. num_preempted: how often it lost them.
     """
 
@@ -135,6 +159,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     tops: list[Top] = field(default_factory=list)
     matcher: Matcher | None = None
+    routes: list[RouteArray] = field(default_factory=list)
     num_blocks: int = 0
     num_preempted: int = 0
 
@@ -208,6 +233,11 @@ class Recompute:
     @classmethod
     def of(cls, sequence: Sequence) -> Recompute:
         return cls(sequence, sequence.kv_tokens)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Among the prompt's tokens, which are the first."""
+        return self.sequence.request.item.pictures
 
     @property
     def age(self) -> tuple[int, int]:

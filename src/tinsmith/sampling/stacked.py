@@ -90,7 +90,7 @@ class StackedGroup:
         """Slots first..last-1."""
         return replace(self, a=self.a[first:last], bs=[b[first:last] for b in self.bs])
 
-    def fill(self, slot: int, weights: LoraWeights, scale: float) -> None:
+    def fill(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter into a slot."""
         a_KI, *bs = (stack[slot].mT if self.is_turned else stack[slot] for stack in self.stacks)
         rank = weights.rank
@@ -102,7 +102,7 @@ class StackedGroup:
         for block, b_PCR in zip(self.blocks, bs, strict=True):
             for place_CR, layer, start in zip(b_PCR, block.layers, starts_of(block.layers), strict=True):
                 from_CR = weights.bs[layer][start * block.width : (start + 1) * block.width]
-                torch.mul(from_CR, scale, out=place_CR[:, :rank])
+                torch.mul(from_CR, weights.scales[layer], out=place_CR[:, :rank])
 
     def times(self, x_SMI: Tensor) -> list[Tensor]:
         """(x Aᵀ) Bᵀ with each slot's own adapter, for each block: [N, P · C]."""

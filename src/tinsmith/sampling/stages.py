@@ -63,7 +63,8 @@ class Stages:
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""
         assert prompt.prompt_kv is not None, "memory is opened first"
-        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.load, prompt.num_skippable)
+        skippable = 0 if isinstance(prompt, Request) and prompt.item.records_routes else prompt.num_skippable
+        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.load, skippable, prompt.pictures)
         prompt.num_prefilled = known
         self.begun[prompt] = None
         if isinstance(prompt, Request):
@@ -76,7 +77,7 @@ class Stages:
     def computed(self, prompt: Prompt, start: int, end: int) -> None:
         """Positions start..end-1 of a prompt that has begun were computed."""
         assert prompt.prompt_kv is not None, "a prompt in prefill has its memory"
-        self._prefixes.keep(prompt.line, prompt.tokens, prompt.prompt_kv.save, start, end)
+        self._prefixes.keep(prompt.line, prompt.tokens, prompt.prompt_kv.save, start, end, prompt.pictures)
         if not prompt.is_prefilled:
             return
         del self.begun[prompt]
@@ -162,4 +163,6 @@ class Stages:
         if self.memory.kv.states is not None:
             return
         request, save = sequence.request, partial(self.memory.kv.save, sequence, sequence.num_blocks)
-        self._prefixes.keep(request.line, sequence.kv_tokens, save, request.num_prompt, sequence.num_kv)
+        self._prefixes.keep(
+            request.line, sequence.kv_tokens, save, request.num_prompt, sequence.num_kv, request.pictures
+        )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.model import BaseModel, ExpertAdapters, PassContext, Routes, padded_rows
+from tinsmith.model import BaseModel, ExpertAdapters, OwnRoutes, PassContext, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind
 from tinsmith.model.delta import DeltaKind
 from tinsmith.sampling.paged import PagedRows, Pool
@@ -66,7 +66,7 @@ class StaticStep:
         self.hidden_ND[:bucket].copy_(self._hidden(self._tokens_N[:bucket], positions_T, context))
 
 
-class StaticContext:
+class StaticContext(OwnRoutes):
     """One token of each row; all rows are sequences or padding."""
 
     def __init__(self, rows: PagedRows, lora: TiledLora) -> None:

@@ -40,7 +40,8 @@ def add_tiles(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: Tens
     u_TK = x_TI.new_empty(len(x_TI), width)
     places_LT = tables.places_GLT[group.index]
     _shrink_tiles[(programs, triton.cdiv(width, SHRINK_BLOCK))](
-        x_TI, tables.anchor, u_TK, tables.rows_TM, tables.count, places_LT, tables.scales_T, tables.capacity,
+        x_TI, tables.anchor, u_TK, tables.rows_TM, tables.count, places_LT, tables.scales_GLT[group.index],
+        tables.capacity,
         x_TI.stride(0), u_TK.stride(0), INPUTS=group.inputs, LAYERS=num_layers, PROGRAMS=programs, UNIT=unit,
         PRECISION=precision, BT=TILE_ROWS, BW=SUM_BLOCK, BN=SHRINK_BLOCK,
         num_warps=4, num_stages=4,
@@ -61,7 +62,8 @@ def _shrink_tiles(
 ):  # fmt: skip
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     for tile in range(tl.program_id(0), tl.load(count), PROGRAMS):
-        num_columns = LAYERS * tl.load(places + tile).to(tl.int32)
+        rank = tl.load(places + tile).to(tl.int32)
+        num_columns = LAYERS * rank
         if tl.program_id(1) * BN < num_columns:
             rows = tl.load(rows_at + tile * BT + tl.arange(0, BT)).to(tl.int64)
             is_row, is_column = rows >= 0, columns < num_columns
@@ -79,7 +81,8 @@ def _shrink_tiles(
                     other=0.0,
                 )
                 acc = dot(x_TW, tl.trans(a_NW), acc, PRECISION)
-            acc = acc * tl.load(scales + tile)
+            layers = columns // rank
+            acc = acc * tl.load(scales + layers * capacity + tile, mask=is_column, other=0.0)[None, :]
             out = narrow + rows[:, None] * narrow_stride + columns[None, :]
             tl.store(out, acc.to(narrow.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 

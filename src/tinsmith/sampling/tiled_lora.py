@@ -65,13 +65,13 @@ class TileShape:
 @dataclass(frozen=True, slots=True)
 class TileTables:
     """anchor: a tensor of the matrices' dtype, from whose first element addresses count. rows_TM: int32, -1 for none.
-    count: int32 [1], tiles in use. scales_T: float32. places_GLT: int64 [G, 2 + L, T]: the rank, 0 where the adapter
-    has no matrices in the group; where A begins; where each B begins, in elements."""
+    count: int32 [1], tiles in use. scales_GLT: float32 [G, L, T]. places_GLT: int64 [G, 2 + L, T]: the rank,
+    0 where the adapter has no matrices in the group; where A begins; where each B begins, in elements."""
 
     anchor: Tensor
     rows_TM: Tensor
     count: Tensor
-    scales_T: Tensor
+    scales_GLT: Tensor
     places_GLT: Tensor
 
     @classmethod
@@ -81,17 +81,17 @@ class TileTables:
             anchor=anchor,
             rows_TM=torch.full((capacity, TILE_ROWS), -1, dtype=torch.int32, device=device),
             count=torch.zeros(1, dtype=torch.int32, device=device),
-            scales_T=torch.zeros(capacity, dtype=torch.float32, device=device),
+            scales_GLT=torch.zeros(num_groups, num_layers, capacity, dtype=torch.float32, device=device),
             places_GLT=torch.zeros(num_groups, 2 + num_layers, capacity, dtype=torch.int64, device=device),
         )
 
     @property
     def capacity(self) -> int:
-        return len(self.scales_T)
+        return len(self.rows_TM)
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        return tuple(t.data_ptr() for t in (self.anchor, self.rows_TM, self.count, self.scales_T, self.places_GLT))
+        return tuple(t.data_ptr() for t in (self.anchor, self.rows_TM, self.count, self.scales_GLT, self.places_GLT))
 
 
 class TiledLora:
@@ -110,7 +110,7 @@ class TiledLora:
         self._is_even = not any(width % UNIT for group in self._groups.values() for width in group.widths)
         self._num_layers = max(len(group.widths) for group in self._groups.values())
         self._tiles: list[tuple[Adapter, list[int]]] = []
-        self._places: dict[Adapter, Table] = {}
+        self._places: dict[Adapter, tuple[Table, Table]] = {}
         anchor = torch.zeros(UNIT, dtype=dtype, device=device)
         self.tables = TileTables.make(len(self._groups), self._num_layers, FIRST_CAPACITY, anchor)
         self.shape = TileShape(0, is_aligned=True)
@@ -137,24 +137,26 @@ class TiledLora:
     def group(self, name: str) -> TileGroup:
         return self._groups[name]
 
-    def _place(self, adapter: Adapter) -> Table:
-        """int64 [G, 2 + L]: what the tables say of an adapter."""
+    def _place(self, adapter: Adapter) -> tuple[Table, Table]:
+        """What the tables say of an adapter: places, int64 [G, 2 + L], and scales, float32 [G, L]."""
         anchor = self.tables.anchor
         place = np.zeros((len(self._groups), 2 + self._num_layers), np.int64)
+        scales = np.zeros((len(self._groups), self._num_layers), np.float32)
         for name, weights in adapter.matrices.items():
             of_group = place[self._groups[name].index]
-            of_group[0] = adapter.rank
+            of_group[0] = weights.rank
+            scales[self._groups[name].index, : len(weights.scales)] = weights.scales
             for number, matrix in enumerate(weights.tensors):
                 offset = matrix.data_ptr() - anchor.data_ptr()
                 assert offset % anchor.element_size() == 0, "adapters have the base's dtype"
                 of_group[1 + number] = offset // anchor.element_size()
-        return place
+        return place, scales
 
     def _shape_of(self, held: Iterable[Adapter]) -> TileShape:
         ranks = [adapter.rank for adapter in held]
         if not ranks:
             return TileShape(0, is_aligned=True)
-        is_aligned = self._is_even and not any((place % UNIT).any() for place in self._places.values())
+        is_aligned = self._is_even and not any((place % UNIT).any() for place, _ in self._places.values())
         return TileShape(max(MIN_CLASS, 1 << (max(ranks) - 1).bit_length()), is_aligned)
 
     def _write(self) -> None:
@@ -166,12 +168,13 @@ class TiledLora:
         rows_TM = np.full((num, TILE_ROWS), -1, np.int32)
         for tile, (_, rows) in enumerate(self._tiles):
             rows_TM[tile, : len(rows)] = rows
-        places_GLT = np.stack([self._places[adapter] for adapter, _ in self._tiles], -1)
+        places_GLT, scales_GLT = (
+            np.stack([self._places[adapter][part] for adapter, _ in self._tiles], -1) for part in (0, 1)
+        )
         if self.shape.is_aligned:
             places_GLT[:, 1:] //= UNIT
-        scales_T = np.array([adapter.scale for adapter, _ in self._tiles], np.float32)
         tables.rows_TM[:num].copy_(torch.from_numpy(rows_TM))
-        tables.scales_T[:num].copy_(torch.from_numpy(scales_T))
+        tables.scales_GLT[..., :num].copy_(torch.from_numpy(scales_GLT))
         tables.places_GLT[..., :num].copy_(torch.from_numpy(places_GLT))
 
 

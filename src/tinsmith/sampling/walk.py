@@ -23,6 +23,7 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.prefill import Prefill
+from tinsmith.sampling.recording import RecordedRoutes, note_decoded, note_prompts, wants_routes
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.tiled_lora import TiledLora, row_lora_for
 from tinsmith.types import IntArray
@@ -60,26 +61,41 @@ class Walker:
         decoder = self.decoder
         num_decoded = decoder.prepare(paused)
         if not chunks:
-            found_TD = self.graphs.run(decoder.tokens, decoder.positions) if self.graphs is not None else None
+            is_noted = wants_routes(decoder.sequences, ())
+            may_replay = self.graphs is not None and not is_noted
+            found_TD = self.graphs.run(decoder.tokens, decoder.positions) if may_replay and self.graphs else None
             if found_TD is None:
-                found_TD = self._run(decoder.tokens, decoder.positions, decoder.seek())
+                found_TD = self._run(decoder.tokens, decoder.positions, decoder.seek(), num_decoded, ())
             return decoder.draw(found_TD, paused)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
-            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
+            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, chunks))
             return []
         tokens = np.concatenate([decoder.tokens, prefill.tokens])
         positions = np.concatenate([decoder.positions, prefill.positions])
-        hidden_TD = self._run(tokens, positions, MixedContext(decoder.seek(), num_decoded, prefill.context))
+        mixed = MixedContext(decoder.seek(), num_decoded, prefill.context)
+        hidden_TD = self._run(tokens, positions, mixed, num_decoded, chunks)
         prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
 
     def prefill(self, chunks: Seq[Chunk]) -> None:
         """The same for chunks alone."""
         prefill = Prefill(self._base, chunks)
-        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context))
+        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, chunks))
 
-    def _run(self, tokens: IntArray, positions: IntArray, context: PassContext) -> Tensor:
+    def _run(
+        self, tokens: IntArray, positions: IntArray, context: PassContext, num_decoded: int, chunks: Seq[Chunk]
+    ) -> Tensor:
+        """Rows of the decoder's sequences first, then those of the chunks; their routes are noted for whom they are."""
+        decoded = self.decoder.sequences[:num_decoded]
+        noted = None
+        if self._base.num_routers and wants_routes(decoded, chunks):
+            context = noted = RecordedRoutes(context, self._base.num_routers)
         missing = padded_rows(len(tokens)) - len(tokens)
         tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
-        return self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
+        hidden_TD = self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
+        if noted is not None:
+            rows_TLK = noted.rows()
+            note_decoded(decoded, rows_TLK[:num_decoded])
+            note_prompts(chunks, rows_TLK[num_decoded : len(tokens)])
+        return hidden_TD

@@ -27,6 +27,7 @@ from tinsmith.store.places import Places
 from tinsmith.store.quota_rules import FREE, Prices
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.replays import Replays
+from tinsmith.store.routes import RecordedRoutes
 from tinsmith.store.runs import Runs
 from tinsmith.store.samplers import Samplers
 from tinsmith.store.session_search import SessionSearch
@@ -48,6 +49,7 @@ class Store:
         self.quotas = Quotas(database, prices)
         self.tenants = Tenants(database)
         self.sessions = Sessions(database)
+        self.routes = RecordedRoutes(database)
         self.runs = Runs(database)
         self.ops = Ops(database, self.quotas)
         self.loads = Loads(database)

@@ -4,7 +4,8 @@ Works within the caller's transaction, which is alone (see database.py); the run
 needs that. What stays true:
 
 * The first request with a (run, seq_id) or (sampler, seq_id) is the one; every later one is answered with its row.
-* `runs.head_seq` is the highest seq_id up to which nothing is missing; rejected ops count as arrived.
+* `runs.head_seq` is the highest seq_id up to which nothing is missing; rejected ops count as arrived. A request at or
+  below it whose row is gone was carried out long ago, and its result has expired.
 * A free run whose prefix grew says so in `wants_worker`.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
-from tinsmith.errors import NotFoundError
+from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.endings import number_ends
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import NEW_COLUMNS, WHOLE, born, to_columns, to_op
@@ -35,7 +36,7 @@ _SAMPLER = Prepared(
     )
 )
 _SESSION = (
-    select(sessions.c.session_id)
+    select(sessions.c.finished_at, sessions.c.finish_reason)
     .where(sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id"))
     .with_for_update()
 )
@@ -45,6 +46,7 @@ _OP_OF_SAMPLER = Prepared(
 )
 _INSERT_OP = Prepared(insert(ops).inline(), NEW_COLUMNS)
 _INSERT_RUN = insert(runs).inline()
+_HAS_RUN = select(runs.c.run_id).where(runs.c.run_id == bindparam("run_id"))
 _ADVANCE = Prepared(
     update(runs)
     .where(runs.c.run_id == bindparam("id"))
@@ -66,6 +68,7 @@ def arrive(conn: Connection, new: NewOp, now: float) -> Enqueued:
 
     Raises:
         NotFoundError: its run or sampler is not the tenant's.
+        GoneError: it came before, and its result has expired.
     """
     if new.run_id is not None:
         return _arrive_in_run(conn, new, new.run_id, now)
@@ -82,8 +85,10 @@ def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> En
 
     Raises:
         NotFoundError: the session is not the tenant's.
+        GoneError: the session has ended; or the run was made before, and the result of that has expired.
     """
-    if conn.execute(_SESSION, {"session_id": run.session_id, "tenant_id": run.tenant_id}).first() is None:
+    session = conn.execute(_SESSION, {"session_id": run.session_id, "tenant_id": run.tenant_id}).first()
+    if session is None:
         raise NotFoundError(f"no session {run.session_id}")
     first = _OP_OF_RUN.first(conn, {"run_id": run.spec.run_id, "seq_id": new.seq_id})
     if first is not None:
@@ -91,8 +96,12 @@ def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> En
         if op.tenant_id != run.tenant_id:
             raise NotFoundError(f"no run {run.spec.run_id}")
         return Enqueued(op, is_new=False)
+    if conn.execute(_HAS_RUN, {"run_id": run.spec.run_id}).first() is not None:
+        raise GoneError(f"run {run.spec.run_id} was made before, and the result of that has expired: take a new number")
     if new.failure is None:
-        conn.execute(_INSERT_RUN, new_run_columns(run, now))
+        if session.finished_at is not None:
+            raise GoneError(f"session {run.session_id} has ended ({session.finish_reason}): make a new ServiceClient")
+        conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "key_id": new.key_id})
     return Enqueued(_insert(conn, new, now), is_new=True)
 
 
@@ -105,6 +114,8 @@ def _arrive_in_run(conn: Connection, new: NewOp, run_id: RunId, now: float) -> E
         first = _OP_OF_RUN.first(conn, {"run_id": run_id, "seq_id": new.seq_id})
         if first is not None:
             return Enqueued(to_op(first), is_new=False)
+        if new.seq_id <= old_head:
+            raise GoneError(f"request {new.seq_id} of {run_id} was carried out long ago, and its result has expired")
     row = _insert(conn, new, now)
     head = old_head
     if new.seq_id == head + 1:

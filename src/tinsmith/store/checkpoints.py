@@ -262,8 +262,10 @@ class Checkpoints:
         return blobs
 
 
-def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: float) -> None:
-    """See `Checkpoints.put`; within the caller's transaction."""
+def put_checkpoint(
+    conn: Connection, tenant_id: TenantId, new: NewCheckpoint, now: float, key_id: str | None = None
+) -> None:
+    """See `Checkpoints.put`; within the caller's transaction. key_id: for whose quotas it counts."""
     _require_run(conn, tenant_id, new.run_id)
     named = _named(new.run_id, new.kind, new.name)
     earlier = conn.execute(_EARLIER, named).first()
@@ -286,6 +288,7 @@ def put_checkpoint(conn: Connection, tenant_id: TenantId, new: NewCheckpoint, no
             "expires_at": new.expires_at,
             "user_metadata": dict(new.user_metadata),
             "has_optimizer": new.has_optimizer,
+            "key_id": key_id,
         },
     )
 

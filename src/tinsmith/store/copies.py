@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, insert, select
 
-from tinsmith.errors import NotFoundError, UserError
+from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.database import Database
@@ -25,6 +25,7 @@ from tinsmith.store.op_rows import born, to_columns
 from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun
 from tinsmith.store.runs import new_run_columns
 from tinsmith.store.schema import checkpoints, ops, runs, sessions
+from tinsmith.store.session_bounds import require_not_too_many
 from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId
 
 COPIED = "copied"  # finish_reason of a session that was made for a copy
@@ -33,7 +34,7 @@ UNTRAINABLE = (
     "this run holds a copied checkpoint and can't be trained: make one from it with create_training_client_from_state"
 )
 
-_SESSION = select(sessions.c.session_id).where(
+_SESSION = select(sessions.c.finished_at, sessions.c.finish_reason).where(
     sessions.c.session_id == bindparam("session_id"), sessions.c.tenant_id == bindparam("tenant_id")
 )
 _INSERT_SESSION = insert(sessions).inline()
@@ -59,34 +60,42 @@ class Copies:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, new: NewCopy, now: float) -> str:
-        """The path of the copy: a new one, or the one that an equal request made before.
+    def create(self, new: NewCopy, now: float, *, most_sessions: int | None = None) -> str:
+        """The path of the copy: a new one, or the one that an equal request made before. most_sessions: as for
+        `Sessions.create`, since a copy without a session gets one of its own.
 
         Raises:
+            CapacityError: too many sessions were opened lately.
+            GoneError: the session has ended.
             NotFoundError: the session is not the tenant's, or the source has gone meanwhile.
             UserError: another run, or a copy of something else, has the place or the key.
         """
         with self._database.write() as conn:
-            session_id = new.session_id or _own_session(conn, new, now)
-            if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first() is None:
+            session_id = new.session_id or _own_session(conn, new, now, most_sessions)
+            session = conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first()
+            if session is None:
                 raise NotFoundError(f"no session {session_id}")
             run_id = RunId(f"{session_id}:train:{new.model_seq_id}")
             path = f"tinker://{run_id}/{new.source.kind}/{new.source.name}"
             if conn.execute(_TAKEN, {"run_id": run_id}).first() is not None:
                 _require_same(conn, new, run_id)
                 return path
+            if new.session_id is not None and session.finished_at is not None:
+                raise GoneError(f"session {session_id} has ended ({session.finish_reason}): make a new ServiceClient")
             _insert(conn, new, run_id, session_id, now)
             note(conn, "checkpoint_copy", new.tenant_id, new.by, {"tinker_path": path, "source": new.source.path}, now)
         return path
 
 
-def _own_session(conn: Connection, new: NewCopy, now: float) -> SessionId:
+def _own_session(conn: Connection, new: NewCopy, now: float, most: int | None) -> SessionId:
     """A session that has ended already, for the copy alone."""
     number = secrets.token_hex(12)
     if new.request_key is not None:
         number = hashlib.sha256(f"{new.tenant_id}\n{new.request_key}".encode()).hexdigest()[:24]
     session_id = SessionId("s" + number)
     if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first() is None:
+        if most is not None:
+            require_not_too_many(conn, new.tenant_id, most, now)
         values: dict[str, Any] = {
             "session_id": session_id,
             "tenant_id": new.tenant_id,
@@ -141,4 +150,4 @@ def _insert(conn: Connection, new: NewCopy, run_id: RunId, session_id: SessionId
         user_metadata=source.user_metadata if new.keeps_metadata else {},
         has_optimizer=source.has_optimizer,
     )
-    put_checkpoint(conn, new.tenant_id, checkpoint, now)
+    put_checkpoint(conn, new.tenant_id, checkpoint, now, None if new.by is None else new.by.key_id)

@@ -16,12 +16,13 @@ from sqlalchemy import Connection, bindparam, literal_column, select, update
 from tinsmith.errors import GoneError, UnsupportedError
 from tinsmith.series import OPS
 from tinsmith.store.database import Database
+from tinsmith.store.end_rows import Ended, EndsAfter
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.ledger import meter
 from tinsmith.store.op_rows import LIGHT, WHOLE, to_op
 from tinsmith.store.prepared import Prepared
-from tinsmith.store.rows import Ended, EndsAfter, OpRow, WorkerId
+from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.store.schema import ops, samplers
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpId, OpKind, OpState, SamplerId, SessionId, TenantId

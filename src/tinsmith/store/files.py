@@ -15,7 +15,9 @@ from tinsmith.types import BlobKey
 
 PAGE = 500
 
-_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob).where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)))
+_OF_OPS = select(ops.c.payload_blob, ops.c.result_blob, ops.c.routes_blob).where(
+    ops.c.op_id.in_(bindparam("op_ids", expanding=True))
+)
 _PINNED = select(ops.c.pin_blob).where(
     ops.c.pin_blob.is_not(None), ops.c.pin_blob.in_(bindparam("blobs", expanding=True))
 )
@@ -24,7 +26,8 @@ _BY_BLOB: Sequence[Select[tuple[str]]] = (
     *(
         select(column).where(column.in_(bindparam("blobs", expanding=True)))
         for column in (
-            samplers.c.blob, checkpoints.c.blob, custom_losses.c.blob, runs.c.snapshot_blob, dead_blobs.c.blob,
+            samplers.c.blob, checkpoints.c.blob, custom_losses.c.blob, runs.c.snapshot_blob,
+            runs.c.previous_blob, dead_blobs.c.blob,
         )
     ),
 )  # fmt: skip
@@ -53,6 +56,6 @@ class Files:
                 for query in _BY_BLOB:
                     left.difference_update(conn.execute(query, {"blobs": page}).scalars())
                 op_ids = [key.rpartition("/")[2].partition(".")[0] for key in page]
-                for payload, result in conn.execute(_OF_OPS, {"op_ids": op_ids}):
-                    left -= {payload, result}
+                for named in conn.execute(_OF_OPS, {"op_ids": op_ids}):
+                    left -= set(named)
         return left

@@ -32,7 +32,8 @@ _OF_OP = Prepared(
     select(
         ops.c.tenant_id, ops.c.base_model,
         func.coalesce(runs.c.session_id, samplers.c.session_id, "").label("session_id"),
-        func.coalesce(ops.c.run_id, samplers.c.run_id, NO_RUN).label("run_id"), sessions.c.key_id,
+        func.coalesce(ops.c.run_id, samplers.c.run_id, NO_RUN).label("run_id"),
+        func.coalesce(ops.c.key_id, sessions.c.key_id),
     )
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .outerjoin(samplers, samplers.c.sampler_id == ops.c.sampler_id)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
-from tinsmith.errors import NotFoundError
+from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import WHOLE, born, to_columns, to_op
@@ -23,6 +23,7 @@ _GET = select(custom_losses.c.loss_id, custom_losses.c.blob).where(
     custom_losses.c.tenant_id == bindparam("tenant_id"),
     custom_losses.c.session_id == bindparam("session_id"),
 )
+_IS_THERE = select(custom_losses.c.loss_id).where(custom_losses.c.loss_id == bindparam("loss_id"))
 _COUNT = select(func.count()).select_from(custom_losses).where(custom_losses.c.session_id == bindparam("session_id"))
 _SESSION = (
     select(sessions.c.session_id)
@@ -51,6 +52,7 @@ class Losses:
 
         Raises:
             NotFoundError: the session is not the tenant's.
+            GoneError: the loss was uploaded long ago.
         """
         with self._database.write() as conn:
             if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": op.tenant_id}).first() is None:
@@ -58,6 +60,8 @@ class Losses:
             first = conn.execute(_OP, {"op_id": op.id}).first()
             if first is not None:
                 return Enqueued(to_op(first), is_new=False)
+            if new is not None and conn.execute(_IS_THERE, {"loss_id": new.loss_id}).first() is not None:
+                raise GoneError(f"custom loss {new.loss_id} was uploaded before, and the answer to that has expired")
             if new is not None:
                 conn.execute(_INSERT, _to_columns(session_id, op.tenant_id, new, now))
             conn.execute(

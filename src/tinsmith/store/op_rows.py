@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, null
+from sqlalchemy import ColumnElement, and_, func, null, or_, select
 
 from tinsmith.store.rows import NewOp, OpRow
-from tinsmith.store.schema import ops
-from tinsmith.types import Failure, OpKind, OpState
+from tinsmith.store.schema import ops, runs
+from tinsmith.types import Failure, OpKind, OpState, RunStatus
 
 PINNING = (OpKind.CREATE, OpKind.LOAD, OpKind.FORWARD, OpKind.FORWARD_BACKWARD)  # those whose meta names a file
 
@@ -18,6 +18,7 @@ _LIGHT: tuple[ColumnElement[Any], ...] = (
     ops.c.state, ops.c.cost_tokens, ops.c.attempts, ops.c.owner, ops.c.created_at, ops.c.started_at,
     ops.c.finished_at, ops.c.media, ops.c.payload_bytes, ops.c.payload_blob, ops.c.meta, ops.c.result_media,
     ops.c.result_bytes, ops.c.result_blob, ops.c.failure_code, ops.c.failure_category, ops.c.failure_message,
+    ops.c.key_id,
 )  # fmt: skip
 LIGHT = (*_LIGHT, null().label("payload"), null().label("result"))
 WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
@@ -25,10 +26,21 @@ WITH_RESULT = (*_LIGHT, null().label("payload"), ops.c.result)
 WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
 
 
+# Nothing needs the row once its result has expired: no recovery of its run, and no file. The newest op of all stays,
+# as numbers go on from it; so does the CREATE of a copy, which keeps others from its place. For a statement that has
+# `runs` beside, by an outer join.
+_ALL_OPS = ops.alias("all_ops")
+IS_SPENT: ColumnElement[bool] = and_(
+    ops.c.pin_blob.is_(None),
+    ops.c.payload_blob.is_(None),
+    ops.c.num < select(func.max(_ALL_OPS.c.num)).scalar_subquery(),
+    or_(ops.c.run_id.is_(None), and_(runs.c.status != RunStatus.COPY.value, ops.c.seq_id <= runs.c.pruned_seq)),
+)
+
 NEW_COLUMNS = (  # those that `to_columns` fills
     "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
     "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
-    "result_bytes", "failure_code", "failure_category", "failure_message", "payload",
+    "result_bytes", "failure_code", "failure_category", "failure_message", "payload", "key_id",
 )  # fmt: skip
 
 
@@ -36,7 +48,7 @@ def to_op(row: Sequence[Any]) -> OpRow:
     """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
     (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
      started_at, finished_at, media, payload_bytes, payload_blob, meta, result_media, result_bytes, result_blob,
-     code, category, message, payload, result) = row  # fmt: skip
+     code, category, message, key_id, payload, result) = row  # fmt: skip
     return OpRow(
         id=op_id,
         tenant_id=tenant_id,
@@ -60,6 +72,7 @@ def to_op(row: Sequence[Any]) -> OpRow:
         result_bytes=result_bytes,
         result_blob=result_blob,
         failure=None if code is None else Failure(code, category, message),
+        key_id=key_id,
         payload=payload,
         result=result,
     )
@@ -90,6 +103,7 @@ def born(new: NewOp, now: float) -> OpRow:
         result_bytes=0,
         result_blob=None,
         failure=new.failure,
+        key_id=new.key_id,
         payload=new.payload if new.failure is None else None,
     )
 
@@ -121,4 +135,5 @@ def to_columns(op: OpRow) -> dict[str, Any]:
         "failure_category": failure.category if failure else None,
         "failure_message": failure.message if failure else None,
         "payload": op.payload,
+        "key_id": op.key_id,
     }

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import JSON, bindparam, exists, func, literal_column, or_, select, update
+from sqlalchemy import JSON, bindparam, delete, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
+from tinsmith.store.op_rows import IS_SPENT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
 from tinsmith.store.prepared import Prepared
+from tinsmith.store.quota_gates import reopen
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
 from tinsmith.store.schema import ops, runs, samplers
@@ -98,7 +99,8 @@ _AHEAD = Prepared(
     )
 )
 _STALE = (
-    select(ops.c.num, ops.c.result_blob)
+    select(ops.c.num, ops.c.result_blob, ops.c.routes_blob, IS_SPENT.label("is_spent"))
+    .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.finished_at < bindparam("before"), ops.c.is_expired.is_(False), ops.c.finished_at.is_not(None))
     .order_by(ops.c.finished_at)
     .limit(bindparam("limit"))
@@ -106,8 +108,9 @@ _STALE = (
 _EXPIRE = (
     update(ops)
     .where(ops.c.num.in_(bindparam("nums", expanding=True)))
-    .values(is_expired=True, result=None, result_blob=None)
+    .values(is_expired=True, result=None, result_blob=None, routes_blob=None, routes_bytes=None)
 )
+_DROP = delete(ops).where(ops.c.num.in_(bindparam("nums", expanding=True)))
 
 
 class Ops:
@@ -124,16 +127,17 @@ class Ops:
 
         Raises:
             NotFoundError: the run or sampler is not the tenant's, or doesn't exist.
+            GoneError: it came before, and its result has expired.
             ValueError: not exactly one of run_id and sampler_id is set.
         """
         (enqueued,) = self.enqueue_all([new], now)
-        if isinstance(enqueued, NotFoundError):
+        if isinstance(enqueued, UserError):
             raise enqueued
         return enqueued
 
     def enqueue_all(
         self, news: Sequence[NewOp], now: float, *, may_wait: bool = True
-    ) -> list[Enqueued | NotFoundError]:
+    ) -> list[Enqueued | NotFoundError | GoneError]:
         """The same for several requests in one transaction, in this order. One that is refused leaves no trace and
         keeps no other from being acknowledged.
 
@@ -143,12 +147,12 @@ class Ops:
         """
         if any((new.run_id is None) == (new.sampler_id is None) for new in news):
             raise ValueError("an op belongs to a run or to a sampler")
-        enqueued: list[Enqueued | NotFoundError] = []
+        enqueued: list[Enqueued | NotFoundError | GoneError] = []
         with self._database.write(may_wait=may_wait) as conn:
             for new in news:
                 try:
                     enqueued.append(arrive(conn, new, now))
-                except NotFoundError as error:  # raised before anything is written
+                except (NotFoundError, GoneError) as error:  # raised before anything is written
                     enqueued.append(error)
             crash_point("store.before_enqueue_commit")
         crash_point("store.after_enqueue_commit")
@@ -161,6 +165,7 @@ class Ops:
 
         Raises:
             NotFoundError: the session is not the tenant's.
+            GoneError: the session has ended, or the run was made long ago.
             ValueError: `op` isn't the run's op with seq_id 0.
         """
         if op.seq_id != 0 or op.run_id != run.spec.run_id or op.tenant_id != run.tenant_id or op.sampler_id is not None:
@@ -202,9 +207,11 @@ class Ops:
             require_current(conn, worker)
             allowed = self._quotas.admissible(conn, op_ids, now)
             rows = [_CLAIM.first(conn, {"id": op_id, "slot": worker.slot, "now": now}) for op_id in allowed]
+            claimed = [to_op(row) for row in rows if row is not None]
+            reopen(conn, claimed, now)
             crash_point("store.before_claim_commit")
         crash_point("store.after_claim")
-        return [to_op(row) for row in rows if row is not None]
+        return claimed
 
     def finish(self, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
         """Record outcomes and the rows that come with them, in one transaction; the ids that were not final before.
@@ -277,8 +284,8 @@ class Ops:
         return int(ahead), head_seq + 1 if is_early else None
 
     def expire_results(self, finished_before: float, now: float, limit: int = 1000) -> int:
-        """Forget results that are older; their ops answer GoneError from then on. Their files go to the graveyard,
-        from which `checkpoints.collect` hands them out.
+        """Forget results that are older; their ops answer GoneError from then on, and those that no recovery needs are
+        dropped. Their files go to the graveyard, from which `checkpoints.collect` hands them out.
 
         Returns:
             How many; `limit` means that there may be more.
@@ -288,6 +295,7 @@ class Ops:
                 return 0
         with self._database.write() as conn:
             stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
-            conn.execute(_EXPIRE, {"nums": [row.num for row in stale]})
-            bury(conn, [row.result_blob for row in stale], now)
+            conn.execute(_EXPIRE, {"nums": [row.num for row in stale if not row.is_spent]})
+            conn.execute(_DROP, {"nums": [row.num for row in stale if row.is_spent]})
+            bury(conn, [blob for row in stale for blob in (row.result_blob, row.routes_blob)], now)
         return len(stale)

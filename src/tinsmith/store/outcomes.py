@@ -33,7 +33,7 @@ from tinsmith.wire.media import JSON
 _OPEN = Prepared(
     select(
         ops.c.op_id, ops.c.tenant_id, ops.c.run_id, ops.c.sampler_id, ops.c.kind, ops.c.state, ops.c.owner,
-        ops.c.payload_blob, ops.c.meta,
+        ops.c.payload_blob, ops.c.meta, ops.c.key_id,
     )
     .where(ops.c.op_id == bindparam("id"))
     .with_for_update()
@@ -44,6 +44,8 @@ _OUTCOME: dict[str, Any] = {
     "result": bindparam("new_result"),
     "result_blob": bindparam("new_result_blob"),
     "result_bytes": bindparam("new_result_bytes"),
+    "routes_blob": bindparam("new_routes_blob"),
+    "routes_bytes": bindparam("new_routes_bytes"),
     "result_media": bindparam("new_result_media"),
     "failure_code": bindparam("code"),
     "failure_category": bindparam("category"),
@@ -67,6 +69,7 @@ class _Open(NamedTuple):
     owner: str | None
     payload_blob: BlobKey | None
     meta: dict[str, Any]
+    key_id: str | None
 
 
 def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now: float) -> list[OpId]:
@@ -87,7 +90,7 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
             status = RunStatus.READY if outcome.state is OpState.DONE else RunStatus.FAILED
             conn.execute(_SET_STATUS, {"id": row.run_id, "new_status": status.value})
         if outcome.checkpoint is not None:
-            put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now)
+            put_checkpoint(conn, row.tenant_id, outcome.checkpoint, now, row.key_id)
             if row.kind == OpKind.SAVE_EXTERNAL:
                 _note_export(conn, row, outcome.checkpoint, now)
         if outcome.sampler is not None:
@@ -165,6 +168,8 @@ def _columns(outcome: Finished, now: float) -> dict[str, Any]:
         "new_result": outcome.result,
         "new_result_blob": outcome.result_blob,
         "new_result_bytes": outcome.result_bytes,
+        "new_routes_blob": outcome.routes_blob,
+        "new_routes_bytes": outcome.routes_bytes or None,
         "new_result_media": outcome.media,
         "code": failure.code if failure else None,
         "category": failure.category if failure else None,

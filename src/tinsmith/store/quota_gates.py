@@ -1,22 +1,25 @@
 """What a tenant or key uses now, and the gate that each request has to pass. Within the caller's transaction.
 
 Looked up are only the quotas that a request takes part of: the tally of the day or month by its key, what is computed
-now by a partial index, runs by the sessions that have not ended, checkpoints by their tenant.
+now by a partial index, runs by the sessions that live and those that were trained since theirs ended, checkpoints by
+their tenant. A request counts for the key that it came with; a run for the one that made it or opened it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, or_, select
+from sqlalchemy import JSON, Connection, bindparam, exists, func, or_, select, update
 
 from tinsmith.store.fences import IS_RUNNING
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.quota_rules import (
     MILLION,
     OF_A_PERIOD,
+    OF_RUNS,
+    REOPENED_S,
     Asked,
     Gate,
     Hold,
@@ -41,7 +44,7 @@ _TALLY = Prepared(
     )
 )
 _UNDER_WAY = Prepared(
-    select(ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
+    select(ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id, ops.c.key_id).where(
         IS_RUNNING, ops.c.tenant_id == bindparam("tenant_id")
     )
 )
@@ -55,25 +58,42 @@ _OF_SAMPLER = Prepared(
     .join(samplers, samplers.c.session_id == sessions.c.session_id)
     .where(samplers.c.sampler_id == bindparam("sampler_id"))
 )
-_OPEN_RUNS = (
-    select(sessions.c.key_id, func.count(), func.coalesce(func.sum(runs.c.adapter_bytes), 0))
-    .join(runs, runs.c.session_id == sessions.c.session_id)
-    .where(
-        sessions.c.tenant_id == bindparam("tenant_id"),
-        sessions.c.finished_at.is_(None),
-        runs.c.status.in_([RunStatus.READY.value, RunStatus.CORRUPTED.value]),
-    )
-    .group_by(sessions.c.key_id)
-)
-_STORED = (
-    select(sessions.c.key_id, func.sum(checkpoints.c.size_bytes))
-    .join(runs, runs.c.run_id == checkpoints.c.run_id)
+_RUNS = (
+    select(runs.c.key_id, func.count(), func.coalesce(func.sum(runs.c.adapter_bytes), 0))
     .join(sessions, sessions.c.session_id == runs.c.session_id)
+    .where(runs.c.status.in_([RunStatus.READY.value, RunStatus.CORRUPTED.value]))
+    .group_by(runs.c.key_id)
+)
+_OPEN_RUNS = _RUNS.where(sessions.c.tenant_id == bindparam("tenant_id"), sessions.c.finished_at.is_(None))
+_REOPENED_RUNS = _RUNS.where(
+    runs.c.tenant_id == bindparam("tenant_id"),
+    runs.c.reopened_at.is_not(None),
+    runs.c.reopened_at > bindparam("since"),
+    sessions.c.finished_at.is_not(None),
+)
+_IS_OPEN = Prepared(
+    select(sessions.c.finished_at, runs.c.reopened_at)
+    .join(runs, runs.c.session_id == sessions.c.session_id)
+    .where(runs.c.run_id == bindparam("run_id"))
+)
+_REOPEN = Prepared(
+    update(runs)
+    .where(
+        runs.c.run_id.in_(select(func.json_each(bindparam("run_ids", type_=JSON)).table_valued("value").c.value)),
+        exists().where(sessions.c.session_id == runs.c.session_id, sessions.c.finished_at.is_not(None)).correlate(runs),
+        or_(runs.c.reopened_at.is_(None), runs.c.reopened_at < bindparam("stale")),
+    )
+    .values(reopened_at=bindparam("now"))
+    .returning(runs.c.run_id)
+)
+_COUNT_FOR = Prepared(update(runs).where(runs.c.run_id == bindparam("of_run")).values(key_id=bindparam("key")))
+_STORED = (
+    select(checkpoints.c.key_id, func.sum(checkpoints.c.size_bytes))
     .where(
         checkpoints.c.tenant_id == bindparam("tenant_id"),
         or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > bindparam("now")),
     )
-    .group_by(sessions.c.key_id)
+    .group_by(checkpoints.c.key_id)
 )
 
 
@@ -85,10 +105,12 @@ class Request(NamedTuple):
     cost_tokens: int
     run_id: RunId | None
     sampler_id: SamplerId | None
+    key_id: str | None = None
 
 
 class Place(NamedTuple):
-    """What of a run or sampler never changes. key_id: that opened its session, if that is known."""
+    """What of a run or sampler never changes. key_id: that opened its session, if that is known; requests of before
+    their own was kept count for that one."""
 
     key_id: str | None
     adapter_bytes: int = 0
@@ -125,14 +147,17 @@ def tally(conn: Connection, scope: str, period: str) -> dict[UsageKind, int]:
 
 @dataclass(slots=True)
 class Scope:
-    """What a tenant, or one of its keys, uses at one moment; looked up when it is asked for, once."""
+    """What a tenant, or one of its keys, uses at one moment; looked up when it is asked for, once. minds_runs: there is
+    a quota for which it has to be known whether a run is open."""
 
     known: Known
     conn: Connection
     tenant_id: TenantId
     key_id: str | None
     now: float
+    minds_runs: bool = True
     _used: dict[Quota, float] = field(default_factory=dict)
+    _is_open: dict[RunId, bool] = field(default_factory=dict)
 
     def used(self, quota: Quota) -> float:
         """By what has ended."""
@@ -142,20 +167,39 @@ class Scope:
 
     def requests(self) -> list[Asked]:
         """Those that are computed."""
-        found = [Request(self.tenant_id, *row) for row in _UNDER_WAY.all(self.conn, {"tenant_id": self.tenant_id})]
-        return [self.ask(request) for request in found if self.counts(request)]
+        begun: set[RunId] = set()
+        asks: list[Asked] = []
+        for row in _UNDER_WAY.all(self.conn, {"tenant_id": self.tenant_id}):
+            request = Request(self.tenant_id, *row)
+            if self.counts(request):
+                asks.append(self.ask(request, begun))
+                begun |= {request.run_id} if request.run_id is not None else set()
+        return asks
 
     def counts(self, request: Request) -> bool:
         """Whether the request is of this scope."""
         if self.key_id is None:
             return True
-        return self.known.place(self.conn, request.run_id, request.sampler_id).key_id == self.key_id
+        key_id = request.key_id or self.known.place(self.conn, request.run_id, request.sampler_id).key_id
+        return key_id == self.key_id
 
-    def ask(self, request: Request) -> Asked:
-        kind = OpKind(request.kind)
-        has_bytes = kind is OpKind.CREATE or kind.is_save
-        size = self.known.place(self.conn, request.run_id, None).adapter_bytes if has_bytes else 0
-        return asked(kind, request.cost_tokens, size, self.known.prices)
+    def ask(self, request: Request, begun: Set[RunId] = frozenset()) -> Asked:
+        """begun: runs of which another request counts already."""
+        kind, run_id = OpKind(request.kind), request.run_id
+        takes_run = (
+            run_id is not None and run_id not in begun and (kind is OpKind.CREATE or not self._is_run_open(run_id))
+        )
+        size = self.known.place(self.conn, run_id, None).adapter_bytes if takes_run or kind.is_save else 0
+        return asked(kind, request.cost_tokens, size, self.known.prices, takes_run=takes_run)
+
+    def _is_run_open(self, run_id: RunId) -> bool:
+        if not self.minds_runs:
+            return True
+        if run_id not in self._is_open:
+            row = _IS_OPEN.first(self.conn, {"run_id": run_id})
+            finished_at, reopened_at = row or (None, None)
+            self._is_open[run_id] = finished_at is None or (reopened_at or 0.0) > self.now - REOPENED_S
+        return self._is_open[run_id]
 
     def _look_up(self, quota: Quota) -> float:
         scope = self.key_id or self.tenant_id
@@ -166,10 +210,11 @@ class Scope:
                 return self.known.prices.of(tally(self.conn, scope, month_of(self.now)))
             case Quota.RUNS | Quota.ADAPTER_BYTES:
                 column = 1 if quota is Quota.RUNS else 2
-                rows = self.conn.execute(_OPEN_RUNS, {"tenant_id": self.tenant_id}).all()
+                since = {"tenant_id": self.tenant_id, "since": self.now - REOPENED_S}
+                rows = [row for query in (_OPEN_RUNS, _REOPENED_RUNS) for row in self.conn.execute(query, since)]
             case Quota.STORAGE_BYTES:
                 column = 1
-                rows = self.conn.execute(_STORED, {"tenant_id": self.tenant_id, "now": self.now}).all()
+                rows = list(self.conn.execute(_STORED, {"tenant_id": self.tenant_id, "now": self.now}))
             case _:
                 return 0.0
         return float(sum(row[column] for row in rows if self.key_id in (None, row[0])))
@@ -190,6 +235,7 @@ class Gates:
         self._stopped: dict[RunId, Hold] = {}
         self._shut: dict[TenantId, Hold] = {}  # whatever they ask for
         self._no_tokens: dict[TenantId, Hold] = {}  # if it takes any
+        self._begun: set[RunId] = set()  # of which a request is under way
 
     def hold(self, request: Request) -> Hold | None:
         """Why it may not begin; None: it counts as under way from now on."""
@@ -212,7 +258,7 @@ class Gates:
         concerned = [(scope, gate) for scope, gate in self._of(request.tenant_id) if scope.counts(request)]
         if not concerned:
             return None
-        ask = concerned[0][0].ask(request)
+        ask = concerned[0][0].ask(request, self._begun)
         for scope, gate in concerned:
             hold = gate.hold(ask)
             if hold is not None:
@@ -223,6 +269,7 @@ class Gates:
                 return hold
         for _, gate in concerned:
             gate.begin(ask)
+        self._begun |= {request.run_id} if request.run_id is not None else set()
         return None
 
     def is_paused(self, tenant_id: TenantId) -> bool:
@@ -240,7 +287,8 @@ class Gates:
         return found
 
     def _gate(self, tenant_id: TenantId, key_id: str | None, limits: Limits) -> tuple[Scope, Gate]:
-        scope = Scope(self._known, self._conn, tenant_id, key_id, self._now)
+        minds_runs = any(not limits.keys().isdisjoint(OF_RUNS) for limits in self._limited[tenant_id].values())
+        scope = Scope(self._known, self._conn, tenant_id, key_id, self._now, minds_runs)
         owner = "tenant" if key_id is None else "key"
         return scope, Gate(limits, scope.used, under_way(scope.requests(), limits), owner)
 
@@ -252,8 +300,18 @@ def under_way(requests: Iterable[Asked], limits: Limits) -> dict[Quota, float]:
     return gate.under_way
 
 
+def reopen(conn: Connection, claimed: Iterable[OpRow], now: float) -> None:
+    """Requests are begun: their runs whose session has ended are open again, for whoever asked."""
+    keys = {op.run_id: op.key_id for op in claimed if op.run_id is not None}
+    if keys:
+        values = {"run_ids": list(keys), "now": now, "stale": now - REOPENED_S / 4}
+        for (run_id,) in _REOPEN.all(conn, values):
+            if keys[run_id] is not None:
+                _COUNT_FOR.run(conn, {"of_run": run_id, "key": keys[run_id]})
+
+
 def request_of(op: OpRow) -> Request:
-    return Request(op.tenant_id, op.kind, op.cost_tokens, op.run_id, op.sampler_id)
+    return Request(op.tenant_id, op.kind, op.cost_tokens, op.run_id, op.sampler_id, op.key_id)
 
 
 def to_request(row: Sequence[Any]) -> Request:

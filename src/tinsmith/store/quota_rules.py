@@ -7,6 +7,7 @@ Knows no rows and no clock. What stays true:
   all requests under way may cost counted as used. Every other quota is kept, but for a request that is larger than it
   was set meanwhile: that one runs alone.
 * Within a run nothing passes a request that is held back.
+* A run is open while its session lives, and while it is trained after that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tinsmith.store.usage_rows import UsageKind
 from tinsmith.types import OpKind
 
 MILLION = 1_000_000
+REOPENED_S = 60.0  # a run whose session has ended is open for so long after a request of it was begun
 SAVED_PARTS = {OpKind.SAVE: 3, OpKind.SAVE_SAMPLER: 1, OpKind.SAVE_EXTERNAL: 1}  # weights, and two moments
 
 
@@ -38,13 +40,14 @@ class Quota(StrEnum):
 
 
 OF_A_PERIOD = (Quota.TOKENS_PER_DAY, Quota.USD_PER_MONTH)
+OF_RUNS = (Quota.RUNS, Quota.ADAPTER_BYTES)
 
 Limits: TypeAlias = Mapping[Quota, float]
 
 MEANINGS: Mapping[Quota, str] = {
     Quota.REQUESTS: "requests that are computed at one time",
     Quota.QUEUED_TOKENS: "tokens of the requests that are computed at one time",
-    Quota.RUNS: "runs of sessions that have not ended",
+    Quota.RUNS: "runs that are open",
     Quota.ADAPTER_BYTES: "bytes of the weights of these runs' adapters",
     Quota.STORAGE_BYTES: "bytes of the checkpoints that are kept",
     Quota.TOKENS_PER_DAY: "tokens trained, read and sampled from 00:00 to 24:00 UTC",
@@ -117,9 +120,10 @@ class Asked:
                 return self.usd
 
 
-def asked(kind: OpKind, num_tokens: int, adapter_bytes: int, prices: Prices) -> Asked:
-    """What a request of this kind takes. adapter_bytes: of the adapter of its run."""
-    is_new = kind is OpKind.CREATE
+def asked(kind: OpKind, num_tokens: int, adapter_bytes: int, prices: Prices, *, takes_run: bool | None = None) -> Asked:
+    """What a request of this kind takes. adapter_bytes: of the adapter of its run. takes_run: it opens its run; None:
+    as a CREATE does, and no other."""
+    is_new = kind is OpKind.CREATE if takes_run is None else takes_run
     return Asked(
         tokens=num_tokens,
         usd=prices.most(kind, num_tokens),
@@ -230,13 +234,14 @@ def told(hold: Hold, now: float, session_timeout_s: float, seconds_left: float |
         case Quota.RUNS:
             return (
                 f"{hold.used:,.0f} runs of this {whose} are open, of {hold.limit:,.0f} ({quota}); goes on when a "
-                f"session with runs ends, by itself {duration(session_timeout_s)} after its client has gone"
+                f"session with runs ends, by itself {duration(session_timeout_s)} after its client has gone, or "
+                f"{duration(REOPENED_S)} after the last request of a run whose session had ended"
             )
         case Quota.ADAPTER_BYTES:
             return (
                 f"adapters of open runs of this {whose} take {hold.used:,.0f} bytes, of {hold.limit:,.0f} ({quota}); "
                 f"goes on when a session with runs ends, by itself {duration(session_timeout_s)} after its client has "
-                "gone"
+                f"gone, or {duration(REOPENED_S)} after the last request of a run whose session had ended"
             )
         case Quota.STORAGE_BYTES:
             return (

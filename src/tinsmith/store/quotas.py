@@ -5,7 +5,7 @@ is computed now is found by a partial index, and runs and checkpoints are looked
 What stays true: a worker's claim is judged within the transaction that makes it, so no number of workers, and no
 restart, lets more through than `quota_rules` says. Limits are remembered for `LIMITS_TTL_S`; what is used never is.
 
-What is used in a session counts for the key that opened it, and for its tenant.
+What is asked for counts for the key that it came with, and for its tenant.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _OLD = or_(
     and_(func.length(tallies.c.period) == len("2026-01"), tallies.c.period < bindparam("month")),
 )
 _REQUEST = Prepared(
-    select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id).where(
+    select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id, ops.c.key_id).where(
         ops.c.op_id == bindparam("op_id")
     )
 )
@@ -68,7 +68,7 @@ _WAITING = (
     .limit(MAX_COUNTED)
 )
 _FIRST_OF_RUN = Prepared(
-    select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id)
+    select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id, ops.c.key_id)
     .where(IS_QUEUED, ops.c.run_id == bindparam("run_id"))
     .order_by(ops.c.seq_id)
     .limit(1)

@@ -154,7 +154,8 @@ class RunRow:
     def has_previous(self) -> bool:
         """Whether the run can be computed again without its newest snapshot: from the one before, or from CREATE."""
         is_there = self.previous_blob is not None or self.previous_seq < 0
-        return is_there and self.pruned_seq <= self.previous_seq < self.snapshot_seq
+        is_another = self.previous_blob != self.snapshot_blob
+        return is_there and is_another and self.pruned_seq <= self.previous_seq <= self.snapshot_seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +166,7 @@ class NewOp:
     payload: the request's body if small, else `payload_blob` names its file; `payload_bytes` is its size either way.
     meta: small JSON; `meta["blob"]` is the blob that a CREATE or LOAD reads, kept until a snapshot covers the op.
     failure: set for a request that was rejected but has to consume its seq_id; the op is born FAILED with it.
+    key_id: that it came with, for whose quotas it counts; None: the server's own, or a copy's.
     """
 
     tenant_id: TenantId
@@ -181,6 +183,7 @@ class NewOp:
     media: str = "application/json"
     meta: Mapping[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,7 @@ class OpRow:
     result_bytes: int
     result_blob: BlobKey | None
     failure: Failure | None
+    key_id: str | None = None
     payload: bytes | None = None
     result: bytes | None = None
 
@@ -359,6 +363,8 @@ class LossRow:
 class Finished:
     """The outcome of one op: DONE with a result (inline or a blob), or FAILED with a failure.
 
+    `routes` of a sample request become a file beside its result, `routes_blob`.
+
     `checkpoint` and `sampler` are rows that come to be in the same transaction, and `usage` is metered in it.
     """
 
@@ -367,26 +373,11 @@ class Finished:
     result: bytes | None = None
     result_blob: BlobKey | None = None
     result_bytes: int = 0
+    routes: bytes | None = None
+    routes_blob: BlobKey | None = None
+    routes_bytes: int = 0
     media: str = "application/json"
     failure: Failure | None = None
     checkpoint: NewCheckpoint | None = None
     sampler: NewSampler | None = None
     usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A sample request that has ended; `num` is its place among its sampler's."""
-
-    num: int
-    op_id: OpId
-    state: OpState
-    result_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndsAfter:
-    """Any end of a request of this sampler after its `num`th."""
-
-    sampler_id: SamplerId
-    num: int

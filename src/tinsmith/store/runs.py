@@ -22,7 +22,7 @@ from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
-from tinsmith.store.snapshots import Recorded, Snapshot, prune_some, put_snapshot
+from tinsmith.store.snapshots import Cold, Recorded, Snapshot, cold_runs, prune_some, put_snapshot, put_spare
 from tinsmith.types import BlobKey, Role, RunId, RunSpec, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
@@ -223,6 +223,16 @@ class Runs:
             recorded = put_snapshot(conn, run_id, Snapshot(seq, blob, size), now, is_newest_damaged=is_newest_damaged)
             crash_point("store.before_snapshot_commit")
         return recorded
+
+    def cold(self, before: float, above: RunId, limit: int) -> Sequence[Cold]:
+        """See `snapshots.cold_runs`."""
+        with self._database.read() as conn:
+            return cold_runs(conn, before, above, limit)
+
+    def put_spare(self, cold: Cold, spare: BlobKey, now: float) -> bool:
+        """See `snapshots.put_spare`."""
+        with self._database.write() as conn:
+            return put_spare(conn, cold, spare, now)
 
     def prune_payloads(self, run_id: RunId) -> BlobKeys:
         """Forget the payloads of final ops up to the snapshot before the newest, which aren't replayed any more.

@@ -44,6 +44,8 @@ STARTED = text("started_at IS NOT NULL")
 HAS_ENDED = text("ended_num IS NOT NULL")
 PROMISED = text("promised_seq IS NOT NULL")
 RUNNING = text("state = 'running'")
+LIVE = text("finished_at IS NULL")
+REOPENED = text("reopened_at IS NOT NULL")
 INFLIGHT = text("is_inflight = 1")
 INFLIGHT_PG = text("is_inflight")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
@@ -90,6 +92,7 @@ sessions = Table(
     Column("key_id", Text),  # that opened it: what is used in it counts for that key
     Index(None, "tenant_id", "created_at"),
     Index(None, "finished_at", "last_beat_at"),
+    Index("ix_sessions_live", "tenant_id", sqlite_where=LIVE, postgresql_where=LIVE),
 )
 
 workers = Table(
@@ -133,10 +136,13 @@ runs = Table(
     Column("damaged_at", Float),  # when a snapshot that was found damaged was last replaced
     Column("status", Text, nullable=False),
     Column("adapter_bytes", BigInteger, nullable=False, server_default="0"),
+    Column("key_id", Text),  # for whose quotas it counts while it is open
+    Column("reopened_at", Float),  # when a request of it was last begun after its session had ended
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant_id", "created_at"),
     Index(None, "lease_owner"),
     Index(None, "wants_worker", "base_model"),
+    Index("ix_runs_reopened", "tenant_id", "reopened_at", sqlite_where=REOPENED, postgresql_where=REOPENED),
 )
 
 ops = Table(
@@ -166,12 +172,15 @@ ops = Table(
     Column("result_media", Text),
     Column("result_bytes", BigInteger, nullable=False),
     Column("result_blob", Text),
+    Column("routes_blob", Text),  # of a sample request that recorded its routes, as long as its result is there
+    Column("routes_bytes", BigInteger),
     Column("failure_code", Text),
     Column("failure_category", Text),
     Column("failure_message", Text),
     Column("ended_num", BigInteger),  # of a sample: which of its sampler's requests ended, in the order of commits
     Column("payload", LargeBinary),
     Column("result", LargeBinary),
+    Column("key_id", Text),  # that it came with; null: of before these were kept
     UniqueConstraint("run_id", "seq_id"),
     UniqueConstraint("sampler_id", "seq_id"),
     Index("ix_ops_queue", "base_model", "kind", "num", sqlite_where=QUEUED, postgresql_where=QUEUED),
@@ -240,6 +249,7 @@ checkpoints = Table(
     Column("user_metadata", JSON, nullable=False),
     Column("has_optimizer", Boolean, nullable=False),
     Column("is_public", Boolean, nullable=False, server_default=false()),  # other tenants may use its path
+    Column("key_id", Text),  # for whose quotas it counts
     Index(None, "tenant_id", "created_at"),
     Index(None, "expires_at"),
     Index(None, "blob"),

@@ -1,7 +1,8 @@
 """Sessions: one client process each, alive as long as it sends heartbeats.
 
 Owns how a session begins and ends; the first end wins, and cancels the samples that still wait or run. Its runs and
-samplers outlive it as rows, and training that was acknowledged is carried out.
+samplers outlive it as rows, and training that was acknowledged is carried out. One that nothing refers to is dropped
+`EMPTY_S` after its end. How many a tenant may have is judged here (session_bounds.py), where they are made.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sqlalchemy import JSON, Connection, bindparam, func, insert, select, update
+from sqlalchemy import JSON, Connection, bindparam, delete, exists, func, insert, select, update
 
 from tinsmith.errors import ForbiddenError, GoneError, NotFoundError
 from tinsmith.scopes import Scope
@@ -20,9 +21,11 @@ from tinsmith.store.database import Database
 from tinsmith.store.endings import cancel_samples
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Principal, SessionRow
-from tinsmith.store.schema import keys, runs, samplers, sessions
+from tinsmith.store.schema import custom_losses, keys, runs, samplers, sessions, usage
+from tinsmith.store.session_bounds import require_room
 from tinsmith.types import RunId, SamplerId, SessionId, TenantId
 
+EMPTY_S = 3600.0  # a session that has ended is known for so long, though nothing of it is left
 EXPIRED = "expired"  # finish_reason of a session whose heartbeats stopped
 
 SessionRows: TypeAlias = list[SessionRow]  # within the class, `list` is a method
@@ -68,6 +71,19 @@ _EXPIRE = (
     .values(finished_at=bindparam("now"), finish_reason=EXPIRED)
     .returning(sessions.c.session_id)
 )
+_EMPTY = (
+    select(sessions.c.session_id)
+    .where(
+        sessions.c.finished_at < bindparam("before"),
+        sessions.c.created_at < bindparam("before"),
+        *(
+            ~exists().where(table.c.session_id == sessions.c.session_id)
+            for table in (runs, samplers, custom_losses, usage)
+        ),
+    )
+    .limit(bindparam("limit"))
+)
+_DROP = delete(sessions).where(sessions.c.session_id.in_(bindparam("session_ids", expanding=True)))
 _LIST = (
     select(*COLUMNS)
     .where(_IS_TENANTS)
@@ -108,10 +124,18 @@ class Sessions:
         project_id: str | None = None,
         display_name: str | None = None,
         now: float | None = None,
-        key_id: str | None = None,
+        by: Principal | None = None,
+        most: int | None = None,
     ) -> SessionRow:
-        """A new session, whose first heartbeat is its creation (`now`, default: the clock). key_id: the key that opens
-        it, for whose quotas what is used in it counts."""
+        """A new session, whose first heartbeat is its creation (`now`, default: the clock).
+
+        Args:
+            by: whose key opens it.
+            most: how many of the tenant's may live at one time; None: there's no bound.
+
+        Raises:
+            CapacityError: as many live already, or too many were opened lately.
+        """
         created_at = time.time() if now is None else now
         row = SessionRow(
             session_id=SessionId("s" + secrets.token_hex(12)),
@@ -128,6 +152,8 @@ class Sessions:
             finish_detail=None,
         )
         with self._database.write() as conn:
+            if most is not None:
+                require_room(conn, tenant_id, by, most, created_at)
             conn.execute(
                 _INSERT,
                 {
@@ -140,7 +166,7 @@ class Sessions:
                     "display_name": display_name,
                     "created_at": created_at,
                     "last_beat_at": created_at,
-                    "key_id": key_id,
+                    "key_id": None if by is None else by.key_id,
                 },
             )
         return row
@@ -150,14 +176,17 @@ class Sessions:
         with self._database.read() as conn:
             return _get(conn, tenant_id, session_id)
 
-    def beat(self, tenant_id: TenantId, session_id: SessionId, now: float) -> None:
-        """The session is alive at `now`.
+    def beat(self, tenant_id: TenantId, session_id: SessionId, now: float, *, by: Principal | None = None) -> None:
+        """The session is alive at `now`. `by`: whose key says so; None is the server itself.
 
         Raises:
             GoneError: it was finished, or has expired.
             NotFoundError: no such session of this tenant.
+            ForbiddenError: the key's scope is less than full, and another key opened the session.
         """
         with self._database.write(is_durable=False) as conn:
+            if by is not None and not by.scope.allows(Scope.FULL):
+                _require_opener(conn, by, session_id, "keeping alive")
             if not conn.execute(_BEAT, {"id": session_id, "of_tenant": tenant_id, "now": now}).rowcount:
                 row = _get(conn, tenant_id, session_id)
                 raise GoneError(f"session {session_id} has ended ({row.finish_reason}); open a new one")
@@ -185,7 +214,7 @@ class Sessions:
         values = {"id": session_id, "of_tenant": tenant_id, "reason": reason, "detail": detail, "now": now}
         with self._database.write() as conn:
             if by is not None and not by.scope.allows(Scope.FULL):
-                _require_opener(conn, by, session_id)
+                _require_opener(conn, by, session_id, "ending")
             if conn.execute(_FINISH, values).rowcount:
                 return cancel_samples(conn, [session_id], now)
             _get(conn, tenant_id, session_id)
@@ -217,6 +246,21 @@ class Sessions:
             expired = sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
             cancel_samples(conn, expired, now)
         return expired
+
+    def drop_empty(self, ended_before: float, limit: int = 1000) -> int:
+        """Drop sessions that ended before that time and that nothing refers to: no run, sampler or loss, and no usage.
+
+        Returns:
+            How many; `limit` means that there may be more.
+        """
+        values = {"before": ended_before, "limit": limit}
+        with self._database.read() as conn:
+            if conn.execute(_EMPTY, {**values, "limit": 1}).first() is None:
+                return 0
+        with self._database.write() as conn:
+            empty = conn.execute(_EMPTY, values).scalars().all()
+            conn.execute(_DROP, {"session_ids": empty})
+        return len(empty)
 
     def ended_among(self, run_ids: Collection[RunId]) -> set[RunId]:
         """Those of the runs whose session has ended. Give at most some 10000 at once."""
@@ -250,14 +294,14 @@ def _get(conn: Connection, tenant_id: TenantId, session_id: SessionId) -> Sessio
     return to_session(row)
 
 
-def _require_opener(conn: Connection, by: Principal, session_id: SessionId) -> None:
+def _require_opener(conn: Connection, by: Principal, session_id: SessionId, act: str) -> None:
     """The key opened the session, or took the place of the one that did. Who did is not known of old sessions."""
     found = conn.execute(_OPENER, {"session_id": session_id, "tenant_id": by.tenant_id}).first()
     if found is None:
         raise NotFoundError(f"no session {session_id}")
     if found.key_id is not None and by.key_id not in found:
         raise ForbiddenError(
-            f"ending a session that another key opened needs a key of scope full, and this key's scope is {by.scope}"
+            f"{act} a session that another key opened needs a key of scope full, and this key's scope is {by.scope}"
         )
 
 

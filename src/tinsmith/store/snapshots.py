@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, bindparam, literal_column, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, func, literal_column, or_, select, update
 
 from tinsmith.store.graveyard import bury
 from tinsmith.store.prepared import Prepared
-from tinsmith.store.schema import ops, runs
-from tinsmith.types import BlobKey, OpState, RunId
+from tinsmith.store.schema import ops, runs, sessions
+from tinsmith.types import BlobKey, OpState, RunId, TenantId
 
 PRUNED_AT_ONCE = 64  # ops of one transaction
 
@@ -51,11 +51,45 @@ _PRUNABLE = and_(
     ops.c.seq_id <= bindparam("upto"),
     or_(*(ops.c.state == literal_column(f"'{state}'") for state in OpState if state.is_final)),
 )
+_ALL_OPS = ops.alias("all_ops")
 _PRUNED_BLOBS = Prepared(select(ops.c.payload_blob).where(_PRUNABLE, ops.c.payload_blob.is_not(None)))
 _PRUNE = Prepared(
     update(ops)
     .where(_PRUNABLE, or_(ops.c.payload.is_not(None), ops.c.payload_blob.is_not(None)))
     .values(payload=None, payload_blob=None)
+)
+_DROP = Prepared(
+    delete(ops).where(
+        _PRUNABLE,
+        ops.c.is_expired.is_(True),
+        ops.c.pin_blob.is_(None),
+        ops.c.num < select(func.max(_ALL_OPS.c.num)).scalar_subquery(),
+    )
+)
+_COLD = (
+    select(runs.c.tenant_id, runs.c.run_id, runs.c.snapshot_seq, runs.c.snapshot_blob)
+    .join(sessions, sessions.c.session_id == runs.c.session_id)
+    .where(
+        sessions.c.finished_at < bindparam("before"),
+        runs.c.last_request_at < bindparam("before"),
+        runs.c.lease_owner.is_(None),
+        runs.c.wants_worker.is_(False),
+        runs.c.snapshot_blob.is_not(None),
+        runs.c.previous_seq < runs.c.snapshot_seq,
+        runs.c.run_id > bindparam("above"),
+    )
+    .order_by(runs.c.run_id)
+    .limit(bindparam("limit"))
+)
+_PUT_SPARE = Prepared(
+    update(runs)
+    .where(
+        runs.c.run_id == bindparam("of_run"),
+        runs.c.snapshot_blob == bindparam("newest"),
+        runs.c.previous_seq < runs.c.snapshot_seq,
+        runs.c.lease_owner.is_(None),
+    )
+    .values(previous_seq=runs.c.snapshot_seq, previous_blob=bindparam("spare"), previous_bytes=runs.c.snapshot_bytes)
 )
 _SET_PRUNED = Prepared(update(runs).where(runs.c.run_id == bindparam("of_run")).values(pruned_seq=bindparam("upto")))
 
@@ -67,6 +101,15 @@ class Snapshot:
     seq: int
     blob: BlobKey | None
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """A run that nobody has asked for anything for long, and its newest snapshot, whose size isn't looked up."""
+
+    tenant_id: TenantId
+    run_id: RunId
+    newest: Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +149,24 @@ def put_snapshot(conn: Connection, run_id: RunId, new: Snapshot, now: float, *, 
     return Recorded(gone.blob, kept.blob, has_stale=kept.seq > pruned_seq)
 
 
+def cold_runs(conn: Connection, before: float, above: RunId, limit: int) -> list[Cold]:
+    """Runs without a holder whose session has ended, and of which nothing was asked since that time; by id, after
+    `above`. Left out are those whose two snapshots hold the same already."""
+    rows = conn.execute(_COLD, {"before": before, "above": above, "limit": limit})
+    return [Cold(row.tenant_id, row.run_id, Snapshot(row.snapshot_seq, row.snapshot_blob, 0)) for row in rows]
+
+
+def put_spare(conn: Connection, cold: Cold, spare: BlobKey, now: float) -> bool:
+    """`spare`, a copy of the run's newest snapshot, takes the place of the snapshot before it, which is buried. False,
+    and nothing has changed: the run has gone on meanwhile."""
+    row = _KEPT.first(conn, {"run_id": cold.run_id})
+    if row is None or not _PUT_SPARE.run(conn, {"of_run": cold.run_id, "newest": cold.newest.blob, "spare": spare}):
+        return False
+    bury(conn, [row[4]], now)
+    _UNPIN.run(conn, {"of_run": cold.run_id, "seq": cold.newest.seq})
+    return True
+
+
 def prune_some(conn: Connection, run_id: RunId) -> tuple[list[BlobKey], bool]:
     """Forget some payloads that nobody will read again; (the files that held them, whether that was all)."""
     run = _PRUNED.first(conn, {"run_id": run_id})
@@ -118,5 +179,6 @@ def prune_some(conn: Connection, run_id: RunId) -> tuple[list[BlobKey], bool]:
     span = {"of_run": run_id, "above": pruned_seq, "upto": upto}
     blobs = [blob for (blob,) in _PRUNED_BLOBS.all(conn, span)]
     _PRUNE.run(conn, span)
+    _DROP.run(conn, span)
     _SET_PRUNED.run(conn, {"of_run": run_id, "upto": upto})
     return blobs, upto == previous_seq

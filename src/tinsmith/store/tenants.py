@@ -22,7 +22,7 @@ from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.rows import KeyRow, Principal, TenantRow
-from tinsmith.store.schema import keys, quotas, tallies, tenants
+from tinsmith.store.schema import checkpoints, keys, quotas, runs, tallies, tenants
 from tinsmith.types import TenantId
 
 PREFIX = "tml-"  # the SDK refuses keys that begin otherwise
@@ -214,11 +214,13 @@ def _insert_key(conn: Connection, row: KeyRow) -> tuple[KeyRow, str]:
 
 
 def _hand_on(conn: Connection, key_id: str, successor_id: str) -> None:
-    """What bounds a key, and what it has used, for its successor too."""
+    """What bounds a key, and what it has used, for its successor too; its runs and checkpoints count for that one."""
     for table, found in ((quotas, _QUOTAS), (tallies, _TALLIES)):
         rows = [{**row, "scope": successor_id} for row in conn.execute(found, {"of": key_id}).mappings()]
         if rows:
             conn.execute(insert(table).inline(), rows)
+    for table in (runs, checkpoints):
+        conn.execute(update(table).where(table.c.key_id == key_id).values(key_id=successor_id))
 
 
 def _about(row: KeyRow) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Naming(StrEnum):
 
     PAYLOAD = "payload"
     RESULT = "result"
+    ROUTES = "routes"
     PIN = "pinned"  # what a CREATE, a LOAD or a custom loss reads, until a snapshot covers it
     SNAPSHOT = "snapshot"
     PREVIOUS = "previous snapshot"  # from which a run is computed again if its newest is damaged
@@ -187,6 +188,7 @@ _EXTERNAL = checkpoints.c.kind == CheckpointKind.EXTERNAL.value
 _NAMED: tuple[tuple[Select[Any], Naming, bool], ...] = (
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.payload_blob, ops.c.payload_bytes), Naming.PAYLOAD, False),
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.result_blob, ops.c.result_bytes), Naming.RESULT, False),
+    (_named(ops.c.tenant_id, ops.c.op_id, ops.c.routes_blob, ops.c.routes_bytes), Naming.ROUTES, False),
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.pin_blob), Naming.PIN, False),
     (_named(runs.c.tenant_id, runs.c.run_id, runs.c.snapshot_blob, runs.c.snapshot_bytes), Naming.SNAPSHOT, True),
     (_named(runs.c.tenant_id, runs.c.run_id, runs.c.previous_blob, runs.c.previous_bytes), Naming.PREVIOUS, True),
@@ -264,8 +266,9 @@ _FAULTS: tuple[tuple[Select[Any], str], ...] = (
 _SPARE = select(runs.c.previous_blob).where(
     runs.c.run_id == bindparam("of_run"),
     or_(runs.c.previous_blob.is_not(None), runs.c.previous_seq < 0),
+    runs.c.previous_blob.is_distinct_from(runs.c.snapshot_blob),
     runs.c.pruned_seq <= runs.c.previous_seq,
-    runs.c.previous_seq < runs.c.snapshot_seq,
+    runs.c.previous_seq <= runs.c.snapshot_seq,
 )
 _WERE_DAMAGED = (
     select(runs.c.run_id, runs.c.damaged_at)

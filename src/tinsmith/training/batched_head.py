@@ -194,7 +194,7 @@ def _segment(piece: Piece, first: int, last: int) -> Segment:
     """Rows first..last-1 of what the piece's adapter is applied to; all of them live."""
     slot, staging = piece.lane.op.slot, piece.lane.op.staging
     grads = None if staging is None else staging.views
-    return Segment(first, last, slot.views, grads, slot.scale, live=[(first, last)])
+    return Segment(first, last, slot.views, grads, live=[(first, last)])
 
 
 def _pairs(chunk: Sequence[Piece], device: torch.device) -> tuple[Pairs, list[slice], Tensor]:

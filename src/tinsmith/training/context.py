@@ -18,6 +18,7 @@ from tinsmith.model.delta import Chunks, DeltaKind, mix
 from tinsmith.model.lora import ExpertLora, LoraBackend, Segment
 from tinsmith.training.expert_loads import ExpertLoads
 from tinsmith.training.lanes import Lane, OpProgress
+from tinsmith.training.replay import Replay
 from tinsmith.training.varlen import Attention
 
 
@@ -51,6 +52,7 @@ class TrainingContext:
         self._parts = [[segment] for segment in self._segments] if deterministic else whole
         self._first_cut = len(self._parts) if num_first is None else num_first if deterministic else 1
         self._loads = ExpertLoads(lanes)
+        self._replay = Replay(lanes)
         self._num_kept: dict[str, int] = {}
         self._is_backward = False
 
@@ -86,6 +88,9 @@ class TrainingContext:
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         self._loads.see(name, routes)
         return ExpertLora(self._parts, name, routes, self._backend, self._before_expert_grads)
+
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        return self._replay.choose(router, experts_TK)
 
     def book_loads(self) -> None:
         """After the walk: tell each op how many of its tokens went to which experts."""
@@ -129,7 +134,6 @@ def _segment(span: Sequence[Lane]) -> Segment:
         span[-1].end,
         op.slot.views,
         grads,
-        op.slot.scale,
         experts=op.slot.expert_views,
         expert_grads=expert_grads,
     )

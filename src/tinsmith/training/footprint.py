@@ -51,7 +51,7 @@ def measure(base: BaseModel, chunk_tokens: int) -> Footprint:
         chunk_tokens: rows whose logits the head holds at once.
     """
     counted = base.num_forwards
-    slot = RunSlot.fresh(PROBE, RowLayout(base.linears, PROBE.targets, PROBE.rank, base.dtype), base.device)
+    slot = RunSlot.fresh(PROBE, RowLayout.of(base.linears, PROBE, base.dtype), base.device)
     staging = Staging(slot)
     short, long = NUM_TOKENS[base.device.type]
     _pass(base, slot, staging, short, recompute=False)  # makes what is made once, such as packed weights

@@ -171,7 +171,7 @@ class _ChunkPass:
             slot = block.op.slot
             if HEAD in slot.views:
                 rows = block.rows
-                self._shrunk[id(block)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows], slot.scale)
+                self._shrunk[id(block)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows])
             self._final.apply_(logits_CV[block.rows])
         self._bend_CV = self._final.bend(self._padded_CV)
         return logits_CV
@@ -246,7 +246,7 @@ class _ChunkPass:
             op.staging.mark(HEAD)
         u_NR = self._shrunk[id(block)][rows_N - block.row]
         grads = op.staging.views[HEAD]
-        add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND, op.slot.scale)
+        add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND)
 
 
 def _to_probs(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

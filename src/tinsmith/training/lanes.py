@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model.lora.tables import to_device
-from tinsmith.training.load_metrics import load_metrics
+from tinsmith.training.load_metrics import load_metrics, replay_metrics
 from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
 from tinsmith.training.runs import RunSlot, Staging
@@ -64,6 +64,7 @@ class OpProgress:
             "pass_runs:max": float(self.max_runs),
             "pass_tokens:max": float(self.max_tokens),
             **load_metrics(self.expert_loads),
+            **replay_metrics(self.item),
             **self.custom,
         }
         return TrainResult(tuple(self.logprobs[i] for i in range(len(self.item.data))), metrics)

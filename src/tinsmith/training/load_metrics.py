@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tinsmith.types import IntArray
+from tinsmith.route_tape import num_known
+from tinsmith.types import IntArray, TrainItem
 
 
 def load_metrics(loads: Sequence[IntArray]) -> dict[str, float]:
@@ -33,3 +34,9 @@ def load_metrics(loads: Sequence[IntArray]) -> dict[str, float]:
         "e_max_violation:max": max(highest),
         "e_min_violation:mean": float(np.mean([load.min() - 1 for load in relative])),
     }
+
+
+def replay_metrics(item: TrainItem) -> dict[str, float]:
+    """`routes_replayed:sum`, the tokens whose experts were those that sampling had chosen, where any were."""
+    num = sum(num_known(datum.routes) for datum in item.data)
+    return {"routes_replayed:sum": float(num)} if num else {}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.errors import UserError
-from tinsmith.model import RowLayout, init_row
+from tinsmith.lora_fields import shape_text
+from tinsmith.model import RowLayout, init_row, shape_of
 from tinsmith.types import FloatArray, RunSpec, RunState
 
 PARTS = ("param", "grad", "m", "v")
@@ -44,7 +45,6 @@ class RunSlot:
         self.layout = layout
         self.rows = rows
         self.step = step
-        self.scale = spec.alpha / spec.rank
         self.compute_P = rows["param"].to(layout.compute_dtype)  # the row itself, where that is float32
         self.views = layout.views(self.compute_P)
         self.expert_views = layout.expert_views(self.compute_P)
@@ -62,10 +62,10 @@ class RunSlot:
         Raises:
             UserError: the state was made with another rank, other layers or another base model.
         """
-        if state.spec.rank != spec.rank or state.spec.targets != spec.targets:
+        if shape_of(state.spec) != shape_of(spec):
             raise UserError(
-                f"the checkpoint has rank {state.spec.rank} and trains {_names(state.spec)}, the run has rank "
-                f"{spec.rank} and trains {_names(spec)}: create a run like the checkpoint"
+                f"the checkpoint has {shape_text(state.spec)}, the run has {shape_text(spec)}: create a run like the "
+                "checkpoint"
             )
         parts = {name.partition("/")[0] for name in state.tensors}
         if "param" not in parts:
@@ -145,8 +145,3 @@ class Staging:
 
     def commit(self) -> None:
         self._slot.rows["grad"] = self._row_P
-
-
-def _names(spec: RunSpec) -> str:
-    chosen = [name for name in ("attn", "mlp", "unembed") if getattr(spec.targets, name)]
-    return "+".join(chosen)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.model import BaseModel, RowLayout
+from tinsmith.model import BaseModel, RowLayout, shape_of
 from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
 from tinsmith.training.heads import chunk_tokens, make_head
@@ -15,7 +15,7 @@ from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
 from tinsmith.training.shortage import is_out_of_memory, memory_for, reclaim
 from tinsmith.training.steps import optim_steps_for
 from tinsmith.training.training_pass import TorchPass
-from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, Targets, TrainItem
+from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
 
 
 class Trainer:
@@ -29,7 +29,7 @@ class Trainer:
         self._deterministic = settings.deterministic
         self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
-        self._layouts: dict[tuple[Targets, int], RowLayout] = {}
+        self._layouts: dict[RunSpec, RowLayout] = {}
         self.num_bytes = 0  # what the runs may take at most, between passes
 
     def start(self) -> None:
@@ -87,7 +87,7 @@ class Trainer:
             return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
 
     def _layout(self, spec: RunSpec) -> RowLayout:
-        key = (spec.targets, spec.rank)
+        key = shape_of(spec)
         if key not in self._layouts:
-            self._layouts[key] = RowLayout(self._base.linears, spec.targets, spec.rank, self._base.dtype)
+            self._layouts[key] = RowLayout.of(self._base.linears, spec, self._base.dtype)
         return self._layouts[key]

@@ -21,6 +21,7 @@ from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress, load_inputs
 from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import DatumRef, list_data, num_fitting
+from tinsmith.training.replay import misfit
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.training.shortage import is_out_of_memory, reclaim
 from tinsmith.training.walk import walk
@@ -52,7 +53,8 @@ class TorchPass:
         self._data = list_data(items)
         self._most: int | None = None  # work of a pack, once memory ran out
         self._recomputed: set[DatumRef] = set()
-        self._unfit: dict[int, Failure] = {}
+        faults = ((index, misfit(base, item)) for index, item in enumerate(items))
+        self._unfit: dict[int, Failure] = {index: fault for index, fault in faults if fault is not None}
         self._has_added = False
         self._ops: list[OpProgress] = []
         self._begin()

@@ -18,25 +18,27 @@ MAX_SHAPE_BYTES = 64
 MAX_ID_BYTES = 256
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 TOKEN_BYTES = 4
+ROUTES = 1000  # field of a request, see `wire.routes`
 
 # The messages within a message, by field number; what isn't listed is a value, and is skipped by its length.
 Message: TypeAlias = "dict[int, Message]"
 TEXT: Message = {}
+IMAGE: Message = {4: {}}
 TENSOR: Message = {2: {}}
-CHUNK: Message = {1: TEXT, 2: {4: {}}, 3: {}}
+CHUNK: Message = {1: TEXT, 2: IMAGE, 3: {}}
 SPAN: Message = {1: {}, 2: {}}
 DATUM: Message = {1: CHUNK, 2: {2: TENSOR}, 3: SPAN, 4: SPAN}
 REQUEST: Message = {3: DATUM, 5: {}, 7: {2: {}}}
 
 
-def check_bounds(body: bytes, max_tokens: int) -> None:
+def check_bounds(body: bytes, max_tokens: int, max_pictures: int = MAX_FIELDS, max_picture_bytes: int = 2**31) -> None:
     """Pass a ForwardBackwardRequest that is cheap enough to be read.
 
     Raises:
-        TooLargeError: too many datums, chunks, tokens, or fields in all.
+        TooLargeError: too many datums, chunks, tokens, pictures, or fields in all; too large a picture.
         WireError: the bytes are no message.
     """
-    num_fields = num_datums = num_chunks = num_token_bytes = at = 0
+    num_fields = num_datums = num_chunks = num_token_bytes = num_pictures = at = 0
     message, end = REQUEST, len(body)
     outer: list[tuple[Message, int]] = []
     try:
@@ -58,10 +60,16 @@ def check_bounds(body: bytes, max_tokens: int) -> None:
             if at + size > end:
                 raise IndexError(at)
             inner = message.get(number)
+            if message is REQUEST and number == ROUTES:
+                raise WireError("field 1000 is the server's own: leave it out")
             if inner is None:
                 at += size
                 if message is TEXT and number == 1:
                     num_token_bytes += size
+                elif message is IMAGE and number == 1 and size > max_picture_bytes:
+                    raise TooLargeError(
+                        f"a picture has {size} bytes, at most {max_picture_bytes} are taken: send a smaller one"
+                    )
                 elif message is TENSOR and number == 4 and size > MAX_SHAPE_BYTES:
                     raise WireError("a tensor has more dimensions than [N, K]")
                 continue
@@ -75,6 +83,10 @@ def check_bounds(body: bytes, max_tokens: int) -> None:
                     raise TooLargeError(
                         f"datum {num_datums - 1} holds more than {MAX_CHUNKS} chunks: join its tokens into fewer"
                     )
+            elif inner is IMAGE:
+                num_pictures += 1
+                if num_pictures > max_pictures:
+                    raise TooLargeError(f"the request holds more than {max_pictures} pictures: send fewer at once")
             outer.append((message, end))
             message, end = inner, at + size
     except IndexError:

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from msgspec import Meta, Struct
 
 from tinsmith.errors import CorruptError, UnsupportedError, echo
+from tinsmith.pictures import Picture
 from tinsmith.types import (
     FloatArray,
     OpId,
@@ -26,17 +27,24 @@ from tinsmith.types import (
     TokenArray,
 )
 from tinsmith.wire import wire_pb2 as pb
+from tinsmith.wire.images import BLIND, Chunks, Looking, Sight
 from tinsmith.wire.media import WireError, decode_json
 from tinsmith.wire.tensors import encode_floats, encode_ids, encode_longs
 
 Token = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 TargetId = Annotated[int, Meta(ge=-1, lt=2**31)]
 Index = Annotated[int, Meta(ge=0, lt=2**31)]
+POINTER = "image_asset_pointer"
 
 
 class ChunkBody(Struct):
+    """data: of a picture, base64 in the JSON."""
+
     type: str = "encoded_text"
     tokens: list[Token] | None = None
+    data: bytes | None = None
+    format: str = ""
+    expected_tokens: int | None = None
 
 
 class PromptBody(Struct):
@@ -81,7 +89,8 @@ class SampleBody(Struct):
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """prompt: int32 [P]. seed None: the server draws one. The rest as in `SampleItem`."""
+    """prompt: int32 [P], with the placeholders of `pictures`. seed None: the server draws one. The rest as in
+    `SampleItem`."""
 
     prompt: TokenArray
     params: SamplingParams
@@ -93,6 +102,8 @@ class SampleRequest:
     prompt_logprobs_last_n: int | None = None
     prompt_targets: PromptTargets | None = None
     prompt_alt_tokens_k: int = 0
+    records_routes: bool = False
+    pictures: tuple[Picture, ...] = ()
 
     def item(self, op_id: OpId, adapter: str | None, seed: int) -> SampleItem:
         """The request as the engine takes it, with the seed that was stored for it."""
@@ -109,26 +120,26 @@ class SampleRequest:
             prompt_logprobs_last_n=self.prompt_logprobs_last_n,
             prompt_targets=self.prompt_targets,
             prompt_alt_tokens_k=self.prompt_alt_tokens_k,
+            records_routes=self.records_routes,
+            pictures=self.pictures,
         )
 
 
-def decode_sample(body: bytes) -> SampleRequest:
-    """An asample request.
+def decode_sample(body: bytes, sight: Sight = BLIND) -> SampleRequest:
+    """An asample request; pictures that it names instead of holding them were fetched before.
 
     Raises:
         WireError: it doesn't read as one.
+        UserError: pictures that can't be shown to the base model.
         UnsupportedError: it asks for something that isn't offered; the message names it.
     """
     request = decode_json(body, SampleBody)
-    if request.record_stability_info:
-        raise UnsupportedError(
-            "record_stability_info is not offered: it records what the loss stable_reinforce trains on, whose formula "
-            "is not published; leave it out, and train with importance_sampling (recipes: loss_fn=importance_sampling)"
-        )
     params = request.sampling_params
     stop_tokens, stop_strings = _decode_stop(params.stop)
+    chunks = _decode_prompt(request.prompt, sight)
     return SampleRequest(
-        prompt=_decode_prompt(request.prompt),
+        prompt=chunks.tokens,
+        pictures=chunks.pictures,
         params=SamplingParams(
             max_tokens=params.max_tokens,
             temperature=params.temperature,
@@ -149,6 +160,7 @@ def decode_sample(body: bytes) -> SampleRequest:
         prompt_logprobs_last_n=request.prompt_logprobs_last_n,
         prompt_targets=_decode_targets(request.target_prompt_logprobs),
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        records_routes=bool(request.record_stability_info),
     )
 
 
@@ -233,15 +245,27 @@ def _set_targets(tensor: pb.Tensor, targets: PromptTargets, logprobs: FloatArray
     tensor.sparse_csr.col_indices = encode_longs(targets.cols)
 
 
-def _decode_prompt(prompt: PromptBody) -> TokenArray:
-    tokens: list[int] = []
+def _decode_prompt(prompt: PromptBody, sight: Sight) -> Chunks:
+    chunks = Chunks(Looking(sight), "prompt")
     for chunk in prompt.chunks:
+        if chunk.type == "image":
+            if chunk.data is None:
+                raise WireError("an image chunk needs data, a file as base64")
+            chunks.add_picture(chunk.data, chunk.format, chunk.expected_tokens)
+            continue
+        if chunk.type == POINTER:
+            raise UnsupportedError(
+                f"prompt chunk {POINTER} is not offered here, since this server names no locations to fetch pictures "
+                "from (--picture-locations): send the picture itself, as an image chunk"
+            )
         if chunk.type != "encoded_text":
-            raise UnsupportedError(f"prompt chunk {echo(chunk.type)} is not offered here: only token chunks are")
+            raise UnsupportedError(
+                f"prompt chunk {echo(chunk.type)} is not offered here: only token chunks and images are"
+            )
         if chunk.tokens is None:
             raise WireError("an encoded_text chunk needs tokens")
-        tokens.extend(chunk.tokens)
-    return np.array(tokens, np.int32)
+        chunks.add_tokens(np.array(chunk.tokens, np.int32))
+    return chunks
 
 
 def _decode_stop(stop: str | Sequence[str | int] | None) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:

@@ -14,10 +14,12 @@ from google.protobuf.message import DecodeError
 
 from tinsmith.errors import UnsupportedError
 from tinsmith.loss_graph import LossGraph
-from tinsmith.types import Array, Datum, FloatArray, LossSpec, OpId, OpKind, RunId, TokenArray, TrainItem, TrainResult
+from tinsmith.types import Array, Datum, FloatArray, LossSpec, OpId, OpKind, RunId, TrainItem, TrainResult
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.bounds import read_address
+from tinsmith.wire.images import BLIND, Chunks, Looking, Sight
 from tinsmith.wire.media import WireError
+from tinsmith.wire.routes import decode_routes
 from tinsmith.wire.tensors import ElementBudget, decode_tensor, decode_tokens, encode_floats
 
 OUTPUT_TYPE = "ArrayRecord"
@@ -63,12 +65,13 @@ def _with_scalars(inputs: Mapping[str, Array], names: Sequence[str]) -> Mapping[
     return {**inputs, **changed}
 
 
-def decode_training(body: bytes) -> TrainingRequest:
+def decode_training(body: bytes, sight: Sight = BLIND) -> TrainingRequest:
     """A forward_backward request, of either kind; sparse inputs come out dense.
 
     Raises:
         WireError: it can't be read; `address` is set if the run and seq_id could.
-        UnsupportedError: images or audio among the inputs.
+        UserError: pictures that can't be shown to the base model.
+        UnsupportedError: audio among the inputs, or pictures where the base takes none.
     """
     address = read_address(body)
     message = pb.ForwardBackwardRequest()
@@ -80,9 +83,13 @@ def decode_training(body: bytes) -> TrainingRequest:
         raise WireError("a forward_backward request needs a model_id and a seq_id of at least 1")
     if address != (message.model_id, message.seq_id):
         raise WireError("the request names more than one model_id or seq_id: give each once", address)
-    budget = ElementBudget()
+    budget, looking = ElementBudget(), Looking(sight)
     try:
-        data = tuple(_decode_datum(datum, index, budget) for index, datum in enumerate(message.data))
+        routes = decode_routes(message)
+        data = tuple(
+            replace(_decode_datum(datum, index, budget, looking), routes=routes.get(index))
+            for index, datum in enumerate(message.data)
+        )
     except WireError as error:
         raise WireError(error.message, address) from None
     return TrainingRequest(
@@ -114,18 +121,31 @@ def _add_record(output: pb.ForwardBackwardOutput, arrays: Sequence[FloatArray], 
     field.trailing_shape.extend(trailing)
 
 
-def _decode_datum(datum: pb.Datum, index: int, budget: ElementBudget) -> Datum:
-    chunks: list[TokenArray] = []
+def _decode_datum(datum: pb.Datum, index: int, budget: ElementBudget, looking: Looking) -> Datum:
+    chunks = Chunks(looking, f"datum {index}")
     for chunk in datum.model_input:
-        if chunk.WhichOneof("chunk") != "encoded_text":
-            raise UnsupportedError(f"datum {index}: only token chunks can be trained on here, no images and no audio")
-        chunks.append(decode_tokens(chunk.encoded_text.tokens))
+        kind = chunk.WhichOneof("chunk")
+        if kind == "encoded_text":
+            chunks.add_tokens(decode_tokens(chunk.encoded_text.tokens))
+        elif kind == "image":
+            _add_picture(chunks, chunk.image)
+        else:
+            raise UnsupportedError(f"datum {index}: only token chunks and pictures can be trained on, no audio")
     inputs: dict[str, Array] = {
         name: decode_tensor(tensor, f"datum {index}, {name[:100]}", budget)
         for name, tensor in datum.loss_fn_inputs.items()
     }
-    tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
-    return Datum(tokens=tokens, inputs=inputs)
+    return Datum(tokens=chunks.tokens, inputs=inputs, pictures=chunks.pictures)
+
+
+def _add_picture(chunks: Chunks, image: pb.ImageChunk) -> None:
+    size = image.override_dimensions
+    chunks.add_picture(
+        image.data,
+        image.format,
+        image.expected_tokens if image.HasField("expected_tokens") else None,
+        (size.width, size.height) if image.HasField("override_dimensions") else None,
+    )
 
 
 def _decode_config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]:

@@ -9,9 +9,10 @@ from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError
 from tinsmith.loss_graph import LossGraph
 from tinsmith.store.rows import OpRow
-from tinsmith.types import AdamParams, BlobKey, SampleItem, TrainItem
+from tinsmith.types import AdamParams, BaseInfo, BlobKey, SampleItem, TrainItem
 from tinsmith.validate import CUSTOM
 from tinsmith.wire.custom_loss import decode_custom_loss
+from tinsmith.wire.images import Sight
 from tinsmith.wire.meta import LossMeta, SampleMeta, read_meta
 from tinsmith.wire.requests import decode_optim_step
 from tinsmith.wire.sampling import decode_sample
@@ -21,12 +22,13 @@ MAX_GRAPHS = 64
 
 
 class Payloads:
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: Blobs, info: BaseInfo) -> None:
         self._blobs = blobs
+        self._sight = Sight(info.name, info.vision)
         self._graphs: OrderedDict[BlobKey, LossGraph] = OrderedDict()
 
     def train_item(self, op: OpRow) -> TrainItem:
-        request = decode_training(self._bytes(op))
+        request = decode_training(self._bytes(op), self._sight)
         if request.loss.name == CUSTOM:
             request = request.with_graph(self._graph(read_meta(op.meta, LossMeta).blob))
         item = request.item(op.id)
@@ -39,7 +41,7 @@ class Payloads:
 
     def sample_item(self, op: OpRow, adapter: str | None) -> SampleItem:
         seed = read_meta(op.meta, SampleMeta).seed
-        return replace(decode_sample(self._bytes(op)).item(op.id, adapter, seed), scope=op.tenant_id)
+        return replace(decode_sample(self._bytes(op), self._sight).item(op.id, adapter, seed), scope=op.tenant_id)
 
     def _graph(self, blob: BlobKey) -> LossGraph:
         """A custom loss; its file never changes, so those used last are kept."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tinsmith.blobs import Blobs
 from tinsmith.errors import TinsmithError
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId, TrainItem
@@ -22,8 +21,9 @@ MAX_BYTES = 64 * 2**20  # of payloads
 
 
 class DecodeAhead:
-    def __init__(self, blobs: Blobs) -> None:
-        self._payloads = Payloads(blobs)
+    def __init__(self, payloads: Payloads) -> None:
+        """payloads: for this alone, since it reads in a thread of its own."""
+        self._payloads = payloads
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._asked: dict[OpId, Future[TrainItem | None]] = {}
 

@@ -83,7 +83,7 @@ class Worker:
         self._role = role
         self._busy_clock = busy or Busy()
         self._watchdog = watchdog or Watchdog()
-        self._payloads = Payloads(blobs)
+        self._payloads = Payloads(blobs, engine.info)
         self._watch = Watch(me.slot, store, engine, settings.metrics_tenants)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, role)
         rings = Rings(api, wake, self._queue)
@@ -108,7 +108,7 @@ class Worker:
             engine, store, blobs, self._payloads, self._publisher, self._ahead, self._accounts,
             Telling(engine, line), self._watch.use,
         )  # fmt: skip
-        self._decoded = DecodeAhead(blobs)
+        self._decoded = DecodeAhead(Payloads(blobs, engine.info))
         self._passes = Passes(engine, self._payloads, self._decoded, self.runs, self._accounts)
         self._busy: frozenset[RunId] = frozenset()
         self._barriers_s = 0.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tinsmith.route_tape import RouteTape
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import Failure, OpState
 from tinsmith.wire.media import JSON
+from tinsmith.wire.routes import encode_tape
 
 INTERNAL = Failure(
     "internal",
@@ -26,6 +28,7 @@ class Outcome:
     finished: Finished
     encode: Callable[[], bytes | Failure] | None = None
     num_bytes: int = 0
+    routes: RouteTape | None = None
 
     def encoded(self) -> Outcome:
         """The same with its result's bytes."""
@@ -34,8 +37,10 @@ class Outcome:
         body = self.encode()
         if isinstance(body, Failure):
             return failed(self.op, body)
-        finished = replace(self.finished, result=body, result_bytes=len(body))
-        return Outcome(self.op, finished, num_bytes=len(body))
+        routes = None if self.routes is None else encode_tape(self.routes)
+        size = 0 if routes is None else len(routes)
+        finished = replace(self.finished, result=body, result_bytes=len(body), routes=routes, routes_bytes=size)
+        return Outcome(self.op, finished, num_bytes=len(body) + size)
 
 
 def succeeded(
@@ -59,10 +64,16 @@ def succeeded(
 
 
 def computed(
-    op: OpRow, encode: Callable[[], bytes | Failure], num_bytes: int, media: str, usage: Usage | None = None
+    op: OpRow,
+    encode: Callable[[], bytes | Failure],
+    num_bytes: int,
+    media: str,
+    usage: Usage | None = None,
+    routes: RouteTape | None = None,
 ) -> Outcome:
     """An outcome whose result is still to be written. `usage`: what the ledger is to count for it."""
-    return Outcome(op, Finished(op_id=op.id, state=OpState.DONE, media=media, usage=usage), encode, num_bytes)
+    size = num_bytes + (0 if routes is None else routes.num_bytes)
+    return Outcome(op, Finished(op_id=op.id, state=OpState.DONE, media=media, usage=usage), encode, size, routes)
 
 
 def failed(op: OpRow, failure: Failure) -> Outcome:

@@ -2,7 +2,7 @@
 
 A tenant has one pass at a time, so what it sends meanwhile goes together into its next one. The pass of the tenants
 that had the least time for their weight goes first; who comes, or comes back, starts level with the least served of
-those at work.
+those at work, at the latest when a fluid server would begin it (`fair_queueing.Fluid`).
 Nothing of a pass takes effect before all of it is computed, so it doesn't matter to a run what was computed in between.
 """
 
@@ -17,6 +17,7 @@ from tinsmith import series, tracing
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
+from tinsmith.fair_queueing import Fluid
 from tinsmith.scheduler import Candidate
 from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
@@ -116,6 +117,7 @@ class Passes:
         self._open: list[OpenPass] = []
         self._given: dict[TenantId, float] = {}  # seconds of computing, by weight
         self._now = 0.0  # what the least served had when it was looked last
+        self._fluid: Fluid[TenantId] = Fluid()
         self._speed = 0.0
         self._tempo = Tempo()
 
@@ -157,9 +159,12 @@ class Passes:
         self._note_begin([(op, item) for op, item in ready if op.id not in replays])
         training = self._engine.start_pass([item for _, item in ready])
         one = OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed)
+        level = min(map(self._had, self._open), default=self._now)
         for tenant in one.tenants:
-            self._given[tenant] = max(self._given.get(tenant, 0.0), self._now)
+            self._given[tenant] = max(self._given.get(tenant, 0.0), level)
         self._open.insert(0, one)
+        weights = {tenant: self._accounts.weight(tenant) for tenant in self.tenants}
+        self._fluid.enter(one.tenants, self.tenants, weights)
 
     def _note_begin(self, ready: Sequence[tuple[OpRow, TrainItem]]) -> None:
         now = time.time()
@@ -180,11 +185,18 @@ class Passes:
         return [c for c in candidates if c.run_id is None or not (is_closed or c.tenant_id in busy)]
 
     def next(self) -> OpenPass | None:
-        """The one whose turn it is; of equals, the newest."""
+        """The one whose turn it is: of those not begun that are due the oldest, else the least served; of equals, the
+        newest."""
         if not self._open:
             return None
-        chosen = min(self._open, key=self._had)
-        self._now = max(self._now, self._had(chosen))
+        level = min(map(self._had, self._open))
+        due = [one for one in self._open if not one.seconds and any(map(self._fluid.is_due, one.tenants))]
+        if due:
+            chosen = due[-1]
+            self._given |= {tenant: min(self._given[tenant], level) for tenant in chosen.tenants}
+        else:
+            chosen = min(self._open, key=self._had)
+        self._now = max(self._now, level)
         return chosen
 
     def spent(self, one: OpenPass, seconds: float) -> None:
@@ -193,7 +205,9 @@ class Passes:
         for op, item in one.ready:
             work[op.tenant_id] += item.work
         for tenant, own in work.items():
-            self._given[tenant] += seconds * own / sum(work.values()) / self._accounts.weight(tenant)
+            amount, weight = seconds * own / sum(work.values()), self._accounts.weight(tenant)
+            self._given[tenant] += amount / weight
+            self._fluid.charge(tenant, amount, weight)
 
     def _had(self, one: OpenPass) -> float:
         return min(self._given[tenant] for tenant in one.tenants)
@@ -207,6 +221,8 @@ class Passes:
             now = time.time()
             for _, item in one.ready:
                 self._tempo.ended(item.run_id, now)
+            if not self._open:
+                self._fluid.rest()
 
     def pass_work(self) -> int:
         """What a new pass may take in: the engine's budget, or less where that keeps the engine busy (`Tempo`)."""

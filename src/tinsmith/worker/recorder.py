@@ -26,7 +26,7 @@ from typing import Protocol
 
 import structlog
 
-from tinsmith.blobs import Blobs, result_key
+from tinsmith.blobs import Blobs, result_key, routes_key
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, CorruptError
 from tinsmith.store import Store
@@ -90,6 +90,9 @@ class _Storage:
 
     def _spill(self, outcome: Outcome) -> Finished:
         finished = outcome.finished
+        if finished.routes is not None:
+            stored = self._blobs.put(routes_key(outcome.op.tenant_id, outcome.op.id), finished.routes)
+            finished = replace(finished, routes=None, routes_blob=stored.key)
         if finished.result is None or len(finished.result) <= self._inline_bytes:
             return finished
         key = result_key(outcome.op.tenant_id, outcome.op.id)

@@ -28,6 +28,7 @@ READ_AHEAD_RUNS = 16  # whose states are looked for before there is room for the
 MAX_LEAVING = 4  # states that wait to be written, when runs leave memory
 MIN_STAY_S = 1.0  # a run that has work stays so long after it was used, though others wait for its place
 ENDED_CHECK_S = 5.0  # between two looks for runs of sessions that have ended
+IDLE_CHECK_S = 30.0  # the same of runs that are not in memory
 RETRY_S = 1.0  # after a state could not be written
 
 
@@ -60,7 +61,7 @@ class Residency:
         self._bytes_waiting = 0
         self._not_before = 0.0
         self._ended_among = ended_among
-        self._asked_at = float("-inf")
+        self._asked_at = self._asked_idle_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -142,6 +143,15 @@ class Residency:
         for run_id in self._ended_among(self._resident.keys()):
             if run_id not in busy:
                 self._leave(self._resident[run_id], is_forced=False)
+
+    def ended_idle(self, idle: Collection[RunId], busy: AbstractSet[RunId]) -> Sequence[RunId]:
+        """Of runs that are held and not in memory those whose session has ended, and who have nothing left to do.
+        Looked up every `IDLE_CHECK_S`."""
+        if not idle or time.monotonic() - self._asked_idle_at < IDLE_CHECK_S:
+            return ()
+        self._asked_idle_at = time.monotonic()
+        absent = [run_id for run_id in idle if run_id not in self._resident and run_id not in busy]
+        return [run_id for run_id in self._ended_among(absent) if run_id not in busy]
 
     def _num_over(self) -> int:
         """How many runs must leave, as far as can be said; those on their way out count as gone."""

@@ -257,7 +257,8 @@ class HeldRuns:
                 self._writer.flush()
 
     def evict(self, busy: AbstractSet[RunId], computing: AbstractSet[RunId]) -> bool:
-        """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle.
+        """Let runs leave memory (see `Residency.make_room`), and give back those that have long been idle, or whose
+        session has ended.
 
         Returns:
             Whether there is room now for others that wait, or any was given back, which is to be leased again if there
@@ -268,6 +269,7 @@ class HeldRuns:
         if len(self._idle) > MAX_IDLE:
             longest = [run_id for run_id in self._idle if run_id not in busy][: MAX_IDLE // 4]
             self._release(longest)
+        self._release(self.residency.ended_idle(self._idle.keys(), busy))
         has_room = self.residency.num_coming > 0 and len(self.residency) < num_resident
         return has_room or len(self._held) < num_held
 
@@ -282,6 +284,8 @@ class HeldRuns:
             self._idle[run_id] = held
 
     def _release(self, run_ids: Sequence[RunId]) -> None:
+        if not run_ids:
+            return
         for run_id in run_ids:
             self._idle.pop(run_id, None)
             self.postponed.forget(run_id)

@@ -152,7 +152,8 @@ class Samples:
                 outcomes.append(failed(op, result))
             else:
                 usage = _usage(num_prompt, result)
-                outcomes.append(computed(op, partial(_encoded, op_id, result), _num_bytes(result), PROTOBUF, usage))
+                encode = partial(_encoded, op_id, result)
+                outcomes.append(computed(op, encode, _num_bytes(result), PROTOBUF, usage, result.routes))
                 self._accounts.charge_sample(op, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
         if outcomes:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.messages import only, text_of
+from tinsmith.api.texts.pictures import PLACEHOLDER, Gallery, is_picture
 from tinsmith.api.texts.prompts import Chat
 from tinsmith.wire.media import encode_json
 
@@ -96,15 +97,19 @@ def check_betas(headers: Sequence[str]) -> None:
             raise UnofferedError("anthropic-beta", f"{beta[:100]!r} is not offered here: leave it out")
 
 
-def read_chat(body: PromptBody) -> Chat:
-    """Raises: FieldError, UnofferedError: naming the field."""
+def read_chat(body: PromptBody, gallery: Gallery) -> Chat:
+    """A turn of the user with pictures keeps a list of parts; they go to the gallery.
+
+    Raises:
+        FieldError, UnofferedError: naming the field.
+    """
     if not body.messages:
         raise FieldError("messages", "empty; give at least one message")
     messages: list[dict[str, Any]] = []
     if body.system is not None:
         messages.append({"role": "system", "content": _joined(body.system, "system")})
     for index, message in enumerate(body.messages):
-        messages += _read_message(message, f"messages[{index}]")
+        messages += _read_message(message, f"messages[{index}]", gallery)
     prefill = ""
     if messages[-1]["role"] == "assistant":
         if "tool_calls" in messages[-1]:
@@ -112,20 +117,20 @@ def read_chat(body: PromptBody) -> Chat:
         prefill = messages.pop()["content"]
     offered = _read_tools(body.tools or ())
     tools = offered if _uses_tools(body.tool_choice, is_any=bool(offered)) else None
-    return Chat(messages, tools, prefill, hints=_hints(body.thinking))
+    return Chat(messages, tools, prefill, hints=_hints(body.thinking), files=gallery.files)
 
 
-def _read_message(message: Any, where: str) -> list[dict[str, Any]]:
+def _read_message(message: Any, where: str, gallery: Gallery) -> list[dict[str, Any]]:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ("user", "assistant"):
         raise FieldError(f"{where}.role", f"must be user or assistant, not {str(role)[:100]!r}")
     only(message, ("role", "content"), where)
     blocks = _blocks(message.get("content"), f"{where}.content")
-    return _read_user(blocks) if role == "user" else [_read_assistant(blocks)]
+    return _read_user(blocks, gallery) if role == "user" else [_read_assistant(blocks)]
 
 
-def _read_user(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Results of tools are turns of their own; the text between them makes turns of the user."""
+def _read_user(blocks: Sequence[tuple[str, Mapping[str, Any]]], gallery: Gallery) -> list[dict[str, Any]]:
+    """Results of tools are turns of their own; the text and pictures between them make turns of the user."""
     turns: list[dict[str, Any]] = []
     for where, block in blocks:
         if block.get("type") == "tool_result":
@@ -135,12 +140,29 @@ def _read_user(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str
                 text = f"Error: {text}"
             turns.append({"role": "tool", "tool_call_id": text_of(block, "tool_use_id", where), "content": text})
             continue
-        text = _text(block, where)
-        if turns and turns[-1]["role"] == "user":
-            turns[-1]["content"] += text
-        else:
-            turns.append({"role": "user", "content": text})
+        part = _picture(block, where, gallery) if is_picture(block) else {"type": "text", "text": _text(block, where)}
+        if not turns or turns[-1]["role"] != "user":
+            turns.append({"role": "user", "content": []})
+        turns[-1]["content"].append(part)
+    for turn in turns:
+        if turn["role"] == "user" and PLACEHOLDER not in turn["content"]:
+            turn["content"] = "".join(part["text"] for part in turn["content"])
     return turns
+
+
+def _picture(block: Mapping[str, Any], where: str, gallery: Gallery) -> dict[str, Any]:
+    only(block, ("type", "source"), where, NO_BLOCK_FIELDS)
+    source, at = block.get("source"), f"{where}.source"
+    kind = source.get("type") if isinstance(source, dict) else None
+    if not isinstance(source, dict) or kind not in ("base64", "url"):
+        raise UnofferedError(at, "other than of type base64 or url is not offered here")
+    if kind == "base64":
+        only(source, ("type", "media_type", "data"), at)
+        gallery.add_base64(text_of(source, "media_type", at), text_of(source, "data", at), f"{at}.data")
+    else:
+        only(source, ("type", "url"), at)
+        gallery.add_url(text_of(source, "url", at), f"{at}.url")
+    return dict(PLACEHOLDER)
 
 
 def _read_assistant(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:

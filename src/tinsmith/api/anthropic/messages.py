@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from tinsmith.api.admission import Draft
 from tinsmith.api.anthropic.body import HARMLESS, UNOFFERED, MessagesBody, PromptBody, check_betas, read_chat
 from tinsmith.api.auth import Call
 from tinsmith.api.dialects import anthropic_error, problem_of
+from tinsmith.api.sampling import weight_of
 from tinsmith.api.services import ServicesDep
 from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Choice, Delta
@@ -21,7 +22,8 @@ from tinsmith.api.texts.events import frame, open_stream
 from tinsmith.api.texts.fields import read_fields, read_text_body
 from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.models import find_model
-from tinsmith.api.texts.prompts import chat_tokens, check_length, count_tokens
+from tinsmith.api.texts.pictures import Gallery, fetch_named
+from tinsmith.api.texts.prompts import chat_prompt, check_length, count_tokens
 from tinsmith.api.texts.room import Room, RoomDep
 from tinsmith.api.texts.toolcalls import ToolCall
 from tinsmith.errors import TinsmithError
@@ -47,7 +49,8 @@ async def create_message(request: Call, services: ServicesDep, room: RoomDep) ->
     """Answer a chat."""
     check_betas(request.headers.getall("anthropic-beta", []))
     body = await read_text_body(request, services)
-    job = await services.digest(request.user, len(body), _read, room, request.user, body)
+    fetched = await fetch_named(request, services, body)
+    job = await services.digest(request.user, weight_of(body), _read, room, request.user, body, fetched)
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
         return await open_stream(request, _frames(room, request.user, job, draft), _failed_frame)
@@ -60,17 +63,20 @@ async def count_message_tokens(request: Call, services: ServicesDep, room: RoomD
     """How many tokens the prompt of a chat has, also of one that no context would hold; nothing is sampled."""
     check_betas(request.headers.getall("anthropic-beta", []))
     body = await read_text_body(request, services)
-    count = await services.digest(request.user, len(body), _count, room, request.user, body)
+    fetched = await fetch_named(request, services, body)
+    count = await services.digest(request.user, weight_of(body), _count, room, request.user, body, fetched)
     return Response(encode_json({"input_tokens": count}), media_type=JSON)
 
 
-def _read(room: Room, principal: Principal, data: bytes) -> MessageJob:
+def _read(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, bytes]) -> MessageJob:
     body = read_fields(data, MessagesBody, UNOFFERED, HARMLESS)
     model = find_model(room.services, principal, body.model)
-    chat = read_chat(body)
+    chat = read_chat(body, Gallery(fetched))
+    prompt = chat_prompt(room.tokenizer(model), model, chat, room.services.sight(model.info))
     asked = Asked(
         model=model,
-        prompt=check_length(model, chat_tokens(room.tokenizer(model), model, chat), body.max_tokens),
+        prompt=check_length(model, prompt.tokens, body.max_tokens),
+        pictures=prompt.pictures,
         max_tokens=body.max_tokens,
         temperature=body.temperature,
         top_k=body.top_k,
@@ -81,14 +87,14 @@ def _read(room: Room, principal: Principal, data: bytes) -> MessageJob:
     return MessageJob(body, asked, reads_calls=chat.tools is not None)
 
 
-def _count(room: Room, principal: Principal, data: bytes) -> int:
+def _count(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, bytes]) -> int:
     body = read_fields(data, PromptBody, UNOFFERED, HARMLESS)
     model = find_model(room.services, principal, body.model)
-    chat, tokenizer = read_chat(body), room.tokenizer(model)
+    chat, tokenizer = read_chat(body, Gallery(fetched)), room.tokenizer(model)
     schema = body.json_schema
     if schema is not None:
         json_grammar(schema)
-    return count_tokens(tokenizer, model, chat)
+    return count_tokens(tokenizer, model, chat, room.services.sight(model.info))
 
 
 def _choice(room: Room, job: MessageJob) -> Choice:

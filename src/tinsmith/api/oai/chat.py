@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from tinsmith.api.admission import Draft
 from tinsmith.api.auth import Call
 from tinsmith.api.oai.fields import HARMLESS, UNOFFERED, CommonBody
 from tinsmith.api.oai.shapes import DONE, failed_frame, usage
+from tinsmith.api.sampling import weight_of
 from tinsmith.api.services import ServicesDep
 from tinsmith.api.texts.asking import Asked, Silence
 from tinsmith.api.texts.choices import Choice, Delta, Score, scores
@@ -22,7 +23,8 @@ from tinsmith.api.texts.fields import FieldError, UnofferedError, read_fields, r
 from tinsmith.api.texts.leaving import unless_gone
 from tinsmith.api.texts.messages import only, plain_messages, plain_tools
 from tinsmith.api.texts.models import find_model
-from tinsmith.api.texts.prompts import Chat, chat_tokens, check_length
+from tinsmith.api.texts.pictures import Gallery, fetch_named
+from tinsmith.api.texts.prompts import Chat, chat_prompt, check_length
 from tinsmith.api.texts.room import Room, RoomDep
 from tinsmith.api.texts.toolcalls import ToolCall
 from tinsmith.store.rows import Principal
@@ -58,7 +60,8 @@ class ChatJob:
 async def create_chat_completion(request: Call, services: ServicesDep, room: RoomDep) -> Response[Any]:
     """Answer a chat."""
     body = await read_text_body(request, services)
-    job = await services.digest(request.user, len(body), _read, room, request.user, body)
+    fetched = await fetch_named(request, services, body)
+    job = await services.digest(request.user, weight_of(body), _read, room, request.user, body, fetched)
     draft = await room.desk.draft(request.user, job.asked, stream=job.body.stream)
     if job.body.stream:
         return await open_stream(request, _chunks(room, request.user, job, draft), failed_frame)
@@ -66,7 +69,7 @@ async def create_chat_completion(request: Call, services: ServicesDep, room: Roo
     return Response(await services.work(_completion, room, job, draft, result), media_type=JSON)
 
 
-def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
+def _read(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, bytes]) -> ChatJob:
     body = read_fields(data, ChatBody, UNOFFERED, HARMLESS)
     body.check_common(room.services.settings)
     model = find_model(room.services, principal, body.model)
@@ -77,13 +80,16 @@ def _read(room: Room, principal: Principal, data: bytes) -> ChatJob:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise FieldError("max_tokens", "is another name of max_completion_tokens: send one of them")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    messages = plain_messages(body.messages)
+    gallery = Gallery(fetched)
+    messages = plain_messages(body.messages, gallery)
     offered = plain_tools(body.tools or ())
     tools = offered if _uses_tools(body.tool_choice, is_any=bool(offered)) else None
-    chat = Chat(messages, tools, options=body.chat_template_kwargs or {})
+    chat = Chat(messages, tools, options=body.chat_template_kwargs or {}, files=gallery.files)
+    prompt = chat_prompt(room.tokenizer(model), model, chat, room.services.sight(model.info))
     asked = Asked(
         model=model,
-        prompt=check_length(model, chat_tokens(room.tokenizer(model), model, chat), max_tokens),
+        prompt=check_length(model, prompt.tokens, max_tokens),
+        pictures=prompt.pictures,
         max_tokens=max_tokens,
         stop=body.stops,
         **body.sampling,

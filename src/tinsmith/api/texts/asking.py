@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from tinsmith.api.services import Services
 from tinsmith.api.texts.fields import FieldError
 from tinsmith.api.texts.models import Model, Seats
 from tinsmith.errors import CapacityError, TinsmithError, UserError
+from tinsmith.picture_files import kind_of
+from tinsmith.pictures import Picture
 from tinsmith.store.rows import OpRow, Principal
 from tinsmith.types import Failure, OpId, OpKind, OpState, SamplePiece, SampleResult
 from tinsmith.wire.media import encode_json
@@ -61,7 +63,8 @@ class ServerFailed(TinsmithError):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One sample request. max_tokens None: up to the context. stop: strings, beside the model's own end tokens."""
+    """One sample request. prompt: with the placeholders of `pictures` among its tokens. max_tokens None: up to the
+    context. stop: strings, beside the model's own end tokens."""
 
     model: Model
     prompt: Sequence[int]
@@ -77,6 +80,7 @@ class Asked:
     seed: int | None = None
     num_samples: int = 1
     topk: int = 0
+    pictures: tuple[Picture, ...] = ()
 
     def body(self) -> bytes:
         """As /api/v1/asample takes it."""
@@ -94,12 +98,20 @@ class Asked:
         }
         return encode_json(
             {
-                "prompt": {"chunks": [{"type": "encoded_text", "tokens": list(self.prompt)}]},
+                "prompt": {"chunks": list(self._chunks())},
                 "sampling_params": params,
                 "num_samples": self.num_samples,
                 "topk_sample_logprobs": self.topk,
             }
         )
+
+    def _chunks(self) -> Iterator[dict[str, Any]]:
+        start = 0
+        for picture in self.pictures:
+            yield {"type": "encoded_text", "tokens": list(self.prompt[start : picture.start])}
+            yield {"type": "image", "data": picture.data, "format": kind_of(picture.data)}
+            start = picture.end
+        yield {"type": "encoded_text", "tokens": list(self.prompt[start:])}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from tinsmith.api.texts.fields import FieldError, UnofferedError
+from tinsmith.api.texts.pictures import PLACEHOLDER, Gallery, is_picture
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -15,14 +16,19 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 PLAIN_FIELDS = ("role", "content", "name")
+DETAILS = (("detail", "auto"), ("detail", "high"))  # what happens anyway
 UNOFFERED = ("audio", "function_call", "refusal", "annotations", "images")
 
 
-def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Raises: FieldError, UnofferedError: naming the message and its field."""
+def plain_messages(messages: Sequence[Any], gallery: Gallery) -> list[dict[str, Any]]:
+    """A content with pictures stays a list of parts; they go to the gallery.
+
+    Raises:
+        FieldError, UnofferedError: naming the message and its field.
+    """
     if not messages:
         raise FieldError("messages", "empty; give at least one message")
-    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_plain_message(message, f"messages[{index}]", gallery) for index, message in enumerate(messages)]
 
 
 def plain_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
@@ -67,7 +73,7 @@ def only(value: Mapping[str, Any], names: Sequence[str], where: str, unoffered: 
             raise FieldError(f"{where}.{name[:100]}", "there is no such field: leave it out")
 
 
-def _plain_message(message: Any, where: str) -> dict[str, Any]:
+def _plain_message(message: Any, where: str, gallery: Gallery) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
         raise FieldError(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {str(role)[:100]!r}")
@@ -75,7 +81,10 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
     only(given, FIELDS.get(role, PLAIN_FIELDS), where, UNOFFERED)
     plain: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = given.get("tool_calls")
-    if "content" in given:
+    content = given.get("content")
+    if role == "user" and isinstance(content, list) and any(map(is_picture, content)):
+        plain["content"] = [_part(part, f"{where}.content[{at}]", gallery) for at, part in enumerate(content)]
+    elif "content" in given:
         plain["content"] = joined_text(given["content"], f"{where}.content")
     elif calls:
         plain["content"] = ""
@@ -87,6 +96,19 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
     if calls:
         plain["tool_calls"] = _plain_calls(calls, f"{where}.tool_calls")
     return plain
+
+
+def _part(part: Any, where: str, gallery: Gallery) -> dict[str, Any]:
+    """Of a content with pictures."""
+    if not is_picture(part):
+        return {"type": "text", "text": joined_text([part], where)}
+    only(part, ("type", "image_url"), where)
+    image = part.get("image_url")
+    if part["type"] != "image_url" or not isinstance(image, dict):
+        raise FieldError(where, "must be a picture as {type: image_url, image_url: {url: ...}}")
+    only({name: item for name, item in image.items() if (name, item) not in DETAILS}, ("url",), where, ("detail",))
+    gallery.add_url(text_of(image, "url", f"{where}.image_url"), f"{where}.image_url.url")
+    return dict(PLACEHOLDER)
 
 
 def _plain_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -142,7 +142,8 @@ class Seats:
             tags=("compatible",),
             sdk_version=f"tinsmith/{__version__}",
             display_name=DISPLAY_NAME,
-            key_id=principal.key_id,
+            by=principal,
+            most=self._services.settings.max_sessions,
         )
         session = self._sessions[key] = _Session(row.session_id, now)
         return session

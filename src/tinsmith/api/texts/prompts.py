@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.models import Model
+from tinsmith.api.texts.pictures import File
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
+from tinsmith.pictures import Picture
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.types import BaseInfo
+from tinsmith.wire.images import Chunks, Looking, Sight, blind
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -34,7 +38,7 @@ class Chat:
     """messages and tools as templates read them (OpenAI's shapes, arguments of tool calls as objects).
 
     prefill: the beginning of the answer. options: further variables of the template, such as enable_thinking. hints:
-    such that say what happens anyway where the template has none of the name.
+    such that say what happens anyway where the template has none of the name. files: the pictures of the messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +46,15 @@ class Chat:
     prefill: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     hints: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[File] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """tokens: with the placeholders of `pictures` among them."""
+
+    tokens: list[int]
+    pictures: tuple[Picture, ...] = ()
 
 
 class Tokenizers:
@@ -63,20 +76,26 @@ class Tokenizers:
             return self._read[info.name]
 
 
-def chat_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> list[int]:
-    """The prompt of a chat.
+def chat_prompt(tokenizer: ChatTokenizer, model: Model, chat: Chat, sight: Sight) -> ChatPrompt:
+    """The prompt of a chat. sight: how the model takes pictures.
 
     Raises:
-        UserError: as `chat_text`.
+        UserError: as `chat_text`, or pictures that it can't be shown.
         ContextError: it doesn't fit the context.
     """
     if len(chat.messages) > model.info.max_context:
         raise _too_long(model, f"{len(chat.messages)} messages")
-    return text_tokens(tokenizer, model, chat_text(tokenizer, model, chat))
+    text = chat_text(tokenizer, model, chat)
+    if not chat.files:
+        return ChatPrompt(text_tokens(tokenizer, model, text))
+    if len(text) > model.info.max_context * tokenizer.longest_token:
+        raise _too_long(model, f"{len(text)} characters")
+    chunks = _with_pictures(tokenizer, text, chat, sight)
+    return ChatPrompt(check_length(model, chunks.tokens.tolist()), chunks.pictures)
 
 
-def count_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> int:
-    """The tokens of a chat, whether or not they fit the context.
+def count_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat, sight: Sight) -> int:
+    """The tokens of a chat, whether or not they fit the context; its pictures are counted by their headers alone.
 
     Raises:
         UserError: as `chat_text`.
@@ -87,7 +106,36 @@ def count_tokens(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> int:
     text = chat_text(tokenizer, model, chat)
     if len(text) > max(MAX_COUNTED_CHARS, model.info.max_context * tokenizer.longest_token):
         raise _too_long(model, f"{len(text)} characters")
-    return tokenizer.count(text)
+    if not chat.files:
+        return tokenizer.count(text)
+    return len(_with_pictures(tokenizer, text, chat, replace(sight, verified=None)).tokens)
+
+
+def _with_pictures(tokenizer: ChatTokenizer, text: str, chat: Chat, sight: Sight) -> Chunks:
+    """What the template wrote for each picture gives way to what the model's processor writes for it.
+
+    Raises:
+        UnsupportedError: the model takes no pictures, or its template or tokenizer has no place for them.
+        UserError: the text itself holds what stands for a picture, or one that can't be read.
+    """
+    vision = sight.vision
+    if vision is None:
+        raise blind(sight.base)
+    if not vision.chat_text:
+        raise UnsupportedError(f"the tokenizer of {sight.base} lacks the tokens of pictures: send tokens to /api/v1")
+    pieces = text.split(vision.chat_text)
+    if len(pieces) - 1 < len(chat.files):
+        raise UnofferedError("messages", f"with pictures are not offered for {sight.base}: its template drops them")
+    tokens = np.array(tokenizer.encode(vision.expansion.join(pieces)), np.int32)
+    places = np.flatnonzero(tokens == vision.image_token).tolist()
+    if len(pieces) - 1 > len(chat.files) or len(places) != len(chat.files):
+        raise FieldError("messages", f"the text holds {vision.chat_text} or the like, which stands for a picture")
+    chunks = Chunks(Looking(sight), "messages")
+    for start, end, file in zip([0, *(place + 1 for place in places)], places, chat.files, strict=False):
+        chunks.add_tokens(tokens[start:end])
+        chunks.add_picture(file.data, file.kind, None)
+    chunks.add_tokens(tokens[places[-1] + 1 :])
+    return chunks
 
 
 def chat_text(tokenizer: ChatTokenizer, model: Model, chat: Chat) -> str:

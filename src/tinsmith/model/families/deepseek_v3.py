@@ -1,6 +1,7 @@
 """DeepSeek-V3: latent attention, whose values are narrower than keys; experts chosen by sigmoids, group by group."""
 
 from tinsmith.model.families.family import Family
+from tinsmith.model.routers import sigmoid_weights
 
 FAMILY = Family(
     title="DeepSeek-V3",
@@ -9,4 +10,5 @@ FAMILY = Family(
     mlps=("DeepseekV3MLP",),
     experts=("DeepseekV3Experts",),
     routers=("DeepseekV3TopkRouter",),
+    expert_weights=sigmoid_weights,
 )

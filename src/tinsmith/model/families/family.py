@@ -19,6 +19,7 @@ from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.final import FinalLogits
 from tinsmith.model.linear import PassHolder
+from tinsmith.model.routers import Weigh
 
 Gate = Callable[[Tensor], Tensor]
 StandIn = Callable[[nn.Module, PassHolder], nn.Module]
@@ -65,6 +66,11 @@ class Family:
         weighs_inputs: a row's weights are factors of what its experts get, not of what they give.
         routers: classes that choose them, with a weight of their own, which stays as it is.
         expert_gate: what the experts do between their two products, [N, 2I] to [N, I], gate and up side by side.
+        routers_choose: a router gives logits, weights and experts. Otherwise the one who asks it chooses, by a stand-in
+            that asks the pass context.
+        expert_weights: the weights of a row's experts, whichever these are, from the router's logits: of the router,
+            the logits [T, E] and the experts [T, K], float [T, K]. Of routers that choose; without it their routes
+            can't be replayed.
         final_logits: what becomes of the logits after the head, from the text model's configuration.
         stand_ins: by class, what makes a module that takes its place: of what hooks can't carry, such as what
             computes with other rows or with positions. Its linear layers, experts and routers are those of the pass
@@ -83,6 +89,8 @@ class Family:
     expert_layout: ExpertLayout | None = None
     weighs_inputs: bool = False
     expert_gate: Callable[[nn.Module, bool], Gate] = silu_gate
+    routers_choose: bool = True
+    expert_weights: Weigh | None = None
     final_logits: Callable[[PretrainedConfig], FinalLogits] = as_they_are
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
     loads_as: str | None = None

@@ -1,6 +1,7 @@
 """GLM-4.5: the first layers are dense; then experts chosen by sigmoids, group by group, and an MLP for all tokens."""
 
 from tinsmith.model.families.family import Family
+from tinsmith.model.routers import sigmoid_weights
 
 FAMILY = Family(
     title="GLM-4.5",
@@ -9,4 +10,5 @@ FAMILY = Family(
     mlps=("Glm4MoeMLP",),
     experts=("Glm4MoeExperts",),
     routers=("Glm4MoeTopkRouter",),
+    expert_weights=sigmoid_weights,
 )

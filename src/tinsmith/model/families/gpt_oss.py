@@ -7,6 +7,7 @@ from torch import nn
 
 from tinsmith.model.activation import clamped_swiglu
 from tinsmith.model.families.family import Family, Gate
+from tinsmith.model.routers import chosen_softmax_weights
 
 
 def expert_gate(experts: nn.Module, stable: bool) -> Gate:
@@ -18,5 +19,6 @@ FAMILY = Family(
     model_types=("gpt_oss",),
     experts=("GptOssExperts",),
     routers=("GptOssTopKRouter",),
+    expert_weights=chosen_softmax_weights,
     expert_gate=expert_gate,
 )

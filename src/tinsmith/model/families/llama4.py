@@ -67,6 +67,7 @@ class Llama4Mixture(nn.Module):
 
     def __init__(self, module: nn.Module, holder: PassHolder) -> None:
         super().__init__()
+        self._holder = holder
         self.top_k = cast(int, module.top_k)
         self.router, self.experts, self.shared_expert = (
             cast(Any, getattr(module, name)) for name in ("router", "experts", "shared_expert")
@@ -75,8 +76,8 @@ class Llama4Mixture(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, logits_TE = self.router(x_TD)
-        best_TK, chosen_TK = logits_TE.topk(self.top_k, dim=1)
-        weights_TK = stable_sigmoid(best_TK.float()).to(x_TD.dtype)
+        chosen_TK = self._holder.context.choose(self.router.number, logits_TE.topk(self.top_k, dim=1).indices)
+        weights_TK = stable_sigmoid(logits_TE.gather(1, chosen_TK).float()).to(x_TD.dtype)
         out_TD: Tensor = self.shared_expert(x_TD) + self.experts(x_TD, chosen_TK, weights_TK)
         return out_TD, logits_TE
 
@@ -95,5 +96,6 @@ FAMILY = Family(
     expert_layout=ExpertLayout(is_transposed=True, is_concatenated=True, has_bias=False),
     weighs_inputs=True,
     routers=("Llama4Router",),
+    routers_choose=False,
     stand_ins={"Llama4TextAttention": Llama4Attention, "Llama4TextMoe": Llama4Mixture},
 )

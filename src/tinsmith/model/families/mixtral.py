@@ -1,6 +1,7 @@
 """Mixtral: Mistral's layers with a few large experts, whose weights a softmax over those chosen gives."""
 
 from tinsmith.model.families.family import Family
+from tinsmith.model.routers import softmax_weights
 
 FAMILY = Family(
     title="Mixtral",
@@ -9,4 +10,5 @@ FAMILY = Family(
     attentions=("MixtralAttention",),
     experts=("MixtralExperts",),
     routers=("MixtralTopKRouter",),
+    expert_weights=softmax_weights,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from tinsmith.model.delta_layer import DeltaLayer
 from tinsmith.model.families.family import Family
 from tinsmith.model.gated import GatedAttention, GatedMixture
+from tinsmith.model.routers import softmax_weights
 
 
 class Qwen35Delta(DeltaLayer):
@@ -29,6 +30,7 @@ FAMILY = Family(
     mlps=("Qwen3_5MLP", "Qwen3_5MoeMLP"),
     experts=("Qwen3_5MoeExperts",),
     routers=("Qwen3_5MoeTopKRouter",),
+    expert_weights=softmax_weights,
     stand_ins={
         "Qwen3_5GatedDeltaNet": Qwen35Delta,
         "Qwen3_5MoeGatedDeltaNet": Qwen35Delta,

@@ -1,6 +1,7 @@
 """Qwen3 with experts: Qwen3's layers, in most of which a router chooses among many small MLPs."""
 
 from tinsmith.model.families.family import Family
+from tinsmith.model.routers import softmax_weights
 
 FAMILY = Family(
     title="Qwen3-MoE",
@@ -10,4 +11,5 @@ FAMILY = Family(
     attentions=("Qwen3MoeAttention",),
     experts=("Qwen3MoeExperts",),
     routers=("Qwen3MoeTopKRouter",),
+    expert_weights=softmax_weights,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from tinsmith.model.delta_layer import DeltaLayer
 from tinsmith.model.families.family import Family
 from tinsmith.model.gated import GatedAttention, GatedMixture
+from tinsmith.model.routers import softmax_weights
 
 
 class Qwen3NextDelta(DeltaLayer):
@@ -37,6 +38,7 @@ FAMILY = Family(
     mlps=("Qwen3NextMLP",),
     experts=("Qwen3NextExperts",),
     routers=("Qwen3NextTopKRouter",),
+    expert_weights=softmax_weights,
     stand_ins={
         "Qwen3NextGatedDeltaNet": Qwen3NextDelta,
         "Qwen3NextAttention": GatedAttention,

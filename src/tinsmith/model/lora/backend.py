@@ -4,14 +4,16 @@ A group is one or more linear layers with the same input (q, k and v; gate and u
 base computes their outputs as one product, so y holds them side by side: [T, O] with O = O1 + O2 + .... An adapter has
 for a group one matrix A, whose rows are those of its L layers one after another, and L matrices B. With u = x Aᵀ
 
-    forward    y[:, o_l] += scale · u[:, l] B_lᵀ                           for each layer l
-    backward   g[:, l] = scale · dy[:, o_l] B_l,   dx += g A
-               dA += gᵀ x,   dB_l += scale · dy[:, o_l]ᵀ u[:, l]
+    forward    y[:, o_l] += s_l · u[:, l] B_lᵀ                             for each layer l
+    backward   g[:, l] = s_l · dy[:, o_l] B_l,     dx += g A
+               dA += gᵀ x,   dB_l += s_l · dy[:, o_l]ᵀ u[:, l]
 
-where o_l are the columns of layer l in y and l, as an index of u and g, stands for the R columns l·R .. (l+1)·R.
+where s_l is the layer's scale, o_l are its columns in y, and l, as an index of u and g, stands for the R columns
+l·R .. (l+1)·R.
 
 What stays true: rows outside of all segments are left alone; gradients of one segment are added in the order of its
-`live` ranges, and those of a run in the order of its segments; nothing is averaged or scaled but by `scale`.
+`live` ranges, and those of a run in the order of its segments; nothing is averaged or scaled but by the
+scales.
 Shape letters: T rows of the pass, N rows of a segment, I inputs, O outputs of a group and O_l of a layer, R rank,
 L layers of a group, K = L · R.
 """
@@ -29,11 +31,19 @@ from torch import Tensor
 class LoraWeights:
     """An adapter's matrices for one group, or their gradients: contiguous views of the run's row.
 
-    a_KI: A of the L layers one below the other. bs: of each layer, B [O_l, R].
+    a_KI: A of the L layers one below the other. bs: of each layer, B [O_l, R]. scales: of each layer, alpha / rank as a
+        rule; not needed of gradients.
     """
 
     a_KI: Tensor
     bs: tuple[Tensor, ...]
+    scales: tuple[float, ...] = ()
+
+    @property
+    def scale(self) -> float | None:
+        """That of all layers, if they have the same."""
+        first, *others = self.scales
+        return None if any(other != first for other in others) else first
 
     @property
     def rank(self) -> int:
@@ -48,15 +58,17 @@ class LoraWeights:
 class ExpertWeights:
     """An adapter's matrices for one group of all experts of a layer, or their gradients: contiguous views of the row.
 
-    a_EKI: as in `LoraWeights`, of each expert, or one of all. bs: of each layer, [E, O_l, R], or [1, O_l, R].
+    a_EKI: as in `LoraWeights`, of each expert, or one of all. bs: of each layer, [E, O_l, R], or [1, O_l, R]. scales:
+        as there.
     """
 
     a_EKI: Tensor
     bs: tuple[Tensor, ...]
+    scales: tuple[float, ...] = ()
 
     def of(self, expert: int) -> LoraWeights:
         a_KI, *bs = (matrices[expert % len(matrices)] for matrices in self.tensors)
-        return LoraWeights(a_KI, tuple(bs))
+        return LoraWeights(a_KI, tuple(bs), self.scales)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -70,7 +82,6 @@ class Segment:
     Args:
         weights, grads: by group (its name is that of its first layer). A group that isn't in `weights` has no adapter
             here. grads is None if the rows want no backward; else it has the keys of `weights`.
-        scale: alpha / rank.
         live: the ranges of rows, ascending and within start..end, whose dy may differ from zero; all others must not
             be touched in the backward pass, as their x may be infinite. Set after the forward pass, before the first
             `add_grads`.
@@ -82,7 +93,6 @@ class Segment:
     end: int
     weights: Mapping[str, LoraWeights]
     grads: Mapping[str, LoraWeights] | None
-    scale: float
     live: Sequence[tuple[int, int]] = field(default_factory=list)
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
     expert_grads: Mapping[str, ExpertWeights] | None = None

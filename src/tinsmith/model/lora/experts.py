@@ -102,7 +102,7 @@ def _cut(own: Sequence[Segment], groups: Sequence[str], routes: Routes, backend:
 def _segment(own: Segment, groups: Sequence[str], expert: int, first: int, end: int) -> Segment:
     weights = {group: own.experts[group].of(expert) for group in groups if group in own.experts}
     grads = None if own.expert_grads is None else {group: own.expert_grads[group].of(expert) for group in weights}
-    return Segment(first, end, weights, grads, own.scale, shares_grads=True)
+    return Segment(first, end, weights, grads, shares_grads=True)
 
 
 def _find_live(part: _Part, routes: Routes) -> None:

@@ -33,16 +33,20 @@ class _Rows:
     num: int
     index_N: Tensor
     ends_S: Tensor
-    scales_N1: Tensor
+    scales_NL1: Tensor
 
     @classmethod
-    def of(cls, spans: Sequence[tuple[float, Span]], device: torch.device) -> _Rows:
-        """`spans` come with the scale of their segment; none is empty."""
+    def of(cls, spans: Sequence[tuple[Sequence[float], Span]], device: torch.device) -> _Rows:
+        """`spans` come with the scales of their segment's layers; none is empty."""
         lengths = [end - start for _, (start, end) in spans]
         index = np.concatenate([np.arange(start, end) for _, (start, end) in spans])
-        scales = np.repeat(np.array([scale for scale, _ in spans], np.float32), lengths)[:, None]
+        scales = np.repeat(np.array([scales for scales, _ in spans], np.float32), lengths, 0)[..., None]
         ends = np.cumsum(lengths, dtype=np.int32)
         return cls(sum(lengths), to_device(index, device), to_device(ends, device), to_device(scales, device))
+
+    def scale(self, u_NK: Tensor) -> Tensor:
+        """Each layer's columns by its scale."""
+        return (u_NK.view(self.num, self.scales_NL1.shape[1], -1) * self.scales_NL1).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +106,12 @@ class GroupedLora:
     def _add_live(
         self, group: str, live: Sequence[tuple[Segment, Span]], x_TI: Tensor, u_TK: Tensor, dy_TO: Tensor, dx_TI: Tensor
     ) -> None:
-        rows = _Rows.of([(segment.scale, span) for segment, span in live], x_TI.device)
+        rows = _Rows.of([(segment.weights[group].scales, span) for segment, span in live], x_TI.device)
         stack = _Stack.of([segment.weights[group] for segment, _ in live])
         dys = [dy_NO.contiguous() for dy_NO in torch.split(dy_TO[rows.index_N], stack.widths, 1)]
         us = torch.split(u_TK[rows.index_N], stack.rank, 1)
         g_NK = torch.cat([_times(dy_NO, b_SOR, rows) for dy_NO, b_SOR in zip(dys, stack.bs, strict=True)], 1)
-        g_NK = (g_NK * rows.scales_N1).to(x_TI.dtype)
+        g_NK = rows.scale(g_NK).to(x_TI.dtype)
         dx_TI.index_add_(0, rows.index_N, _times(g_NK, stack.a_SKI, rows))
         da_SKI = _outer(g_NK, x_TI[rows.index_N], rows)
         dbs = [_outer(dy_NO, u_NR.contiguous(), rows) for dy_NO, u_NR in zip(dys, us, strict=True)]
@@ -129,10 +133,10 @@ class GroupedLora:
 
 def _shrunk(crowd: Sequence[Segment], group: str, x_TI: Tensor) -> tuple[_Rows, _Stack, Tensor]:
     """With u = scale · x Aᵀ of the crowd's rows, [N, K]."""
-    rows = _Rows.of([(s.scale, (s.start, s.end)) for s in crowd], x_TI.device)
+    rows = _Rows.of([(s.weights[group].scales, (s.start, s.end)) for s in crowd], x_TI.device)
     stack = _Stack.of([s.weights[group] for s in crowd])
     u_NK = _times(x_TI[rows.index_N], stack.a_SKI.transpose(1, 2), rows)
-    return rows, stack, (u_NK * rows.scales_N1).to(x_TI.dtype)
+    return rows, stack, rows.scale(u_NK).to(x_TI.dtype)
 
 
 def _spread(u_NK: Tensor, rows: _Rows, num_rows: int) -> Tensor:

@@ -35,7 +35,7 @@ MIN_DOT = 16  # the smallest side that tl.dot takes
 @triton.jit
 def _shrink(
     wide, weights, narrow, tiles, at, bands, scales, num_tiles, num_bands, wide_stride, narrow_stride,
-    STRIDE_W: tl.constexpr, STRIDE_N: tl.constexpr, NUM_NARROW: tl.constexpr,
+    STRIDE_W: tl.constexpr, STRIDE_N: tl.constexpr, NUM_NARROW: tl.constexpr, LAYERS: tl.constexpr, RANK: tl.constexpr,
     UNIT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,8 @@ def _shrink(
             other=0.0,
         )
         acc = dot(x_TW, m_WN, acc, PRECISION)
-    acc = acc * tl.load(scales + segment)
+    layers = (first_out + columns) // RANK
+    acc = acc * tl.load(scales + segment * LAYERS + layers, mask=is_column, other=0.0)[None, :]
     out = narrow + rows.to(tl.int64)[:, None] * narrow_stride + first_out + columns[None, :]
     tl.store(out, acc.to(narrow.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
@@ -150,15 +151,17 @@ def _outer(
         tl.atomic_add(cells, acc, mask=is_cell)
 
 
-def shrink(wide_TW: Tensor, side: Side, tiles: Tiles, scales_S: Tensor, narrow_TN: Tensor) -> None:
-    """narrow = scale · wide W on the rows of the tiles; other rows are left as they are. scales_S: float32."""
+def shrink(wide_TW: Tensor, side: Side, tiles: Tiles, scales_SL: Tensor, narrow_TN: Tensor) -> None:
+    """narrow = scale · wide W on the rows of the tiles; other rows are left as they are. scales_SL: float32, of each
+    segment and layer; layers have equal shares of the narrow columns, one after another."""
     if not tiles.num:
         return
-    block = narrow_block(side.num_narrow)
+    block, num_layers = narrow_block(side.num_narrow), scales_SL.shape[1]
     _shrink[(tiles.num, len(side.bands), triton.cdiv(side.num_narrow, block))](
-        wide_TW, side.anchor, narrow_TN, tiles.table, side.at_SL, side.bands_L, scales_S, tiles.num, len(side.bands),
+        wide_TW, side.anchor, narrow_TN, tiles.table, side.at_SL, side.bands_L, scales_SL, tiles.num, len(side.bands),
         wide_TW.stride(0), narrow_TN.stride(0),
-        STRIDE_W=side.strides[0], STRIDE_N=side.strides[1], NUM_NARROW=side.num_narrow, UNIT=side.unit,
+        STRIDE_W=side.strides[0], STRIDE_N=side.strides[1], NUM_NARROW=side.num_narrow, LAYERS=num_layers,
+        RANK=(side.bands[-1].narrow + side.num_narrow) // num_layers, UNIT=side.unit,
         ALIGNED=side.is_aligned, EVEN=all(band.width % BLOCK_SUM == 0 for band in side.bands),
         PRECISION=precision_of(wide_TW), BT=BLOCK_ROWS, BW=BLOCK_SUM, BN=block, num_warps=4, num_stages=3,
     )  # fmt: skip

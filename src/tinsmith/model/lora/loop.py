@@ -26,8 +26,9 @@ class LoopLora:
                 continue
             weights, rows = segment.weights[group], slice(segment.start, segment.end)
             u_NK = x_TI[rows] @ weights.a_KI.T
-            delta = [u_NR @ b_OR.T for u_NR, b_OR in zip(torch.split(u_NK, weights.rank, 1), weights.bs, strict=True)]
-            y_TO[rows] += segment.scale * torch.cat(delta, 1)
+            us = torch.split(u_NK, weights.rank, 1)
+            parts = zip(weights.scales, us, weights.bs, strict=True)
+            y_TO[rows] += torch.cat([scale * (u_NR @ b_OR.T) for scale, u_NR, b_OR in parts], 1)
             if segment.grads is not None:
                 kept.append(u_NK)
         return tuple(kept)
@@ -47,7 +48,8 @@ class LoopLora:
             widths = [len(b_OR) for b_OR in weights.bs]
             for start, end in segment.live:
                 rows, x_NI = slice(start, end), x_TI[start:end]
-                dys = torch.split(segment.scale * dy_TO[rows], widths, 1)
+                plain = torch.split(dy_TO[rows], widths, 1)
+                dys = [scale * dy_NO for scale, dy_NO in zip(weights.scales, plain, strict=True)]
                 us = torch.split(u_NK[start - segment.start : end - segment.start], weights.rank, 1)
                 g_NK = torch.cat([dy_NO @ b_OR for dy_NO, b_OR in zip(dys, weights.bs, strict=True)], 1)
                 dx_TI[rows] += g_NK @ weights.a_KI

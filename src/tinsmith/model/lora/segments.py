@@ -30,7 +30,7 @@ class SegmentsLora:
             weights = segment.weights.get(group)
             if weights is None:
                 continue
-            u_NK = add_adapter(weights, x_NI, y_NO, segment.scale)
+            u_NK = add_adapter(weights, x_NI, y_NO)
             if segment.grads is not None:
                 kept.append(u_NK)
         return tuple(kept)
@@ -52,10 +52,10 @@ class SegmentsLora:
             grads, u_NK, first = segment.grads[group], next(held), segment.start
             for start, end in segment.live:
                 if end - start == len(u_NK):
-                    add_adapter_grads(weights, grads, x_NI, u_NK, dy_NO, dx_NI, segment.scale)
+                    add_adapter_grads(weights, grads, x_NI, u_NK, dy_NO, dx_NI)
                 else:
                     own = slice(start - first, end - first)
-                    add_adapter_grads(weights, grads, x_NI[own], u_NK[own], dy_NO[own], dx_NI[own], segment.scale)
+                    add_adapter_grads(weights, grads, x_NI[own], u_NK[own], dy_NO[own], dx_NI[own])
 
     def _rows(self, tensor: Tensor) -> Sequence[Tensor]:
         """The rows of each segment, as views."""
@@ -63,32 +63,36 @@ class SegmentsLora:
         return torch.split(tensor[:used], self._sizes)[1::2]
 
 
-def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor, scale: float) -> Tensor:
+def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor) -> Tensor:
     """y += scale · (x Aᵀ) Bᵀ for rows of one adapter, in place. Returns u = x Aᵀ."""
     u_NK = torch.mm(x_NI, weights.a_KI.T)
     if y_NO.dtype != x_NI.dtype:
-        us = torch.split(u_NK, weights.rank, 1)
-        y_NO += scale * torch.cat([u_NR @ b_OR.T for u_NR, b_OR in zip(us, weights.bs, strict=True)], 1)
+        parts = zip(weights.scales, torch.split(u_NK, weights.rank, 1), weights.bs, strict=True)
+        y_NO += torch.cat([scale * (u_NR @ b_OR.T) for scale, u_NR, b_OR in parts], 1)
         return u_NK
-    for y_NOl, b_OR, u_NR in _by_layer(weights, y_NO, u_NK):
+    for scale, (y_NOl, b_OR, u_NR) in zip(weights.scales, _by_layer(weights, y_NO, u_NK), strict=True):
         y_NOl.addmm_(u_NR, b_OR.T, alpha=scale)
     return u_NK
 
 
 def add_adapter_grads(
-    weights: LoraWeights, grads: LoraWeights, x_NI: Tensor, u_NK: Tensor, dy_NO: Tensor, dx_NI: Tensor, scale: float
+    weights: LoraWeights, grads: LoraWeights, x_NI: Tensor, u_NK: Tensor, dy_NO: Tensor, dx_NI: Tensor
 ) -> None:
     """Backward of `add_adapter`: adds to dx, and to the gradients of A and the Bs, in place.
 
     With g = dy B: dx += scale · g A, dA += scale · gᵀ x, dB += scale · dyᵀ u.
     """
     parts = []
-    for db_OR, (dy_NOl, b_OR, u_NR) in zip(grads.bs, _by_layer(weights, dy_NO, u_NK), strict=True):
-        parts.append(torch.mm(dy_NOl, b_OR))
+    shared = weights.scale
+    layers = zip(grads.bs, weights.scales, _by_layer(weights, dy_NO, u_NK), strict=True)
+    for db_OR, scale, (dy_NOl, b_OR, u_NR) in layers:
+        g_NR = torch.mm(dy_NOl, b_OR)
+        parts.append(g_NR if shared is not None else g_NR.mul_(scale))
         db_OR.addmm_(dy_NOl.T, u_NR, alpha=scale)
     g_NK = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    dx_NI.addmm_(g_NK, weights.a_KI, alpha=scale)
-    grads.a_KI.addmm_(g_NK.T, x_NI, alpha=scale)
+    left = 1.0 if shared is None else shared
+    dx_NI.addmm_(g_NK, weights.a_KI, alpha=left)
+    grads.a_KI.addmm_(g_NK.T, x_NI, alpha=left)
 
 
 def _by_layer(weights: LoraWeights, y_NO: Tensor, u_NK: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -40,10 +40,10 @@ class _Crowd:
     segments: list[Segment]
     rank: int
     tiles: Tiles
-    scales: Tensor
     live_tiles: Tiles | None = None
     pieces: Pieces | None = None
     sides: dict[tuple[str, str], tuple[Side, Side]] = field(default_factory=dict)
+    scales: dict[tuple[tuple[float, ...], ...], Tensor] = field(default_factory=dict)
 
 
 class TritonLora:
@@ -58,7 +58,7 @@ class TritonLora:
     def __init__(self, segments: Sequence[Segment], *, is_ordered: bool = False) -> None:
         self._segments = segments
         self._is_ordered = is_ordered
-        self._crowds: dict[tuple[int, ...], _Crowd] = {}
+        self._crowds: dict[tuple[int, tuple[int, ...]], _Crowd] = {}
         self._of_group: dict[tuple[str, bool], list[_Crowd]] = {}
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class TritonLora:
             near, far = _sides(crowd, group, "weights")
             grad_near, grad_far = _sides(crowd, group, "grads")
             g_TK = torch.empty_like(u_TK)
-            kernels.shrink(dy_TO, far, tiles, crowd.scales, g_TK)
+            kernels.shrink(dy_TO, far, tiles, _scales(crowd, group), g_TK)
             kernels.expand(g_TK, near, tiles, dx_TI)
             kernels.outer(x_TI, g_TK, grad_near, pieces)
             kernels.outer(dy_TO, u_TK, grad_far, pieces)
@@ -99,13 +99,11 @@ class TritonLora:
         return found
 
     def _crowd(self, rank: int, indices: tuple[int, ...], device: torch.device) -> _Crowd:
-        crowd = self._crowds.get(indices)
+        crowd = self._crowds.get((rank, indices))
         if crowd is None:
             segments = [self._segments[index] for index in indices]
             spans = [(index, (segment.start, segment.end)) for index, segment in enumerate(segments)]
-            scales = np.array([segment.scale for segment in segments], np.float32)
-            crowd = _Crowd(segments, rank, _tiles(spans, device), to_device(scales, device))
-            self._crowds[indices] = crowd
+            crowd = self._crowds[rank, indices] = _Crowd(segments, rank, _tiles(spans, device))
         return crowd
 
     def _live(self, crowd: _Crowd, device: torch.device) -> tuple[Tiles, Pieces]:
@@ -129,8 +127,17 @@ def _shrunk(crowd: _Crowd, group: str, x_TI: Tensor) -> Tensor:
     """u = scale · x Aᵀ, [T, K]."""
     near, _ = _sides(crowd, group, "weights")
     u_TK = x_TI.new_empty(len(x_TI), near.num_narrow)
-    kernels.shrink(x_TI, near, crowd.tiles, crowd.scales, u_TK)
+    kernels.shrink(x_TI, near, crowd.tiles, _scales(crowd, group), u_TK)
     return u_TK
+
+
+def _scales(crowd: _Crowd, group: str) -> Tensor:
+    """float32 [S, L], one table for all groups whose scales are the same."""
+    scales = tuple(segment.weights[group].scales for segment in crowd.segments)
+    if scales not in crowd.scales:
+        device = crowd.segments[0].weights[group].a_KI.device
+        crowd.scales[scales] = to_device(np.array(scales, np.float32), device)
+    return crowd.scales[scales]
 
 
 def _tiles(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tiles:
