@@ -17,6 +17,7 @@ from tinsmith.model.families import (
     qwen2,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
 )
@@ -33,6 +34,7 @@ FAMILIES = (
     qwen3_moe.FAMILY,
     qwen3_next.FAMILY,
     qwen3_5.FAMILY,
+    qwen3_5_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,

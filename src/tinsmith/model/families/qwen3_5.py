@@ -1,4 +1,4 @@
-"""Qwen3.5's language models, dense and with experts: Qwen3-Next's layers, with a linear layer for each thing.
+"""Qwen3.5's dense language models: Qwen3-Next's layers, with a linear layer for each thing.
 
 Shape letters: see `model.delta_layer`.
 """
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tinsmith.model.delta_layer import DeltaLayer
 from tinsmith.model.families.family import Family
-from tinsmith.model.gated import GatedAttention, GatedMixture
-from tinsmith.model.routers import softmax_weights
+from tinsmith.model.gated import GatedAttention
 
 
 class Qwen35Delta(DeltaLayer):
@@ -26,16 +25,7 @@ class Qwen35Delta(DeltaLayer):
 
 FAMILY = Family(
     title="Qwen3.5",
-    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
-    mlps=("Qwen3_5MLP", "Qwen3_5MoeMLP"),
-    experts=("Qwen3_5MoeExperts",),
-    routers=("Qwen3_5MoeTopKRouter",),
-    expert_weights=softmax_weights,
-    stand_ins={
-        "Qwen3_5GatedDeltaNet": Qwen35Delta,
-        "Qwen3_5MoeGatedDeltaNet": Qwen35Delta,
-        "Qwen3_5Attention": GatedAttention,
-        "Qwen3_5MoeAttention": GatedAttention,
-        "Qwen3_5MoeSparseMoeBlock": GatedMixture,
-    },
+    model_types=("qwen3_5_text",),
+    mlps=("Qwen3_5MLP",),
+    stand_ins={"Qwen3_5GatedDeltaNet": Qwen35Delta, "Qwen3_5Attention": GatedAttention},
 )
