@@ -81,6 +81,11 @@ class Requests:
         weights.shape.append(num_tokens)
         return self.post("forward_backward", request.SerializeToString(), "application/x-protobuf")
 
+    def create_model(self, session: str, number: int) -> bytes:
+        lora = {"rank": 8, "seed": 1}
+        body = {"session_id": session, "model_seq_id": number, "base_model": "tinsmith/tiny", "lora_config": lora}
+        return self.post("create_model", json.dumps(body).encode())
+
     def optim_step(self, run: str, seq: int) -> bytes:
         body = {"model_id": run, "seq_id": seq, "adam_params": {"learning_rate": 1e-4}}
         return self.post("optim_step", json.dumps(body).encode())

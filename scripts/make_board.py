@@ -152,6 +152,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     ("free, worker {{worker}}", "tinsmith_kv_free_bytes{#}"),
                 ),
             ),
+            Panel("The base's matrices", "bytes", (("worker {{worker}}", "tinsmith_base_bytes{#}"),)),
+            Panel("Read of the base's weights", "percentunit", (("worker {{worker}}", "tinsmith_base_read_ratio{#}"),)),
         ),
     ),
     (

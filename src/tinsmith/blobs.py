@@ -253,6 +253,12 @@ def checkpoint_key(tenant: TenantId) -> BlobKey:
     return _key(tenant, "checkpoints", secrets.token_hex(16))
 
 
+def tenant_of(key: BlobKey) -> TenantId:
+    """Whose file it is; empty for a key that names no tenant."""
+    parts = key.split("/", 2)
+    return TenantId(parts[1] if len(parts) == 3 and parts[0] == "tenants" else "")
+
+
 def stem(key: BlobKey) -> BlobKey:
     """A file's key without the digest: what it was written under, and known before it is."""
     directory, _, name = key.rpartition("/")

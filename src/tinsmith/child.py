@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tinsmith.pulse import SERVING, Stethoscope
+from tinsmith.pulse import SERVING, Stethoscope, percent_read
 
 LAST_LINES = 20
 MAX_LINE_BYTES = 65536
@@ -47,6 +47,7 @@ class Process:
         self.spec = spec
         self.started_at = self.heard_at = time.monotonic()
         self.is_serving = not spec.has_pulse
+        self.percent_read: int | None = None  # of its weights, as it said last
         self._on_line = on_line
         self._on_exit = on_exit
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
@@ -101,6 +102,7 @@ class Process:
         if heard:
             self.heard_at = now
             self.is_serving = self.is_serving or SERVING in heard
+            self.percent_read = percent_read(heard)
         return now - self.heard_at
 
     def ended(self) -> None:

@@ -34,9 +34,12 @@ class Settings(DoorSettings):
     )
     dtype: str = setting(
         "auto",
-        "What the base model computes in: float32, bfloat16, or auto (bfloat16 on a GPU, float32 on the CPU). Losses, "
-        "gradients and optimizer states are float32.",
+        "What the base model computes in: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 on the CPU). "
+        "Losses, gradients and optimizer states are float32.",
         group="engine",
+    )
+    base_weights: str = setting(
+        "stored", "How its weights are kept: stored (as the files have them), dequantised, int4 or nf4.", group="engine"
     )
     deterministic: bool = setting(
         False,
@@ -135,7 +138,12 @@ class Settings(DoorSettings):
         group="engine",
     )
 
-    poll_hold_s: float = setting(25.0, "How long a poll for a result is held open.", unit="s", group="durability")
+    poll_hold_s: float = setting(
+        40.0,
+        "How long a poll for a result is held open; less than proxies between allow, and the 45 s of clients.",
+        unit="s",
+        group="durability",
+    )
     answer_hold_s: float = setting(
         600.0,
         "How long the OpenAI- and Anthropic-compatible endpoints wait for an answer, or for the next part of one.",
@@ -309,6 +317,12 @@ def client_key(env: Mapping[str, str] | None = None) -> str:
 def point_sdk_at(url: str, key: str) -> None:
     """Make SDK clients of this process talk to `url`, and load tokenizers from disk alone."""
     os.environ.update(TINKER_BASE_URL=url, TINKER_API_KEY=key, HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
+
+
+def read_weights_in_turn() -> None:
+    """Tell transformers to read a model's weights one after another, unless somebody said otherwise: its threads each
+    have memory of their own, in which what was freed stays."""
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 
 def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:

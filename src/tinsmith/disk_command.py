@@ -1,4 +1,4 @@
-"""`tinsmith disk`: what a data directory takes, by kind. Parses and prints."""
+"""`tinsmith disk`: what a data directory takes, by kind and by tenant. Parses and prints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tinsmith.blobs import Blobs
@@ -17,6 +18,7 @@ from tinsmith.errors import ConfigError
 from tinsmith.store import DATABASE_FILE, open_as_it_is
 
 BLOBS = "blobs"
+MOST_TENANTS = 20  # in the table, those with the most
 
 
 def disk_command(
@@ -25,18 +27,24 @@ def disk_command(
         bool, typer.Option("--json", help="Print bytes as JSON, for programs.", show_default=False)
     ] = False,
 ) -> None:
-    """Show what a data directory takes on its disk, by kind; the server may be running."""
+    """Show what a data directory takes on its disk, by kind and by tenant; the server may be running."""
     if not (data_dir / DATABASE_FILE).is_file():
         raise ConfigError(f"{data_dir} is no data directory: it has no {DATABASE_FILE}")
     with closing(open_as_it_is(data_dir / DATABASE_FILE)) as store:
         use = measure(data_dir, store, Blobs(data_dir / BLOBS))
+        names = store.files.tenant_names()
+    tenants = {names.get(tenant_id, tenant_id): found for tenant_id, found in use.bytes_by_tenant.items() if tenant_id}
     if as_json:
-        typer.echo(json.dumps({**use.bytes_by_kind, "total": use.total_bytes, "free": use.free_bytes}, indent=2))
+        totals = {"total": use.total_bytes, "free": use.free_bytes, "tenants": tenants}
+        typer.echo(json.dumps({**use.bytes_by_kind, **totals}, indent=2))
         return
     table = Table("what")
     table.add_column("on disk", justify="right", no_wrap=True)
     for kind in KINDS:
         table.add_row(kind, size(use.bytes_by_kind[kind]))
+    table.add_section()
+    for name, found in sorted(tenants.items(), key=lambda item: -item[1])[:MOST_TENANTS]:
+        table.add_row(f"tenant {escape(name)}", size(found))
     table.add_section()
     table.add_row("all of it", size(use.total_bytes))
     table.add_row("free on this disk", size(use.free_bytes))

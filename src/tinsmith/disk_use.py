@@ -1,4 +1,4 @@
-"""What a data directory takes on its disk, by kind, and how much room is left there.
+"""What a data directory takes on its disk, by kind and by tenant, and how much room is left there.
 
 Reads alone. Files are told apart by where they lie; a sampler's file lies among the checkpoints, whose rows say which
 files are theirs.
@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinsmith.blobs import Blobs
+from tinsmith.blobs import Blobs, tenant_of
 from tinsmith.store import DATABASE_FILE, Store
+from tinsmith.types import TenantId
 
 KINDS = ("payloads", "results", "snapshots", "checkpoints", "samplers", "losses", "database", "log", "other")
 LOG_SUFFIX = "-wal"
@@ -24,10 +25,13 @@ AREAS = ("payloads", "results", "snapshots", "checkpoints", "losses")
 @dataclass(frozen=True, slots=True)
 class DiskUse:
     """bytes_by_kind: all of `KINDS`. `log` is the database's write-ahead log; `other`: keys, locks, unfinished files.
-    free_bytes: of the disk, for this user."""
+    free_bytes: of the disk, for this user. bytes_by_tenant: files, rows but for those of requests, and the files that
+    the saves which are queued will make.
+    """
 
     bytes_by_kind: Mapping[str, int]
     free_bytes: int
+    bytes_by_tenant: Mapping[TenantId, int]
 
     @property
     def total_bytes(self) -> int:
@@ -37,7 +41,9 @@ class DiskUse:
 def measure(data_dir: Path, store: Store, blobs: Blobs) -> DiskUse:
     """Look at every file. Takes some 10 us for each; a server does so every half minute."""
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    by_tenant = Counter(store.files.row_bytes())
     for file in blobs.files():
+        by_tenant[tenant_of(file.key)] += file.size
         area = file.key.split("/")[2] if file.key.count("/") >= 3 else ""
         found[area if area in AREAS and not file.is_unfinished else "other"] += file.size
     kept = min(store.files.checkpoint_bytes(), found["checkpoints"])
@@ -48,7 +54,7 @@ def measure(data_dir: Path, store: Store, blobs: Blobs) -> DiskUse:
             if path.is_file():
                 kind = {DATABASE_FILE: "database", DATABASE_FILE + LOG_SUFFIX: "log"}.get(path.name, "other")
                 found[kind] += path.stat().st_size
-    return DiskUse(dict(found), free_bytes(data_dir))
+    return DiskUse(dict(found), free_bytes(data_dir), by_tenant)
 
 
 def free_bytes(data_dir: Path) -> int:

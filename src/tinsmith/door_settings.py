@@ -108,6 +108,13 @@ class DoorSettings:
         unit="MiB",
         group="limits",
     )
+    max_tenant_disk_mib: int = setting(
+        0,
+        "Most of it that the files of one tenant may take; at it that tenant's new requests are refused (503). 0: nine "
+        "tenths of what all may.",
+        unit="MiB",
+        group="limits",
+    )
     min_free_disk_mib: int = setting(
         512, "The same once less than this is free on its disk. 0: until the disk is full.", unit="MiB", group="limits"
     )

@@ -173,6 +173,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def base_bytes(self) -> int:
+        """What the base's matrices take."""
+        ...
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         """Memory for keys and values: (what samples hold, all)."""
         ...

@@ -10,7 +10,8 @@ waited, and who comes is next. Where nothing was left waiting, all are level aga
 By start tags alone, one who comes back soon, its tag a little ahead of the clock, waits for one of the largest of
 everybody who is still at the clock, though it asked for little. So a fluid server runs beside (`Fluid`), which serves
 all at once by their weights: who comes to it waits until it would be begun there, and is then due: put at the clock,
-and the first of those that are there. Once each time that it comes with nothing waiting, so that the bounds stay.
+and the first of those that are there. Once each time that it comes with nothing waiting, and what it waited beside
+others that came so isn't made up for, so that the bounds stay.
 
 Bounds (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996; for levels above one another, Bennett and Zhang,
 "Hierarchical Packet Fair Queueing", SIGCOMM 1996), with l the largest op of one and w its weight:
@@ -114,8 +115,10 @@ class Fluid(Generic[K]):
         """Whether what it came with would be begun by now."""
         return self._ends.get(key, 0.0) <= self._now
 
-    def charge(self, key: K, amount: float, weight: float) -> None:
-        self._ends[key] = self._ends.get(key, self._now) + amount / weight
+    def charge(self, key: K, amount: float, weight: float, *, from_now: bool = False) -> None:
+        """from_now: what it waited for is not made up."""
+        end = self._ends.get(key, self._now)
+        self._ends[key] = (max(end, self._now) if from_now else end) + amount / weight
         self._now += amount / self._load
 
     def rest(self) -> None:
@@ -220,7 +223,7 @@ class Shares:
         line = line_of(op)
         weight = self._weights.get(line.tenant_id, 1.0)
         self._tenants.charge(line.tenant_id, num_tokens / weight)
-        self._fluid.charge(line.tenant_id, num_tokens, weight)
+        self._fluid.charge(line.tenant_id, num_tokens, weight, from_now=bool(self._fresh - {line.tenant_id}))
         if num_tokens > 0:
             self._fresh -= {line.tenant_id}
             self._due.pop(line.tenant_id, None)

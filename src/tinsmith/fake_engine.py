@@ -223,6 +223,10 @@ class FakeEngine:
         return self._begun
 
     @property
+    def base_bytes(self) -> int:
+        return 0
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         return 0, 0
 

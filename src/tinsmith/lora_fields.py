@@ -21,7 +21,7 @@ PREFIX = "tinsmith."
 ALPHA, RSLORA = "tinsmith.lora_alpha", "tinsmith.use_rslora"
 RANKS, ALPHAS = "tinsmith.rank_pattern", "tinsmith.alpha_pattern"
 DROPOUT = "tinsmith.lora_dropout"
-FIELDS = (ALPHA, ALPHAS, RANKS, RSLORA)
+FIELDS = (ALPHA, ALPHAS, DROPOUT, RANKS, RSLORA)
 MAX_ALPHA = 1e6
 
 Number = TypeVar("Number", int, float)

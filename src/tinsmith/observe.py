@@ -22,7 +22,7 @@ SECRET_NAMES = frozenset(
     {"api_key", "x-api-key", "authorization", "secret", "password", "token", "jwt", "key", "cookie", "set-cookie"}
 )
 SECRET_VALUES = re.compile(r"\b(tml-|hf_)[A-Za-z0-9_-]{8,}|\bBearer\s+\S{8,}|\beyJ[\w-]+\.[\w-]+\.[\w-]*")
-QUIET = {"httpx": logging.WARNING, "alembic": logging.WARNING, "uvicorn": logging.WARNING}
+QUIET = {"httpx": logging.WARNING, "PIL": logging.WARNING, "alembic": logging.WARNING, "uvicorn": logging.WARNING}
 
 
 class LogStream(Protocol):

@@ -29,11 +29,7 @@ START_OF_SCAN = b"\xff\xda"
 MAX_SCANS = 64  # a progressive JPEG has ten or so; each goes over the whole picture, and may be a few bytes long
 MAX_SIDE = 65_535  # pixels, as in a JPEG's header
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
-LATE_MARKS = (
-    b"eXIf",
-    b"Raw profile",
-    b"XML:com.adobe.xmp",
-)  # of PNG chunks that may name an orientation after the pixels
+ORIENTED = (b"eXIf", b"Raw profile", b"XML:com.adobe.xmp")  # in PNG chunks that may name an orientation
 MAX_KNOWN = 8192
 
 # What Pillow raises at bytes that are no picture, from its readers of headers, EXIF data and pixels.
@@ -101,7 +97,7 @@ def may_hold_pictures(body: bytes) -> bool:
 
 
 def shape_of(data: bytes, bounds: Bounds) -> Shape:
-    """From the header alone, but for a PNG that may tell its orientation late.
+    """From the header alone, but for a PNG that tells its orientation, which may come after the pixels.
 
     Raises:
         UserError: no PNG or JPEG, or one whose header is broken.
@@ -110,9 +106,8 @@ def shape_of(data: bytes, bounds: Bounds) -> Shape:
     """
     image = _open(data, bounds)
     try:
-        if isinstance(image, PngImageFile) and any(mark in data for mark in LATE_MARKS):
-            image.load()
-        is_turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        may_be_turned = isinstance(image, JpegImageFile) or any(mark in data for mark in ORIENTED)
+        is_turned = may_be_turned and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     except BROKEN as error:
         raise _broken(error) from None
     width, height = image.size

@@ -1,4 +1,5 @@
-"""A child's signs of life, over a pipe: one byte a second, which says whether it only starts or serves already.
+"""A child's signs of life, over a pipe: one byte a second, which says whether it only starts or serves already, and
+while it reads a model's weights, how many of a hundred parts it has.
 
 The child beats from where it would hang (the event loop, a thread beside a computing loop), so that silence means that
 it does. Neither side ever waits: a full pipe says the same as one more byte.
@@ -13,6 +14,17 @@ BEAT_S = 1.0
 STARTING = b"."
 SERVING = b"!"
 READ_BYTES = 65536
+_NONE_READ = 128  # and up to a hundred more
+
+
+def reading(share: float) -> bytes:
+    """The sign of a child that starts, and has read this share of its weights."""
+    return bytes([_NONE_READ + int(100 * min(1.0, max(0.0, share)))])
+
+
+def percent_read(signs: bytes) -> int | None:
+    """What the last of these signs says of reading; None if it says nothing."""
+    return signs[-1] - _NONE_READ if signs and signs[-1] >= _NONE_READ else None
 
 
 class Pulse:

@@ -53,6 +53,8 @@ SAMPLE_STEP = Histogram(
     "tinsmith_sample_step_seconds", "One step of the sampler: each resident sequence gets a token.", buckets=SECONDS
 )
 WORKER_BUSY = Counter("tinsmith_worker_busy_seconds_total", "Time in which a worker computed.", "worker")
+BASE_READ = Gauge("tinsmith_base_read_ratio", "How much of its base's weights a worker has read, 0 to 1.", "worker")
+BASE_BYTES = Gauge("tinsmith_base_bytes", "Memory that the matrices of a worker's base take.", "worker")
 KV_USED = Gauge("tinsmith_kv_used_bytes", "Memory for keys and values that samples hold.", "worker")
 KV_FREE = Gauge("tinsmith_kv_free_bytes", "Memory for keys and values that is free.", "worker")
 RESIDENT_RUNS = Gauge("tinsmith_resident_runs", "Runs in the memory where passes are computed.", "worker")

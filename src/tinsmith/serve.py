@@ -203,12 +203,23 @@ class _Serving:
     def _say_when_ready(self) -> None:
         client = Client(local_url(self._settings), certificate=self._settings.tls_certificate)
         names = ", ".join(ref.name for ref in self._refs)
-        waiting = f"loading {names}"
-        with self._err.status(waiting) if self._err.is_terminal else contextlib.nullcontext():
+        with self._err.status(f"loading {names}") if self._err.is_terminal else contextlib.nullcontext() as line:
             while not client.is_ready():
+                if line is not None:
+                    line.update(f"loading {self._progress() or names}")
                 if self._ended.wait(READY_POLL_S):
                     return
         self._out.print(f"ready after {time.monotonic() - self._started:.1f} s: {names}")
+
+    def _progress(self) -> str:
+        """Of each worker that reads its base's weights, how far it is."""
+        workers = self._supervisor.children[1:]
+        shares = [
+            (place.ref.name, child.process.percent_read)
+            for place, child in zip(self._places, workers, strict=True)
+            if child.process is not None
+        ]
+        return ", ".join(f"{name}: {percent} % read" for name, percent in shares if percent is not None)
 
     def _on_line(self, name: str, line: str) -> None:
         if self._settings.log_format == "text":

@@ -22,15 +22,16 @@ POSITIVE = (
 )  # fmt: skip
 MAY_BE_ZERO = (
     "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
-    "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "min_free_disk_mib",
-    "pass_timeout_s", "metrics_tenants",
+    "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "max_tenant_disk_mib",
+    "min_free_disk_mib", "pass_timeout_s", "metrics_tenants",
 )  # fmt: skip
 CHOICES = {
     "sqlite_synchronous": ("FULL", "NORMAL"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("auto", "json", "text"),
     "tokenizer_id": ("auto", "path", "name"),
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "base_weights": ("stored", "dequantised", "int4", "nf4"),
     "activation_checkpointing": ("auto", "always", "never"),
     "expert_adapters": ("shared", "own"),
     "cuda_graphs": ("auto", "on", "off"),

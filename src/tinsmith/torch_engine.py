@@ -54,8 +54,15 @@ class TorchEngine:
             results and products round differently in a crowd.
     """
 
-    def __init__(self, info: BaseInfo, settings: Settings, *, trains: bool = True) -> None:
-        """`trains`: whether passes will come, for which the memory is measured now."""
+    def __init__(
+        self,
+        info: BaseInfo,
+        settings: Settings,
+        *,
+        trains: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`trains`: whether passes will come, for which the memory is measured now. `progress`: see `load_base`."""
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         device = choose_device(settings.device)
         if settings.deterministic and device.type != "cpu":
@@ -72,8 +79,12 @@ class TorchEngine:
             dtype=dtype,
             deterministic=settings.deterministic,
             shares_factors=settings.expert_adapters == "shared",
+            weights=settings.base_weights,
+            progress=progress,
         )
-        log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype))
+        forms = self._base.bytes_by_form()
+        mib = {form: round(num_bytes / 2**20) for form, num_bytes in forms.items()}
+        log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype), weights_mib=mib)
         self._look_at_rows(is_promised=settings.deterministic)
         self._trainer = Trainer(self._base, settings)
         if trains:
@@ -98,6 +109,11 @@ class TorchEngine:
     @property
     def info(self) -> BaseInfo:
         return self._base.info
+
+    @property
+    def base_bytes(self) -> int:
+        """What the base's matrices take now."""
+        return sum(self._base.bytes_by_form().values())
 
     @property
     def num_forwards(self) -> int:

@@ -131,8 +131,8 @@ def finish_one(worker: Any, op_id: OpId) -> None:
     worker._api.ring()
 
 
-def test_a_poll_is_held_about_25_s_and_shorter_than_the_sdk_waits() -> None:
-    assert 20.0 <= Settings().poll_hold_s <= 30.0 < SDK_READ_TIMEOUT_S
+def test_a_poll_is_held_long_and_shorter_than_the_sdk_waits() -> None:
+    assert 20.0 <= Settings().poll_hold_s <= SDK_READ_TIMEOUT_S - 5.0
 
 
 def test_a_poll_without_a_result_answers_408_after_its_hold(make_house: Any) -> None:

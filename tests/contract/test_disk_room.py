@@ -11,7 +11,9 @@ from tests.contract.conftest import Api, HandWorker, House
 from tests.contract.test_quotas import is_done, sample
 from tinsmith.api import disk_room
 from tinsmith.api.app import build_app, with_edge
+from tinsmith.blobs import payload_key
 from tinsmith.disk_use import free_bytes
+from tinsmith.types import OpId
 
 
 def test_a_full_data_directory_takes_no_new_requests_and_ends_those_it_has(make_house: Any) -> None:
@@ -82,3 +84,52 @@ def test_what_makes_rows_alone_is_refused_too(make_house: Any, capfd: pytest.Cap
         api.post("/session_heartbeat", {"session_id": session})
         api.post(f"/sessions/{session}/finish", {})
     worker.stop()
+
+
+def look(house: House) -> None:
+    house.services.disk._next_measure = 0.0
+    house.services.disk.measure(house.store, house.blobs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mib", "said"), [({"max_tenant_disk_mib": 1}, 1.5, "1.0 MB"), ({"max_disk_mib": 20}, 18.2, "18.9 MB")]
+)
+def test_one_tenant_leaves_room_for_others(make_house: Any, settings: dict[str, int], mib: float, said: str) -> None:
+    """By default a tenth of what all may take."""
+    house: House = make_house(**settings)
+    bob = house.store.tenants.by_name("bob")
+    assert bob is not None
+    with TestClient(with_edge(build_app(house.services)), raise_server_exceptions=False) as client:
+        alice, other = Api(client, house.key), Api(client, house.other_key)
+        theirs, mine = other.session(), alice.session()
+        blob = house.blobs.put(payload_key(bob.tenant_id, OpId("large")), bytes(int(mib * 2**20))).key
+        look(house)
+        body = {"session_id": theirs, "sampling_session_seq_id": 0, "base_model": "tinsmith/tiny"}
+        refused = other.post("/create_sampling_session", body, 503)
+        assert refused["code"] == "storage_full"
+        assert f"of {said} that one tenant's may (--max-tenant-disk-mib): delete checkpoints" in refused["detail"]
+        other.post("/create_session", {}, 503)
+        other.post(f"/sessions/{theirs}/finish", {"reason": {"type": "success"}})
+        sample(alice, mine, 0)
+        house.blobs.delete(blob)
+        look(house)
+        other.session()
+        sample(alice, mine, 1)
+
+
+def test_what_saves_will_take_counts_when_they_are_asked_for(make_house: Any) -> None:
+    """However many wait: before they are measured, and while they wait after that."""
+    house: House = make_house(max_tenant_disk_mib=8)
+    with TestClient(with_edge(build_app(house.services)), raise_server_exceptions=False) as client:
+        api = Api(client, house.key)
+        run = api.create(api.session())["model_id"]
+        with house.store._database.write() as conn:
+            conn.exec_driver_sql("UPDATE runs SET adapter_bytes = ?", (2**20,))
+        house.store.quotas._known._places.clear()
+        look(house)
+        for seq in (1, 2):
+            api.post("/save_weights", {"model_id": run, "seq_id": seq, "path": f"c{seq}"})
+            look(house)
+        assert house.services.disk.use is not None
+        assert house.services.disk.use.bytes_by_tenant[house.tenant_id] > 6 * 2**20
+        assert api.post("/save_weights", {"model_id": run, "seq_id": 3, "path": "c3"}, 503)["code"] == "storage_full"

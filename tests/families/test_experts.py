@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from tests.numerics.lab import assert_same_bits, datum, grads, item, make_traine
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
 from tinsmith.bases import BaseRef, describe
 from tinsmith.errors import UnsupportedError
+from tinsmith.lora_options import LoraOptions
 from tinsmith.model import load_base, open_base
 from tinsmith.model.activation import clamped_swiglu
 from tinsmith.model.experts import StackedMatrices
 from tinsmith.model.layout import RowLayout
 from tinsmith.model.lora import ExpertLora, ExpertWeights, LoopLora, Segment
 from tinsmith.model.lora.grouped import GroupedLora
+from tinsmith.model.lora.masks import RowMask
 from tinsmith.model.lora.triton_lora import TritonLora
 from tinsmith.model.routes import Routes, gather, spread
 from tinsmith.model.row_probe import uneven_routers
@@ -274,3 +277,68 @@ def test_the_api_knows_the_size_of_an_adapter_of_experts(make_base, kind: str, s
     for targets in (Targets(), Targets(mlp=False), Targets(attn=False, unembed=False)):
         asked = RunSpec(RunId("r"), "x", rank=3, targets=targets)
         assert info.adapter_bytes(asked) == 4 * RowLayout(base.linears, targets, 3).num_params
+
+
+@pytest.mark.parametrize(("kind", "shares_factors"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_experts_with_ranks_of_single_layers(make_base, kind: str, shares_factors: bool) -> None:
+    """Against autograd on merged weights, and in the sampler."""
+    base = make_base(kind, shares_factors=shares_factors)
+    run = replace(spec("a", 4), options=LoraOptions(ranks=(("attn", 3), ("w1", 2), ("w2", 6), ("w3", 5))))
+    rng = np.random.default_rng(12)
+    data = [datum(rng, length) for length in (9, 33)]
+    trainer = make_trainer(base, run, spec("b", 8, seed=2))
+    result, _ = run_pass(trainer, [item("a", data), item("b", [datum(rng, 30)])], 40)
+    state = trainer.export_run(run.run_id)
+    twin = MergedTwin(base, state)
+    _, logprobs = twin.backward(data)
+    for ours, theirs in zip(result.logprobs, logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+    found = grads(trainer, "a")
+    assert max(relative(found[f"grad/{name}"], p.grad) for name, p in twin.params.items()) < 1e-5
+    request = sample("r", data[1].tokens, "a", max_tokens=1, prompt_logprobs=True)
+    (sampled,) = run_all(make_sampler(base, {"a": state}), [request]).values()
+    whole = Datum(data[1].tokens[:-1], {"target_tokens": data[1].tokens[1:].astype(np.int64)})
+    (forward,) = run_pass(trainer, [item("a", [whole], backward=False)])
+    np.testing.assert_allclose(sampled.prompt_logprobs[1:], forward.logprobs[0], rtol=0, atol=1e-5)
+
+
+def test_each_expert_has_masks_of_its_own() -> None:
+    """As if inputs, and the gradients that come back to them, were multiplied with the masks by hand."""
+    routes, first, last = routes_of(5), 6, 40
+    mask = RowMask.of_datum(3, 2, 1, last - first, 0.4, torch.device("cpu"))
+    by_hand_NI = torch.ones(len(routes.rows_N), 32)
+    for expert, places in ((e, routes.places_TK[routes.experts_TK == e].tolist()) for e in range(NUM)):
+        for place in places:
+            row = int(routes.rows_N[place]) - first
+            if 0 <= row < last - first:
+                by_hand_NI[place] = mask.at(slice(row, row + 1)).of_expert(expert).times("m.w1", torch.ones(1, 32))
+    torch.manual_seed(6)
+    weights = {"m.w1": ExpertWeights(torch.randn(1, 8, 32), (torch.randn(NUM, 16, 8),), (2.0,))}
+    x, y, dy, dx = (torch.randn(len(routes.rows_N), n) for n in (32, 16, 16, 32))
+    found = []
+    for own_mask, factor_NI in ((mask, torch.ones_like(by_hand_NI)), (None, by_hand_NI)):
+        sums = {"m.w1": ExpertWeights(torch.zeros(1, 8, 32), (torch.zeros(NUM, 16, 8),))}
+        segment = Segment(first, last, {}, {}, [(first, last)], weights, sums, mask=own_mask)
+        lora = ExpertLora([[segment]], "m", routes, LoopLora)
+        own_y, back = y.clone(), torch.zeros_like(dx)
+        lora.add_grads("m.w1", x * factor_NI, lora.add("m.w1", x * factor_NI, own_y), dy, back)
+        found.append([own_y, dx + back * factor_NI, *sums["m.w1"].tensors])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares_factors", [True, False])
+def test_dropout_in_experts_changes_no_bit_by_a_cut(make_base, shares_factors: bool) -> None:
+    kind = "qwen3_moe" if shares_factors else "gpt_oss"
+    base = make_base(kind, deterministic=True, shares_factors=shares_factors)
+    run, other = replace(spec("a", 4), options=LoraOptions(dropout=0.3)), spec("b", 8, seed=2)
+    rng = np.random.default_rng(13)
+    data, others = [datum(rng, length) for length in (9, 33, 20)], [datum(rng, 30)]
+    alone, among, plain = (make_trainer(base, *runs) for runs in ((run,), (other, run), (other,)))
+    (want,) = run_pass(alone, [item("a", data)])
+    got, neighbour = run_pass(among, [item("a", data), item("b", others)], 40)
+    (want_neighbour,) = run_pass(plain, [item("b", others)])
+    for one, two in ((got, want), (neighbour, want_neighbour)):
+        assert_same_bits(dict(enumerate(one.logprobs)), dict(enumerate(two.logprobs)))
+    assert_same_bits(grads(among, "a"), grads(alone, "a"))
+    assert_same_bits(grads(among, "b"), grads(plain, "b"))

@@ -39,7 +39,7 @@ class MergedTwin:
             for name, array in state.tensors.items()
             if name.startswith("param/")
         }
-        self.weights = merged(self.model, self.params, state.spec.alpha / state.spec.rank)
+        self.weights = merged(self.model, self.params, state.spec.alpha)
 
     def logprobs(self, datum: Datum) -> Tensor:
         tokens = torch.from_numpy(datum.tokens.astype(np.int64))[None]
@@ -55,11 +55,12 @@ class MergedTwin:
         return float(total.detach()), [lp.detach() for lp in logprobs]
 
 
-def merged(model: torch.nn.Module, params: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def merged(model: torch.nn.Module, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """The model's weights that the adapter changes, with it."""
     weights: dict[str, Tensor] = {}
     for name in sorted({name.rpartition(".")[0] for name in params}):
-        delta = scale * params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
+        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+        delta = alpha / a.shape[-2] * b @ a
         path, _, last = name.rpartition(".")
         if delta.ndim == 2:
             own = "lm_head" if name == HEAD_STATE_NAME else name

@@ -158,3 +158,13 @@ def test_the_command_shows_it(full: House) -> None:
 
 def test_sizes() -> None:
     assert [size(n) for n in (0, 1_500_000, 2_500_000_000)] == ["0.0 MB", "1.5 MB", "2.50 GB"]
+
+
+def test_the_command_shows_what_each_tenant_takes(full: House) -> None:
+    full.blobs.put(payload_key(full.tenant, OpId("req-more")), bytes(5000))
+    shown = CliRunner().invoke(app, ["disk", str(full.root), "--json"])
+    assert shown.exit_code == 0, shown.output
+    tenants = json.loads(shown.output)["tenants"]
+    assert set(tenants) == {"alice"}
+    assert tenants["alice"] > 5000
+    assert "tenant alice" in CliRunner().invoke(app, ["disk", str(full.root)]).output

@@ -25,6 +25,7 @@ import torch
 import typer
 import zstandard
 
+from tests.fuzz import pictures as of_pictures
 from tests.fuzz.capture import Captured, read_captured
 from tinsmith import age, bases, cli, jsonform, validate, validate_custom
 from tinsmith.adapter_files import adapter_files, external_files, pack_external
@@ -368,7 +369,8 @@ def targets() -> dict[str, Target]:
     return {
         "protobuf": Target(20, protobuf, sent_to("/forward_backward"), protobuf_words),
         "results": Target(3, results, (b"", b"\x0a\x04\x0a\x02\x01\x02")),
-        "json": Target(16, plain_json, sent_to(), json_words),
+        "json": Target(13, plain_json, sent_to(), json_words),
+        "pictures": Target(3, refusable(of_pictures.pictures), of_pictures.SEEDS, of_pictures.WORDS),
         "samples": Target(8, samples, sent_to("/asample"), json_words),
         "graphs": Target(12, graphs, sent_to("/create_custom_loss"), (*calls, *json_words[-7:])),
         "safetensors": Target(

@@ -6,6 +6,7 @@ Attention is that of the machine. What runs on a GPU alone is in tests/gpu.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from tests.kernels.lab import DEVICE
 from tests.numerics.lab import PeftTwin, datum, grads, item, make_base, make_trainer, relative, run_pass, spec
+from tinsmith.lora_options import LoraOptions
 from tinsmith.model import load_base
 from tinsmith.model.lora import LoraBackend, SegmentsLora
 from tinsmith.model.lora.triton_lora import TritonLora
@@ -26,12 +28,13 @@ from tinsmith.training.logits import LogitOps, PlainLogits
 from tinsmith.types import Failure, Targets
 
 RUNS = (spec("a", 8), spec("b", 3, Targets(attn=True, mlp=False, unembed=False), seed=2), spec("c", 16, seed=3))
+DROPPING = replace(spec("d", 8, seed=4), options=LoraOptions(dropout=0.3, ranks=(("k_proj", 3),)))
 BOUND = 1e-5 if DEVICE.type == "cpu" else 1e-4
 
 
 def trainer_with(base, lora: LoraBackend, ops: LogitOps, chunk_tokens: int = 64) -> Trainer:
     base.lora = lora
-    trainer = make_trainer(base, *RUNS)
+    trainer = make_trainer(base, *RUNS, DROPPING)
     trainer._head = Head(
         base.head,
         base.final,
@@ -50,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory):
 
 def plain_trainer(base) -> Trainer:
     base.lora = SegmentsLora
-    trainer = make_trainer(base, *RUNS)
+    trainer = make_trainer(base, *RUNS, DROPPING)
     trainer._head = Head(base.head, base.final, 64, deterministic=False)
     return trainer
 
@@ -74,13 +77,13 @@ def test_against_peft(base):
 def test_like_the_cpu(base, loss: str):
     """In order; sequences longer than a chunk, the losses of whole sequences included."""
     rng = np.random.default_rng(1)
-    items = [item(run.run_id, [datum(rng, n, loss) for n in (40, 9)], loss=loss) for run in RUNS]
+    items = [item(run.run_id, [datum(rng, n, loss) for n in (40, 9)], loss=loss) for run in (*RUNS, DROPPING)]
     trainer = trainer_with(base, partial(TritonLora, is_ordered=True), PlainLogits(), chunk_tokens=32)
     ours = run_pass(trainer, items)
     plain = plain_trainer(base)
     for got, want in zip(ours, run_pass(plain, items), strict=True):
         assert got.metrics["loss:sum"] == pytest.approx(want.metrics["loss:sum"], rel=1e-5, abs=1e-3)
-    for run in RUNS:
+    for run in (*RUNS, DROPPING):
         assert_close(grads(trainer, run.run_id), grads(plain, run.run_id))
 
 

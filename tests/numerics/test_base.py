@@ -136,7 +136,7 @@ def test_a_difference_between_hidden_states_and_logits_is_noticed(tmp_path, monk
     monkeypatch.setattr(
         base_module,
         "_check",
-        lambda base, groups, model, tokens, logits: check(base, groups, model, tokens, logits * 1.1),
+        lambda base, groups, model, tokens, logits, *rest: check(base, groups, model, tokens, logits * 1.1, *rest),
     )
     with pytest.raises(UnsupportedError, match="differ"):
         make_base("llama", tmp_path)

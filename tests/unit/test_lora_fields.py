@@ -30,11 +30,11 @@ def test_without_a_field_a_run_is_as_ever() -> None:
 def test_each_field_says_its_part_and_is_shown_again() -> None:
     given = {
         "lora_alpha": "16", "use_rslora": "true", "rank_pattern": '{"q_proj": 3, "mlp": 12}',
-        "alpha_pattern": '{"k_proj": 2.5}',
+        "alpha_pattern": '{"k_proj": 2.5}', "lora_dropout": "0.25",
     }  # fmt: skip
     spec = spec_of(**given)
     ranks, alphas = (("mlp", 12), ("q_proj", 3)), (("k_proj", 2.5),)
-    assert spec == replace(SPEC, alpha=16.0, options=LoraOptions(True, ranks, alphas))
+    assert spec == replace(SPEC, alpha=16.0, options=LoraOptions(True, ranks, alphas, 0.25))
     assert read_extras(extra_fields(spec), 64).of_new_run(SPEC) == spec
     assert all(name.removeprefix("tinsmith.") in shape_text(spec) for name in FIELDS)
 
@@ -52,7 +52,7 @@ def test_a_layer_goes_before_its_group() -> None:
     ("field", "value"),
     [
         ("lora_alpha", "0"), ("lora_alpha", "-1"), ("lora_alpha", "nan"), ("lora_alpha", "inf"), ("lora_alpha", "much"),
-        ("use_rslora", "1"), ("use_rslora", ""),
+        ("use_rslora", "1"), ("use_rslora", ""), ("lora_dropout", "1"), ("lora_dropout", "-0.1"), ("lora_dropout", "x"),
         ("rank_pattern", "8"), ("rank_pattern", "{"), ("rank_pattern", '{"q_proj": 0}'), ("rank_pattern", "[" * 5000),
         ("rank_pattern", '{"q_proj": 65}'), ("rank_pattern", '{"q_proj": 2.5}'), ("rank_pattern", '{"q_proj": true}'),
         ("alpha_pattern", '{"q_proj": 0}'), ("alpha_pattern", '{"q_proj": "3"}'), ("alpha_pattern", '{"a": 1e999}'),
@@ -84,7 +84,7 @@ def test_layers_that_are_not_trained_are_refused() -> None:
 def test_a_run_from_a_checkpoint_is_like_it() -> None:
     spec = spec_of(lora_alpha="16")
     read_extras({"tinsmith.lora_alpha": "16.0", "note": "x"}, 64).require_same(spec, "tinker://x")
-    for field, value in (("lora_alpha", "8"), ("use_rslora", "true")):
+    for field, value in (("lora_alpha", "8"), ("use_rslora", "true"), ("lora_dropout", "0.1")):
         with pytest.raises(UserError, match=f"tinker://x was made with rank 8.*lora_alpha 16.*tinsmith.{field}"):
             read_extras({f"tinsmith.{field}": value}, 64).require_same(spec, "tinker://x")
 

@@ -7,13 +7,15 @@ from typing import Any
 from tests.unit.conftest import World
 from tinsmith.api import pace
 from tinsmith.api.pace import PACE_OVER_S, Pace, Queue
-from tinsmith.types import OpKind, TenantId
+from tinsmith.store.places import Place
+from tinsmith.types import OpId, OpKind, TenantId
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
 
 
 def test_those_before_it_are_counted_by_tenant_and_by_run() -> None:
-    queue = Queue([(3, ALICE, "a:0"), (5, BOB, "b:0"), (6, ALICE, "a:1"), (9, ALICE, "a:0")])
+    rows = ((3, ALICE, "a:0"), (5, BOB, "b:0"), (6, ALICE, "a:1"), (9, ALICE, "a:0"))
+    queue = Queue([(OpId(f"req-{num}"), Place(num), tenant, own) for num, tenant, own in rows])
     assert queue.ahead(3) == {}
     assert queue.ahead(6) == {ALICE: 1, BOB: 1}
     assert queue.ahead(10) == {ALICE: 3, BOB: 1}

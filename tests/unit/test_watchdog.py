@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.service import until
-from tinsmith.pulse import SERVING, STARTING, Pulse, Stethoscope
+from tinsmith.pulse import SERVING, STARTING, Pulse, Stethoscope, percent_read, reading
 from tinsmith.worker import watchdog as module
 from tinsmith.worker.watchdog import EXIT_HUNG, Watchdog, watch
 
@@ -53,7 +53,8 @@ def test_it_beats_and_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog, ear = Watchdog(0.05), Stethoscope()
     heard: list[bytes] = []
     is_serving = threading.Event()
-    thread = watch(watchdog, Pulse(ear.inherited_fd), stop, is_serving.is_set)
+    sign = lambda: SERVING if is_serving.is_set() else STARTING  # noqa: E731
+    thread = watch(watchdog, Pulse(ear.inherited_fd), stop, sign)
     until(lambda: heard.append(ear.hear()) or STARTING in b"".join(heard), 10)
     is_serving.set()
     until(lambda: heard.append(ear.hear()) or SERVING in b"".join(heard), 10)
@@ -63,6 +64,14 @@ def test_it_beats_and_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended == [EXIT_HUNG]
     ear.given()
     ear.close()
+
+
+def test_the_pulse_says_how_far_weights_are_read() -> None:
+    for share, percent in ((0.0, 0), (0.434, 43), (1.0, 100), (7.0, 100)):
+        assert percent_read(STARTING + reading(share)) == percent
+        assert SERVING not in reading(share)
+    assert percent_read(b"") is None
+    assert percent_read(reading(0.5) + SERVING) is None
 
 
 def test_a_full_pipe_and_a_closed_one_hold_nobody_up() -> None:

@@ -23,9 +23,12 @@ from tinsmith.blobs import payload_key
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, UserError
 from tinsmith.series import FAILED_OPS, OPS
+from tinsmith.store.quota_rules import SAVED_PARTS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
-from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId
+from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId, TenantId
 from tinsmith.wire.media import JSON
+
+NUM_SNAPSHOTS = 2  # of a run: the newest, and the one before
 
 
 class Promise(Struct, omit_defaults=True):
@@ -95,6 +98,19 @@ async def admit(services: Services, principal: Principal, draft: Draft) -> OpRow
         return await _admit(services, principal, draft)
 
 
+async def refuse_when_full(services: Services, tenant_id: TenantId, run_id: RunId, seq_id: int) -> None:
+    """Before a request on a run is read: what needn't be, since there was no room for it a moment ago.
+
+    Raises:
+        CapacityError: as many as may wait do already.
+    """
+    try:
+        services.training_room.refuse_known(tenant_id)
+    except CapacityError:
+        if not await services.work(services.store.loads.is_awaited, run_id, seq_id):
+            raise
+
+
 @asynccontextmanager
 async def _room_for_training(services: Services, principal: Principal, draft: Draft) -> AsyncIterator[None]:
     """Around the recording of what waits on a run. Requests that came early never keep out the one they wait for."""
@@ -117,7 +133,8 @@ async def _room_for_training(services: Services, principal: Principal, draft: Dr
 async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRow:
     op_id = draft.op_id or new_op_id()
     if draft.failure is None:
-        services.disk.take(len(draft.payload or b""))
+        made = await _bytes_made(services, draft)
+        services.disk.take(principal.tenant_id, len(draft.payload or b"") + made)
     blob = await _write_payload(services, principal, op_id, draft.payload)
     new = NewOp(
         tenant_id=principal.tenant_id,
@@ -155,6 +172,15 @@ async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRo
             services.recent.opened(enqueued.row)
         services.ring(enqueued.row.base_model)
     return enqueued.row
+
+
+async def _bytes_made(services: Services, draft: Draft) -> int:
+    """Of the files that it makes: a save's checkpoint, two snapshots of a new run."""
+    if draft.run is not None:
+        return draft.run.adapter_bytes * SAVED_PARTS[OpKind.SAVE] * NUM_SNAPSHOTS
+    if draft.run_id is None or not draft.kind.is_save:
+        return 0
+    return await services.work(services.store.quotas.saved_bytes, draft.kind, draft.run_id)
 
 
 def _fitting(services: Services, principal: Principal, draft: Draft) -> Draft:

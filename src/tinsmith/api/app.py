@@ -47,12 +47,13 @@ from tinsmith.api.anthropic import messages
 from tinsmith.api.auth import KeyCache, key_guard, key_itself_guard
 from tinsmith.api.body import PLAIN_BYTES, JsonRequest
 from tinsmith.api.dialects import HANDLERS_BY_PATH
-from tinsmith.api.errors import Problem, status_of
+from tinsmith.api.errors import TURNED_AWAY, Problem, status_of
 from tinsmith.api.guesses import Guesses
 from tinsmith.api.intake import TOTAL_BODIES, Budget, with_intake
 from tinsmith.api.marks import is_host, log_request, request_id_of, security_headers
 from tinsmith.api.oai import chat, completions, models
 from tinsmith.api.outgo import Unread, with_outgo
+from tinsmith.api.rates import ACTS_PER_MINUTE, Rate, act_guard
 from tinsmith.api.services import Services
 from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
@@ -159,7 +160,7 @@ def build_app(services: Services) -> Litestar:
         raise ValueError(f"these routes have no scope in api/access.py: {unlisted}")
     keys_seen = KeyCache(authenticate, Guesses(services.settings.unknown_keys_per_minute))
     services.underway.on_change(keys_seen.forget)
-    guards = [key_guard(keys_seen, services.underway), scope_guard]
+    guards = [key_guard(keys_seen, services.underway), scope_guard, act_guard(Rate(ACTS_PER_MINUTE))]
     for_admins = [*guards, key_itself_guard]
     max_body_bytes = services.settings.max_body_bytes
     budget = Budget(TOTAL_BODIES * max_body_bytes, max_body_bytes)
@@ -184,7 +185,7 @@ def build_app(services: Services) -> Litestar:
         request_max_body_size=min(PLAIN_BYTES, max_body_bytes),
         middleware=[lambda app: with_intake(app, budget, services.pressure), lambda app: with_outgo(app, unread)],
         openapi_config=reference.openapi_config(),
-        state=State({KEYS: keys_seen, BUDGET: budget}),
+        state=State({KEYS: keys_seen, BUDGET: budget, TURNED_AWAY: services.turned_away}),
         logging_config=None,
         debug=False,
     )

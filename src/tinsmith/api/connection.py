@@ -38,6 +38,7 @@ UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 12_000
+PATIENT_S = 0.9 * RETRY_AFTER_S
 RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 
@@ -79,7 +80,7 @@ class Connection(H11Protocol):
         self._express_task: asyncio.Task[None] | None = None
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False  # the next answer is the last one
-        self._lingers_until = 0.0
+        self._lingers_until = self._refused_until = 0.0
         self._stay = Stay(self._cut)
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._owed: Owed | None = None
@@ -126,8 +127,11 @@ class Connection(H11Protocol):
         if refused is not None:
             self._unset_keepalive_if_required()
             self._send(refused, is_last=False)
-            self.flow.pause_reading()
-            self.loop.call_later(DEAF_S, self._listen)
+            now = self.loop.time()
+            if now < self._refused_until:
+                self.flow.pause_reading()
+                self.loop.call_later(DEAF_S, self._listen)
+            self._refused_until = now + PATIENT_S
             return
         answering = self._express.take(data) if is_between else None
         if answering is None:

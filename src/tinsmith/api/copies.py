@@ -9,11 +9,11 @@ from litestar.params import JSONBody
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
-from tinsmith.api.disk_room import ROW_BYTES
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import refuse_finished_session
 from tinsmith.errors import UserError
+from tinsmith.store.files import ROW_BYTES
 from tinsmith.store.rows import NewCopy, Principal
 from tinsmith.types import SessionId
 from tinsmith.validate import check_ttl
@@ -34,7 +34,9 @@ async def copy_weights(request: Call, services: ServicesDep, data: JSONBody[Copy
     token = data.weights_access_token or request.headers.get(TOKEN_HEADER)
     key = request.headers.get(KEY_HEADER)
     new = await services.work(_draft, services, request.user, data, token, key)
-    services.disk.take(2 * ROW_BYTES)  # beside the checkpoint's row those of its run and session
+    services.disk.take(
+        request.user.tenant_id, 2 * ROW_BYTES
+    )  # beside the checkpoint's row those of its run and session
     return CopiedWeights(
         tinker_path=await services.write(
             services.store.copies.create, new, time.time(), most_sessions=services.settings.max_sessions

@@ -35,6 +35,7 @@ from tinsmith.series import REFUSED
 log = structlog.get_logger("tinsmith.api")
 
 RETRY_AFTER_S = 5
+TURNED_AWAY = "turned_away"  # in the state of the app
 STATUSES: tuple[tuple[type[TinsmithError], int], ...] = (
     (AuthError, 401),
     (ForbiddenError, 403),
@@ -64,6 +65,8 @@ def status_of(error: TinsmithError) -> int:
 
 def answer_ours(request: Request[Any, Any, Any], error: TinsmithError) -> Response[Problem]:
     status, headers, problem = refusal(request.url.path, error)
+    if request.scope.get("user") is not None:
+        request.app.state[TURNED_AWAY].note(request.user.tenant_id, request.url.path, status)
     return Response(problem, status_code=status, headers=headers)
 
 

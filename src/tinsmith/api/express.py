@@ -20,7 +20,7 @@ import zstandard
 
 from tinsmith import tracing
 from tinsmith.api.access import NEEDS
-from tinsmith.api.admission import Draft, Promise, admit, attempt
+from tinsmith.api.admission import Draft, Promise, admit, attempt, refuse_when_full
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
 from tinsmith.api.errors import fault, lack_of, refusal
@@ -35,6 +35,7 @@ from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
 from tinsmith.picture_files import may_hold_pictures
+from tinsmith.series import REFUSED
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate import CUSTOM
@@ -44,7 +45,7 @@ from tinsmith.wire.requests import RetrieveFuture, RunAddress
 from tinsmith.wire.results import failure_result
 
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
-MAX_RUNS = 4096
+MAX_RUNS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ class Express:
         self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
         self._filling = frozenset(path.encode() for path in FILLING)
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
+        status, refused, problem = refusal("", CapacityError(TOO_MUCH))
+        self._too_much = Answer(status, encode_json(problem), headers=refused)
 
     def refuse(self, data: bytes) -> Answered | None:
         """The refusal of the request that `data` is, while too much is asked for; else None."""
@@ -115,9 +118,9 @@ class Express:
         principal = None if request is None else self._keys.known(_secret_of(request))
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
-        status, headers, problem = refusal(request.path.decode(), CapacityError(TOO_MUCH))
-        request_id = request_id_of(request.headers.get(b"x-request-id", b""))
-        return Answered(Answer(status, encode_json(problem), headers=headers), request_id, self._security)
+        self._services.turned_away.note(principal.tenant_id, request.path.decode(), self._too_much.status)
+        REFUSED.add(CapacityError.code)
+        return Answered(self._too_much, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
@@ -152,6 +155,7 @@ class Express:
                 answer = _failed(path, request_id, error)
             if answer is None:
                 return None
+            self._services.turned_away.note(principal.tenant_id, path, answer.status)
             log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
         return Answered(answer, request_id, self._security)
 
@@ -177,6 +181,7 @@ class Express:
                 return None
             where = RunAddress(*address)
             run = await self._run(principal, where)
+            await refuse_when_full(self._services, principal.tenant_id, run.run_id, where.seq_id)
             draft = draft_on(run, OpKind.FORWARD_BACKWARD, where)
             return await self._admit(principal, attempt(draft, partial(fill_training, self._services, principal, body)))
 
@@ -224,9 +229,9 @@ class Express:
         run = self._runs.get(key)
         if run is None or where.seq_id > run.head_seq + MAX_AHEAD:
             run = await self._services.work(self._services.store.runs.get, *key)
-            if len(self._runs) >= MAX_RUNS:
-                self._runs.clear()
             self._runs[key] = run
+            if len(self._runs) > MAX_RUNS:
+                del self._runs[next(iter(self._runs))]
         return run
 
 

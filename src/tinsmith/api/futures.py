@@ -54,7 +54,7 @@ async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[R
 
 
 async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow:
-    """The op once it is final, or as it is after a hold.
+    """The op once it is final, or as it was before a hold in which nobody saw it end.
 
     Raises:
         GoneError: no such op of this tenant, or its result has expired.
@@ -72,8 +72,10 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
         services.polls.of_sample(op)
         if not op.state.is_final:
             await services.waiters.hold(future, services.settings.poll_hold_s)
-            op = services.waiters.outcome(future) or await services.op(tenant_id, op_id)
+            op = services.waiters.outcome(future) or op
             services.polls.of_sample(op)
+            if not op.state.is_final:
+                services.recent.left(op)
     finally:
         services.waiters.forget(op_id, future)
     return op

@@ -1,7 +1,9 @@
 """Gaps in a run's log: numbers that a client took and never sent, because a check or the network failed them there.
 
 The requests after a gap wait, as the chunks of one call may overtake one another. What never came counts as failed
-once nothing of the run has arrived for `gap_timeout_s` and someone waits; if it comes after all, that's its answer.
+once nothing of the run has arrived for `gap_timeout_s` and someone waits; if it comes after all, that's its answer. A
+number that was turned away for a lack of room comes again: while its tenant is turned away nothing counts as failed,
+for longer than a client tries.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ log = structlog.get_logger("tinsmith.api")
 
 FILL_AT_MOST = 256
 MAX_AHEAD = 100_000
+COMES_AGAIN_S = 45.0  # the SDK pauses for 30 s at most, and for `Retry-After`
+LONGEST_TRY_S = 600.0  # twice as long as it goes on
 
 
 def refuse_far_ahead(run: RunRow, seq_id: int) -> None:
@@ -37,7 +41,12 @@ async def close_gap(services: Services, op: OpRow) -> None:
         return
     timeout_s = services.settings.gap_timeout_s
     run = await services.work(services.store.runs.get, op.tenant_id, op.run_id)
-    if not services.clock.is_even(timeout_s) or time.time() - run.last_request_at < timeout_s:
+    waited_s = time.time() - run.last_request_at
+    if not services.clock.is_even(timeout_s) or waited_s < timeout_s:
+        return
+    if services.turned_away.up_for_s() < timeout_s:
+        return
+    if services.turned_away.ago_s(op.tenant_id) < COMES_AGAIN_S and waited_s < timeout_s + LONGEST_TRY_S:
         return
     filled: list[int] = []
     while len(filled) < FILL_AT_MOST:

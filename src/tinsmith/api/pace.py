@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from tinsmith.store.places import Places
+from tinsmith.store.places import Place, Places
 from tinsmith.store.quota_rules import Hold
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import OpRow
-from tinsmith.types import TenantId
+from tinsmith.types import OpId, TenantId
 
 PACE_OVER_S = 30.0
 PACE_TTL_S = 2.0
-REST = 50
-MAX_REST_S = 2.0
+REST = 100
+MAX_REST_S = 4.0
+MIN_REST_S = 0.5  # of what is asked for by itself, by each
 MAX_HOLDS = 10_000
 
 T = TypeVar("T")
@@ -37,13 +39,14 @@ class _Kept(Generic[T]):
 class Queue:
     """What waits for one base, by arrival."""
 
-    def __init__(self, rows: Sequence[tuple[int, TenantId, str]]) -> None:
-        """(num, tenant, run or sampler) of each."""
+    def __init__(self, rows: Sequence[tuple[OpId, Place, TenantId, str]]) -> None:
+        """(id, place, tenant, run or sampler) of each."""
         self._tenants: dict[TenantId, int] = {}
         self._owns: dict[str, int] = {}
-        self._nums = np.array([num for num, _, _ in rows], np.int64)
-        self._by = np.array([self._tenants.setdefault(of, len(self._tenants)) for _, of, _ in rows], np.int64)
-        self._of = np.array([self._owns.setdefault(own, len(self._owns)) for _, _, own in rows], np.int64)
+        self.places = {op_id: place for op_id, place, _, _ in rows}
+        self._nums = np.array([place.num for _, place, _, _ in rows], np.int64)
+        self._by = np.array([self._tenants.setdefault(of, len(self._tenants)) for _, _, of, _ in rows], np.int64)
+        self._of = np.array([self._owns.setdefault(own, len(self._owns)) for _, _, _, own in rows], np.int64)
 
     def ahead(self, num: int) -> dict[TenantId, int]:
         """How many requests of each tenant came before that one; of those that have any."""
@@ -65,7 +68,25 @@ class Pace:
     def __init__(self) -> None:
         self._queues: dict[str, _Kept[Queue]] = {}
         self._holds: dict[str, _Kept[Hold | None]] = {}
+        self._ready: _Kept[AbstractSet[str]] | None = None
         self._ended: _Kept[dict[tuple[str, TenantId], int]] | None = None
+
+    def knows(self, op: OpRow) -> bool:
+        """Whether a waiting request's place is known from a moment ago, so that telling it takes next to nothing."""
+        kept = self._queues.get(op.base_model)
+        return kept is not None and time.monotonic() <= kept.until and op.id in kept.value.places
+
+    def place(self, places: Places, op: OpRow) -> Place | None:
+        """Of a waiting request, as it was a moment ago; None: it isn't queued."""
+        kept = self._queues.get(op.base_model)
+        known = kept.value.places.get(op.id) if kept is not None and time.monotonic() <= kept.until else None
+        return known or places.of(op.id)
+
+    def is_ready(self, base: str, ready_bases: Callable[[], AbstractSet[str]]) -> bool:
+        """Whether a base has been loaded, as of a moment ago."""
+        if self._ready is None or time.monotonic() > self._ready.until:
+            self._ready = _Kept(ready_bases(), time.monotonic() + MIN_REST_S)
+        return base in self._ready.value
 
     def queue(self, places: Places, base: str) -> Queue:
         """What waits for the base, as it was a moment ago."""
@@ -82,6 +103,7 @@ class Pace:
             if len(self._holds) >= MAX_HOLDS:
                 self._holds.clear()
             kept = self._holds[own] = _look(lambda: quotas.hold_of(op, time.time()))
+            kept.until = max(kept.until, time.monotonic() + MIN_REST_S)
         return kept.value
 
     def seconds_for(self, num: int, places: Places, base: str, tenant_id: TenantId | None = None) -> float | None:

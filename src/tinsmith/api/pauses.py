@@ -35,13 +35,13 @@ def why_waiting(store: Store, pace: Pace, op: OpRow, session_timeout_s: float, *
     if op.state is OpState.RUNNING:
         return Waiting(ACTIVE, "running")
     places, now = store.places, time.time()
-    place = places.of(op.id)
+    queue = pace.queue(places, op.base_model)
+    place = pace.place(places, op)
     if place is None:
         return Waiting(ACTIVE, "running")
     if place.missing is not None:
         reason = f"request {place.missing} of this run has not arrived, and this one is number {op.seq_id}"
         return Waiting(ACTIVE, reason, place.missing)
-    queue = pace.queue(places, op.base_model)
     ahead = queue.ahead(place.num)
     hold = pace.hold(store.quotas, op)
     if hold is not None:

@@ -1,13 +1,15 @@
 """Backpressure: how many more requests each tenant may queue, and how many bytes of them.
 
 What is queued is counted only when the room that the last count left is used up, so that a request costs no counting
-while the queue is short. Requests that have their room and are not in the queue yet count as if they were.
+while the queue is short, and who finds none is told so from memory for a moment. Requests that have their room and are
+not in the queue yet count as if they were.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,7 @@ from tinsmith.store.loads import Load
 from tinsmith.types import TenantId
 
 NOTHING = Load(0, 0)
+FULL_S = 0.1  # a worker takes more at a time than come to be counted meanwhile
 
 
 class QueueRoom:
@@ -33,6 +36,7 @@ class QueueRoom:
         self._lock = threading.Lock()
         self._left: dict[TenantId, Load] = {}
         self._coming: dict[TenantId, Load] = {}
+        self._full_until: dict[TenantId, float] = {}
 
     def take_known(self, tenant_id: TenantId, num_bytes: int = 0) -> bool:
         """Room for one more of what the last count left; `coming` must follow. False: `take` has to count. Never
@@ -43,6 +47,11 @@ class QueueRoom:
             return self._take(tenant_id, num_bytes)
         finally:
             self._lock.release()
+
+    def refuse_known(self, tenant_id: TenantId) -> None:
+        """Raises: CapacityError: there was no room a moment ago."""
+        if self._full_until and time.monotonic() < self._full_until.get(tenant_id, 0.0):
+            raise CapacityError(self._refusal)
 
     def take(self, tenant_id: TenantId, num_bytes: int = 0) -> None:
         """Room for one more; `coming` must follow.
@@ -55,7 +64,9 @@ class QueueRoom:
                 return
             queued, coming = self._count(tenant_id), self._coming.get(tenant_id, NOTHING)
             self._left[tenant_id] = self._limit.less(queued).less(coming)
+            self._full_until.pop(tenant_id, None)
             if not self._take(tenant_id, num_bytes):
+                self._full_until[tenant_id] = time.monotonic() + FULL_S
                 raise CapacityError(self._refusal)
 
     @contextmanager

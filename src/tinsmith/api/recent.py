@@ -1,9 +1,10 @@
-"""Requests that this process took in a moment ago, and what they have come to.
+"""Requests that this process took in a moment ago, or was asked for until a moment ago, and what they have come to.
 
 Nearly every request is asked for within moments of its arrival and of its end, by the process that took it in. That
 poll needs no look at the database: that the request is there was seen when it was recorded, and its final row when the
-watcher looked. What stays true: only rows that were read from the store or written to it are told, each to its own
-tenant; a final one is told once, soon, and then forgotten. Everything else is the store's to answer.
+watcher looked. A poll that was told to ask again does so at once, and needs none either. What stays true: only rows
+that were read from the store or written to it are told, each to its own tenant; a final one is told once, soon, and
+then forgotten. Everything else is the store's to answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tinsmith.types import OpId, TenantId
 
 MAX_OPEN = 256
 MAX_ENDED = 256
+MAX_LEFT = 12_000  # one for each connection
 TTL_S = 1.0
 
 
@@ -24,6 +26,7 @@ class Recent:
 
     def __init__(self) -> None:
         self._open: OrderedDict[OpId, tuple[OpRow, float]] = OrderedDict()
+        self._left: OrderedDict[OpId, tuple[OpRow, float]] = OrderedDict()
         self._ended: OrderedDict[OpId, tuple[OpRow, float]] = OrderedDict()
 
     def opened(self, row: OpRow) -> None:
@@ -32,20 +35,30 @@ class Recent:
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
 
+    def left(self, row: OpRow) -> None:
+        """A poll that waited for it is told to ask again; the watcher has looked for it until now."""
+        self._left[row.id] = row, time.monotonic()
+        self._left.move_to_end(row.id)
+        if len(self._left) > MAX_LEFT:
+            self._left.popitem(last=False)
+
     def open_ids(self) -> list[OpId]:
         """Those whose end is worth looking for before anybody asks."""
-        return list(self._open)
+        since = time.monotonic() - TTL_S
+        while self._left and next(iter(self._left.values()))[1] < since:
+            self._left.popitem(last=False)
+        return [*self._open, *self._left]
 
     def ended(self, row: OpRow) -> None:
         """The watcher saw a final row."""
-        if self._open.pop(row.id, None) is not None:
+        if self._open.pop(row.id, None) is not None or self._left.pop(row.id, None) is not None:
             self._ended[row.id] = row, time.monotonic()
             if len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
 
     def find(self, tenant_id: TenantId, op_id: OpId) -> OpRow | None:
         """The request of this tenant: final, or as it was when it was recorded. None: look into the store."""
-        row, at = self._ended.get(op_id) or self._open.get(op_id) or (None, 0.0)
+        row, at = self._ended.get(op_id) or self._open.get(op_id) or self._left.get(op_id) or (None, 0.0)
         if row is None or row.tenant_id != tenant_id or time.monotonic() - at > TTL_S:
             return None
         self._ended.pop(op_id, None)
@@ -54,3 +67,4 @@ class Recent:
     def forget(self, op_id: OpId) -> None:
         """It is waited for now, or it never will be."""
         self._open.pop(op_id, None)
+        self._left.pop(op_id, None)

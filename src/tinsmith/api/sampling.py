@@ -56,7 +56,7 @@ async def create_sampling_session(
 ) -> SamplingSessionCreated:
     """A sampler over a base model, or over the weights of a sampler checkpoint. Idempotent on its sequence number."""
     new = await services.work(new_sampler, services, request.user, data)
-    services.disk.take(0)
+    services.disk.take(request.user.tenant_id, 0)
     row = await services.write(services.store.samplers.create, new, time.time())
     return SamplingSessionCreated(sampling_session_id=row.sampler_id)
 

@@ -36,8 +36,10 @@ from tinsmith.api.places import CALLER, Places
 from tinsmith.api.polls import Polls
 from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
+from tinsmith.api.rates import Rate
 from tinsmith.api.recent import Recent
 from tinsmith.api.together import Together
+from tinsmith.api.turned_away import TurnedAway
 from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
 from tinsmith.bell import Ringer
@@ -106,7 +108,9 @@ class Services:
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
     underway: Underway = field(init=False, default_factory=Underway)
+    turned_away: TurnedAway = field(init=False, default_factory=TurnedAway)
     pressure: Pressure = field(init=False)
+    foreign_keys: Rate = field(init=False)
     sample_room: QueueRoom = field(init=False)
     training_room: QueueRoom = field(init=False)
     verified: Verified = field(init=False, default_factory=Verified)
@@ -116,11 +120,12 @@ class Services:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
+        object.__setattr__(self, "foreign_keys", Rate(self.settings.unknown_keys_per_minute))
         object.__setattr__(self, "fetcher", Fetcher(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
         object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
-        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s))
+        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s, self._count_queued))
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
@@ -141,7 +146,13 @@ class Services:
 
     async def why_waiting(self, op: OpRow) -> Waiting:
         """What an unfinished op waits for."""
+        if self.pace.knows(op):
+            return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
+
+    async def _count_queued(self, tenant_id: TenantId) -> int:
+        samples = await self.work(self.store.loads.samples, tenant_id)
+        return samples.requests + (await self.work(self.store.loads.training, tenant_id)).requests
 
     def _disk_bytes(self) -> Mapping[str, int]:
         """By kind, as they were measured last."""
@@ -149,7 +160,7 @@ class Services:
 
     def look_why_waiting(self, op: OpRow) -> Waiting:
         """The same, by a call that blocks."""
-        is_ready = op.base_model in self.ready_bases()
+        is_ready = self.pace.is_ready(op.base_model, self.ready_bases)
         return why_waiting(self.store, self.pace, op, self.settings.session_timeout_s, is_ready=is_ready)
 
     def _why_all(self, ops: Sequence[OpRow]) -> Sequence[Waiting | Exception]:

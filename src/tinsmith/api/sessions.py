@@ -56,7 +56,7 @@ async def create_session(request: Call, services: ServicesDep, data: JSONBody[Cr
     texts = [*data.tags, data.sdk_version, data.project_id or "", data.display_name or ""]
     if len(data.tags) > 64 or any(len(text) > MAX_TEXT for text in texts):
         raise UserError(f"a session takes at most 64 tags, and texts of at most {MAX_TEXT} characters")
-    services.disk.take(len(msgspec.json.encode(data)))
+    services.disk.take(request.user.tenant_id, len(msgspec.json.encode(data)))
     row = await services.write(
         services.store.sessions.create,
         request.user.tenant_id,

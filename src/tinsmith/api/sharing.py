@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import time
+from functools import partial
 
 import msgspec
 from litestar import delete, post
@@ -23,6 +24,7 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.links import version_of
 from tinsmith.api.paging import iso_time
+from tinsmith.api.rates import foreign_key
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import NotFoundError
 from tinsmith.scopes import Scope
@@ -91,12 +93,13 @@ def find_checkpoint(services: Services, principal: Principal, path: str, token: 
     Raises:
         UserError: no checkpoint path.
         NotFoundError: nothing there, or nothing that the caller or the token may use.
+        GuessingError: the caller has shown too many keys that nobody has.
     """
     place = parse_path(path)
     try:
         return services.store.checkpoints.get_readable(principal.tenant_id, place.run_id, place.kind, place.name)
     except NotFoundError:
-        row = None if token is None else _opened(services, token, place)
+        row = None if token is None else _opened(services, principal, token, place)
         if row is None:
             raise
         return row
@@ -128,11 +131,12 @@ def _issue(services: Services, claims: Claims) -> str:
     return f"{TOKEN_PREFIX}{body}.{services.signer.sign(PURPOSE, body)}"
 
 
-def _opened(services: Services, token: str, place: TinkerPath) -> CheckpointRow | None:
+def _opened(services: Services, principal: Principal, token: str, place: TinkerPath) -> CheckpointRow | None:
     """The checkpoint at this place, if the token opens it.
 
     Raises:
         NotFoundError: there is none of the token's tenant.
+        GuessingError: as above.
     """
     if len(token) > MAX_TOKEN_CHARS:
         return None
@@ -141,7 +145,8 @@ def _opened(services: Services, token: str, place: TinkerPath) -> CheckpointRow 
         claims = _read(services, token.removeprefix(TOKEN_PREFIX))
         owner = None if claims is None else services.store.tenants.principal(claims.key_id)
     else:
-        owner = services.store.tenants.authenticate(token)
+        look_up = partial(services.store.tenants.authenticate, token)
+        owner = foreign_key(services.foreign_keys, principal.tenant_id, look_up)
         if owner is not None and not owner.scope.allows(Scope.FULL):
             return None
     if owner is None:

@@ -1,9 +1,10 @@
 """One watcher wakes every long poll.
 
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
-them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result. It
-hands on the rows that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on
-the event loop itself, as long as such looks are brief; where many are, by a look at what has ended lately.
+them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result.
+(Where thousands wait, it looks at what has ended lately, and at all of them every few intervals.) It hands on the rows
+that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on the event loop
+itself, as long as such looks are brief.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ AtOnce = Callable[[Sequence[Awaited]], Mapping[Awaited, Ended]]
 FEW = 8  # rows of at most `inline_bytes` each, read in half a millisecond
 MANY = 256  # to look at each of 10,000 takes 15 ms
 MARGIN_S = 0.25  # from a time that is recorded to its commit, mostly; what takes longer is found by the next scan
+SCANNED = 1000  # of those that wait, in one interval
 
 
 class Waiters:
@@ -177,7 +179,8 @@ class Waiters:
             recent = self._recent.open_ids() if self._rung.is_set() else ()
             self._rung.clear()
             since, looked_at = looked_at - MARGIN_S, time.time()
-            is_scan = time.monotonic() - scanned_at > self._scan_interval_s
+            rest_s = self._scan_interval_s * max(1.0, len(self._waiting) / SCANNED)
+            is_scan = time.monotonic() - scanned_at > rest_s
             try:
                 if ended_since is not None and len(self._waiting) > MANY and not is_scan:
                     lately = [op_id for op_id in await ended_since(since) if op_id in self._waiting]

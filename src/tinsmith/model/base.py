@@ -39,7 +39,7 @@ ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
 KNOWN_EXTRAS = {"sliding_window", "softcap", "s_aux", "position_ids", "use_cache"}
 CHECK_ROWS = 16
-MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class BaseModel:
@@ -93,6 +93,14 @@ class BaseModel:
         for experts in self._experts:
             yield from experts.matrices()
         yield self.head
+
+    def bytes_by_form(self) -> dict[str, int]:
+        """What its matrices take now, by how they are kept."""
+        found: Counter[str] = Counter()
+        for matrix in self.matrices():
+            found[matrix.form] += matrix.num_bytes
+        joint = sum(experts.joint_bytes for experts in self._experts)
+        return {**found, "joint experts": joint} if joint else dict(found)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """[T, D], without autograd."""
@@ -165,16 +173,18 @@ def open_base(
 
 
 def _group_linears(
-    model: PreTrainedModel, linears: Mapping[str, nn.Linear], leads: Mapping[str, str], holder: PassHolder
+    model: PreTrainedModel, linears: dict[str, nn.Linear], leads: Mapping[str, str], holder: PassHolder
 ) -> list[LinearGroup]:
-    """Put a GroupedLinear in the place of each linear layer; those with the same lead share one product."""
+    """Put a GroupedLinear in the place of each linear layer; those with the same lead share one product. Empties
+    `linears`: no weight is held twice for longer than its group is made."""
     members: dict[str, dict[str, nn.Linear]] = {}
-    for name, linear in linears.items():
-        members.setdefault(leads[name], {})[name] = linear
-    groups = [LinearGroup(own, holder) for own in members.values()]
-    for group in groups:
-        for index, name in enumerate(group.names):
-            model.set_submodule(name, GroupedLinear(group, index))
+    for name in list(linears):
+        members.setdefault(leads[name], {})[name] = linears.pop(name)
+    groups = []
+    while members:
+        groups.append(LinearGroup(members.pop(next(iter(members))), holder))
+        for index, name in enumerate(groups[-1].names):
+            model.set_submodule(name, GroupedLinear(groups[-1], index))
     return groups
 
 

@@ -20,10 +20,11 @@ from tinsmith.errors import UnsupportedError
 from tinsmith.model.context import ExpertAdapters
 from tinsmith.model.families import Family
 from tinsmith.model.families.family import ExpertLayout
-from tinsmith.model.frozen import FrozenMatrix, can_pack
+from tinsmith.model.frozen import FrozenMatrix, can_pack, plain_values
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.linear import PassHolder
 from tinsmith.model.routes import Routes, gather, spread, to_slots
+from tinsmith.model.stored import Stored
 
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -48,7 +49,7 @@ class StackedMatrices:
     def times(self, x_NI: Tensor, routes: Routes) -> Tensor:
         """x Wᵀ + b with the expert of each slot, a new tensor [N, O]."""
         if self.weight_EOI is not None:
-            y_NO = _grouped_mm(x_NI, self.weight_EOI.transpose(1, 2), offs=routes.ends_E)
+            y_NO = _grouped_mm(x_NI, plain_values(self.weight_EOI).transpose(1, 2), offs=routes.ends_E)
             if self.bias_EO is not None:
                 slots_N = torch.arange(len(x_NI), device=x_NI.device, dtype=torch.int32)
                 y_NO += self.bias_EO[torch.searchsorted(routes.ends_E, slots_N, right=True)]
@@ -62,7 +63,7 @@ class StackedMatrices:
     def times_transpose(self, y_NO: Tensor, routes: Routes) -> Tensor:
         """y W, a new tensor [N, I]."""
         if self.weight_EOI is not None:
-            return _grouped_mm(y_NO, self.weight_EOI, offs=routes.ends_E)
+            return _grouped_mm(y_NO, plain_values(self.weight_EOI), offs=routes.ends_E)
         parts = [matrix.times_transpose(y) for _, matrix, y in self._of_experts(y_NO, routes)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -156,6 +157,12 @@ class Experts(nn.Module):
             top_k_weights = torch.ones_like(top_k_weights)
         inner_NI = self._gate(self.gate_up(x_ND, routes, adapters))
         return gather(self.down(inner_NI, routes, adapters), top_k_weights, routes)
+
+    @property
+    def joint_bytes(self) -> int:
+        """What is held of experts that are one product, which `matrices` leaves out."""
+        joint = [product.matrices.weight_EOI for product in (self.gate_up, self.down)]
+        return sum(w.num_bytes if isinstance(w, Stored) else w.nbytes for w in joint if w is not None)
 
     def matrices(self) -> Iterator[FrozenMatrix]:
         yield from self.gate_up.matrices.matrices

@@ -64,7 +64,7 @@ class LinearGroup:
         self.names = tuple(linears)
         self.name = self.names[0]
         self.widths = [layer.out_features for layer in layers]
-        self.matrix = FrozenMatrix(layers[0].weight if len(layers) == 1 else torch.cat([x.weight for x in layers]))
+        self.matrix = FrozenMatrix(*(layer.weight for layer in layers))
         self.bias_O = _side_by_side(layers)
         self._holder = holder
         self._x: Tensor | None = None

@@ -1,21 +1,33 @@
-"""A base model from a Hugging Face directory.
+"""A base model from a Hugging Face directory, weight by weight onto its device.
 
-Owns what becomes of its files: which class reads them, in which dtype, onto which device, and what is said when they
-are damaged. Refuses to know what a pass does with the model.
+Owns what becomes of the files: in which form and dtype a weight is kept, and what is said when a file is damaged.
+transformers' loader knows names, experts and shapes; it is handed the weights as a mapping of what has yet to be read,
+so that only what is being put together is in memory beside the model. Refuses to know what a pass does with it.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from tinsmith.errors import UserError
+from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
+from tinsmith.model.quantise import Matrices, Quantise, quantiser
+from tinsmith.model.stored import Stored
+from tinsmith.model.weight_files import WeightFiles
 from tinsmith.types import BaseInfo
+
+Progress = Callable[[int, int], None]  # bytes of the files that were read, and all
+
+STORED, DEQUANTISED = "stored", "dequantised"
 
 
 def load_base(
@@ -25,42 +37,137 @@ def load_base(
     dtype: torch.dtype,
     deterministic: bool = False,
     shares_factors: bool = True,
+    weights: str = STORED,
+    progress: Progress | None = None,
 ) -> BaseModel:
     """Load `info.path` and open it.
 
     deterministic: no kernel may round an element by its place in an array.
     shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
+    weights: `stored`: in fewer bits where the files have them so; `dequantised`: all in `dtype`; `int4` or `nf4`:
+        matrices of attention, MLP and experts are quantised as they are read.
+    progress: is told of each weight that was read, by threads.
 
     Raises:
         UserError: the directory lacks weights.
-        UnsupportedError: the architecture has parts that can't be hooked; they are named.
+        UnsupportedError: the architecture has parts that can't be hooked, or its weights a form that isn't read; they
+            are named.
     """
-    model = load_model(info, device, dtype)
+    model = load_model(info, device, dtype, weights=weights, progress=progress)
     return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 
-def load_model(info: BaseInfo, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    info: BaseInfo,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    weights: str = STORED,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
     """transformers' own model of the directory, on the device.
 
     Raises:
-        UserError: as `load_base`.
+        UserError, UnsupportedError: as `load_base`.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.path,
-            config=read_config(info.path),
+        config = read_config(info.path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
+    model_class, config = _class_of(config)
+    files = WeightFiles(Path(info.path))
+    source = _Source(files, Matrices(config, files), weights, progress)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what it says was done to the weights is undone here
+    one_by_one: dict[str, Any] = {"experts_implementation": "eager"} if source.is_quantised else {}
+    try:
+        loaded: Any = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: _Unread(name, source) for name in files},
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
             device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
+            **one_by_one,  # not all experts of a layer in full
         )
-    except (SafetensorError, ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        if source.failure is not None:
+            raise source.failure from None
+        if isinstance(error, RuntimeError):
+            raise
         raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
-    return cast(PreTrainedModel, model.to(device))
+    return cast(PreTrainedModel, model)
+
+
+def _class_of(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class of a causal language model, and its part of the configuration."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise UnsupportedError(f"{config.model_type!r} is no causal language model that transformers knows")
+    model_class = cast(type[PreTrainedModel], found[0] if isinstance(found, (list, tuple)) else found)
+    text = config.sub_configs.get("text_config")
+    if text is not None and model_class.config_class is text:
+        return model_class, config.get_text_config()
+    return model_class, config
+
+
+class _Source:
+    """What the loader's threads read from: counts, and keeps the first failure, which the loader would only log."""
+
+    def __init__(self, files: WeightFiles, matrices: Matrices, weights: str, progress: Progress | None) -> None:
+        self._files = files
+        self._matrices = matrices
+        self._keeps = weights != DEQUANTISED
+        self._quantise: Quantise | None = None if weights in (STORED, DEQUANTISED) else quantiser(weights, files)
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._quantising = threading.Lock()  # one weight at a time: it takes several times the weight's own memory
+        self._total = sum(map(files.num_bytes, files))
+        self._done = 0
+        self.failure: Exception | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a weight of the model will be in fewer bits."""
+        return self._quantise is not None or (self._keeps and any(map(self._files.is_quantised, self._files)))
+
+    def read(self, name: str) -> Tensor:
+        try:
+            found = self._made(name)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        with self._lock:
+            self._done += self._files.num_bytes(name)
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+        return found
+
+    def _made(self, name: str) -> Tensor:
+        found = self._files[name]
+        is_matrix = self._matrices.has(name)
+        if isinstance(found, Stored):
+            return found if self._keeps and is_matrix else found.dequantised()
+        if self._quantise is None or not is_matrix:
+            return found
+        with self._quantising:
+            if self._matrices.is_flipped(name):
+                return self._quantise(found.transpose(-1, -2).contiguous()).transpose(-1, -2)
+            return self._quantise(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A weight in the loader's hands, which it reads by taking all of it."""
+
+    name: str
+    source: _Source
+
+    def __getitem__(self, index: object) -> Tensor:
+        assert index is ..., "only whole weights are read"
+        return self.source.read(self.name)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tinsmith.model.frozen import EVEN_ROWS
 from tinsmith.model.linear import PassHolder
-
-EVEN_ROWS = 16  # from so many rows up, torch's own products of float32 give a row the same bits
 
 Weigh = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

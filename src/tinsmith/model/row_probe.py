@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.model.frozen import FrozenMatrix
-from tinsmith.model.routers import EVEN_ROWS
+from tinsmith.model.frozen import EVEN_ROWS, FrozenMatrix
 from tinsmith.model.rows import MIN_ROWS
 
 MOST_ROWS = 272

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinsmith.errors import ConfigError
 from tinsmith.store.audit import Audit
+from tinsmith.store.burdens import Burdens
 from tinsmith.store.checkpoints import Checkpoints
 from tinsmith.store.copies import Copies
 from tinsmith.store.database import CURE, Database, damage, errors_by_name
@@ -64,6 +65,7 @@ class Store:
         self.samplers = Samplers(database)
         self.losses = Losses(database)
         self.workers = Workers(database)
+        self.burdens = Burdens(database)
         self.ledger = Ledger(database)
         self.audit = Audit(database)
         self.session_search = SessionSearch(database)

@@ -5,15 +5,19 @@ What stays true: a file counts as named if anything at all refers to it, or if i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Select, bindparam, func, select
+from sqlalchemy import Select, Text, bindparam, case, cast, func, select
 
 from tinsmith.store.database import Database
-from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers
-from tinsmith.types import BlobKey
+from tinsmith.store.fences import IS_QUEUED
+from tinsmith.store.quota_rules import SAVED_PARTS
+from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers, sessions, tenants
+from tinsmith.types import BlobKey, TenantId
 
 PAGE = 500
+ROW_BYTES = 512  # what a row takes beside its texts, with its index entries
 
 _OF_OPS = select(ops.c.payload_blob, ops.c.result_blob, ops.c.routes_blob).where(
     ops.c.op_id.in_(bindparam("op_ids", expanding=True))
@@ -37,6 +41,34 @@ _KEPT = select(checkpoints.c.blob, checkpoints.c.size_bytes).distinct().subquery
 _CHECKPOINT_BYTES = select(func.coalesce(func.sum(_KEPT.c.size_bytes), 0))
 
 
+_NAMES = select(tenants.c.tenant_id, tenants.c.name)
+_ROWS = (
+    select(
+        sessions.c.tenant_id,
+        func.count() * ROW_BYTES
+        + func.sum(func.length(cast(sessions.c.tags, Text)) + func.length(cast(sessions.c.user_metadata, Text))),
+    ).group_by(sessions.c.tenant_id),
+    select(
+        runs.c.tenant_id, func.count() * ROW_BYTES + func.sum(func.length(cast(runs.c.user_metadata, Text)))
+    ).group_by(runs.c.tenant_id),
+    select(samplers.c.tenant_id, func.count() * ROW_BYTES).group_by(samplers.c.tenant_id),
+    select(
+        checkpoints.c.tenant_id,
+        func.count() * ROW_BYTES + func.sum(func.length(cast(checkpoints.c.user_metadata, Text))),
+    ).group_by(checkpoints.c.tenant_id),
+    select(
+        ops.c.tenant_id,
+        func.sum(
+            runs.c.adapter_bytes
+            * case(*((ops.c.kind == kind.value, parts) for kind, parts in SAVED_PARTS.items()), else_=0)
+        ),
+    )
+    .join(runs, runs.c.run_id == ops.c.run_id)
+    .where(IS_QUEUED, ops.c.kind.in_([kind.value for kind in SAVED_PARTS]))
+    .group_by(ops.c.tenant_id),
+)
+
+
 class Files:
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -45,6 +77,21 @@ class Files:
         """Of the files of all checkpoints; one that several share counts once."""
         with self._database.read() as conn:
             return int(conn.execute(_CHECKPOINT_BYTES).scalar_one())
+
+    def tenant_names(self) -> Mapping[TenantId, str]:
+        """Of all tenants."""
+        with self._database.read() as conn:
+            return {row.tenant_id: row.name for row in conn.execute(_NAMES)}
+
+    def row_bytes(self) -> Mapping[TenantId, int]:
+        """About what each tenant's rows of sessions, runs, samplers and checkpoints take, and what the saves that it
+        has queued will."""
+        found: Counter[TenantId] = Counter()
+        with self._database.read() as conn:
+            for query in _ROWS:
+                for tenant_id, num_bytes in conn.execute(query):
+                    found[tenant_id] += int(num_bytes or 0)
+        return found
 
     def orphans(self, keys: Iterable[BlobKey]) -> set[BlobKey]:
         """Those of the files that no row names."""

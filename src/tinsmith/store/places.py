@@ -24,7 +24,15 @@ _PLACE = Prepared(
     .where(ops.c.op_id == bindparam("op_id"))
 )
 _QUEUE = Prepared(
-    select(ops.c.num, ops.c.tenant_id, func.coalesce(ops.c.run_id, ops.c.sampler_id))
+    select(
+        ops.c.num,
+        ops.c.tenant_id,
+        func.coalesce(ops.c.run_id, ops.c.sampler_id),
+        ops.c.op_id,
+        ops.c.seq_id,
+        runs.c.head_seq,
+    )
+    .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.base_model == bindparam("base"), IS_QUEUED)
     .order_by(ops.c.num)
 )
@@ -59,14 +67,22 @@ class Places:
         if row is None or row[2] != OpState.QUEUED:
             return None
         num, seq_id, _, head_seq = row
-        return Place(num, head_seq + 1 if head_seq is not None and head_seq < seq_id else None)
+        return Place(num, _missing(seq_id, head_seq))
 
-    def queue(self, base_model: str) -> list[tuple[int, TenantId, str]]:
-        """(num, tenant, run or sampler) of all that is queued for a base, by arrival."""
+    def queue(self, base_model: str) -> list[tuple[OpId, Place, TenantId, str]]:
+        """(id, place, tenant, run or sampler) of all that is queued for a base, by arrival."""
         with self._database.read() as conn:
-            return [(num, tenant_id, own) for num, tenant_id, own in _QUEUE.all(conn, {"base": base_model})]
+            rows = _QUEUE.all(conn, {"base": base_model})
+        return [
+            (op_id, Place(num, _missing(seq_id, head_seq)), tenant_id, own)
+            for num, tenant_id, own, op_id, seq_id, head_seq in rows
+        ]
 
     def ended_since(self, since: float) -> dict[tuple[str, TenantId], int]:
         """How many requests have ended since then (unix seconds), by base and tenant; some `MAX_ENDED` at most."""
         with self._database.read() as conn:
             return {(base, tenant_id): count for base, tenant_id, count in _PACE.all(conn, {"since": since})}
+
+
+def _missing(seq_id: int, head_seq: int | None) -> int | None:
+    return head_seq + 1 if head_seq is not None and head_seq < seq_id else None

@@ -14,19 +14,20 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import Connection, and_, bindparam, delete, func, insert, or_, select
+from sqlalchemy import JSON, Connection, Integer, and_, bindparam, delete, func, insert, or_, select
 
 from tinsmith.errors import NotFoundError, QuotaError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
-from tinsmith.store.op_rows import LIGHT, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_request, under_way
 from tinsmith.store.quota_rules import (
     FREE,
     MEANINGS,
+    SAVED_PARTS,
     Hold,
     Limits,
     Prices,
@@ -38,10 +39,11 @@ from tinsmith.store.quota_rules import (
 )
 from tinsmith.store.rows import OpRow, Principal
 from tinsmith.store.schema import keys, ops, quotas, tallies, tenants
-from tinsmith.types import OpId, OpKind, RunId, TenantId
+from tinsmith.types import OpId, OpKind, RunId, SamplerId, TenantId
 
 LIMITS_TTL_S = 1.0
 MAX_COUNTED = 10_000
+COUNT_PAUSE = 100  # times what counting took
 DAYS_KEPT_S, MONTHS_KEPT_S = 3 * 86400, 100 * 86400  # tallies, which no quota asks for after their period
 
 _LIMITS = Prepared(select(quotas.c.tenant_id, quotas.c.scope, quotas.c.quota, quotas.c.amount))
@@ -61,12 +63,18 @@ _REQUEST = Prepared(
         ops.c.op_id == bindparam("op_id")
     )
 )
-_WAITING = (
-    select(*LIGHT)
-    .where(IS_QUEUED, ops.c.tenant_id.in_(bindparam("tenant_ids", expanding=True)))
-    .order_by(ops.c.num)
-    .limit(MAX_COUNTED)
-)
+_WAITING = Prepared(
+    select(
+        ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id, ops.c.key_id, ops.c.seq_id,
+        ops.c.created_at,
+    )
+    .where(
+        IS_QUEUED,
+        ops.c.tenant_id.in_(select(func.json_each(bindparam("tenant_ids", type_=JSON)).table_valued("value").c.value)),
+    )
+    .order_by(ops.c.run_id, ops.c.seq_id)  # as the index of the queue has them, which holds nothing that has ended
+    .limit(bindparam("most", type_=Integer))
+)  # fmt: skip
 _FIRST_OF_RUN = Prepared(
     select(ops.c.tenant_id, ops.c.kind, ops.c.cost_tokens, ops.c.run_id, ops.c.sampler_id, ops.c.key_id)
     .where(IS_QUEUED, ops.c.run_id == bindparam("run_id"))
@@ -97,12 +105,40 @@ class HeldBack:
 NOTHING_HELD = HeldBack()
 
 
+class _Turn(Protocol):
+    """What decides whose turn it is."""
+
+    @property
+    def run_id(self) -> RunId | None: ...
+
+    @property
+    def created_at(self) -> float: ...
+
+
+T = TypeVar("T", bound=_Turn)
+
+
+class _Waits(NamedTuple):
+    """What is looked at of a waiting op where it is only counted."""
+
+    tenant_id: TenantId
+    kind: OpKind
+    cost_tokens: int
+    run_id: RunId | None
+    sampler_id: SamplerId | None
+    key_id: str | None
+    seq_id: int
+    created_at: float
+
+
 class Quotas:
     def __init__(self, database: Database, prices: Prices = FREE) -> None:
         self._database = database
         self._known = Known(prices)
         self._limits: dict[TenantId, dict[str, dict[Quota, float]]] = {}
         self._limits_until = float("-inf")
+        self._num_held: Mapping[TenantId, int] = {}
+        self._count_until = float("-inf")
 
     def put(
         self,
@@ -129,7 +165,7 @@ class Quotas:
                     conn.execute(_SET, row)
             told = {quota.value: "none" if amount is None else f"{amount:g}" for quota, amount in changes.items()}
             note(conn, "organization_quota_set", tenant_id, by, {**told, **({"key_id": key_id} if key_id else {})}, now)
-        self._limits_until = float("-inf")
+        self._limits_until = self._count_until = float("-inf")
 
     def list(self, now: float, tenant_name: str | None = None) -> Sequence[QuotaUse]:
         """All tenants, or one, each followed by its keys that have quotas."""
@@ -169,6 +205,11 @@ class Quotas:
                     f"{quota} is {limit:,.10g} in all: ask for less, or ask the administrator for more"
                 )
 
+    def saved_bytes(self, kind: OpKind, run_id: RunId) -> int:
+        """Of the file that a save of the run makes."""
+        with self._database.read() as conn:
+            return self._known.place(conn, run_id, None).adapter_bytes * SAVED_PARTS.get(kind, 0)
+
     def paused(self, tenant_ids: Iterable[TenantId], now: float) -> set[TenantId]:
         """Those of the tenants that have used up their tokens of today or their money of this month."""
         limited = self._current(None)
@@ -201,15 +242,22 @@ class Quotas:
         return HeldBack(op_ids, tenant_ids)
 
     def num_held(self, now: float) -> Mapping[TenantId, int]:
-        """How many waiting requests quotas hold back, of the `MAX_COUNTED` that came first of those who have quotas."""
+        """How many waiting requests quotas hold back, of at most `MAX_COUNTED` of those who have quotas.
+        Looked up so seldom that it takes a hundredth of the time at most."""
         limited = self._current(None)
         if not limited:
             return {}
+        started = time.thread_time()
+        if time.monotonic() < self._count_until:
+            return self._num_held
         with self._database.read() as conn:
-            waiting = [to_op(row) for row in conn.execute(_WAITING, {"tenant_ids": list(limited)})]
-        waiting.sort(key=lambda op: (op.run_id or "", op.seq_id))
-        held = self.held_back(waiting, now).op_ids
-        return Counter(op.tenant_id for op in waiting if op.id in held)
+            rows = _WAITING.all(conn, {"tenant_ids": list(limited), "most": MAX_COUNTED})
+            waiting = [_Waits(*row) for row in rows]
+            gates = Gates(self._known, conn, limited, now)
+            held = [op.tenant_id for op in _in_turn(waiting) if gates.hold(to_request(op[:6])) is not None]
+        self._num_held = Counter(held)
+        self._count_until = time.monotonic() + COUNT_PAUSE * (time.thread_time() - started)
+        return self._num_held
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
@@ -276,9 +324,9 @@ def _now(busy: Mapping[Quota, float], quota: Quota) -> float:
     return busy.get(quota, 0.0) if quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS) else 0.0
 
 
-def _in_turn(waiting: Sequence[OpRow]) -> list[OpRow]:
+def _in_turn(waiting: Sequence[T]) -> list[T]:
     """By their arrival; a run's requests take the turns of that run in the order in which they were given."""
-    of_run: dict[RunId | None, list[OpRow]] = defaultdict(list)
+    of_run: dict[RunId | None, list[T]] = defaultdict(list)
     for op in reversed(waiting):
         of_run[op.run_id].append(op)
     turns = sorted(waiting, key=lambda op: op.created_at)

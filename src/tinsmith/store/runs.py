@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -130,7 +130,14 @@ class Runs:
             rows = conn.execute(_LIST, {**values, "limit": limit, "offset": offset})
             return [to_run(row) for row in rows], total
 
-    def lease(self, worker: WorkerId, base_model: str, limit: int, now: float | None = None) -> RunRows:
+    def lease(
+        self,
+        worker: WorkerId,
+        base_model: str,
+        limit: int,
+        now: float | None = None,
+        without: Collection[RunId] = (),
+    ) -> RunRows:
         """Take runs of the base that have runnable queued ops and no living holder; the newly taken ones.
 
         Each gets the next epoch, and its running ops are queued again. A worker of the base that fell silent (its
@@ -138,7 +145,7 @@ class Runs:
         ops are queued again, and whatever it still tries to write is fenced. Writes nothing if there's nothing to take.
 
         Where other workers of the base live, each leaves runs to those that hold fewer active ones; a run that nobody
-        took for `PATIENCE_S` goes to whoever looks.
+        took for `PATIENCE_S` goes to whoever looks. `without`: runs that this worker leaves to others.
 
         Raises:
             FencedError: this worker's place was taken.
@@ -147,14 +154,14 @@ class Runs:
         watch = {"base": base_model, "now": now, "slot": worker.slot}
         with self._database.read() as conn:
             silent = _SILENT.first(conn, watch)
-            if silent is None and not _choose(conn, watch, limit=limit):
+            if silent is None and not _choose(conn, watch, limit=limit, without=without):
                 return []
         with self._database.write(is_durable=False) as conn:
             require_current(conn, worker)
             for (slot,) in _SILENT.all(conn, watch):
                 dispossess(conn, slot)
                 conn.execute(_RETIRE, {"of_slot": slot})
-            run_ids = _choose(conn, watch, limit=limit)
+            run_ids = _choose(conn, watch, limit=limit, without=without)
             if not run_ids:
                 return []
             conn.execute(_REQUEUE, {"run_ids": run_ids})
@@ -252,9 +259,10 @@ class Runs:
         return blobs
 
 
-def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int) -> RunIds:
+def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int, without: Collection[RunId]) -> RunIds:
     """Of the runs that want a worker those that this one should take."""
-    wanting = _WANTING.all(conn, {"base": watch["base"], "limit": limit})
+    rows = _WANTING.all(conn, {"base": watch["base"], "limit": limit + len(without)})
+    wanting = [(run_id, asked_at) for run_id, asked_at in rows if run_id not in without]
     slots = [slot for (slot,) in _PEERS.all(conn, watch)] if wanting else []
     if not slots:
         return [run_id for run_id, _ in wanting]

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tinsmith.model import HEAD, FrozenMatrix
 from tinsmith.model.final import FinalLogits
-from tinsmith.model.lora import LoraBackend, Segment
+from tinsmith.model.lora import LoraBackend, Segment, masked
 from tinsmith.model.lora.tables import Table, to_device
 from tinsmith.training.blocks import Piece, evaluate
+from tinsmith.training.dropout import mask_of_pieces
 from tinsmith.training.head import not_finite
 from tinsmith.training.logits import LogitOps, Pairs
 from tinsmith.training.losses import Evaluation, NativeLoss
@@ -67,7 +68,7 @@ class BatchedChunk:
         self._logits_CV = matrix.times_float32(h_CD)
         adapters = [_segment(p, p.rows.start, p.rows.stop) for p in chunk if HEAD in p.lane.op.slot.views]
         if adapters:
-            lora(adapters).add(HEAD, h_CD, self._logits_CV)
+            masked(adapters, lora).add(HEAD, h_CD, self._logits_CV)
         final.apply_(self._logits_CV)
         self._final = final
         self._lse_C = ops.logsumexp(self._logits_CV)
@@ -182,19 +183,23 @@ class BatchedChunk:
                 continue
             if not any(other.lane.op is op and other.is_last_of_op for other in self._chunk):
                 op.staging.mark(HEAD)  # later pieces may yet fail it
-            live.append(_segment(piece, first, last))
+            live.append(_segment(piece, first, last, rows_M[first:last] - piece.row))
         h_MD = self._h_CD[rows_M]
-        lora = self._backend(live)
+        lora = masked(live, self._backend)
         kept = lora.keep(HEAD, h_MD)
         if kept:
             lora.add_grads(HEAD, h_MD, kept, dlogits_MV, dh_MD)
 
 
-def _segment(piece: Piece, first: int, last: int) -> Segment:
-    """Rows first..last-1 of what the piece's adapter is applied to; all of them live."""
+def _segment(piece: Piece, first: int, last: int, chosen_N: Tensor | None = None) -> Segment:
+    """Rows first..last-1 of what the piece's adapter is applied to; all of them live. chosen_N: which of the piece's
+    rows they are, if not all."""
     slot, staging = piece.lane.op.slot, piece.lane.op.staging
     grads = None if staging is None else staging.views
-    return Segment(first, last, slot.views, grads, live=[(first, last)])
+    mask = mask_of_pieces([piece])
+    if mask is not None and chosen_N is not None:
+        mask = mask.at(chosen_N)
+    return Segment(first, last, slot.views, grads, live=[(first, last)], mask=mask)
 
 
 def _pairs(chunk: Sequence[Piece], device: torch.device) -> tuple[Pairs, list[slice], Tensor]:

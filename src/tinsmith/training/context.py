@@ -15,7 +15,8 @@ from torch import Tensor
 from tinsmith.model import ExpertAdapters, Routes
 from tinsmith.model.attention import AttentionKind
 from tinsmith.model.delta import Chunks, DeltaKind, mix
-from tinsmith.model.lora import ExpertLora, LoraBackend, Segment
+from tinsmith.model.lora import ExpertLora, LoraBackend, Segment, masked
+from tinsmith.training.dropout import mask_of
 from tinsmith.training.expert_loads import ExpertLoads
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.replay import Replay
@@ -46,8 +47,8 @@ class TrainingContext:
         self._segments = [_segment(span) for span in self._spans]
         num_first = sum(span[-1].end <= lanes[num_settled].start for span in self._spans) if self._unfinished else None
         self._backend = backend
-        self._settled = backend(self._segments[:num_first])
-        self._cut = backend(self._segments[num_first:]) if num_first is not None else None
+        self._settled = masked(self._segments[:num_first], backend)
+        self._cut = masked(self._segments[num_first:], backend) if num_first is not None else None
         whole = [self._segments[:num_first]] + ([self._segments[num_first:]] if num_first is not None else [])
         self._parts = [[segment] for segment in self._segments] if deterministic else whole
         self._first_cut = len(self._parts) if num_first is None else num_first if deterministic else 1
@@ -136,6 +137,7 @@ def _segment(span: Sequence[Lane]) -> Segment:
         grads,
         experts=op.slot.expert_views,
         expert_grads=expert_grads,
+        mask=mask_of(span),
     )
 
 

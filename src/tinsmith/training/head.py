@@ -21,8 +21,10 @@ from torch import Tensor
 
 from tinsmith.model import HEAD, FrozenMatrix, padded_rows
 from tinsmith.model.final import FinalLogits
+from tinsmith.model.lora.masks import RowMask
 from tinsmith.model.lora.segments import add_adapter, add_adapter_grads
 from tinsmith.training.blocks import Block, Piece, evaluate, is_finite, make_blocks
+from tinsmith.training.dropout import mask_of_pieces
 from tinsmith.training.lanes import Lane
 from tinsmith.training.losses import TARGETS, Evaluation
 from tinsmith.training.packing import pieces
@@ -138,6 +140,7 @@ class _ChunkPass:
         self._h_CD = h_CD
         self._blocks = blocks
         self._shrunk: dict[int, Tensor] = {}
+        self._masks: dict[int, RowMask] = {}
         logits_CV = self._make_logits()
         target_logits = [logits_CV[block.rows].gather(1, _rows_by_k(block.targets)) for block in blocks]
         top_C, top_prob_C = _to_probs(logits_CV)
@@ -170,8 +173,11 @@ class _ChunkPass:
         for block in self._blocks:
             slot = block.op.slot
             if HEAD in slot.views:
-                rows = block.rows
-                self._shrunk[id(block)] = add_adapter(slot.views[HEAD], self._h_CD[rows], logits_CV[rows])
+                mask = mask_of_pieces(block.pieces)
+                if mask is not None:
+                    self._masks[id(block)] = mask
+                h_ND = self._h_CD[block.rows] if mask is None else mask.times(HEAD, self._h_CD[block.rows])
+                self._shrunk[id(block)] = add_adapter(slot.views[HEAD], h_ND, logits_CV[block.rows])
             self._final.apply_(logits_CV[block.rows])
         self._bend_CV = self._final.bend(self._padded_CV)
         return logits_CV
@@ -244,9 +250,14 @@ class _ChunkPass:
         assert op.staging is not None
         if may_fail:
             op.staging.mark(HEAD)
-        u_NR = self._shrunk[id(block)][rows_N - block.row]
-        grads = op.staging.views[HEAD]
-        add_adapter_grads(op.slot.views[HEAD], grads, self._h_CD[rows_N], u_NR, dlogits_NV, dh_ND)
+        u_NR, h_ND = self._shrunk[id(block)][rows_N - block.row], self._h_CD[rows_N]
+        weights, grads = op.slot.views[HEAD], op.staging.views[HEAD]
+        if id(block) not in self._masks:
+            add_adapter_grads(weights, grads, h_ND, u_NR, dlogits_NV, dh_ND)
+            return
+        mask, own_ND = self._masks[id(block)].at(rows_N - block.row), torch.zeros_like(dh_ND)
+        add_adapter_grads(weights, grads, mask.times(HEAD, h_ND), u_NR, dlogits_NV, own_ND)
+        dh_ND += mask.times(HEAD, own_ND)
 
 
 def _to_probs(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ class HeldRun:
     retry_s: float = 0.0
     not_before: float = float("-inf")
     used_at: float = field(default_factory=time.monotonic)
+    held_since: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, row: RunRow, read_log: ReadLog) -> HeldRun:

@@ -163,6 +163,9 @@ class Worker:
         computing = self._passes.runs
         if self.runs.evict(self._busy | computing, computing):
             self._must_look = self._must_plan = True
+        if self._settings.workers_per_base > 1 and self._role.trains and self.runs.rebalancing.is_due:
+            queued = frozenset(op.run_id for op in self._queue.ops if op.run_id is not None)
+            self.runs.give(queued, self._passes.runs)
         is_busy = worked or batch is not None or self._must_plan or len(self._passes) + self._engine.num_samples > 0
         if not is_busy:
             self._recorder.go()

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from tinsmith.store.rows import WorkerId
 from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo, Role
 from tinsmith.worker.busy import Busy
+from tinsmith.worker.loading import Loading
 from tinsmith.worker.loop import Worker
 from tinsmith.worker.slim import leave_out_unused
 from tinsmith.worker.watchdog import Watchdog, watch
@@ -105,18 +106,18 @@ def _serve(
     stop: threading.Event,
 ) -> None:
     busy, watchdog = Busy(), Watchdog(settings.pass_timeout_s)
-    has_ended, is_ready = threading.Event(), threading.Event()
-    watch(watchdog, pulse, has_ended, is_ready.is_set)
+    has_ended, loading = threading.Event(), Loading(base.name, slot)
+    watch(watchdog, pulse, has_ended, loading.sign)
     me = store.workers.register(slot, base.name, settings.lease_s, time.time(), role)
     renewing = threading.Thread(
         target=_renew, args=(store, me, settings.lease_s, busy, stop), name="lease", daemon=True
     )
     renewing.start()
     started = time.monotonic()
-    engine = make_engine(describe(base), settings, role)
+    engine = make_engine(describe(base), settings, role, loading.tell)
     heap.settle()
     store.workers.set_ready(me)
-    is_ready.set()
+    loading.is_done = True
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
@@ -124,18 +125,22 @@ def _serve(
     store.workers.deregister(me)
 
 
-def make_engine(info: BaseInfo, settings: Settings, role: Role = Role.ALL) -> Engine:
+def make_engine(
+    info: BaseInfo, settings: Settings, role: Role = Role.ALL, progress: Callable[[int, int], None] | None = None
+) -> Engine:
     """The engine of the settings' device; one that never trains measures no passes.
+
+    progress: is told bytes of weights that were read, and all of them.
 
     Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
-    leave_out_unused(settings.device)
+    leave_out_unused(settings.device, settings.base_weights)
     made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
     if settings.device == "fake":
         fake: Engine = made(info, settings.pass_max_tokens)
         return fake
-    engine: Engine = made(info, settings, trains=role is not Role.SAMPLE)
+    engine: Engine = made(info, settings, trains=role is not Role.SAMPLE, progress=progress)
     return engine
 
 

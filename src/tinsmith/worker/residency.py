@@ -144,6 +144,15 @@ class Residency:
             if run_id not in busy:
                 self._leave(self._resident[run_id], is_forced=False)
 
+    @property
+    def leaving(self) -> AbstractSet[RunId]:
+        """Those on their way out."""
+        return self._leaving.keys()
+
+    def send_away(self, held: HeldRun) -> bool:
+        """Begin the way out of a run that has work; it ends in `let_go`. False: it can't leave now."""
+        return held.row.run_id in self._resident and self._leave(held, is_forced=True)
+
     def ended_idle(self, idle: Collection[RunId], busy: AbstractSet[RunId]) -> Sequence[RunId]:
         """Of runs that are held and not in memory those whose session has ended, and who have nothing left to do.
         Looked up every `IDLE_CHECK_S`."""

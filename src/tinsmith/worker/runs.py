@@ -31,6 +31,7 @@ from tinsmith.worker.held import HeldRun
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.postponed import LACKS, Postponed
 from tinsmith.worker.readahead import ReadAhead
+from tinsmith.worker.rebalancing import Rebalancing
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import Snapshots
@@ -77,6 +78,8 @@ class HeldRuns:
         self.postponed = Postponed()
         self._in_debt: dict[RunId, HeldRun] = {}  # those whose state has changed since it was looked for snapshots
         self._idle: dict[RunId, HeldRun] = {}  # leased, not in the engine; the longest ago first
+        self._giving: set[RunId] = set()  # whose lease is given back as soon as they have left
+        self.rebalancing = Rebalancing(me.slot, lambda: store.burdens.of(base, time.time()))
 
     def __getitem__(self, run_id: RunId) -> HeldRun:
         return self._held[run_id]
@@ -84,7 +87,9 @@ class HeldRuns:
     def lease(self) -> bool:
         """Take the runs of this base that have work and no living holder; whether there were any."""
         can_judge = self._clock.is_even(self._lease_s)  # else the living, too, may seem silent
-        rows = self._store.runs.lease(self._me, self._base, limit=1024, now=time.time() if can_judge else 0.0)
+        now = time.time() if can_judge else 0.0
+        given = self.rebalancing.given
+        rows = self._store.runs.lease(self._me, self._base, limit=1024, now=now, without=given)
         if rows:
             crash_point("run.after_lease")
             self._deaths = self._store.replays.begun()
@@ -273,12 +278,30 @@ class HeldRuns:
         has_room = self.residency.num_coming > 0 and len(self.residency) < num_resident
         return has_room or len(self._held) < num_held
 
+    def give(self, waiting: AbstractSet[RunId], computing: AbstractSet[RunId]) -> None:
+        """Let runs go that wait here while another worker has nothing to do. waiting: those with queued requests."""
+        may_go = [
+            run_id
+            for run_id in waiting - computing - self._giving
+            if run_id in self._held and self._held[run_id].given_up is None and not self._held[run_id].replays
+        ]
+        since = {run_id: self._held[run_id].held_since for run_id in may_go}
+        for run_id in self.rebalancing.choose(may_go, since):
+            log.info("run given to another worker", run_id=run_id, tenant_id=self._held[run_id].row.tenant_id)
+            if run_id in self._idle:
+                self._release([run_id])
+            else:
+                self._giving.add(run_id)
+                self.residency.send_away(self._held[run_id])
+        self._giving &= self.residency.leaving
+
     def _let_go(self, held: HeldRun) -> None:
         """A run has left memory. One whose file lacks something (no payload, so quickly done) is read anew."""
         run_id = held.row.run_id
         self._in_debt.pop(run_id, None)
         crash_point("run.after_eviction")
-        if held.debt_ops:
+        if held.debt_ops or run_id in self._giving:
+            self._giving.discard(run_id)
             self._release([run_id])
         else:
             self._idle[run_id] = held

@@ -88,6 +88,7 @@ class Watch:
         used, total = self._engine.kv_bytes
         series.KV_USED.set(used, self._slot)
         series.KV_FREE.set(max(0, total - used), self._slot)
+        series.BASE_BYTES.set(self._engine.base_bytes, self._slot)
         series.RESIDENT_RUNS.set(num_runs, self._slot)
         series.RESIDENT_RUN_BYTES.set(self._engine.runs_bytes, self._slot)
         series.RESIDENT_SAMPLES.set(self._engine.num_samples, self._slot)

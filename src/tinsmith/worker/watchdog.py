@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import structlog
 
-from tinsmith.pulse import BEAT_S, SERVING, STARTING, Pulse
+from tinsmith.pulse import BEAT_S, Pulse
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -47,16 +47,17 @@ class Watchdog:
         return until is not None and time.monotonic() > until
 
 
-def watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, is_serving: Callable[[], bool]) -> threading.Thread:
-    """Beat from a thread of its own, and end the process, without clean-up, once the loop is overdue."""
-    thread = threading.Thread(target=_watch, args=(watchdog, pulse, stop, is_serving), name="pulse", daemon=True)
+def watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, sign: Callable[[], bytes]) -> threading.Thread:
+    """Beat from a thread of its own, with what `sign` says then, and end the process, without clean-up, once the loop
+    is overdue."""
+    thread = threading.Thread(target=_watch, args=(watchdog, pulse, stop, sign), name="pulse", daemon=True)
     thread.start()
     return thread
 
 
-def _watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, is_serving: Callable[[], bool]) -> None:
+def _watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, sign: Callable[[], bytes]) -> None:
     while not stop.wait(BEAT_S):
-        pulse.beat(SERVING if is_serving() else STARTING)
+        pulse.beat(sign())
         if watchdog.is_overdue:
             log.error("no progress: what the worker is at takes far too long; it ends, and the next one goes on")
             os._exit(EXIT_HUNG)

@@ -3,6 +3,7 @@
 from tinsmith.model.lora.backend import ExpertWeights, LoraBackend, LoraPass, LoraWeights, Segment
 from tinsmith.model.lora.experts import NO_ADAPTERS, ExpertLora
 from tinsmith.model.lora.loop import LoopLora
+from tinsmith.model.lora.masked import masked
 from tinsmith.model.lora.segments import SegmentsLora
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "LoraWeights",
     "Segment",
     "SegmentsLora",
+    "masked",
 ]

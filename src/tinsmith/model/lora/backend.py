@@ -26,6 +26,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tinsmith.model.lora.masks import RowMask
+
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
@@ -86,6 +88,7 @@ class Segment:
             be touched in the backward pass, as their x may be infinite. Set after the forward pass, before the first
             `add_grads`.
         experts, expert_grads: the same as weights and grads for groups of experts; see `lora.experts`.
+        mask: what is left out of its rows' inputs; `masked.masked` minds it, backends needn't.
         shares_grads: other segments may add to some of the same gradients, though not to all.
     """
 
@@ -97,6 +100,7 @@ class Segment:
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
     expert_grads: Mapping[str, ExpertWeights] | None = None
     shares_grads: bool = False
+    mask: RowMask | None = None
 
 
 class LoraPass(Protocol):

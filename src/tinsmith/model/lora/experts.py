@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tinsmith.model.lora.backend import LoraBackend, LoraPass, Segment
+from tinsmith.model.lora.masked import masked
 from tinsmith.model.routes import Routes
 
 BeforeGrads = Callable[[str, int], None]
@@ -92,17 +93,18 @@ def _cut(own: Sequence[Segment], groups: Sequence[str], routes: Routes, backend:
     with_experts = [index for index, segment in enumerate(own) if any(group in segment.experts for group in groups)]
     ranges = routes.ranges([(own[index].start, own[index].end) for index in with_experts])
     cut = [
-        (with_experts[which], expert, _segment(own[with_experts[which]], groups, expert, first, end))
+        (with_experts[which], expert, _segment(own[with_experts[which]], groups, expert, first, end, routes))
         for which, expert, first, end in ranges.tolist()
     ]
     cut.sort(key=lambda each: each[2].start)
-    return _Part(own, cut, backend([segment for _, _, segment in cut]))
+    return _Part(own, cut, masked([segment for _, _, segment in cut], backend))
 
 
-def _segment(own: Segment, groups: Sequence[str], expert: int, first: int, end: int) -> Segment:
+def _segment(own: Segment, groups: Sequence[str], expert: int, first: int, end: int, routes: Routes) -> Segment:
     weights = {group: own.experts[group].of(expert) for group in groups if group in own.experts}
     grads = None if own.expert_grads is None else {group: own.expert_grads[group].of(expert) for group in weights}
-    return Segment(first, end, weights, grads, shares_grads=True)
+    mask = None if own.mask is None else own.mask.at(routes.rows_N[first:end] - own.start).of_expert(expert)
+    return Segment(first, end, weights, grads, shares_grads=True, mask=mask)
 
 
 def _find_live(part: _Part, routes: Routes) -> None:
