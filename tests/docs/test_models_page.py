@@ -17,6 +17,8 @@ WITH_EXPERTS = {
     "llama4",
     "qwen3_next",
     "qwen3_5_moe",
+    "qwen2_moe",
+    "olmoe",
 }  # aren't merged yet
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma2Config,
@@ -20,6 +22,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -34,10 +38,14 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
@@ -72,6 +80,7 @@ TITLES = {
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
     "llama4": "Llama 4 (text)", "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -174,6 +183,18 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     ),
     "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN_NEXT, rope_parameters=MROPE, tie_word_embeddings=True)),
     "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**QWEN_NEXT, **QWEN_EXPERTS, rope_parameters=MROPE)),
+    "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **QWEN_EXPERTS, mlp_only_layers=[1])),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**COMMON, num_experts=8, num_experts_per_tok=3)),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **COMMON, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.3, attention_multiplier=0.2,
+        ),
+    ),
+    "cohere2": (
+        Cohere2ForCausalLM,
+        Cohere2Config(**COMMON, sliding_window=12, logit_scale=0.4, layer_types=ONE_OF_TWO),
+    ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
     "ministral": (
         MinistralForCausalLM,

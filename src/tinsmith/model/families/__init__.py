@@ -5,16 +5,20 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from tinsmith.model.families import (
+    cohere2,
     deepseek_v3,
     gemma,
     glm4_moe,
     gpt_oss,
+    granite,
     kimi_k2,
     llama,
     llama4,
     mistral,
     mixtral,
+    olmoe,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_5,
     qwen3_5_moe,
@@ -41,6 +45,10 @@ FAMILIES = (
     deepseek_v3.FAMILY,
     kimi_k2.FAMILY,
     gemma.FAMILY,
+    qwen2_moe.FAMILY,
+    olmoe.FAMILY,
+    granite.FAMILY,
+    cohere2.FAMILY,
 )
 
 
