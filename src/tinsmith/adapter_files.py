@@ -41,6 +41,7 @@ HEAD = "model.unembed_tokens"  # of a state; see model/layout.py
 OWN_HEAD = "lm_head"
 BLOCK = 512  # of a tar
 MAX_MEMBERS = 64
+TOWERS = r".*\b(vision_tower|vision_model|visual|multi_modal_projector)\..*"  # whose layers may be named as the trained
 
 Files = Mapping[str, VirtualFile]
 
@@ -64,6 +65,8 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         module, _, half = tensor.name.removeprefix(PART).rpartition(".")
         if half not in ("lora_A", "lora_B"):
             raise CorruptError(f"the checkpoint holds {tensor.name[:200]!r}, which is no half of an adapter")
+        if len(tensor.shape) < 2:
+            raise CorruptError(f"the checkpoint's {tensor.name[:200]!r} is no matrix")
         name = OWN_HEAD if module == HEAD and not base.is_head_tied else module
         if half == "lora_A":
             modules[OWN_HEAD if module == HEAD else module] = tensor.shape[-2]
@@ -151,6 +154,7 @@ def _config(spec: RunSpec, modules: Mapping[str, int]) -> bytes:
     config = {
         "base_model_name_or_path": spec.base_model,
         "bias": "none",
+        **({"exclude_modules": TOWERS} if any("language_model." in module for module in modules) else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.errors import ConfigError, echo
+from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
 
@@ -167,7 +168,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
         num_params=num_params(path),
-        vision=read_vision(path, config),
+        vision=read_vision(path, config) if config.get("model_type") in SHOWN else None,
         layer_widths=_widths(path, inner, shares_factors=shares_factors),
     )
 
@@ -184,6 +185,18 @@ def num_params(path: Path) -> int:
         ConfigError: a header can't be read.
     """
     return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the directory's safetensors files, by name. Raises: ConfigError: a header can't be read."""
+    return {name: tuple(shape) for file in weight_files(path) for name, shape in _shapes(file).items()}
+
+
+def text_model_type(path: Path) -> str:
+    """`model_type` of the text model. Raises: ConfigError: config.json can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
 
 
 def weight_files(path: Path) -> list[Path]:
