@@ -1,9 +1,9 @@
 """A base and an adapter merged into a new Hugging Face directory, tensor by tensor.
 
 W' = W + scale · B A, in float32, rounded once; of experts one after another. Shards stay as they are cut, so memory is
-that of one tensor and a product. A base in fp8 or MXFP4 is dequantised: the merged model isn't quantised. An output head
-that is tied to the embedding and was trained gets a tensor of its own, and the configuration says so: the embedding stays
-as it was. The directory appears when it's complete.
+that of one tensor and a product. A base in fp8 or MXFP4 is dequantised: the merged model isn't quantised. An output
+head that is tied to the embedding and was trained gets a tensor of its own, and the configuration says so: the
+embedding stays as it was. The directory appears when it's complete.
 Shape letters: R rank, I inputs, O outputs of a linear layer.
 """
 
