@@ -38,6 +38,8 @@ ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
 
+QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -199,6 +201,14 @@ def text_model_type(path: Path) -> str:
     config = _read_json(path / "config.json")
     inner = config.get("text_config")
     return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
+
+
+def is_quantised(path: Path) -> bool:
+    """Whether config.json says so. Raises: ConfigError: it can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, dict) else [config]
+    return any(part.get(name) for part in parts for name in QUANTISATION)
 
 
 def weight_files(path: Path) -> list[Path]:
