@@ -31,8 +31,8 @@ HEAD = """# Models
 
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
-all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; those of experts
-it doesn't know yet, `tinker_cookbook.weights` merges those. `vision`: pictures in training and sampling.
+all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter. `vision`: pictures
+in training and sampling.
 [How to add a family](../how-to/add-a-family.md).
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention

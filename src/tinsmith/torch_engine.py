@@ -14,14 +14,15 @@ import torch
 
 from tinsmith.checkpoint_file import aligned_row
 from tinsmith.config import Settings
+from tinsmith.engine import TrainingPass
 from tinsmith.errors import UnsupportedError
-from tinsmith.model import load_base
+from tinsmith.layer_table import Layer
+from tinsmith.model import BaseModel, load_base
 from tinsmith.model.device import choose_device, choose_dtype
 from tinsmith.model.row_probe import uneven_products, uneven_routers
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
-from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -113,6 +114,10 @@ class TorchEngine:
         return self._base.info
 
     @property
+    def layers(self) -> Sequence[Layer]:
+        return layers_of(self._base)
+
+    @property
     def base_bytes(self) -> int:
         """What the base's matrices take now."""
         return sum(self._base.bytes_by_form().values())
@@ -160,7 +165,7 @@ class TorchEngine:
     def drop_run(self, run_id: RunId) -> None:
         self._trainer.drop_run(run_id)
 
-    def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+    def start_pass(self, items: Sequence[TrainItem]) -> TrainingPass:
         return self._trainer.start_pass(items)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
@@ -202,3 +207,11 @@ class TorchEngine:
 
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         return self._sampler.progress(since)
+
+
+def layers_of(base: BaseModel) -> Sequence[Layer]:
+    """What the API is told of the base's layers."""
+    return [
+        Layer(i.name, i.group, i.in_features, i.out_features, i.lead, i.num_a, i.num_b, i.interleaves)
+        for i in base.linears
+    ]

@@ -23,10 +23,18 @@ from tinsmith.types import Datum, RunState
 
 def plain_model(base: BaseModel) -> torch.nn.Module:
     """In float64 and written out, so that what differs is our own rounding."""
-    given = {} if base.info.name not in HUB_CONFIGS else {"config": deepcopy(CONFIGS[base.info.name][1])}
     return reader_of(base).from_pretrained(
-        base.info.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", **given
+        base.info.path,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **own_config(base),
     )
+
+
+def own_config(base: BaseModel) -> dict[str, Any]:
+    """For directories that name code of their own: the configuration that is here."""
+    return {} if base.info.name not in HUB_CONFIGS else {"config": deepcopy(CONFIGS[base.info.name][1])}
 
 
 class MergedTwin:

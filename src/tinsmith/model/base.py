@@ -356,6 +356,12 @@ def _check_trial(base: BaseModel, trial: Trial, model: PreTrainedModel, choices:
 
 def _check_logits(base: BaseModel, model: PreTrainedModel, h_TD: Tensor, expected_TV: Tensor, what: str) -> None:
     logits_TV = base.final.apply_(base.head.times(h_TD))
+    if not expected_TV.isfinite().all():
+        name = str(base.dtype).removeprefix("torch.")
+        cure = (
+            "start with --dtype bfloat16, whose range is float32's" if base.dtype == torch.float16 else "fetch it again"
+        )
+        raise UnsupportedError(f"{type(model).__name__}: its logits are not finite in {name}: {cure}")
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(

@@ -29,7 +29,7 @@ class LinearInfo:
 
     group: attn, mlp or unembed. lead: the first of the layers that share this one's input; itself, if none does.
     num_a, num_b: how many As and Bs an adapter has here; 0 for one of each, which isn't of experts. An A or B that is
-    alone belongs to all experts.
+    alone belongs to all experts. interleaves: of experts whose base has gate and up row by row in turn.
     """
 
     name: str
@@ -39,6 +39,7 @@ class LinearInfo:
     lead: str
     num_a: int = 0
     num_b: int = 0
+    interleaves: bool = False
 
     @property
     def layer(self) -> str:
