@@ -40,6 +40,7 @@ HEAD = "model.unembed_tokens"  # of a state; see model/layout.py
 OWN_HEAD = "lm_head"
 BLOCK = 512  # of a tar
 MAX_MEMBERS = 64
+TOWERS = r".*\b(vision_tower|vision_model|visual|multi_modal_projector)\..*"  # whose layers may be named as the trained
 
 Files = Mapping[str, VirtualFile]
 
@@ -128,6 +129,7 @@ def _config(spec: RunSpec, modules: Mapping[str, int]) -> bytes:
     config = {
         "base_model_name_or_path": spec.base_model,
         "bias": "none",
+        **({"exclude_modules": TOWERS} if any("language_model." in module for module in modules) else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

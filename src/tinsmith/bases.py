@@ -30,6 +30,7 @@ ATTN_PARTS = frozenset(
     {"self_attn", "attn", "attention", "self_attention"}
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
+TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
 ROUTERS = frozenset({"gate", "router"})  # beside the experts
@@ -278,9 +279,10 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
     for name, shape in shapes.items():
         parent, _, layer = name.removesuffix(".weight").rpartition(".")
         is_router = parent in mixtures and layer in ROUTERS
-        if len(shape) != 2 or not name.endswith(".weight") or is_router or OF_EXPERTS.match(name):
-            continue
         parts = set(name.split("."))
+        is_apart = is_router or bool(parts & TOWER_PARTS) or OF_EXPERTS.match(name)
+        if len(shape) != 2 or not name.endswith(".weight") or is_apart:
+            continue
         if parts & ATTN_PARTS:
             widths["attn", layer] += sum(shape)
         elif parts & MLP_PARTS:

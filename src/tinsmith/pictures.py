@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -46,6 +46,11 @@ class Picture:
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+
+def tokens_of(pictures: Iterable[Picture]) -> int:
+    """Of all of them together."""
+    return sum(picture.num_tokens for picture in pictures)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class TorchEngine:
             weights=settings.base_weights,
             progress=progress,
         )
+        if self._base.eyes is not None:
+            self._base.eyes.max_bytes = settings.picture_cache_mib * 2**20
         forms = self._base.bytes_by_form()
         mib = {form: round(num_bytes / 2**20) for form, num_bytes in forms.items()}
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype), weights_mib=mib)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tinsmith import lora_options
 from tinsmith.lora_options import PLAIN, LoraOptions
 from tinsmith.loss_graph import LossGraph
-from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.pictures import Picture, VisionInfo, tokens_of
 from tinsmith.route_tape import RouteArray, RouteTape
 
 TenantId = NewType("TenantId", str)
@@ -194,8 +194,8 @@ class TrainItem:
 
     @property
     def work(self) -> int:
-        """Tokens, and what its loss costs beside them."""
-        return sum(self.loss.work(d.num_tokens) for d in self.data)
+        """Tokens, those of pictures twice, and what its loss costs beside them."""
+        return sum(self.loss.work(d.num_tokens + tokens_of(d.pictures)) for d in self.data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,8 @@ def _changes(tensors: Sequence[_Tensor], adapter: Adapter) -> dict[str, _Change]
     for module, (a_name, b_name) in adapter.names.items():
         found = [tensor for tensor in tensors if _is(tensor.name, f"{module}.weight")]
         found = found or [tensor for tensor in tensors if _is(tensor.name, f"{module.partition('.')[2]}.weight")]
+        inner = f"language_model.model.{module.partition('language_model.')[2]}.weight"  # Gemma 3's, as it is stored
+        found = found or [tensor for tensor in tensors if _is(tensor.name, inner)]
         if len(found) != 1:
             raise UserError(f"the base has {len(found) or 'no'} weights for {module}: the adapter is of another model")
         (tensor,) = found

@@ -34,7 +34,9 @@ class Trainer:
 
     def start(self) -> None:
         """Measure what a pass takes, and go by the memory that is free from now on."""
-        self.budget.start(measure(self._base, self._chunk_tokens))
+        eyes = self._base.eyes
+        kept = (lambda: 0) if eyes is None else (lambda: eyes.room_bytes)
+        self.budget.start(measure(self._base, self._chunk_tokens), kept)
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
