@@ -23,7 +23,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tinsmith.bases import SHIPPED_PATH, BaseRef, describe, tokenizer_files
 from tinsmith.errors import ConfigError
-from tinsmith.pictures import GEMMA3, LLAMA4, QWEN3_VL, PictureSizeError, VisionInfo, canvas, placeholders, smart_resize
+from tinsmith.model.families import FAMILIES
+from tinsmith.pictures import (
+    GEMMA3,
+    LLAMA4,
+    QWEN3_VL,
+    SHOWN,
+    PictureSizeError,
+    VisionInfo,
+    canvas,
+    placeholders,
+    smart_resize,
+)
 from tinsmith.vision_files import read_vision
 
 IMAGE, X, Y, WHOLE = 7, 8, 9, 10
@@ -224,3 +235,8 @@ def test_a_base_is_said_to_see_only_where_the_engine_can_show_it_pictures(tmp_pa
         (path / "preprocessor_config.json").write_text(json.dumps(QWEN_PROCESSOR))
         assert (describe(BaseRef(kind, path)).vision is not None) == (kind == "see")
         assert "preprocessor_config.json" in {file.name for file in tokenizer_files(path)}
+
+
+def test_the_kinds_that_are_shown_pictures_are_those_that_the_engine_knows() -> None:
+    known = {kind for family in FAMILIES if family.vision is not None for kind in family.vision.model_types}
+    assert known == set(SHOWN)
