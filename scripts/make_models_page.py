@@ -23,7 +23,7 @@ FEATURES = {
     "import": ("a_state_comes_back",),
     "merge": ("the_merged_model",),
 }
-FORMS = {"fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "nf4"}
+FORMS = {"fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "NF4"}
 DIFFERENCES = (
     "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
     "merged, in transformers",

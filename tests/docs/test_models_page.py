@@ -17,6 +17,9 @@ def test_it_names_every_family_and_all_its_features_were_green() -> None:
     for kind, title in TITLES.items():
         (row,) = [line for line in features if line.startswith(f"| {title} |")]
         cells = row.removesuffix(" |").split(" | ")[1:]
-        assert cells == ["yes"] * 4 + ["no" if kind in WITH_EXPERTS else "yes"], row
+        assert cells[:5] == ["yes"] * 4 + ["no" if kind in WITH_EXPERTS else "yes"], row
+        forms = cells[5].split(", ")
+        assert "fp8" in forms or "MXFP4" in forms, row
+        assert set(forms) <= {"fp8", "MXFP4", "int4", "NF4"}, row
         (figures,) = [line for line in differences if line.startswith(f"| {title} |")]
         assert all(float(figure) <= 1e-5 for figure in re.findall(r"[\d.]+e-\d+", figures)), figures
