@@ -28,7 +28,6 @@ from tests.families.test_battery import (  # noqa: F401  collected here a second
     test_logprobs_without_an_adapter_are_those_of_transformers,
     test_packed_is_as_alone,
     test_samples_have_the_logprobs_of_the_trainer,
-    within,
     write_adapter,
 )
 from tests.numerics.lab import make_trainer
@@ -84,7 +83,7 @@ def make_base(make_base: MakeBase, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("kind", OTHERS if IS_ALL else OTHERS[-2:])
-def test_every_family_computes_with_what_its_weights_mean(kind: str, make_base: MakeBase, plain, within) -> None:  # noqa: F811
+def test_every_family_computes_with_what_its_weights_mean(kind: str, make_base: MakeBase, plain, within) -> None:
     """And all of its matrices that a file quantises are kept so."""
     base = make_base(kind)
     assert "fp8" in base.bytes_by_form()
