@@ -24,8 +24,8 @@ FEATURES = {
     "merge": ("the_merged_model",),
     "vision": (),  # all of its own file
 }
+FORMS = {"fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "NF4"}
 VISION = "test_vision"
-FORMS = {"fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "nf4"}
 DIFFERENCES = (
     "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
     "merged, in transformers", "logprobs with pictures",

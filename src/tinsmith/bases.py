@@ -31,6 +31,8 @@ ATTN_PARTS = frozenset(
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
 TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
+CODED = ("F8_E4M3", "F8_E5M2", "U8")  # numbers in fewer bits, and scales
+FOUR_BITS = 0.56  # bytes a number, with its share of the scales
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
 GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are never trained
@@ -191,6 +193,28 @@ def num_params(path: Path) -> int:
     return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
 
 
+def weight_bytes(path: Path, kept: str, bytes_each: float) -> int:
+    """What the directory's weights take once they are loaded, about, from their headers alone.
+
+    kept: as `--base-weights` says. bytes_each: of a number that is not in fewer bits.
+
+    Raises:
+        ConfigError: a header can't be read.
+    """
+    total = 0.0
+    for file in weight_files(path):
+        for name, (shape, dtype) in _header(file).items():
+            numbers = prod(shape)
+            is_matrix = len(shape) > 1 and bool(set(name.split(".")) & (ATTN_PARTS | MLP_PARTS))
+            if dtype not in CODED:
+                total += numbers * (FOUR_BITS if kept in ("int4", "nf4") and is_matrix else bytes_each)
+            elif kept == "dequantised":
+                total += numbers * bytes_each * (2 if name.endswith("_blocks") else 1)
+            else:
+                total += numbers
+    return int(total)
+
+
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of all tensors in the directory's safetensors files, by name. Raises: ConfigError: a header can't be read."""
     return {name: tuple(shape) for file in weight_files(path) for name, shape in _shapes(file).items()}
@@ -331,13 +355,18 @@ def _expert_width(config: Mapping[str, Any], number: int, *, shares_factors: boo
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes of a safetensors file: 8 bytes of header length (little-endian), then that much JSON."""
+    return {name: shape for name, (shape, _) in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, tuple[list[int], str]]:
+    """Shapes and dtypes of the tensors of a safetensors file: 8 bytes of header length (little-endian), then that much
+    JSON."""
     try:
         with file.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
             if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
             header = json.loads(f.read(length))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: (entry["shape"], str(entry["dtype"])) for name, entry in header.items() if name != "__metadata__"}
     except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None

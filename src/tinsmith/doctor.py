@@ -181,7 +181,7 @@ def check_memory(refs: Sequence[bases.BaseRef], settings: Settings) -> list[Chec
     if not refs:
         return []
     free = free_memory_bytes()
-    weights = sum(bases.num_params(ref.directory) for ref in refs) * BYTES_PER_PARAM
+    weights = sum(bases.weight_bytes(ref.directory, settings.base_weights, BYTES_PER_PARAM) for ref in refs)
     needed = weights + len(refs) * ((settings.kv_cache_mib + settings.prefix_cache_mib) * 2**20 + WORKER_BYTES)
     found = f"{needed / GIB:.1f} GiB needed for {len(refs)} base model(s) before training, {free / GIB:.1f} GiB free"
     if weights > free:

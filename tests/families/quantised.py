@@ -22,7 +22,7 @@ Coded = tuple[dict[str, Tensor], Tensor]  # what the file holds, by suffix of th
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 BLOCK = (32, 48)  # neither divides all widths of the configurations
 MOST = 448.0  # of E4M3
-LEFT = ("embed_tokens", "lm_head", "norm", "router", ".gate.weight", "bias")
+LEFT = ("vision", "visual", "multi_modal", "embed_tokens", "lm_head", "norm", "router", ".gate.weight", "bias")
 
 
 def fp8_blocks(weight: Tensor) -> Coded:

@@ -35,8 +35,16 @@ from tinsmith.export.adapter import read_adapter
 from tinsmith.export.merge import merge
 from tinsmith.model import BaseModel, load_base
 
-FEW = ("qwen3-fp8", "qwen3_moe-fp8_rows", "gpt_oss-mxfp4", "llama-int4")
-REST = ("deepseek_v3-fp8", "llama-fp8_rows", "gemma2-fp8_whole", "gpt_oss-int4", "qwen3-nf4", "mixtral-nf4")
+FEW = ("qwen3-fp8", "gpt_oss-mxfp4", "llama-int4")
+REST = (
+    "qwen3_moe-fp8_rows",
+    "deepseek_v3-fp8",
+    "llama-fp8_rows",
+    "gemma2-fp8_whole",
+    "gpt_oss-int4",
+    "qwen3-nf4",
+    "mixtral-nf4",
+)
 IS_ALL = bool(os.environ.get("TINSMITH_TEST_ALL_FORMS"))  # `make forms`
 BASES = (*FEW, *REST) if IS_ALL else FEW
 OTHERS = [f"{family}-fp8_rows" for family in CONFIGS if f"{family}-fp8_rows" not in (*FEW, *REST)]

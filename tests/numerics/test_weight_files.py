@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import quantised
 from tests.families.configs import CONFIGS
+from tinsmith.bases import weight_bytes
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.model import BaseModel, FrozenMatrix, load_base
 from tinsmith.model.stored import Form, Stored, pack
@@ -198,3 +199,14 @@ def test_a_stored_weight_is_cut_and_joined_as_a_tensor_is() -> None:
         assert not isinstance(ours, Stored)
         assert torch.equal(ours, theirs)
     assert one.to(torch.bfloat16).dequantised().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("directories", KINDS, indirect=True)
+def test_what_a_base_will_take_is_known_from_its_files(directories: tuple[Path, Path]) -> None:
+    """Within a fifth, but for a head that is tied, in the form that its files have and dequantised."""
+    for kept in ("stored", "dequantised"):
+        base = load(directories[0], weights=kept)
+        rest = sum(p.nbytes for p in base.backbone.parameters())
+        is_tied = "lm_head.weight" not in WeightFiles(directories[0])  # the head has a copy of its own then
+        taken = sum(base.bytes_by_form().values()) + rest - is_tied * base.head.num_bytes
+        assert weight_bytes(directories[0], kept, 4) == pytest.approx(taken, rel=0.2)

@@ -68,10 +68,10 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    weights: str = STORED,
+    weights: str = DEQUANTISED,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """transformers' own model of the directory, on the device.
+    """transformers' own model of the directory, on the device; as `load_base`, but for `weights`.
 
     Raises:
         UserError, UnsupportedError: as `load_base`.

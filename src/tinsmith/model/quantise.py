@@ -22,6 +22,7 @@ from tinsmith.model.weight_files import WeightFiles
 
 Quantise = Callable[[Tensor], Tensor]
 
+VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector"}  # which passes don't quantise
 MIN_OUTPUTS = 32  # of a matrix that is worth it
 INT4_GROUPS = (128, 64, 32)  # the largest that divides the inputs
 NF4_GROUP = 64
@@ -47,6 +48,8 @@ class Matrices:
         if len(shape) == 3:
             return name.rpartition(".")[0] in self._wide
         parts = name.removesuffix(".weight").split(".")
+        if VISION & {*parts}:
+            return False
         if len(shape) != 2 or not name.endswith(".weight") or parts[-1] in ROUTERS or shape[0] < MIN_OUTPUTS:
             return False
         if {*parts} & TOWER_PARTS:
