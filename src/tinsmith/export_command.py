@@ -82,12 +82,19 @@ def export_command(
         _fetch_state(source, out, data_dir)
         return
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
-        adapter = _fetch(source, Path(scratch), data_dir)
-        if format_ is Format.PEFT:
+        path = _fetch(source, Path(scratch), data_dir)
+        full = importlib.import_module("tinsmith.export.full") if base is not None and format_ is Format.HF else None
+        weights = None if full is None else full.find_full(path, Path(scratch))
+        if full is not None and weights is not None:
+            number = full.write_full(base, weights, out, dtype=None if dtype is None else dtype.value)
+            typer.echo(f"{out}: a model of {number} weights, all of them trained")
+        elif format_ is Format.PEFT:
+            adapter = _adapter_in(path, Path(scratch))
             _write_peft(adapter, out, base)
             typer.echo(f"{out}: an adapter of {len(adapter.names)} layers")
         else:
             assert base is not None
+            adapter = _adapter_in(path, Path(scratch))
             with byte_bar("merging") as progress:
                 merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
                 changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
@@ -126,16 +133,21 @@ def _route(wanted: TinkerPath) -> str:
     return f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
 
 
-def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Adapter:
+def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Path:
+    """The checkpoint as a directory or a tar."""
     path = Path(source)
     if source.startswith(SCHEME):
         wanted = parse_path(source)
         path = scratch / "checkpoint.tar"
         with byte_bar("fetching") as progress, path.open("wb") as target:
             server_of(data_dir).download(_route(wanted), target, progress)
+    if not path.is_dir() and not path.is_file():
+        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
+    return path
+
+
+def _adapter_in(path: Path, scratch: Path) -> Adapter:
     if path.is_dir():
         return read_adapter(path)
-    if not path.is_file():
-        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
     unpack(path, scratch)
     return read_adapter(scratch)

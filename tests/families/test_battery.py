@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS, VOCAB
 from tests.families.twin import MergedTwin, own_config, plain_model
@@ -23,6 +20,7 @@ from tests.numerics.lab import (
     grads,
     item,
     make_trainer,
+    reader_of,
     relative,
     run_pass,
     spec,
@@ -50,20 +48,6 @@ RUNS = (
 @pytest.fixture(params=CONFIGS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def within(record_property: Callable[[str, object], None]) -> Callable[[str, Any, Any], None]:
-    """Compares, and notes the largest difference for the page of models."""
-    largest: dict[str, float] = {}
-
-    def check(what: str, ours: Any, theirs: Any) -> None:
-        difference = float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
-        largest[what] = max(largest.get(what, 0.0), difference)
-        record_property(what, largest[what])
-        assert difference <= BOUND, f"{what}: {difference:.1e}"
-
-    return check
 
 
 def data_of(seed: int) -> list[Datum]:
@@ -212,7 +196,7 @@ def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path:
     (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
     write_adapter(base, trainer, tmp_path)
     merge(Path(base.info.path), read_adapter(tmp_path), tmp_path / "merged")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = reader_of(base).from_pretrained(
         tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager",
         output_loading_info=True, **own_config(base),
     )  # fmt: skip

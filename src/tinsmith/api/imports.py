@@ -28,7 +28,7 @@ from tinsmith.blobs import BlobInfo, checkpoint_key
 from tinsmith.errors import BusyError, TooLargeError, UserError
 from tinsmith.importing.look import look
 from tinsmith.layer_table import read_layers
-from tinsmith.lora_fields import check_names
+from tinsmith.lora_fields import check_extras
 from tinsmith.store.copies import own_session_id
 from tinsmith.store.imports import DIGEST, NewImport
 from tinsmith.store.rows import NewCheckpoint, NewRun, Principal
@@ -167,7 +167,7 @@ def _make(
     found = look(body, num_bytes, layers, plan.base)
     for rank in (found.spec.rank, *dict(found.spec.options.ranks).values()):
         check_lora(rank, None, found.spec.targets, services.settings)
-    check_names(found.spec.options, found.spec.targets, plan.base)
+    check_extras(found.spec, plan.base)
     run = _run(principal, plan, found.spec, digest)
     services.store.quotas.require_storage(principal, 2 * found.num_bytes, time.time())
     stored = services.blobs.put(checkpoint_key(principal.tenant_id), found.pieces(run.spec))
