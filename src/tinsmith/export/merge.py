@@ -37,7 +37,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
 ALIGNMENT = 8
-DEQUANTISED = "bfloat16"  # what codes become, unless another dtype is asked for
 CONFIG = "config.json"
 Progress = Callable[[int, int], None]
 
@@ -89,13 +88,13 @@ def merge(
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ConfigError(f"{base} has no weights (*.safetensors)")
-    code = NAMES[DTYPES[dtype]] if dtype else None
     files = WeightFiles(base) if is_quantised(base) else None
     if files is None:
+        code = NAMES[DTYPES[dtype]] if dtype else None
         tensors = [tensor for shard in shards for tensor in _tensors(shard, code)]
     else:
-        tensors = list(_dequantised(files, code))
-        dtype = dtype or DEQUANTISED
+        dtype = dtype or _named_dtype(base)
+        tensors = list(_dequantised(files, NAMES[DTYPES[dtype]]))
     unties = OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors)
     if unties:
         tensors.append(_untied(tensors, base))
@@ -127,13 +126,20 @@ def _tensors(shard: Path, dtype: str | None) -> Iterator[_Tensor]:
         raise ConfigError(f"{shard} is not a whole safetensors file: {error}") from None
 
 
-def _dequantised(files: WeightFiles, dtype: str | None) -> Iterator[_Tensor]:
+def _named_dtype(base: Path) -> str:
+    """What the configuration of a quantised base names, else bfloat16."""
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    named = str(config.get("dtype") or config.get("torch_dtype"))
+    return named if named in DTYPES else "bfloat16"
+
+
+def _dequantised(files: WeightFiles, dtype: str) -> Iterator[_Tensor]:
     """Of a quantised base, as its tensors are in full."""
     for name in files:
         shape, stored = files.shape(name), files.dtype(name)
-        own = dtype or NAMES[DTYPES[DEQUANTISED]] if files.is_quantised(name) or (dtype and stored in CODES) else stored
-        size = math.prod(shape) * CODES[own].itemsize if own in CODES else files.num_bytes(name)
-        yield _Tensor(files.path(name), name, name, shape, own, size)
+        is_float = files.is_quantised(name) or stored in CODES
+        size = math.prod(shape) * CODES[dtype].itemsize if is_float else files.num_bytes(name)
+        yield _Tensor(files.path(name), name, name, shape, dtype if is_float else stored, size)
 
 
 def _untied(tensors: Sequence[_Tensor], base: Path) -> _Tensor:
