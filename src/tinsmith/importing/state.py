@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from tinsmith.checkpoint_file import ENTRY, FORMAT, Label, state_header
-from tinsmith.errors import UserError, echo
+from tinsmith.errors import UnsupportedError, UserError, echo
 from tinsmith.importing.archive import Stretch
 from tinsmith.importing.tensor_file import TensorFile
 from tinsmith.layer_table import Layer, shapes_of
@@ -53,6 +53,8 @@ def look_at_state(file: BinaryIO, place: Stretch, layers: Sequence[Layer]) -> Fo
     if label.format != FORMAT:
         raise UserError(f"{NAME} has the format {echo(label.format)}, and {FORMAT!r} is read here: update the server")
     spec = label.spec
+    if spec.is_full:
+        raise UnsupportedError(f"{NAME} is of a run that trains all weights (rank 0), which can't be imported here")
     ranks, alphas = (spec.rank, *dict(spec.options.ranks).values()), (spec.alpha, *dict(spec.options.alphas).values())
     are_good = all(rank >= 1 for rank in ranks) and all(math.isfinite(alpha) and alpha > 0 for alpha in alphas)
     if not are_good or not 0 <= label.step <= MAX_STEP or not 0 <= spec.options.dropout < 1:
