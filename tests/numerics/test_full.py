@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,10 @@ from tests.numerics.lab import (
     spec,
 )
 from tinsmith.bases import BaseRef, describe
-from tinsmith.errors import NoMemoryError, TooLargeError, UserError
+from tinsmith.checkpoint_file import dump_state
+from tinsmith.errors import NoMemoryError, TooLargeError, UnsupportedError, UserError
+from tinsmith.importing.archive import Stretch
+from tinsmith.importing.state import look_at_state
 from tinsmith.model import BaseModel
 from tinsmith.training import Trainer
 from tinsmith.types import AdamParams, Datum, Failure, OpId, OptimItem, RunId, RunState
@@ -163,3 +167,9 @@ def test_what_does_not_fit_is_refused_with_the_memory_it_would_need(
     assert not poor.has_run(RunId("f"))
     monkeypatch.setattr(poor._full, "_free_bytes", lambda: 20 * num_params)
     poor.create_run(FULL)
+
+
+def test_its_state_is_not_imported(base: BaseModel) -> None:
+    stored = dump_state(full_trainer(base).export_run(RunId("f")))
+    with pytest.raises(UnsupportedError, match="trains all weights"):
+        look_at_state(io.BytesIO(stored), Stretch(0, len(stored)), ())

@@ -53,8 +53,8 @@ def look_at_state(file: BinaryIO, place: Stretch, layers: Sequence[Layer]) -> Fo
     if label.format != FORMAT:
         raise UserError(f"{NAME} has the format {echo(label.format)}, and {FORMAT!r} is read here: update the server")
     spec = label.spec
-    if spec.rank == 0:
-        raise UnsupportedError(f"{NAME} is of a run that trains the base's own weights, which can't be imported")
+    if spec.is_full:
+        raise UnsupportedError(f"{NAME} is of a run that trains all weights (rank 0), which can't be imported here")
     ranks, alphas = (spec.rank, *dict(spec.options.ranks).values()), (spec.alpha, *dict(spec.options.alphas).values())
     are_good = all(rank >= 1 for rank in ranks) and all(math.isfinite(alpha) and alpha > 0 for alpha in alphas)
     if not are_good or not 0 <= label.step <= MAX_STEP or not 0 <= spec.options.dropout < 1:
