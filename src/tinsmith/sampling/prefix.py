@@ -40,14 +40,17 @@ class PrefixCache:
         load: Callable[[int, Kept], None],
         end: int,
         pictures: Sequence[Picture] = (),
+        may_cut: Callable[[int], bool] = lambda position: True,
     ) -> int:
         """Hand what is known of a beginning of `tokens` with its pictures to `load`, with the position at which it
-        begins, never beyond position `end`; how many tokens that was."""
+        begins, never beyond position `end`; how many tokens that was. may_cut: where it may end."""
         found: list[bytes] = []
         for key in self._keys(line, tokens, end // self._grid if self._pieces else 0, pictures):
             if key not in self._pieces:
                 break
             found.append(key)
+        while not may_cut(len(found) * self._grid):
+            found.pop()
         for index, key in enumerate(found):
             load(index * self._grid, self._pieces[key])
         self._use(found)

@@ -17,10 +17,13 @@ from tinsmith.model.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 from tinsmith.model.families.family import Family
+from tinsmith.model.vision.kind import VisionKind
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "vision_of"]
 
 FAMILIES = (
     llama.FAMILY,
@@ -29,6 +32,8 @@ FAMILIES = (
     qwen2.FAMILY,
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    qwen3_vl.FAMILY,
+    qwen3_vl_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
@@ -45,3 +50,9 @@ def family_of(config: PretrainedConfig) -> Family:
         if kinds & set(family.model_types):
             return family
     return Family(title=str(config.model_type), model_types=(str(config.model_type),))
+
+
+def vision_of(config: PretrainedConfig) -> VisionKind | None:
+    """How a whole model looks at pictures; None: it has no vision, or none that is known."""
+    vision = family_of(config).vision
+    return vision if vision is not None and config.model_type in vision.model_types else None
