@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.errors import ConfigError, echo
+from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
 
@@ -26,15 +27,18 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 MAX_HEADER_BYTES = 100 * 2**20
 ATTN_PARTS = frozenset(
-    {"self_attn", "attn", "attention", "self_attention"}
+    {"self_attn", "attn", "attention", "self_attention", "linear_attn"}
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
+TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
-ROUTERS = frozenset({"gate", "router"})  # beside the experts
+GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are never trained
+ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
-GROUPS = ("attn", "mlp", "unembed")  # of layers, as in `types.Targets`
+
+QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -167,8 +171,9 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
-        vision=read_vision(path, config),
-        **_widths(path, inner, shares_factors=shares_factors),
+        num_params=num_params(path),
+        vision=read_vision(path, config) if config.get("model_type") in SHOWN else None,
+        layer_widths=_widths(path, inner, shares_factors=shares_factors),
     )
 
 
@@ -184,6 +189,26 @@ def num_params(path: Path) -> int:
         ConfigError: a header can't be read.
     """
     return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the directory's safetensors files, by name. Raises: ConfigError: a header can't be read."""
+    return {name: tuple(shape) for file in weight_files(path) for name, shape in _shapes(file).items()}
+
+
+def text_model_type(path: Path) -> str:
+    """`model_type` of the text model. Raises: ConfigError: config.json can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
+
+
+def is_quantised(path: Path) -> bool:
+    """Whether config.json says so. Raises: ConfigError: it can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, dict) else [config]
+    return any(part.get(name) for part in parts for name in QUANTISATION)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -250,12 +275,12 @@ def _is_head_tied(path: Path) -> bool:
     return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
 
 
-def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> dict[str, Any]:
+def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> tuple[tuple[str, str, int], ...]:
     """Inputs and outputs of the linear layers, by the group that their names put them in; a head without weights of its
     own has the embedding's. Routers, and layers beyond those of the model, carry no adapters.
 
     Returns:
-        The fields of a BaseInfo that begin with `attn_`, `mlp_`, `unembed_` and `layer_`.
+        `BaseInfo.layer_widths`.
     """
     depth = config.get("num_hidden_layers")
     shapes = {
@@ -277,9 +302,10 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
     for name, shape in shapes.items():
         parent, _, layer = name.removesuffix(".weight").rpartition(".")
         is_router = parent in mixtures and layer in ROUTERS
-        if len(shape) != 2 or not name.endswith(".weight") or is_router or OF_EXPERTS.match(name):
-            continue
         parts = set(name.split("."))
+        is_apart = is_router or bool(parts & TOWER_PARTS) or OF_EXPERTS.match(name)
+        if len(shape) != 2 or not name.endswith(".weight") or is_apart:
+            continue
         if parts & ATTN_PARTS:
             widths["attn", layer] += sum(shape)
         elif parts & MLP_PARTS:
@@ -292,10 +318,7 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
         for layer in EXPERT_LAYERS:
             widths["mlp", layer] += _expert_width(config, number, shares_factors=shares_factors)
     widths["unembed", HEAD] = widths["unembed", HEAD] or embedding
-    of_groups = {f"{group}_width": 0 for group in GROUPS}
-    for (group, _), width in widths.items():
-        of_groups[f"{group}_width"] += width
-    return {**of_groups, "layer_widths": tuple((*names, width) for names, width in sorted(widths.items()))}
+    return tuple((*names, width) for names, width in sorted(widths.items()))
 
 
 def _expert_width(config: Mapping[str, Any], number: int, *, shares_factors: bool) -> int:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
@@ -20,6 +24,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -34,17 +40,33 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 VOCAB = 211
 COMMON: dict[str, Any] = {
@@ -58,6 +80,16 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
+AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+IMAGE = 207  # the placeholder of models with vision
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+    "initializer_range": 0.1,
+}  # fmt: skip
+QWEN_MARKS = {
+    "image_token_id": IMAGE, "video_token_id": 208, "vision_start_token_id": 209, "vision_end_token_id": 210,
+}  # fmt: skip
 
 # what people call them
 TITLES = {
@@ -65,7 +97,9 @@ TITLES = {
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
-    "llama4": "Llama 4 (text)",
+    "llama4": "Llama 4 (text)", "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3", "qwen3_vl_moe": "Qwen3-VL-MoE",
+    "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -78,6 +112,19 @@ KIMI_K2_ROPE = {
     "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+# two of three layers keep a state
+QWEN_NEXT: dict[str, Any] = {
+    **COMMON, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+QWEN_NEXT["initializer_range"] = 0.04  # with 0.1, transformers in float32 is up to 1.4e-5 from itself in float64
+QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+MROPE = {**HALF_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 # config.json of families whose directories on the hub have another than transformers writes
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
@@ -149,6 +196,24 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             attn_temperature_tuning=True, floor_scale=16, attn_scale=0.3, rope_parameters=LLAMA3_ROPE,
         ),
     ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(**QWEN_NEXT, **QWEN_EXPERTS, mlp_only_layers=[1], rope_parameters=HALF_ROPE),
+    ),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN_NEXT, rope_parameters=MROPE, tie_word_embeddings=True)),
+    "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**QWEN_NEXT, **QWEN_EXPERTS, rope_parameters=MROPE)),
+    "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **QWEN_EXPERTS, mlp_only_layers=[1])),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**COMMON, num_experts=8, num_experts_per_tok=3)),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **COMMON, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.3, attention_multiplier=0.2,
+        ),
+    ),
+    "cohere2": (
+        Cohere2ForCausalLM,
+        Cohere2Config(**COMMON, sliding_window=12, logit_scale=0.4, layer_types=ONE_OF_TWO),
+    ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
     "ministral": (
         MinistralForCausalLM,
@@ -172,4 +237,45 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "olmo3": (Olmo3ForCausalLM, Olmo3Config(**COMMON, sliding_window=12, layer_types=ONE_OF_TWO)),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**COMMON, no_rope_layers=[1, 0])),
     "glm4": (Glm4ForCausalLM, Glm4Config(**COMMON, head_dim=16, partial_rotary_factor=0.5)),
+    "qwen3_vl": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig(
+            text_config={**COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE},
+            vision_config=QWEN_TOWER, tie_word_embeddings=True, **QWEN_MARKS,
+        ),
+    ),
+    "qwen3_vl_moe": (
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLMoeConfig(
+            text_config={
+                **COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE, "num_experts": 8, "num_experts_per_tok": 3,
+                "moe_intermediate_size": 48, "mlp_only_layers": [1],
+            },
+            vision_config=QWEN_TOWER, **QWEN_MARKS,
+        ),
+    ),
+    "gemma3_vl": (
+        Gemma3ForConditionalGeneration,
+        Gemma3Config(
+            text_config={
+                **COMMON, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 11, "layer_types": ONE_OF_TWO,
+            },
+            vision_config={
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "image_size": 32, "patch_size": 4,
+            },
+            mm_tokens_per_image=16, image_token_id=IMAGE, boi_token_id=209, eoi_token_id=210, initializer_range=0.1,
+        ),
+    ),
 }  # fmt: skip
+
+QWEN_PROCESSOR = Qwen2VLImageProcessorPil(
+    patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
+)
+
+# of those with vision: the image processor of their directory
+PROCESSORS: dict[str, Any] = {
+    "qwen3_vl": QWEN_PROCESSOR,
+    "qwen3_vl_moe": QWEN_PROCESSOR,
+    "gemma3_vl": Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+}

@@ -15,11 +15,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
+from tinsmith.model.families import vision_of
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
 from tinsmith.model.stored import Stored
 from tinsmith.model.weight_files import WeightFiles
@@ -105,8 +111,11 @@ def load_model(
 
 
 def _class_of(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class of a causal language model, and its part of the configuration."""
+    """The class of a causal language model, and its part of the configuration; the whole model where its vision is
+    known, or where there is no other form."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None or vision_of(config) is not None:
+        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), found)
     if found is None:
         raise UnsupportedError(f"{config.model_type!r} is no causal language model that transformers knows")
     model_class = cast(type[PreTrainedModel], found[0] if isinstance(found, (list, tuple)) else found)

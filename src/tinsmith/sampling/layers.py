@@ -21,9 +21,11 @@ from tinsmith.model import MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, PassC
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
+from tinsmith.model.delta import DeltaKind
 from tinsmith.model.linear import LinearGroup
 from tinsmith.model.lora import NO_ADAPTERS
 from tinsmith.model.norm import RMSNorm
+from tinsmith.model.vision import Sights
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -75,14 +77,18 @@ class LeanLayers:
         self._rotary = rotary
         self._norm = norm
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, context: PassContext, *, sights: Sights | None = None
+    ) -> Tensor:
         self._base.num_forwards += 1
-        x_TD = self._base.embed(tokens_T)
-        cos_1TE, sin_1TE = self._rotary(x_TD[None], positions_T[None])
+        x_TD = self._base.embed(tokens_T, sights)
+        cos_1TE, sin_1TE = self._rotary(x_TD[None], positions_T[..., None, :])
         cos_T1E, sin_T1E = cos_1TE[0, :, None], sin_1TE[0, :, None].clone()
         sin_T1E[..., : sin_T1E.shape[-1] // 2].neg_()
         for index, layer in enumerate(self._layers):
             x_TD = layer(index, x_TD, cos_T1E, sin_T1E, context)
+            if sights is not None and index < len(sights.deeper):
+                x_TD.index_add_(0, sights.rows_M, sights.deeper[index])
         return _normed(self._norm, x_TD)
 
 
@@ -154,6 +160,9 @@ class _Causal(OwnRoutes):
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        raise AssertionError("a model with states has other parts")
 
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         return NO_ADAPTERS

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 
 import structlog
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.errors import ConfigError, TinsmithError, UserError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
 from tinsmith.sampling.admission import Chunk
@@ -89,17 +90,22 @@ class Sampler:
         self._tokenizer = tokenizer
         with torch.inference_mode():
             shape = probe_kv_shape(base)
-        total = settings.kv_cache_mib * 2**20 // shape.block_bytes if kv_blocks is None else kv_blocks
-        self._limits = SampleLimits(base.info, total, shape.block_bytes)
-        if total < 1:
-            raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
         max_prefix_bytes = settings.prefix_cache_mib * 2**20
+        grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
+        shape = replace(shape, grid=grid if max_prefix_bytes else 0)
+        is_paged = base.device.type == "cuda" if is_paged is None else is_paged
+        total = settings.kv_cache_mib * 2**20 // shape.block_bytes if kv_blocks is None else kv_blocks
+        if is_paged and shape.states and kv_blocks is None:
+            total //= 2  # pages are taken at once, and states come beside them
+        self._limits = SampleLimits(base.info, total, shape.block_bytes, shape.state_blocks)
+        if total < 1 + shape.state_blocks:
+            least = self._limits.mib((1 + shape.state_blocks) * (2 if is_paged and shape.states else 1))
+            raise ConfigError(f"--kv-cache-mib must be at least {least} for {base.info.name}")
         kv: PagedKV[Sequence] | KVCache[Sequence] = KVCache(shape, total)
-        if base.device.type == "cuda" if is_paged is None else is_paged:
+        if is_paged:
             kv = PagedKV(shape, total, max_prefix_bytes)
         self.memory = Memory(kv, self._limits.max_need, keeps_all=settings.deterministic)
-        grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
-        self._prefixes = PrefixCache(grid, max_prefix_bytes)
+        self._prefixes = PrefixCache(grid, max_prefix_bytes, has_states=bool(shape.states))
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
@@ -154,6 +160,7 @@ class Sampler:
             UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
         """
         max_tokens = self._limits.max_tokens(item)
+        scene = self._base.scene(item.prompt, item.pictures)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
         self._num_submitted += 1
         request = Request(
@@ -164,6 +171,7 @@ class Sampler:
             streams=streams(item.seed, item.num_samples),
             scores=PromptScores(item),
             arrival=self._num_submitted,
+            scene=scene,
         )
         self._requests[item.op_id] = request
         if item.params.json_schema is None:
@@ -261,6 +269,10 @@ class Sampler:
             return False  # another chunk of the same request failed
         try:
             self._walker.prefill([chunk])
+        except UserError as error:
+            self._drop(request)
+            ended.append((request.item.op_id, error.as_failure()))
+            return False
         except Exception as error:
             self._fail(request, error, ended)
             return False
