@@ -304,7 +304,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--tenants", action="store_true", help="tenants that come and go, and a kill every minute")
-    parser.add_argument("--flag", nargs="*", default=[], help="more flags of the server, such as --threads=1")
+    parser.add_argument(
+        "--flag", action="append", default=[], help="one more flag of the server, such as --flag=--threads=1"
+    )
     return parser.parse_args()
 
 
