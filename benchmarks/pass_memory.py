@@ -29,9 +29,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tinsmith.bases import describe, parse
 from tinsmith.config import Settings
 from tinsmith.model import load_base
+from tinsmith.model.peak import PeakMeter
 from tinsmith.training import Trainer
 from tinsmith.training.budget import Budget
-from tinsmith.training.footprint import PeakMeter, measure
+from tinsmith.training.footprint import measure
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, TrainItem, TrainResult
 
 RANK = 32

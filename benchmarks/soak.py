@@ -11,9 +11,11 @@ more requests.
 
 With `--tenants` (`make soak`) they come and go, each with a key, a session and a run of its own for a while, and every
 minute a process is killed: the API process, a worker, both. Memory counts once a process is a while old. Besides, files
-that have an end (payloads, results, samplers' weights) must be flat, no request may be open for longer than `STUCK_S`,
-and clients without any retries of their own must see no error. What stays for good, a row a request and a snapshot a
-run, is no part of that; the size of the database by request is shown.
+that have an end (payloads, results, samplers' weights) must be flat, and so must the database: a minute after a request
+has ended nobody can ask for it, and its row goes, with the logs of runs that rest. No request may be open for longer
+than `STUCK_S`, and clients without any retries of their own must see no error. What stays for good is allowed for: some
+rows a tenant, of which an hour with 16 of them at a time makes about 5 MB, and two snapshots a run, no part of these
+files.
 
     python benchmarks/soak.py --minutes 60 --runs 64
     python benchmarks/soak.py --minutes 60 --runs 16 --tenants
@@ -101,7 +103,7 @@ def main() -> None:
         verdicts = [report(name, values) for name, values in readings.items()]
         is_flat = all(verdicts)
         trouble = {what: n for what, n in done.items() if n and (what == "errors" or what.startswith("stuck"))}
-        print(f"\nmemory and files are {'flat' if is_flat else '**not flat**'}; trouble: {trouble or 'none'}")
+        print(f"\nmemory, files and database are {'flat' if is_flat else '**not flat**'}; trouble: {trouble or 'none'}")
     raise SystemExit(0 if is_flat and not trouble else 1)
 
 
@@ -174,10 +176,12 @@ def kill(server: Server, stop: threading.Event, done: Counter[str]) -> None:
 
 
 def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, list[tuple[float, float]]]:
-    """(minutes, MiB) by kind of process, of those that are a while old, and of the files that have an end."""
-    readings: dict[str, list[tuple[float, float]]] = {"api": [], "worker": [], "files": []}
-    print("| minute | tenants | steps | api, MiB | worker, MiB | files, MiB | database, bytes a request | open, s |")
-    print("|---|---|---|---|---|---|---|---|")
+    """(minutes, MiB) by kind of process, of those that are a while old, of the files that have an end, and of the
+    database."""
+    readings: dict[str, list[tuple[float, float]]] = {"api": [], "worker": [], "files": [], "database": []}
+    heads = ("minute", "tenants", "steps", *(f"{name}, MiB" for name in readings), "in it, bytes a request", "open, s")
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     started, born = time.monotonic(), {}
     while (passed := time.monotonic() - started) < seconds:
         server.look()
@@ -186,8 +190,9 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
                 with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                     readings[name].append((passed / 60, resident_mib(pid)))
         readings["files"].append((passed / 60, files_mib(server.data_dir)))
+        readings["database"].append((passed / 60, (server.data_dir / "tinsmith.db").stat().st_size / 2**20))
         num_requests, oldest_s = ages(server.data_dir)
-        per_request = (server.data_dir / "tinsmith.db").stat().st_size / max(1, num_requests)
+        per_request = used_bytes(server.data_dir) / max(1, num_requests)
         done["stuck requests"] += num_open(server.data_dir, STUCK_S)
         now = " | ".join(f"{values[-1][1]:.1f}" if values else "" for values in readings.values())
         print(
@@ -213,6 +218,16 @@ def ages(data_dir: Path) -> tuple[int, float]:
         query = "SELECT (SELECT max(num) FROM ops), min(created_at) FROM ops WHERE state IN ('queued', 'running')"
         newest, oldest = database.execute(query).fetchone()
     return newest or 0, 0.0 if oldest is None else time.time() - oldest
+
+
+def used_bytes(data_dir: Path) -> int:
+    """Of the database's file, without the pages that are free for what comes next."""
+    with contextlib.closing(sqlite3.connect(f"file:{data_dir / 'tinsmith.db'}?mode=ro", uri=True)) as database:
+        size, pages, free = (
+            int(database.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_size", "page_count", "freelist_count")
+        )
+    return size * (pages - free)
 
 
 def num_open(data_dir: Path, for_s: float) -> int:

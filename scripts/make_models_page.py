@@ -20,17 +20,19 @@ FEATURES = {
     "export": ("the_exported_adapter",),
     "import": ("a_state_comes_back",),
     "merge": ("the_merged_model",),
+    "vision": (),  # all of its own file
 }
+VISION = "test_vision"
 DIFFERENCES = (
     "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
-    "merged, in transformers",
+    "merged, in transformers", "logprobs with pictures",
 )  # fmt: skip
 HEAD = """# Models
 
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
-all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter; those of experts
-it doesn't know yet, `tinker_cookbook.weights` merges those.
+all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter. `vision`: pictures
+in training and sampling.
 [How to add a family](../how-to/add-a-family.md).
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
@@ -65,8 +67,9 @@ def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], b
         if not own:
             continue
         is_good = case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
+        is_seeing = case.get("classname", "").endswith(VISION)
         for feature, tests in FEATURES.items():
-            if any(test in name for test in tests):
+            if feature == "vision" if is_seeing else any(test in name for test in tests):
                 passed[own[0], feature] = passed.get((own[0], feature), True) and is_good
         for entry in case.iter("property"):
             key = (own[0], entry.get("name", ""))

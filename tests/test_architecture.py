@@ -27,17 +27,18 @@ LAYERS = (
     {
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "lora_fields", "vision_files", "picture_files", "jsonform", "tls", "metrics", "series",
+        "adapter_files", "layer_table", "lora_fields", "vision_files", "picture_files", "jsonform", "tls", "metrics",
+        "series",
         "tracing", "otel",
     },
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export",
+        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export", "importing",
     },
     {"worker", "api"},
     {
         "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
-        "disk_command", "export_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
+        "disk_command", "export_command", "import_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
     },
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -33,6 +33,7 @@ from tinsmith.virtual_file import Piece, Span, VirtualFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+FULL = "model.safetensors"
 COMPLETE = "checkpoint_complete"
 PART = "param/"
 PREFIX = "base_model.model."
@@ -40,16 +41,20 @@ HEAD = "model.unembed_tokens"  # of a state; see model/layout.py
 OWN_HEAD = "lm_head"
 BLOCK = 512  # of a tar
 MAX_MEMBERS = 64
+TOWERS = r".*\b(vision_tower|vision_model|visual|multi_modal_projector)\..*"  # whose layers may be named as the trained
 
 Files = Mapping[str, VirtualFile]
 
 
 def adapter_files(state: StoredState, base: BaseInfo) -> Files:
-    """The files by name, in pieces of the stored state; its optimizer moments are left out.
+    """The files by name, in pieces of the stored state; its optimizer moments are left out. Of a full run, all
+    weights in one file.
 
     Raises:
         CorruptError: the state holds no weights, or a tensor that is no half of an adapter.
     """
+    if state.spec.is_full:
+        return {FULL: _weights(state)}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     spans: list[Piece] = []
     modules: dict[str, int] = {}
@@ -60,6 +65,8 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         module, _, half = tensor.name.removeprefix(PART).rpartition(".")
         if half not in ("lora_A", "lora_B"):
             raise CorruptError(f"the checkpoint holds {tensor.name[:200]!r}, which is no half of an adapter")
+        if len(tensor.shape) < 2:
+            raise CorruptError(f"the checkpoint's {tensor.name[:200]!r} is no matrix")
         name = OWN_HEAD if module == HEAD and not base.is_head_tied else module
         if half == "lora_A":
             modules[OWN_HEAD if module == HEAD else module] = tensor.shape[-2]
@@ -69,12 +76,31 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         end += tensor.size
     if not spans:
         raise CorruptError("the checkpoint holds no weights")
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
     return {
         CONFIG: VirtualFile([_config(state.spec, modules)]),
-        WEIGHTS: VirtualFile([struct.pack("<Q", len(header)) + header, *spans]),
+        WEIGHTS: VirtualFile([_header(entries), *spans]),
     }
+
+
+def _weights(state: StoredState) -> VirtualFile:
+    """Of a full run, under transformers' names."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spans: list[Piece] = []
+    end = 0
+    for tensor in state.tensors:
+        if tensor.name.startswith(PART):
+            offsets = [end, end + tensor.size]
+            entries[tensor.name.removeprefix(PART)] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": offsets}
+            spans.append(Span(tensor.offset, tensor.size))
+            end += tensor.size
+    return VirtualFile([_header(entries), *spans])
+
+
+def _header(entries: Mapping[str, Any]) -> bytes:
+    """Of a safetensors file."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def as_tar(files: Files, made_at: float) -> VirtualFile:
@@ -128,6 +154,7 @@ def _config(spec: RunSpec, modules: Mapping[str, int]) -> bytes:
     config = {
         "base_model_name_or_path": spec.base_model,
         "bias": "none",
+        **({"exclude_modules": TOWERS} if any("language_model." in module for module in modules) else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

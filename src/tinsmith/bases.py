@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.errors import ConfigError, echo
+from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
 
@@ -35,7 +36,6 @@ GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are n
 ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
-GROUPS = ("attn", "mlp", "unembed")  # of layers, as in `types.Targets`
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -168,8 +168,9 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         max_context=max_context,
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
-        vision=read_vision(path, config),
-        **_widths(path, inner, shares_factors=shares_factors),
+        num_params=num_params(path),
+        vision=read_vision(path, config) if config.get("model_type") in SHOWN else None,
+        layer_widths=_widths(path, inner, shares_factors=shares_factors),
     )
 
 
@@ -185,6 +186,18 @@ def num_params(path: Path) -> int:
         ConfigError: a header can't be read.
     """
     return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the directory's safetensors files, by name. Raises: ConfigError: a header can't be read."""
+    return {name: tuple(shape) for file in weight_files(path) for name, shape in _shapes(file).items()}
+
+
+def text_model_type(path: Path) -> str:
+    """`model_type` of the text model. Raises: ConfigError: config.json can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -251,12 +264,12 @@ def _is_head_tied(path: Path) -> bool:
     return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
 
 
-def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> dict[str, Any]:
+def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> tuple[tuple[str, str, int], ...]:
     """Inputs and outputs of the linear layers, by the group that their names put them in; a head without weights of its
     own has the embedding's. Routers, and layers beyond those of the model, carry no adapters.
 
     Returns:
-        The fields of a BaseInfo that begin with `attn_`, `mlp_`, `unembed_` and `layer_`.
+        `BaseInfo.layer_widths`.
     """
     depth = config.get("num_hidden_layers")
     shapes = {
@@ -293,10 +306,7 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> d
         for layer in EXPERT_LAYERS:
             widths["mlp", layer] += _expert_width(config, number, shares_factors=shares_factors)
     widths["unembed", HEAD] = widths["unembed", HEAD] or embedding
-    of_groups = {f"{group}_width": 0 for group in GROUPS}
-    for (group, _), width in widths.items():
-        of_groups[f"{group}_width"] += width
-    return {**of_groups, "layer_widths": tuple((*names, width) for names, width in sorted(widths.items()))}
+    return tuple((*names, width) for names, width in sorted(widths.items()))
 
 
 def _expert_width(config: Mapping[str, Any], number: int, *, shares_factors: bool) -> int:

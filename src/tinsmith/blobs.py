@@ -18,12 +18,13 @@ import hashlib
 import os
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
@@ -92,6 +93,16 @@ class Blobs:
         crash_point("blob.after_rename")
         sync_directory(path.parent)
         return BlobInfo(BlobKey(f"{key}.{digest.hexdigest()[:DIGEST_CHARS]}"), size, digest.hexdigest())
+
+    def scratch(self) -> BinaryIO:
+        """A file for what comes in and isn't checked yet, on the same disk; it has no name, and is gone once closed,
+        or with the process.
+
+        Raises:
+            OSError: the disk is full, or can't be written.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=self._root, prefix=TEMPORARY))
 
     def get(self, key: BlobKey) -> bytes:
         """The whole file.

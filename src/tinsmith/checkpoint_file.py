@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,21 +69,27 @@ def dump_state(state: RunState) -> bytes:
 
 def state_pieces(state: RunState) -> Iterator[memoryview]:
     """The same piece by piece, without a copy of the tensors: they must not change until the last one is taken."""
-    label = msgspec.json.encode(Label(FORMAT, state.step, state.spec)).decode()
-    header: dict[str, Any] = {METADATA: {ENTRY: label}}
-    offset = 0
-    for name, tensor in state.tensors.items():
-        end = offset + tensor.size * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = msgspec.json.encode(header)
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    yield memoryview(struct.pack("<Q", len(text)) + text)
+    shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
+    yield memoryview(state_header(state.spec, state.step, shapes))
     for _, group in itertools.groupby(state.tensors.items(), key=lambda named: named[0].partition("/")[0]):
         tensors = [tensor for _, tensor in group]
         whole = one_piece(tensors)
         for array in tensors if whole is None else [whole]:
             yield np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8).data
+
+
+def state_header(spec: RunSpec, step: int, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """What stands before the tensors, which follow in this order without gaps, little-endian float32."""
+    label = msgspec.json.encode(Label(FORMAT, step, spec)).decode()
+    header: dict[str, Any] = {METADATA: {ENTRY: label}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * 4
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = msgspec.json.encode(header)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 def load_state(data: bytes) -> RunState:

@@ -24,6 +24,7 @@ from tinsmith.disk_command import disk_command
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.export_command import export_command
 from tinsmith.flags import with_settings
+from tinsmith.import_command import import_command
 from tinsmith.keeping import backup_command, restore_command, verify_command
 from tinsmith.quota_commands import admin
 from tinsmith.serve import serve
@@ -100,6 +101,7 @@ app.command("disk")(disk_command)
 app.command("backup")(backup_command)
 app.command("restore")(restore_command)
 app.command("export")(export_command)
+app.command("import")(import_command)
 app.command("top")(top_command)
 
 

@@ -6,13 +6,13 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinsmith.config import LOOPBACK, client_address
+from tinsmith.config import LOOPBACK, Settings, client_address
 from tinsmith.datadir import DataDir
 from tinsmith.errors import (
     AuthError,
@@ -27,6 +27,7 @@ from tinsmith.errors import (
 from tinsmith.tls import trusting
 
 TIMEOUT_S = 30.0
+UPLOAD_TIMEOUT_S = 900.0  # for an answer that comes once all was looked at
 READY_TIMEOUT_S = 1.5
 PIECE_BYTES = 2**20
 BY_STATUS: dict[int, type[TinsmithError]] = {
@@ -79,6 +80,13 @@ class Client:
         if done < total:
             raise ConfigError(f"{self.url} ended the download after {done} of {total} bytes; try again")
 
+    def upload(self, path: str, query: Mapping[str, str], body: Iterator[bytes], num_bytes: int) -> Any:
+        """The JSON that POST of these bytes answers; `path` begins after /api/v1. Raises: as `call`."""
+        path = f"{path}?{urllib.parse.urlencode(query)}"
+        headers = {"Content-Length": str(num_bytes), "Content-Type": "application/x-tar"}
+        with self._open("POST", f"/api/v1{path}", body, headers=headers, timeout_s=UPLOAD_TIMEOUT_S) as answer:
+            return json.load(answer)
+
     def _send(self, method: str, path: str, data: bytes | None) -> bytes:
         with self._open(method, path, data) as answer:
             content: bytes = answer.read()
@@ -86,18 +94,29 @@ class Client:
 
     @contextmanager
     def _open(
-        self, method: str, path: str, data: bytes | None, accept: str = "application/json, text/plain"
+        self,
+        method: str,
+        path: str,
+        data: bytes | Iterator[bytes] | None,
+        accept: str = "application/json, text/plain",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> Iterator[HTTPResponse]:
-        headers = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": accept}
-        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
+        own = {"X-API-Key": self._key, "Content-Type": "application/json", "Accept": accept, **(headers or {})}
+        request = urllib.request.Request(f"{self.url}{path}", data, own, method=method)
         try:
-            with self._opener.open(request, timeout=TIMEOUT_S) as answer:
+            with self._opener.open(request, timeout=timeout_s) as answer:
                 yield answer
         except urllib.error.HTTPError as error:
             with error:
                 raise BY_STATUS.get(error.code, UserError)(_detail(error)) from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, BrokenPipeError | ConnectionResetError) and not isinstance(data, bytes | None):
+                raise ConfigError(
+                    f"{self.url} closed the connection before all was sent: it is more than the base could take, or "
+                    "the server stopped"
+                ) from None
             raise ConfigError(f"no server answers at {self.url} ({reason}); start one with `tinsmith serve`") from None
         except ValueError as error:  # of the URL
             raise ConfigError(f"{self.url!r} is no URL of a server: {error}") from None
@@ -129,6 +148,18 @@ def connect(data_dir: DataDir) -> Client:
     if not address[1]:
         raise ConfigError("TINKER_BASE_URL is set, but TINKER_API_KEY is not: export an administrator's key")
     return Client(*address)
+
+
+def server_of(data_dir: Path | None) -> Client:
+    """The server in TINKER_BASE_URL if a key for it is set, else the one on this machine.
+
+    Raises:
+        ConfigError: as `connect`.
+    """
+    address = client_address()
+    if address is not None and address[1]:
+        return Client(*address)
+    return connect(DataDir(Settings.load(data_dir=data_dir).data_dir))
 
 
 def _detail(error: urllib.error.HTTPError) -> str:

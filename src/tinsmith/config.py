@@ -127,6 +127,13 @@ class Settings(DoorSettings):
         unit="MiB",
         group="engine",
     )
+    picture_cache_mib: int = setting(
+        256,
+        "Memory for what the base model's vision made of pictures, so that each is looked at once; at least the last "
+        "is kept.",
+        unit="MiB",
+        group="engine",
+    )
     prefill_chunk_tokens: int = setting(
         512, "Prompt tokens computed in one sampler step.", unit="tokens", group="engine"
     )

@@ -24,6 +24,9 @@ class DoorSettings:
     public_url: str = setting("", "The URL under which clients reach this server, if not http://HOST:PORT.")
 
     lora_max_rank: int = setting(128, "Largest LoRA rank a run may ask for.", group="limits")
+    full_fine_tuning: bool = setting(
+        False, "Let runs of rank 0 train all weights of a base, in a float32 copy of their own.", group="limits"
+    )
     max_body_bytes: int = setting(
         256 * 2**20,
         "Largest body of a training request, as sent and decompressed; other requests are smaller.",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tinsmith.layer_table import Layer
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -65,6 +66,11 @@ class Engine(Protocol):
 
     @property
     def info(self) -> BaseInfo: ...
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Those that adapters may have, in the order in which they lie in a row."""
+        ...
 
     @property
     def pass_max_tokens(self) -> int:

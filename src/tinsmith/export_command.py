@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -10,18 +12,19 @@ from typing import Annotated
 
 import typer
 
+from tinsmith.bases import text_model_type, weight_shapes
 from tinsmith.byte_bar import byte_bar
-from tinsmith.client import Client, connect
-from tinsmith.config import Settings, client_address
-from tinsmith.datadir import DataDir
+from tinsmith.client import server_of
 from tinsmith.errors import ConfigError
-from tinsmith.export.adapter import Adapter, read_adapter, unpack, write_peft
-from tinsmith.wire.paths import SCHEME, parse_path
+from tinsmith.export.adapter import Adapter, read_adapter, unpack
+from tinsmith.export.peft_files import BaseShapes, write_peft
+from tinsmith.wire.paths import SCHEME, TinkerPath, parse_path
 
 
 class Format(StrEnum):
     PEFT = "peft"
     HF = "hf"
+    STATE = "state"
 
 
 class Dtype(StrEnum):
@@ -35,16 +38,27 @@ def export_command(
         str,
         typer.Argument(help="A checkpoint (tinker://RUN/weights/NAME), or a directory or tar that was downloaded."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="A new directory.")],
+    out: Annotated[Path, typer.Option("--out", help="A new directory; of --format state a new file.")],
     format_: Annotated[
-        Format, typer.Option("--format", help="peft: an adapter; hf: base and adapter merged into a whole model.")
+        Format,
+        typer.Option(
+            "--format",
+            help="peft: an adapter; hf: base and adapter merged into a whole model; state: weights, moments and step, "
+            "for `tinsmith import` elsewhere.",
+        ),
     ] = Format.PEFT,
     base: Annotated[
-        Path | None, typer.Option("--base", help="The base model's directory, as it was served; for --format hf.")
+        Path | None,
+        typer.Option("--base", help="The base model's directory, as it was served; for --format hf, and for experts."),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of the merged weights; as the base has them, if not given.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="ORG/NAME", help="Upload what was written to the Hugging Face hub too."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made for it is open to all.")] = False,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
     ] = None,
@@ -57,39 +71,80 @@ def export_command(
         raise ConfigError(f"{out} exists: name a new directory")
     if format_ is Format.HF and base is None:
         raise ConfigError("--format hf merges into a base model: name its directory with --base")
-    if format_ is Format.PEFT and (base is not None or dtype is not None):
-        raise ConfigError("--base and --dtype belong to --format hf; an adapter is float32, and has no base in it")
+    if format_ is not Format.HF and dtype is not None:
+        raise ConfigError("--dtype belongs to --format hf; an adapter is float32")
+    if public and push_to_hub is None:
+        raise ConfigError("--public belongs to --push-to-hub")
+    if format_ is Format.STATE and push_to_hub is not None:
+        raise ConfigError("a run's state is for `tinsmith import` elsewhere: push --format peft or hf")
+    if format_ is Format.STATE:
+        _fetch_state(source, out, data_dir)
+        return
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
-        adapter = _fetch(source, Path(scratch), data_dir)
-        if base is None:
-            out.mkdir(parents=True)
-            write_peft(adapter, out)
+        path = _fetch(source, Path(scratch), data_dir)
+        full = importlib.import_module("tinsmith.export.full") if base is not None and format_ is Format.HF else None
+        weights = None if full is None else full.find_full(path, Path(scratch))
+        if full is not None and weights is not None:
+            number = full.write_full(base, weights, out, dtype=None if dtype is None else dtype.value)
+            typer.echo(f"{out}: a model of {number} weights, all of them trained")
+        elif format_ is Format.PEFT:
+            adapter = _adapter_in(path, Path(scratch))
+            _write_peft(adapter, out, base)
             typer.echo(f"{out}: an adapter of {len(adapter.names)} layers")
-            return
-        with byte_bar("merging") as progress:
-            merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
-            changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
-    typer.echo(f"{out}: a model with {len(changed)} changed weights")
+        else:
+            assert base is not None
+            adapter = _adapter_in(path, Path(scratch))
+            with byte_bar("merging") as progress:
+                merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
+                changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
+            typer.echo(f"{out}: a model with {len(changed)} changed weights")
+    if push_to_hub is not None:
+        push = importlib.import_module("tinsmith.hub").push
+        typer.echo(f"pushed to {push(out, push_to_hub, is_public=public)}")
 
 
-def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Adapter:
+def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> None:
+    out.mkdir(parents=True)
+    try:
+        write_peft(adapter, out, None if base is None else BaseShapes(weight_shapes(base), text_model_type(base)))
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+
+
+def _fetch_state(source: str, out: Path, data_dir: Path | None) -> None:
+    """The checkpoint's file in a tar. It has its name once it is whole."""
+    wanted = parse_path(source)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with byte_bar("fetching") as progress, part.open("xb") as target:
+            server_of(data_dir).download(f"{_route(wanted)}?content=state", target, progress)
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
+    typer.echo(f"{out}: the state of {source}; `tinsmith import {out}` takes it to another server")
+
+
+def _route(wanted: TinkerPath) -> str:
+    return f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
+
+
+def _fetch(source: str, scratch: Path, data_dir: Path | None) -> Path:
+    """The checkpoint as a directory or a tar."""
     path = Path(source)
     if source.startswith(SCHEME):
         wanted = parse_path(source)
         path = scratch / "checkpoint.tar"
         with byte_bar("fetching") as progress, path.open("wb") as target:
-            route = f"/training_runs/{wanted.run_id}/checkpoints/{wanted.kind.value}/{wanted.name}/archive"
-            _client(data_dir).download(route, target, progress)
+            server_of(data_dir).download(_route(wanted), target, progress)
+    if not path.is_dir() and not path.is_file():
+        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
+    return path
+
+
+def _adapter_in(path: Path, scratch: Path) -> Adapter:
     if path.is_dir():
         return read_adapter(path)
-    if not path.is_file():
-        raise ConfigError(f"{source} is neither a checkpoint (tinker://...) nor a directory nor a file")
     unpack(path, scratch)
     return read_adapter(scratch)
-
-
-def _client(data_dir: Path | None) -> Client:
-    address = client_address()
-    if address is not None and address[1]:
-        return Client(*address)
-    return connect(DataDir(Settings.load(data_dir=data_dir).data_dir))

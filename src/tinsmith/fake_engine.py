@@ -17,7 +17,9 @@ import numpy as np
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
+from tinsmith.layer_table import Layer
 from tinsmith.pictures import Picture
+from tinsmith.route_tape import RouteArray, RouteTape, num_known
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -104,13 +106,18 @@ class FakeEngine:
     def info(self) -> BaseInfo:
         return self._info
 
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """None: its adapters are nobody else's."""
+        return ()
+
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._runs
 
     def create_run(self, spec: RunSpec) -> None:
         rng = np.random.default_rng(spec.seed)
-        parts = {part: np.zeros(spec.rank, np.float32) for part in PARTS}
-        parts["param"] = rng.standard_normal(spec.rank, dtype=np.float32)
+        parts = {part: np.zeros((spec.rank, 1), np.float32) for part in PARTS}
+        parts["param"] = rng.standard_normal((spec.rank, 1), dtype=np.float32)
         self._runs[spec.run_id] = _Run(spec, 0, parts)
 
     def run_bytes(self, spec: RunSpec) -> int:
@@ -129,11 +136,11 @@ class FakeEngine:
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         param = state.tensors[f"param/{MODULE}"]
-        if param.shape != (spec.rank,) or state.spec.targets != spec.targets:
+        if param.shape != (spec.rank, 1) or state.spec.targets != spec.targets:
             raise UserError(
                 f"the checkpoint has rank {state.spec.rank}, the run rank {spec.rank}: create a run of its rank"
             )
-        zero = np.zeros(spec.rank, np.float32)
+        zero = np.zeros((spec.rank, 1), np.float32)
         parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
         self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
 
@@ -163,6 +170,9 @@ class FakeEngine:
             for datum in item.data:
                 run.parts["grad"] += np.float32(datum.tokens.mean() / self._info.vocab_size + _look(datum.pictures))
         metrics = {"loss:sum": total, "pass_runs:max": float(num_runs), "pass_tokens:max": float(num_tokens)}
+        num_replayed = sum(num_known(datum.routes) for datum in item.data)
+        if num_replayed:
+            metrics["routes_replayed:sum"] = float(num_replayed)
         return TrainResult(tuple(logprobs), metrics)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
@@ -257,7 +267,8 @@ class FakeEngine:
                 ids, logprobs = _likeliest(length, item.topk_sample_logprobs)
                 sequence = replace(sequence, topk_tokens=ids, topk_logprobs=logprobs)
             sequences.append(sequence)
-        return _with_scores(SampleResult(tuple(sequences)), item)
+        routes = None if not item.records_routes else RouteTape(_routes(item.prompt), tuple(map(_routes_of, sequences)))
+        return _with_scores(SampleResult(tuple(sequences), routes=routes), item)
 
 
 def _with_scores(result: SampleResult, item: SampleItem) -> SampleResult:
@@ -279,6 +290,15 @@ def _with_scores(result: SampleResult, item: SampleItem) -> SampleResult:
         ids, drawn = _likeliest(num_prompt - 1, k)
         result = replace(result, prompt_alt_tokens=ids.astype(np.int64), prompt_alt_logprobs=drawn)
     return result
+
+
+def _routes(tokens: TokenArray) -> RouteArray:
+    """As if a token's number chose one of 8 experts in two layers: [N, 2, 1]."""
+    return np.stack([tokens % 8, tokens // 8 % 8], 1).astype(np.int16)[..., None]
+
+
+def _routes_of(sequence: SampledSequence) -> RouteArray:
+    return _routes(sequence.tokens[:-1])
 
 
 def _look(pictures: Sequence[Picture]) -> float:

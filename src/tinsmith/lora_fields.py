@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from tinsmith.errors import UserError
-from tinsmith.lora_options import LoraOptions
-from tinsmith.types import DEFAULT_ALPHA, BaseInfo, RunSpec, Targets
+from tinsmith.lora_options import DEFAULT_ALPHA, LoraOptions
+from tinsmith.types import BaseInfo, RunSpec
 
 PREFIX = "tinsmith."
 ALPHA, RSLORA = "tinsmith.lora_alpha", "tinsmith.use_rslora"
@@ -80,8 +80,15 @@ def read_extras(metadata: Mapping[str, str], max_rank: int) -> Extras:
     )
 
 
-def check_names(options: LoraOptions, targets: Targets, info: BaseInfo) -> None:
-    """Raises: UserError: the options name a layer that this base hasn't, or that the run doesn't train."""
+def check_extras(spec: RunSpec, info: BaseInfo) -> None:
+    """
+    Raises:
+        UserError: the options name a layer that this base hasn't, or that the run doesn't train; or the run has no
+            adapter.
+    """
+    options, targets = spec.options, spec.targets
+    if spec.is_full and extra_fields(spec):
+        raise UserError(f"{next(iter(extra_fields(spec)))} is of adapters, and a run of rank 0 has none: leave it out")
     of_groups = {group for group in ("attn", "mlp", "unembed") if getattr(targets, group)}
     known = of_groups | {layer for group, layer, _ in info.layer_widths if group in of_groups}
     unknown = sorted(options.names - known)
@@ -111,6 +118,8 @@ def extra_fields(spec: RunSpec) -> dict[str, str]:
 
 def shape_text(spec: RunSpec) -> str:
     """Rank, layers and options, for messages."""
+    if spec.is_full:
+        return "all weights (rank 0)"
     groups = "+".join(name for name in ("attn", "mlp", "unembed") if getattr(spec.targets, name))
     more = "".join(f", {name.removeprefix(PREFIX)} {value}" for name, value in extra_fields(spec).items())
     return f"rank {spec.rank} on {groups}{more}"

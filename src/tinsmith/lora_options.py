@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+DEFAULT_ALPHA = 32.0
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:

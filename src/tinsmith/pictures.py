@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 QWEN3_VL, QWEN3_VL_MOE, GEMMA3, LLAMA4 = "qwen3_vl", "qwen3_vl_moe", "gemma3", "llama4"
-KINDS = (QWEN3_VL, QWEN3_VL_MOE, GEMMA3, LLAMA4)
+SHOWN = (QWEN3_VL, QWEN3_VL_MOE, GEMMA3)  # kinds that the engine can show pictures to; Llama 4's are only counted
 MAX_ASPECT = 200  # of Qwen's smart_resize
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
@@ -48,12 +48,17 @@ class Picture:
         return self.start + self.num_tokens
 
 
+def tokens_of(pictures: Iterable[Picture]) -> int:
+    """Of all of them together."""
+    return sum(picture.num_tokens for picture in pictures)
+
+
 @dataclass(frozen=True, slots=True)
 class VisionInfo:
     """What of a model's config.json and preprocessor_config.json decides sizes and placeholders; sizes in pixels.
 
-    kind: the model_type of the whole model, one of KINDS. Every `image_token` among the placeholders stands for one
-    embedding of the picture; the other placeholders are ordinary tokens. What is 0 has no meaning for the kind.
+    kind: the model_type of the whole model, one of the four above. Every `image_token` among the placeholders stands
+    for one embedding of the picture; the other placeholders are ordinary tokens. What is 0 has no meaning for the kind.
 
     An image chunk stands for what lies between the model's begin and end of an image; those two are text.
     chat_text: what the model's chat template writes for a picture. expansion: the text to put in its place before it is

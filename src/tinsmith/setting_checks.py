@@ -21,7 +21,7 @@ POSITIVE = (
     "max_pictures", "max_picture_bytes", "max_picture_pixels", "picture_fetch_s",
 )  # fmt: skip
 MAY_BE_ZERO = (
-    "prefix_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
+    "prefix_cache_mib", "picture_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
     "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "max_tenant_disk_mib",
     "min_free_disk_mib", "pass_timeout_s", "metrics_tenants",
 )  # fmt: skip

@@ -14,14 +14,15 @@ import torch
 
 from tinsmith.checkpoint_file import aligned_row
 from tinsmith.config import Settings
+from tinsmith.engine import TrainingPass
 from tinsmith.errors import UnsupportedError
-from tinsmith.model import load_base
+from tinsmith.layer_table import Layer
+from tinsmith.model import BaseModel, load_base
 from tinsmith.model.device import choose_device, choose_dtype
 from tinsmith.model.row_probe import uneven_products, uneven_routers
 from tinsmith.sampling import Sampler
 from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
-from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -82,6 +83,8 @@ class TorchEngine:
             weights=settings.base_weights,
             progress=progress,
         )
+        if self._base.eyes is not None:
+            self._base.eyes.max_bytes = settings.picture_cache_mib * 2**20
         forms = self._base.bytes_by_form()
         mib = {form: round(num_bytes / 2**20) for form, num_bytes in forms.items()}
         log.info("base model loaded", base=info.name, device=str(device), dtype=str(dtype), weights_mib=mib)
@@ -109,6 +112,10 @@ class TorchEngine:
     @property
     def info(self) -> BaseInfo:
         return self._base.info
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return layers_of(self._base)
 
     @property
     def base_bytes(self) -> int:
@@ -158,7 +165,7 @@ class TorchEngine:
     def drop_run(self, run_id: RunId) -> None:
         self._trainer.drop_run(run_id)
 
-    def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+    def start_pass(self, items: Sequence[TrainItem]) -> TrainingPass:
         return self._trainer.start_pass(items)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
@@ -200,3 +207,11 @@ class TorchEngine:
 
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
         return self._sampler.progress(since)
+
+
+def layers_of(base: BaseModel) -> Sequence[Layer]:
+    """What the API is told of the base's layers."""
+    return [
+        Layer(i.name, i.group, i.in_features, i.out_features, i.lead, i.num_a, i.num_b, i.interleaves)
+        for i in base.linears
+    ]

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinsmith import lora_options
-from tinsmith.lora_options import PLAIN, LoraOptions
+from tinsmith.lora_options import DEFAULT_ALPHA, PLAIN, LoraOptions
 from tinsmith.loss_graph import LossGraph
-from tinsmith.pictures import Picture, VisionInfo
+from tinsmith.pictures import Picture, VisionInfo, tokens_of
 from tinsmith.route_tape import RouteArray, RouteTape
 
 TenantId = NewType("TenantId", str)
@@ -27,7 +27,6 @@ RunId = NewType("RunId", str)  # "<session>:train:<model_seq_id>": clients deriv
 SamplerId = NewType("SamplerId", str)  # "<session>:sample:<sampling_session_seq_id>"
 OpId = NewType("OpId", str)  # what the wire calls request_id
 BlobKey = NewType("BlobKey", str)  # always begins with the tenant
-DEFAULT_ALPHA = 32.0
 Targets = lora_options.Targets
 
 IntArray = npt.NDArray[np.int64]
@@ -102,7 +101,7 @@ class OpState(StrEnum):
 class RunStatus(StrEnum):
     """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state.
 
-    COPY: made to hold a copied checkpoint, and can't be trained.
+    COPY: made to hold copied or imported checkpoints, and can't be trained.
     """
 
     CREATING = "creating"
@@ -131,6 +130,11 @@ class RunSpec:
     targets: Targets = field(default_factory=Targets)
     alpha: float = DEFAULT_ALPHA  # what the adapter computes is scaled by alpha / rank, but see the options
     options: LoraOptions = PLAIN
+
+    @property
+    def is_full(self) -> bool:
+        """No adapter: all weights of the base, in a copy of the run's own."""
+        return self.rank == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +198,8 @@ class TrainItem:
 
     @property
     def work(self) -> int:
-        """Tokens, and what its loss costs beside them."""
-        return sum(self.loss.work(d.num_tokens) for d in self.data)
+        """Tokens, those of pictures twice, and what its loss costs beside them."""
+        return sum(self.loss.work(d.num_tokens + tokens_of(d.pictures)) for d in self.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,16 +386,14 @@ class BaseInfo:
     max_context: int
     eos_tokens: tuple[int, ...]
     is_head_tied: bool = False  # the output head is the embedding and has no weights of its own
-    attn_width: int = 0  # inputs and outputs of all linear layers of attention together; 0: not known
-    mlp_width: int = 0
-    unembed_width: int = 0
-    layer_widths: tuple[tuple[str, str, int], ...] = ()  # the same by group and last part of the path
+    layer_widths: tuple[tuple[str, str, int], ...] = ()  # group, last part of the path, inputs and outputs of all such
+    num_params: int = 0
     vision: VisionInfo | None = None  # None: pictures are refused
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers
-        (Hu et al. 2021, section 4.1)."""
-        on, rank = spec.targets, spec.rank
-        width = self.attn_width * on.attn + self.mlp_width * on.mlp + self.unembed_width * on.unembed
-        chosen = [layer for layer in self.layer_widths if spec.options.ranks and getattr(on, layer[0])]
-        return 4 * (rank * width + sum((spec.options.rank_of(g, name, rank) - rank) * size for g, name, size in chosen))
+        (Hu et al. 2021, section 4.1). Of a full run, all of the base's."""
+        if spec.is_full:
+            return 4 * self.num_params
+        layers = [layer for layer in self.layer_widths if getattr(spec.targets, layer[0])]
+        return 4 * sum(size * spec.options.rank_of(group, name, spec.rank) for group, name, size in layers)

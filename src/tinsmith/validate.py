@@ -148,8 +148,19 @@ def check_seed(seed: int | None) -> None:
 
 
 def check_lora(rank: int, seed: int | None, targets: Targets, settings: Settings) -> None:
-    """Raises: UserError: naming the largest rank."""
-    if not 1 <= rank <= settings.lora_max_rank:
+    """Rank 0 stands for full fine-tuning.
+
+    Raises:
+        UserError: naming the largest rank.
+    """
+    if rank == 0 and settings.full_fine_tuning and targets != Targets():
+        raise UserError("rank 0 trains all weights: leave out train_attn, train_mlp and train_unembed")
+    if rank == 0 and not settings.full_fine_tuning:
+        raise UserError(
+            f"rank 0 is full fine-tuning, which this server doesn't offer (--full-fine-tuning): rank must lie in "
+            f"1..{settings.lora_max_rank}, not 0"
+        )
+    if not 0 <= rank <= settings.lora_max_rank:
         raise UserError(f"rank must lie in 1..{settings.lora_max_rank}, not {rank}")
     if not (targets.attn or targets.mlp or targets.unembed):
         raise UserError("nothing to train: set at least one of train_attn, train_mlp and train_unembed")

@@ -28,7 +28,7 @@ LEFTOVER_AFTER_S = 3600.0
 _CURES = {
     Naming.PAYLOAD: "the request can't be carried out: restore a backup, or go on from a checkpoint of its run",
     Naming.RESULT: "with --repair the request says that its result is gone",
-    Naming.ROUTES: "training on what was sampled then fails by name: sample again, or leave out the provenance",
+    Naming.ROUTES: "with --repair, training on what was sampled has its experts chosen anew",
     Naming.PIN: "its run can't be computed again from its log: restore a backup, or go on from another checkpoint",
     Naming.SNAPSHOT: "its run can't be loaded: restore a backup, or go on from a checkpoint in a new run",
     Naming.PREVIOUS: "nothing is lost as long as the newest is whole; the next snapshot takes its place",
@@ -161,6 +161,8 @@ def _finding(
     mend: Callable[[], None] | None = None
     if reference.naming is Naming.RESULT:
         mend = partial(store.upkeep.give_up_result, OpId(reference.owner))
+    elif reference.naming is Naming.ROUTES:
+        mend = partial(store.upkeep.give_up_routes, OpId(reference.owner))
     elif reference.naming is Naming.SNAPSHOT:
         spare = store.upkeep.spare(reference.owner)
         if spare is not None and spare.blob not in suspects:

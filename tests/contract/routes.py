@@ -163,6 +163,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
             Probe("POST", "/copy_weights", {"source_path": at.sampler_path, **my_run, "model_seq_id": seq_id + 100}),
             Probe("POST", "/copy_weights", {"source_path": mine.path, **new_run, "model_seq_id": seq_id + 200}),
         ],
+        "POST /import_weights": [],
         "GET /oai/api/v1/models": [],
         "GET /oai/api/v1/models/{model:path}": [Probe("GET", f"/oai/api/v1/models/{quote(at.sampler_path, safe='')}")],
         "POST /oai/api/v1/chat/completions": [Probe("POST", "/oai/api/v1/chat/completions", {**chat, "n": 2})],

@@ -17,6 +17,7 @@ import zstandard
 
 from tests.contract.conftest import BASE
 from tests.contract.streams import Stream
+from tests.paint import png
 from tinsmith.api import auth
 from tinsmith.api.express import Express
 from tinsmith.bell import Ringer
@@ -99,10 +100,14 @@ def run_id(api: Any, worker: Any) -> str:
     return str(made)
 
 
-def training(run_id: str, seq_id: int, *, loss: str = "cross_entropy", tokens: int = 4) -> bytes:
+def training(
+    run_id: str, seq_id: int, *, loss: str = "cross_entropy", tokens: int = 4, picture: bytes | None = None
+) -> bytes:
     request = pb.ForwardBackwardRequest(model_id=run_id, seq_id=seq_id, loss_fn=loss)
     datum = request.data.add()
     datum.model_input.add().encoded_text.tokens = np.arange(tokens, dtype="<i4").tobytes()
+    if picture is not None:
+        datum.model_input.add().image.data = picture
     target = datum.loss_fn_inputs["target_tokens"]
     target.dense, target.dtype = np.arange(tokens, dtype="<i8").tobytes(), pb.DT_I64
     target.shape.append(tokens)
@@ -168,6 +173,7 @@ def test_what_is_not_plain_goes_to_the_routes(wire: Wire, run_id: str, house: An
         ("forward_backward", b"\xff\xff", "application/x-protobuf", {}),
         ("forward_backward", training(run_id, 1, loss="custom"), "application/x-protobuf", {}),
         ("forward_backward", training(run_id, 1), "application/x-protobuf", {"content-encoding": "br"}),
+        ("forward_backward", training(run_id, 2, picture=png()), "application/x-protobuf", {}),
         ("create_session", b"{}", "application/json", {}),
     ):
         assert wire.ask(wire.fast, path, body, media, **headers)[0] in (200, 400, 410), path

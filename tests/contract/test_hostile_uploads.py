@@ -22,7 +22,8 @@ MIB = 2**20
 GB = 10**9
 WITHIN_S = 1.0
 WITH_BODY = [r for r in closed_routes() if r.startswith(("POST", "PUT")) and not r.endswith("/publish")]
-JSON_ROUTES = [r for r in WITH_BODY if r not in ("POST /forward_backward", "POST /telemetry", "POST /auth/token")]
+NO_JSON = ("POST /forward_backward", "POST /import_weights", "POST /telemetry", "POST /auth/token")
+JSON_ROUTES = [r for r in WITH_BODY if r not in NO_JSON]
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,21 @@ def test_a_session_that_another_key_opened_is_ended_with_scope_full(
             assert next_one.send("POST", f"/sessions/{own}/finish", json={}).status_code == 200
 
 
+@pytest.mark.parametrize("scope", [Scope.READ, Scope.SAMPLE])
+def test_heartbeats_of_another_key_count_with_scope_full_alone(
+    stand: tuple[House, str], admin: Raw, scope: Scope
+) -> None:
+    """Else who only looks keeps sessions, their seats and their runs for ever."""
+    full, less = make(admin)["secret"], make(admin, scope=scope)["secret"]
+    with closing(Raw(stand[1], full)) as owner, closing(Raw(stand[1], less)) as weak:
+        theirs, own = owner.session(), weak.session()
+        refused = weak.send("POST", "/session_heartbeat", json={"session_id": theirs})
+        assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert weak.send("POST", "/session_heartbeat", json={"session_id": "s0"}).status_code == 404
+        for key, session in ((weak, own), (owner, own), (owner, theirs)):
+            assert key.send("POST", "/session_heartbeat", json={"session_id": session}).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "\x9b31m", "\u202eb"])
 def test_names_that_move_a_cursor_are_refused(admin: Raw, name: str) -> None:
     """They stand in lists, logs and labels of figures."""

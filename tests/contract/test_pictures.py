@@ -253,6 +253,25 @@ def test_anthropic_s_client_shows_pictures(client: tinker.ServiceClient, service
             chat.messages.create(model=NAME, messages=messages, max_tokens=8)
 
 
+def test_a_large_body_is_pictures_and_not_values(service: Service) -> None:
+    with httpx.Client(base_url=f"{service.url}/api/v1", headers={"X-API-Key": service.key}, timeout=60) as plain:
+        session = plain.post("/create_session", json={"tags": [], "user_metadata": {}, "sdk_version": "t"}).json()
+        asked = {"session_id": session["session_id"], "sampling_session_seq_id": 0, "base_model": NAME}
+        sampler = plain.post("/create_sampling_session", json=asked).json()["sampling_session_id"]
+        large = png() + bytes(7 << 20)  # 9.8 MB as base64; what follows its end is ignored
+        picture = {"type": "image", "format": "png", "data": base64.b64encode(large).decode()}
+        body: dict[str, Any] = {
+            "sampling_session_id": sampler,
+            "prompt": {"chunks": [picture]},
+            "sampling_params": {"max_tokens": 1},
+        }
+        assert plain.post("/asample", json={"seq_id": 0, **body}).status_code == 200
+        values = b'{"prompt": [' + b"1," * 8_400_000 + b"1]}"
+        refused = plain.post("/asample", content=values, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 413
+        assert "values" in refused.json()["detail"]
+
+
 def test_placeholders_are_counted_as_tokens_and_no_picture_is_logged(
     client: tinker.ServiceClient, service: Service
 ) -> None:

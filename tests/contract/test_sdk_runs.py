@@ -135,3 +135,8 @@ def test_fields_that_cannot_be_are_refused_by_name(service: Service, fields: dic
     with pytest.raises(tinker.RequestFailedError, match=message) as caught:
         make(service, rank=8, user_metadata=fields)
     assert caught.value.category == types.RequestErrorCategory.User
+
+
+def test_full_fine_tuning_is_off_unless_it_is_set(service: Service) -> None:
+    with pytest.raises(tinker.RequestFailedError, match=r"full fine-tuning, which .*1\.\.128"):
+        make(service, rank=0)

@@ -190,10 +190,10 @@ def metered(service: Service) -> dict[str, int]:
 
 def answers(journal: Journal) -> list[Any]:
     """What the client was told, without what depends on who shared its passes."""
-    return [_meaning(ask.kind, journal.results[ask.number]) for ask in asks(iter(range(journal.steps)))]
+    return [meaning(ask.kind, journal.results[ask.number]) for ask in asks(iter(range(journal.steps)))]
 
 
-def _meaning(kind: str, result: bytes) -> Any:
+def meaning(kind: str, result: bytes) -> Any:
     if kind == "forward_backward":
         output = pb.ForwardBackwardOutput.FromString(result)
         return [output.loss_fn_outputs[0].fields["logprobs"].data, output.metrics["loss:sum"]]

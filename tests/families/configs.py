@@ -14,7 +14,9 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
@@ -56,9 +58,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 VOCAB = 211
 COMMON: dict[str, Any] = {
@@ -72,6 +80,16 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
+AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+IMAGE = 207  # the placeholder of models with vision
+QWEN_TOWER: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+    "initializer_range": 0.1,
+}  # fmt: skip
+QWEN_MARKS = {
+    "image_token_id": IMAGE, "video_token_id": 208, "vision_start_token_id": 209, "vision_end_token_id": 210,
+}  # fmt: skip
 
 # what people call them
 TITLES = {
@@ -81,6 +99,7 @@ TITLES = {
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
     "llama4": "Llama 4 (text)", "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
     "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
+    "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3", "qwen3_vl_moe": "Qwen3-VL-MoE",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -218,4 +237,45 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "olmo3": (Olmo3ForCausalLM, Olmo3Config(**COMMON, sliding_window=12, layer_types=ONE_OF_TWO)),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**COMMON, no_rope_layers=[1, 0])),
     "glm4": (Glm4ForCausalLM, Glm4Config(**COMMON, head_dim=16, partial_rotary_factor=0.5)),
+    "qwen3_vl": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig(
+            text_config={**COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE},
+            vision_config=QWEN_TOWER, tie_word_embeddings=True, **QWEN_MARKS,
+        ),
+    ),
+    "qwen3_vl_moe": (
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLMoeConfig(
+            text_config={
+                **COMMON, "head_dim": 16, "rope_parameters": AXES_ROPE, "num_experts": 8, "num_experts_per_tok": 3,
+                "moe_intermediate_size": 48, "mlp_only_layers": [1],
+            },
+            vision_config=QWEN_TOWER, **QWEN_MARKS,
+        ),
+    ),
+    "gemma3_vl": (
+        Gemma3ForConditionalGeneration,
+        Gemma3Config(
+            text_config={
+                **COMMON, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 11, "layer_types": ONE_OF_TWO,
+            },
+            vision_config={
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "image_size": 32, "patch_size": 4,
+            },
+            mm_tokens_per_image=16, image_token_id=IMAGE, boi_token_id=209, eoi_token_id=210, initializer_range=0.1,
+        ),
+    ),
 }  # fmt: skip
+
+QWEN_PROCESSOR = Qwen2VLImageProcessorPil(
+    patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
+)
+
+# of those with vision: the image processor of their directory
+PROCESSORS: dict[str, Any] = {
+    "qwen3_vl": QWEN_PROCESSOR,
+    "qwen3_vl_moe": QWEN_PROCESSOR,
+    "gemma3_vl": Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+}

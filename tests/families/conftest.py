@@ -6,18 +6,22 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from tests.families.configs import CONFIGS, HUB_CONFIGS
+from tests.families.configs import CONFIGS, HUB_CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
+from tinsmith.vision_files import read_vision
 
+BOUND = 1e-5
 MakeBase = Callable[..., BaseModel]
 
 
@@ -66,10 +70,17 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                         parameter.copy_(torch.linspace(0.02, 0.5, len(parameter)).log())
                     if name.endswith("conv1d.weight"):
                         parameter.normal_(std=0.5)
+                for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
+                    parameter.normal_(std=0.2)
             model.save_pretrained(directories[kind])
             if kind in HUB_CONFIGS:
                 Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))
-        info = BaseInfo(kind, directories[kind], kind, config.vocab_size, config.max_position_embeddings, ())
+            if kind in PROCESSORS:
+                PROCESSORS[kind].save_pretrained(directories[kind])
+        path = Path(directories[kind])
+        vision = read_vision(path, json.loads((path / "config.json").read_text())) if kind in PROCESSORS else None
+        text = config.get_text_config()
+        info = BaseInfo(kind, str(path), kind, text.vocab_size, text.max_position_embeddings, (), vision=vision)
         return load_base(
             info,
             device=torch.device("cpu"),
@@ -84,3 +95,17 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
 @pytest.fixture
 def plain() -> Callable[[BaseModel], torch.nn.Module]:
     return plain_model
+
+
+@pytest.fixture
+def within(record_property: Callable[[str, object], None]) -> Callable[[str, Any, Any], None]:
+    """Compares, and notes the largest difference for the page of models."""
+    largest: dict[str, float] = {}
+
+    def check(what: str, ours: Any, theirs: Any) -> None:
+        difference = float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
+        largest[what] = max(largest.get(what, 0.0), difference)
+        record_property(what, largest[what])
+        assert difference <= BOUND, f"{what}: {difference:.1e}"
+
+    return check

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS, VOCAB
-from tests.families.twin import MergedTwin
+from tests.families.twin import MergedTwin, own_config, plain_model
 from tests.numerics.lab import (
     PeftTwin,
     assert_same_bits,
@@ -24,20 +20,21 @@ from tests.numerics.lab import (
     grads,
     item,
     make_trainer,
+    reader_of,
     relative,
     run_pass,
     spec,
 )
 from tests.numerics.sampling_lab import assert_same_sample, make_sampler, prompt, run_all, sample, state_of
 from tinsmith.adapter_files import adapter_files
-from tinsmith.bases import BaseRef, describe
+from tinsmith.bases import BaseRef, describe, text_model_type, weight_shapes
 from tinsmith.checkpoint_file import dump_state, load_state, read_state_header
 from tinsmith.export.adapter import read_adapter
 from tinsmith.export.merge import merge
+from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.model import BaseModel
-from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.training import Trainer
-from tinsmith.types import BaseInfo, Datum, RunId, RunState, Targets
+from tinsmith.types import BaseInfo, Datum, RunId, Targets
 
 BOUND = 1e-5
 LENGTHS = (7, 40, 66)
@@ -51,20 +48,6 @@ RUNS = (
 @pytest.fixture(params=CONFIGS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def within(record_property: Callable[[str, object], None]) -> Callable[[str, Any, Any], None]:
-    """Compares, and notes the largest difference for the page of models."""
-    largest: dict[str, float] = {}
-
-    def check(what: str, ours: Any, theirs: Any) -> None:
-        difference = float(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max())
-        largest[what] = max(largest.get(what, 0.0), difference)
-        record_property(what, largest[what])
-        assert difference <= BOUND, f"{what}: {difference:.1e}"
-
-    return check
 
 
 def data_of(seed: int) -> list[Datum]:
@@ -209,15 +192,14 @@ def write_adapter(base: BaseModel, trainer: Trainer, directory: Path) -> BaseInf
 def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path: Path, within) -> None:
     """A head that was tied and trained has weights of its own then; the embedding is as it was."""
     base = make_base(kind)
-    if has_experts(base):
-        pytest.skip("adapters of experts aren't merged here yet; tinker_cookbook.weights does, see test_experts.py")
     trainer = make_trainer(base, RUNS[0], deterministic=False)
     (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
     write_adapter(base, trainer, tmp_path)
     merge(Path(base.info.path), read_adapter(tmp_path), tmp_path / "merged")
-    model, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", output_loading_info=True
-    )
+    model, report = reader_of(base).from_pretrained(
+        tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager",
+        output_loading_info=True, **own_config(base),
+    )  # fmt: skip
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for one, ours in zip(data_of(1), result.logprobs, strict=True):
@@ -228,31 +210,24 @@ def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path:
 
 
 def test_the_exported_adapter_is_the_same_in_peft(kind, make_base, tmp_path: Path, within) -> None:
-    """Adapters of experts, which peft doesn't have, are merged as their names and shapes say."""
+    """As `tinsmith export --format peft` writes it; of experts too, as the base has them on disk."""
     base = make_base(kind)
     trainer = make_trainer(base, RUNS[0], deterministic=False)
     (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
-    info = write_adapter(base, trainer, tmp_path)
-    if has_experts(base):
-        named = load_file(tmp_path / "adapter_model.safetensors")
-        heads = {f"base_model.model.{own}.": f"param/{HEAD_STATE_NAME}." for own in ("lm_head", HEAD_STATE_NAME)}
-        tensors = {}
-        for name, tensor in named.items():
-            head = next((head for head in heads if name.startswith(head)), None)
-            plain_name = name.replace(head, heads[head]) if head else name.replace("base_model.model.", "param/", 1)
-            tensors[plain_name.removesuffix(".weight")] = tensor.numpy()
-        twin = MergedTwin(base, RunState(RUNS[0], 0, tensors))
-        for one, ours in zip(data_of(1), result.logprobs, strict=True):
-            within("exported, in peft", ours, twin.logprobs(one).detach().numpy())
-        return
-    if info.is_head_tied:
-        path = tmp_path / "adapter_model.safetensors"
-        save_file({name.replace("model.unembed_tokens", "lm_head"): t for name, t in load_file(path).items()}, path)
-    model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
+    own, out = tmp_path / "own", tmp_path / "peft"
+    own.mkdir()
+    out.mkdir()
+    write_adapter(base, trainer, own)
+    path = Path(base.info.path)
+    write_peft(read_adapter(own), out, BaseShapes(weight_shapes(path), text_model_type(path)))
+    model = plain_model(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*tie")
-        model = PeftModel.from_pretrained(model, tmp_path).double()
+        warnings.filterwarnings(
+            "ignore", message="The following (rank|alpha)_pattern keys"
+        )  # peft looks at modules alone
+        model = PeftModel.from_pretrained(model, out).double()
     for one, ours in zip(data_of(1), result.logprobs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(one.tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)

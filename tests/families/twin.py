@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
 from tests.families.configs import CONFIGS, HUB_CONFIGS
+from tests.numerics.lab import reader_of
 from tinsmith.model import BaseModel
 from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.types import Datum, RunState
@@ -23,10 +23,18 @@ from tinsmith.types import Datum, RunState
 
 def plain_model(base: BaseModel) -> torch.nn.Module:
     """In float64 and written out, so that what differs is our own rounding."""
-    given = {} if base.info.name not in HUB_CONFIGS else {"config": deepcopy(CONFIGS[base.info.name][1])}
-    return AutoModelForCausalLM.from_pretrained(
-        base.info.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager", **given
+    return reader_of(base).from_pretrained(
+        base.info.path,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **own_config(base),
     )
+
+
+def own_config(base: BaseModel) -> dict[str, Any]:
+    """For directories that name code of their own: the configuration that is here."""
+    return {} if base.info.name not in HUB_CONFIGS else {"config": deepcopy(CONFIGS[base.info.name][1])}
 
 
 class MergedTwin:
@@ -41,9 +49,12 @@ class MergedTwin:
         }
         self.weights = merged(self.model, self.params, state.spec.alpha)
 
+    def inputs(self, datum: Datum) -> dict[str, Any]:
+        """What the model is called with."""
+        return {"input_ids": torch.from_numpy(datum.tokens.astype(np.int64))[None]}
+
     def logprobs(self, datum: Datum) -> Tensor:
-        tokens = torch.from_numpy(datum.tokens.astype(np.int64))[None]
-        logits = functional_call(self.model, self.weights, (), {"input_ids": tokens}, tie_weights=False).logits[0]
+        logits = functional_call(self.model, self.weights, (), self.inputs(datum), tie_weights=False).logits[0]
         targets = torch.from_numpy(datum.inputs["target_tokens"])
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 

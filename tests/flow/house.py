@@ -122,11 +122,14 @@ class House:
         self.store.samplers.create(new, time.time())
         return sampler_id
 
-    def sample(self, sampler: SamplerId, seq: int, *, seed: int = 3, max_tokens: int = 40) -> OpRow:
+    def sample(
+        self, sampler: SamplerId, seq: int, *, seed: int = 3, max_tokens: int = 40, records_routes: bool = False
+    ) -> OpRow:
         body = {
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
             "sampling_params": {"max_tokens": max_tokens},
             "num_samples": 2,
+            "record_stability_info": records_routes,
         }
         op = NewOp(
             tenant_id=self.tenant,

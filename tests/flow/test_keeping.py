@@ -45,6 +45,7 @@ def lived(house: House) -> tuple[RunId, OpRow]:
     house.optim_step(run, 2)
     house.save(run, 3, "kept")
     house.save_sampler(run, 4, SamplerId(f"{house.session}:sample:0"))
+    house.sample(house.sampler(number=1), 1, records_routes=True)
     settle(house.worker())
     house.forward_backward(run, 5, [3, 4])
     return run, op
@@ -83,7 +84,9 @@ def test_what_was_left_alone_is_sound(house: House, lived: object) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, cut, remove])
-@pytest.mark.parametrize("naming", [Naming.PAYLOAD, Naming.RESULT, Naming.SNAPSHOT, Naming.SAMPLER, Naming.CHECKPOINT])
+@pytest.mark.parametrize(
+    "naming", [Naming.PAYLOAD, Naming.RESULT, Naming.ROUTES, Naming.SNAPSHOT, Naming.SAMPLER, Naming.CHECKPOINT]
+)
 def test_each_harm_to_each_file_is_found_and_named(
     house: House, lived: object, naming: Naming, harm: Callable[[Path], None]
 ) -> None:
@@ -103,6 +106,14 @@ def test_a_lost_result_is_given_up_by_name_and_all_else_stays(house: House, live
         house.get(op)
     assert check(house).findings == []
     assert house.store.checkpoints.get(house.tenant, run, CheckpointKind.TRAINING, "kept")
+
+
+def test_lost_routes_are_given_up_and_their_result_stays(house: House, lived: object) -> None:
+    remove(file_of(house, Naming.ROUTES))
+    report = check(house, is_repairing=True)
+    assert report.is_sound
+    assert [finding.owner.partition(" of ")[0] for finding in report.findings] == [Naming.ROUTES]
+    assert check(house).findings == []
 
 
 def test_leftovers_are_removed_and_nothing_that_a_row_names(house: House, lived: object) -> None:

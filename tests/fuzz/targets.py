@@ -25,6 +25,7 @@ import torch
 import typer
 import zstandard
 
+from tests.fuzz import imports as of_imports
 from tests.fuzz import pictures as of_pictures
 from tests.fuzz.capture import Captured, read_captured
 from tinsmith import age, bases, cli, jsonform, validate, validate_custom
@@ -371,6 +372,7 @@ def targets() -> dict[str, Target]:
         "results": Target(3, results, (b"", b"\x0a\x04\x0a\x02\x01\x02")),
         "json": Target(13, plain_json, sent_to(), json_words),
         "pictures": Target(3, refusable(of_pictures.pictures), of_pictures.SEEDS, of_pictures.WORDS),
+        "imports": Target(4, refusable(of_imports.imports), of_imports.SEEDS, of_imports.WORDS),
         "samples": Target(8, samples, sent_to("/asample"), json_words),
         "graphs": Target(12, graphs, sent_to("/create_custom_loss"), (*calls, *json_words[-7:])),
         "safetensors": Target(

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, load_base
@@ -134,6 +141,11 @@ def assert_same_result(one: TrainResult, other: TrainResult) -> None:
     assert one.metrics["loss:sum"] == other.metrics["loss:sum"]
 
 
+def reader_of(base: BaseModel) -> Any:
+    """The class of transformers that reads the base's directory."""
+    return AutoModelForCausalLM if base.eyes is None else AutoModelForImageTextToText
+
+
 class PeftTwin:
     """The same adapter on the same weights in peft, computed sequence by sequence under plain autograd.
 
@@ -144,7 +156,7 @@ class PeftTwin:
     def __init__(self, base: BaseModel, state: RunState, **more: Any) -> None:
         """more: what else the adapter's configuration says."""
         spec = state.spec
-        model = AutoModelForCausalLM.from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
+        model = reader_of(base).from_pretrained(base.info.path, dtype=torch.float64, attn_implementation="eager")
         names = [info.name for info in base.linears if info.is_targeted(spec.targets)]
         config = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=names, lora_dropout=0.0, **more)
         with warnings.catch_warnings():  # of an old name in transformers, and of merging a tied head
@@ -159,10 +171,14 @@ class PeftTwin:
         for name, parameter in self.params.items():
             parameter.data.copy_(torch.from_numpy(state.tensors[f"param/{name}"]))
 
+    def inputs(self, datum: Datum) -> dict[str, Any]:
+        """What the model is called with."""
+        return {"input_ids": torch.from_numpy(datum.tokens.astype(np.int64))[None]}
+
     def loss(self, data: Sequence[Datum], loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         total, logprobs = torch.zeros((), dtype=torch.float64), []
         for d in data:
-            logits = self.model(input_ids=torch.from_numpy(d.tokens.astype(np.int64))[None]).logits[0]
+            logits = self.model(**self.inputs(d)).logits[0]
             inputs = {name: torch.from_numpy(array) for name, array in d.inputs.items()}
             targets = inputs["target_tokens"]
             lp = logits.log_softmax(-1).gather(1, targets.view(len(targets), -1)).view(targets.shape)

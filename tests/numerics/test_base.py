@@ -6,7 +6,7 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen3MoeConfig,
@@ -107,7 +107,7 @@ def test_a_layer_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
 
 def test_attention_that_goes_around_its_hook_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(base_module, "family_of", lambda config: Family("of no file", ()))
-    monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    monkeypatch.setattr(LlamaModel, "set_attn_implementation", lambda self, name: None)
     with pytest.raises(UnsupportedError, match="attention of its 2 layers"):
         make_base("llama", tmp_path)
 

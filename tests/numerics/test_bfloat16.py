@@ -1,7 +1,7 @@
-"""A base in bfloat16, as GPUs run it: against the same weights in float32, and sampler against trainer.
+"""A base in bfloat16, as GPUs run it, and in float16: against the same weights in float32, and sampler against trainer.
 
-Bounds: gradients within 2e-2 of float32 in relative norm, log-probabilities of sampler and trainer within 5e-3 on
-average. The weights are saved in bfloat16, so that both bases have the very same.
+Bounds: gradients within 2e-2 of float32 in relative norm, 5e-3 in float16; log-probabilities of sampler and trainer
+within 5e-3 on average, 1e-3 in float16. The weights are saved in bfloat16, so that all bases have the very same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.numerics.lab import CPU, datum, grads, item, make_trainer, run_pass, spec
@@ -26,11 +27,12 @@ from tinsmith.torch_engine import TorchEngine
 from tinsmith.training import Trainer
 from tinsmith.types import AdamParams, BaseInfo, Datum, OpId, OptimItem, RunId, RunSpec, Targets
 
-GRADIENT_BOUND = 2e-2
+GRADIENT_BOUND = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
 VOCAB = 4000
-LOGPROB_BOUND = 5e-3
+LOGPROB_BOUND = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 RUNS = (spec("a", 8), spec("b", 16, Targets(attn=True, mlp=True, unembed=False), seed=2), spec("c", 4, seed=3))
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +74,13 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("backend", [LoopLora, GroupedLora])
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, LoopLora), (torch.bfloat16, GroupedLora), (torch.float16, LoopLora)]
+)
 @pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "gspo"])
-def test_like_float32(bases: dict[torch.dtype, BaseModel], loss: str, backend: LoraBackend):
+def test_like_float32(bases: dict[torch.dtype, BaseModel], loss: str, dtype: torch.dtype, backend: LoraBackend):
     exact, _ = one_pass(bases[torch.float32], loss)
-    base = bases[torch.bfloat16]
+    base = bases[dtype]
     before, base.lora = base.lora, backend
     trainer, results = one_pass(base, loss)
     base.lora = before
@@ -84,7 +88,7 @@ def test_like_float32(bases: dict[torch.dtype, BaseModel], loss: str, backend: L
     for run in RUNS:
         ours, theirs = grads(trainer, run.run_id), grads(exact, run.run_id)
         whole = (np.concatenate([side[name].ravel() for name in sorted(theirs)]) for side in (ours, theirs))
-        assert relative(*whole) < GRADIENT_BOUND, run.run_id
+        assert relative(*whole) < GRADIENT_BOUND[dtype], run.run_id
 
 
 def test_a_step_moves_what_passes_compute_with(bases: dict[torch.dtype, BaseModel]):
@@ -97,8 +101,9 @@ def test_a_step_moves_what_passes_compute_with(bases: dict[torch.dtype, BaseMode
     assert np.abs(before.logprobs[0] - after.logprobs[0]).max() > 1e-3
 
 
-def test_sampled_logprobs_are_those_of_the_trainer(bases: dict[torch.dtype, BaseModel]):
-    base = bases[torch.bfloat16]
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sampled_logprobs_are_those_of_the_trainer(bases: dict[torch.dtype, BaseModel], dtype: torch.dtype):
+    base = bases[dtype]
     states = {f"run{i}": state_of(base, spec(f"run{i}", 8, seed=i + 1)) for i in range(2)}
     trainer = make_trainer(base)
     for state in states.values():
@@ -117,7 +122,7 @@ def test_sampled_logprobs_are_those_of_the_trainer(bases: dict[torch.dtype, Base
     for request, forward in zip(items, run_pass(trainer, forwards), strict=True):
         sampled = np.asarray(results[request.op_id].sequences[0].logprobs)
         gaps.append(np.abs(forward.logprobs[0][len(request.prompt) - 1 :] - sampled))
-    assert np.concatenate(gaps).mean() < LOGPROB_BOUND
+    assert np.concatenate(gaps).mean() < LOGPROB_BOUND[dtype]
 
 
 def test_a_datum_that_fails_leaves_its_neighbours_alone(bases: dict[torch.dtype, BaseModel]):
@@ -162,6 +167,21 @@ def test_the_engine_serves_in_bfloat16_if_told_to():
     while not done:
         done = engine.step_samples()
     assert len(done[0][1].sequences[0].tokens) == 5
+
+
+def test_activations_beyond_float16_are_refused_at_the_start(tmp_path: Path):
+    """As those of models that were trained in bfloat16 may be; bfloat16 has them."""
+    make_base(tmp_path, torch.float32)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("down_proj.weight"):
+            tensors[name] *= 1e6
+    save_file(tensors, file, {"format": "pt"})
+    info = BaseInfo("bf16", str(tmp_path), "qwen3", VOCAB, 512, ())
+    load_base(info, device=CPU, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="not finite in float16: start with --dtype bfloat16"):
+        load_base(info, device=CPU, dtype=torch.float16)
 
 
 def test_deterministic_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch):

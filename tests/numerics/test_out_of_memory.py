@@ -15,10 +15,10 @@ from tests.numerics.test_custom_losses import custom, random_data
 from tinsmith.config import Settings
 from tinsmith.errors import NoMemoryError
 from tinsmith.model import BaseModel, RowLayout
+from tinsmith.model.peak import PeakMeter
 from tinsmith.training import Trainer, graph, runs, training_pass
 from tinsmith.training.budget import Budget
 from tinsmith.training.context import TrainingContext
-from tinsmith.training.footprint import PeakMeter
 from tinsmith.training.head import Head
 from tinsmith.training.runs import RunSlot
 from tinsmith.training.shortage import is_out_of_memory

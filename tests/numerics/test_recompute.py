@@ -11,9 +11,10 @@ import torch
 from tests.numerics.lab import assert_same_bits, assert_same_result, datum, grads, item, make_trainer, run_pass, spec
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel
+from tinsmith.model.peak import PeakMeter
 from tinsmith.training import Trainer
 from tinsmith.training.budget import MARGIN, Budget
-from tinsmith.training.footprint import PeakMeter, measure
+from tinsmith.training.footprint import measure
 from tinsmith.types import Targets
 
 CPU = torch.device("cpu")

@@ -124,6 +124,20 @@ class TestExternal:
         with pytest.raises(CorruptError):
             external_files(io.BytesIO(data))
 
+    @pytest.mark.parametrize(
+        "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+    )
+    def test_a_link_or_a_device_is_refused(self, kind: bytes) -> None:
+        """Beside a file that is one."""
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo(WEIGHTS))
+            member = tarfile.TarInfo("more")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        with pytest.raises(CorruptError, match="something else than a few files"):
+            external_files(made)
+
 
 class TestCorrupt:
     def test_no_weights(self) -> None:

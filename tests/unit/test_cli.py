@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import fields
@@ -58,7 +60,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+        content = self.rfile.read(length)
+        is_json = self.headers.get("Content-Type") == "application/json"
+        body = json.loads(content) if is_json and length else content or None
         self.server.calls.append((self.command, self.path, self.headers.get("X-API-Key"), body))
         listed = {"scopes": SCOPES} if self.path.startswith("/api/v1/admin/quotas") else {"keys": [KEY]}
         default = {"GET": listed, "PUT": listed, "POST": {**KEY, "secret": "tml-new"}, "DELETE": KEY}[self.command]
@@ -257,3 +261,42 @@ def test_the_shell_completes_commands() -> None:
     done = CliRunner().invoke(cli.app, [], env=env, prog_name="tinsmith")
     assert '"top"' in done.stdout
     assert "backup" not in done.stdout
+
+
+IMPORTED = {
+    "path": "tinker://r/weights/mine", "sampler_path": "tinker://r/sampler_weights/mine", "base_model": "b",
+    "lora_rank": 4,
+    "has_optimizer": False,
+}  # fmt: skip
+
+
+def test_a_directory_is_sent_as_a_tar_of_the_adapters_files(stub: Stub, served: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"x" * 700), ("more", b"x")):
+        (adapter / name).write_bytes(content)
+    stub.answer = (200, IMPORTED)
+    done = run("import", adapter, "--base-model", "a/b c", "--name", "mine", "--ttl", 60, "--data-dir", served)
+    method, path, key, body = stub.calls[-1]
+    assert (method, key) == ("POST", "tml-admin")
+    assert path == "/api/v1/import_weights?base_model=a%2Fb+c&name=mine&ttl_seconds=60"
+    with tarfile.open(fileobj=io.BytesIO(body)) as tar:
+        assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        assert tar.extractfile("adapter_model.safetensors").read() == b"x" * 700
+    assert "tinker://r/weights/mine: weights of rank 4 on b" in done.stdout
+    assert "tinker://r/sampler_weights/mine: to sample from" in done.stdout
+
+
+def test_a_file_is_sent_as_it_is(stub: Stub, served: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.tar").write_bytes(b"y" * 3_000_000)
+    stub.answer = (200, {**IMPORTED, "has_optimizer": True})
+    done = run("import", tmp_path / "run.tar", "--data-dir", served)
+    assert stub.calls[-1][3] == b"y" * 3_000_000
+    assert "weights, moments and step" in done.stdout
+
+
+def test_what_is_no_adapter_is_not_sent(stub: Stub, served: Path, tmp_path: Path) -> None:
+    assert "lacks adapter_config.json" in failure("import", tmp_path, "--data-dir", served).message
+    (tmp_path / "a.tar").write_bytes(b"x")
+    stub.answer = (400, {"detail": "not an uncompressed tar"})
+    assert "not an uncompressed tar" in failure("import", tmp_path / "a.tar", "--data-dir", served).message

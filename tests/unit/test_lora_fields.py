@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tinsmith.errors import UserError
-from tinsmith.lora_fields import FIELDS, check_names, extra_fields, read_extras, shape_text
-from tinsmith.lora_options import PLAIN, LoraOptions
-from tinsmith.types import DEFAULT_ALPHA, BaseInfo, RunId, RunSpec, Targets
+from tinsmith.lora_fields import FIELDS, check_extras, extra_fields, read_extras, shape_text
+from tinsmith.lora_options import DEFAULT_ALPHA, PLAIN, LoraOptions
+from tinsmith.types import BaseInfo, RunId, RunSpec, Targets
 from tinsmith.validate import check_metadata
 
 SPEC = RunSpec(RunId("r"), "base", rank=8)
@@ -75,10 +75,10 @@ def test_json_values_are_read_as_their_text() -> None:
 
 
 def test_layers_that_are_not_trained_are_refused() -> None:
-    check_names(LoraOptions(ranks=(("q_proj", 2), ("mlp", 3))), Targets(), INFO)
+    check_extras(replace(SPEC, options=LoraOptions(ranks=(("q_proj", 2), ("mlp", 3)))), INFO)
     for name, targets in (("o_proj", Targets()), ("q_proj", Targets(attn=False)), ("mlp", Targets(mlp=False))):
         with pytest.raises(UserError, match=f"{name}.*doesn't train on base; it trains"):
-            check_names(LoraOptions(alphas=((name, 2.0),)), targets, INFO)
+            check_extras(replace(SPEC, targets=targets, options=LoraOptions(alphas=((name, 2.0),))), INFO)
 
 
 def test_a_run_from_a_checkpoint_is_like_it() -> None:
@@ -90,6 +90,13 @@ def test_a_run_from_a_checkpoint_is_like_it() -> None:
 
 
 def test_the_size_of_an_adapter_goes_by_its_ranks() -> None:
-    info = replace(INFO, attn_width=14, mlp_width=20, unembed_width=30)
     spec = replace(SPEC, targets=Targets(unembed=False), options=LoraOptions(ranks=(("attn", 2), ("q_proj", 4))))
-    assert info.adapter_bytes(spec) == 4 * (4 * 10 + 2 * 4 + 8 * 20)
+    assert INFO.adapter_bytes(spec) == 4 * (4 * 10 + 2 * 4 + 8 * 20)
+
+
+def test_a_full_run_takes_no_fields_of_adapters() -> None:
+    check_extras(replace(SPEC, rank=0), INFO)
+    for fields in ({"lora_alpha": "8"}, {"lora_dropout": "0.1"}, {"rank_pattern": '{"mlp": 2}'}):
+        with pytest.raises(UserError, match=f"{next(iter(fields))} is of adapters"):
+            check_extras(replace(spec_of(**fields), rank=0), INFO)
+    assert replace(INFO, num_params=7).adapter_bytes(replace(SPEC, rank=0)) == 28

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tinsmith.bases import SHIPPED_PATH, BaseRef, describe
 from tinsmith.errors import ConfigError
 from tinsmith.pictures import GEMMA3, LLAMA4, QWEN3_VL, PictureSizeError, VisionInfo, canvas, placeholders, smart_resize
 from tinsmith.vision_files import read_vision
@@ -210,3 +212,14 @@ def test_a_model_without_its_processor_s_settings_has_no_vision(tmp_path: Path) 
 def test_settings_that_contradict_the_model_are_refused(tmp_path: Path, processor: Any) -> None:
     with pytest.raises(ConfigError, match="vision can't be understood"):
         read_vision(directory(tmp_path, added={"<|image_pad|>": 5}, processor=processor), QWEN_CONFIG)
+
+
+def test_a_base_is_said_to_see_only_where_the_engine_can_show_it_pictures(tmp_path: Path) -> None:
+    for kind, model_type in (("see", "qwen3_vl"), ("blind", "llama4")):
+        path = tmp_path / kind
+        shutil.copytree(SHIPPED_PATH, path)
+        config = json.loads((path / "config.json").read_text())
+        vision = {"image_token_index": 1010, "image_token_id": 1010, "vision_config": {"patch_size": 16}}
+        (path / "config.json").write_text(json.dumps({**config, **vision, "model_type": model_type}))
+        (path / "preprocessor_config.json").write_text(json.dumps(QWEN_PROCESSOR))
+        assert (describe(BaseRef(kind, path)).vision is not None) == (kind == "see")

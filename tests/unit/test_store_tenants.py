@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import operator
+import os
 from typing import Any
 
 import pytest
@@ -20,6 +24,19 @@ def blob(name: str) -> BlobKey:
 
 def checkpoint(run: RunId, name: str, kind: CheckpointKind = TRAINING, **more: Any) -> NewCheckpoint:
     return NewCheckpoint(run, kind, name, **{"blob": blob(name), "size_bytes": 3, "sha256": "00", **more})
+
+
+def test_a_key_is_256_bits_that_nobody_can_guess(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn by the system for each key anew; of a hundred, every bit of them is set in some and not in others."""
+    drawn: list[int] = []
+    real = os.urandom
+    monkeypatch.setattr("secrets.token_bytes", lambda size=32: drawn.append(size) or real(size))
+    made = [world.store.tenants.create_key(world.tenant, "k")[1].removeprefix("tml-") for _ in range(100)]
+    keys = [int.from_bytes(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4))) for secret in made]
+    assert drawn.count(32) == 100
+    assert len(set(keys)) == 100
+    assert functools.reduce(operator.or_, keys) == 2**256 - 1
+    assert functools.reduce(operator.and_, keys) == 0
 
 
 def test_keys_open_until_revoked(world: Any) -> None:

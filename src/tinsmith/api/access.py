@@ -71,6 +71,7 @@ NEEDS: Mapping[str, Scope] = {
     "unpublish": Scope.FULL,
     "create_access_token": Scope.FULL,
     "copy_weights": Scope.FULL,
+    "import_weights": Scope.FULL,
     "archive": Scope.FULL,
     "external_weights_urls": Scope.FULL,
     # keys

@@ -26,6 +26,7 @@ from tinsmith.api import (
     endings,
     futures,
     identity,
+    imports,
     keys,
     losses,
     metrics,
@@ -117,6 +118,7 @@ CLOSED = (
     sharing.unpublish,
     sharing.create_access_token,
     copies.copy_weights,
+    imports.import_weights,
     downloads.archive,
     downloads.external_weights_urls,
 )

@@ -77,15 +77,24 @@ async def read_body(request: Call, services: Services, at_most: int = PLAIN_BYTE
     return inflated
 
 
-def check_structure(body: bytes, at_most: int) -> None:
-    """Whether a JSON body with pictures is cheap to read: they are long strings, and it is all that is between strings
-    which costs many times its bytes.
+async def read_prompt_body(request: Call, services: Services, at_most: int) -> bytes:
+    """The body of a JSON request with a prompt: up to `at_most` bytes, and where a base takes pictures, up to
+    PICTURES_BYTES with those. Pictures are long strings; it is what stands between strings that costs many times its
+    bytes to read.
 
     Raises:
-        TooLargeError: as much is between them as `at_most` bytes could hold.
+        BodyTooLarge, CapacityError, UserError: as `read_body`.
+        TooLargeError: as much is between strings as more than `at_most` bytes could hold.
     """
-    if len(body) > at_most and sum(body.count(mark) for mark in (b"[", b"{", b",", b":")) > at_most:
+    body = await read_body(request, services, max(at_most, PICTURES_BYTES) if services.sees else at_most)
+    if len(body) > at_most and await services.digest(request.user, len(body), num_marks, body) > at_most:
         raise TooLargeError(f"the request body holds more than {at_most} values: send fewer tokens a request")
+    return body
+
+
+def num_marks(body: bytes) -> int:
+    """Of those that JSON puts between values, in strings or not."""
+    return sum(body.count(mark) for mark in (b"[", b"{", b",", b":"))
 
 
 def inflate(body: bytes, max_bytes: int, take: Callable[[int], None]) -> bytes:

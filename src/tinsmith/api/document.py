@@ -64,6 +64,7 @@ ADDRESSES: Mapping[str, tuple[type[Struct], ...]] = {  # one of them beside the 
 }
 OTHER_BODIES: Mapping[str, Mapping[str, Any]] = {  # by media type; they may be left out
     "/api/v1/forward_backward": {PROTOBUF: BINARY},
+    "/api/v1/import_weights": {"application/x-tar": BINARY, BYTES: BINARY},
     "/api/v1/telemetry": {JSON: ANYTHING},
     "/api/v1/auth/token": {JSON: ANYTHING},
 }

@@ -13,11 +13,11 @@ import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from litestar import Request, Response, get, route
 from litestar.enums import HttpMethod
-from litestar.params import FromPath
+from litestar.params import FromPath, FromQuery
 from litestar.response import Stream
 from msgspec import Struct
 
@@ -32,6 +32,7 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import CHECKPOINT, hand_out
 from tinsmith.checkpoint_file import read_state_header
 from tinsmith.errors import BusyError, NotFoundError, UserError
+from tinsmith.importing.state import NAME as STATE_FILE
 from tinsmith.store.rows import CheckpointRow
 from tinsmith.types import CheckpointKind, RunId
 from tinsmith.virtual_file import VirtualFile
@@ -39,6 +40,7 @@ from tinsmith.wire.media import JSON
 from tinsmith.wire.paths import parse_kind
 
 ARCHIVE = "archive.tar"
+STATE_ARCHIVE = "state.tar"
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 TYPES = {".json": JSON, ".tar": "application/x-tar"}
 
@@ -59,12 +61,22 @@ class ExternalWeightsUrls(Struct):
 
 @get(f"{CHECKPOINT}/archive")
 async def archive(
-    request: Call, services: ServicesDep, run_id: FromPath[str], kind: FromPath[str], name: FromPath[str]
+    request: Call,
+    services: ServicesDep,
+    run_id: FromPath[str],
+    kind: FromPath[str],
+    name: FromPath[str],
+    content: FromQuery[Literal["adapter", "state"]] = "adapter",
 ) -> Response[ArchiveUrl | None]:
-    """A signed link to the checkpoint as a tar: as JSON to those who accept it by name, else as a redirect."""
+    """A signed link to the checkpoint as a tar: as JSON to those who accept it by name, else as a redirect.
+
+    `content`: `state` for the whole state of a run with its moments, which another tinsmith imports.
+    """
+    if content == "state" and parse_kind(kind) is CheckpointKind.EXTERNAL:
+        raise UserError("an external checkpoint holds an adapter's files alone: save the run's state with save_state")
     expires = _expiry(services)
     row = await hand_out(services, request.user, (run_id, kind, name), "checkpoint_archive_link_create", expires)
-    url = make_link(services, request, row, ARCHIVE, expires)
+    url = make_link(services, request, row, ARCHIVE if content == "adapter" else STATE_ARCHIVE, expires)
     if JSON in request.headers.get("accept", ""):
         return Response(ArchiveUrl(url=url, expires=iso_time(expires)))
     headers = {"location": url, "expires": format_datetime(datetime.fromtimestamp(expires, UTC), usegmt=True)}
@@ -127,7 +139,9 @@ async def download(
     headers = {
         "accept-ranges": "bytes",
         "cache-control": "private, no-store",
-        "content-disposition": f'attachment; filename="{name}-{file}"' if file == ARCHIVE else "attachment",
+        "content-disposition": f'attachment; filename="{name}-{file}"'
+        if file in (ARCHIVE, STATE_ARCHIVE)
+        else "attachment",
         "content-length": str(stop - start),
         "etag": etag,
     }
@@ -163,6 +177,8 @@ def _open(services: Services, row: CheckpointRow, file: str) -> tuple[VirtualFil
     try:
         if file == ARCHIVE and row.kind is CheckpointKind.EXTERNAL:
             return VirtualFile.whole(row.size_bytes), source
+        if file == STATE_ARCHIVE and row.kind is not CheckpointKind.EXTERNAL:
+            return as_tar({STATE_FILE: VirtualFile.whole(row.size_bytes)}, row.created_at), source
         files = _files(services, row, source)
         if file == ARCHIVE:
             return as_tar(files, row.created_at), source

@@ -39,6 +39,7 @@ FILLING = frozenset(
     for name in (
         "create_model", "forward", "forward_backward", "optim_step", "asample", "save_weights", "load_weights",
         "save_weights_for_sampler", "save_weights_external", "create_custom_loss", "copy_weights",
+        "import_weights",
     )
 )  # fmt: skip
 COMPATIBLE = frozenset({"/oai/api/v1/chat/completions", "/oai/api/v1/completions", "/anthropic/api/v1/messages"})

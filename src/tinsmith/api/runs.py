@@ -43,7 +43,7 @@ class TrainingRun(Struct, omit_defaults=True):
     base_model: str
     model_owner: str
     is_lora: bool
-    lora_rank: int
+    lora_rank: int | None
     last_request_time: str
     corrupted: bool = False
     last_checkpoint: Checkpoint | None = None
@@ -152,8 +152,8 @@ def _describe(services: Services, principal: Principal, row: RunRow) -> Training
         training_run_id=row.run_id,
         base_model=row.spec.base_model,
         model_owner=principal.tenant_name,
-        is_lora=True,
-        lora_rank=row.spec.rank,
+        is_lora=not row.spec.is_full,
+        lora_rank=row.spec.rank or None,
         corrupted=row.status is RunStatus.CORRUPTED,
         last_request_time=iso_time(row.last_request_at),
         last_checkpoint=None if training is None else _checkpoint(training),

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
-from tinsmith.api.body import PICTURES_BYTES, TOKENS_BYTES, check_structure, read_body
+from tinsmith.api.body import TOKENS_BYTES, read_prompt_body
 from tinsmith.api.intake import hold_of
 from tinsmith.api.pointers import with_pictures
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
@@ -83,8 +83,7 @@ async def join_sampling_session(
 @post("/asample", status_code=200, request_max_body_size=None)
 async def asample(request: Call, services: ServicesDep) -> Promise:
     """Sample from a sampler; every sequence gets an id of its own, the same for a request that is sent again."""
-    body = await read_body(request, services, PICTURES_BYTES if services.sees else TOKENS_BYTES)
-    check_structure(body, TOKENS_BYTES)
+    body = await read_prompt_body(request, services, TOKENS_BYTES)
     refusal = None
     try:
         body = await with_pictures(services, request.user, body, hold_of(request.scope).take)

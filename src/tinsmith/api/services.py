@@ -62,6 +62,7 @@ FEW = 4  # reads of a row that are carried out on the event loop together, each 
 TENANT_THREADS = 2  # of `NUM_THREADS`
 TENANT_WRITES = 2  # one that is written, and one to go on with
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
+TENANT_IMPORTS, MAX_IMPORTS = 1, 4  # uploads of weights at one time
 MAX_TENANT_FILES = 32  # that are read out at one time, for results and for downloads
 
 
@@ -95,6 +96,8 @@ class Services:
     write_places: Places = field(default_factory=partial(Places, TENANT_WRITES))
     results_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     downloads_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
+    imports_in: Places = field(default_factory=lambda: Places(TENANT_IMPORTS, MAX_IMPORTS))
+    importing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-import"))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
@@ -239,6 +242,7 @@ class Services:
             ringer.close()
         self.writing.shutdown(wait=True)
         self.digesting.shutdown(wait=True)
+        self.importing.shutdown(wait=True)
         self.working.shutdown(wait=True)
 
 

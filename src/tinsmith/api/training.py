@@ -22,7 +22,7 @@ from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
-from tinsmith.lora_fields import check_names, extra_fields, read_extras
+from tinsmith.lora_fields import check_extras, extra_fields, read_extras
 from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
@@ -63,7 +63,7 @@ class RunInfo(Struct):
     model_id: str
     model_data: ModelData
     model_name: str
-    lora_rank: int
+    lora_rank: int | None
     is_lora: bool = True
     optimizer_config: OptimizerConfig = OptimizerConfig()
     type: str = "get_info"
@@ -88,7 +88,8 @@ async def get_info(request: Call, services: ServicesDep, data: JSONBody[GetInfo]
         model_id=run.run_id,
         model_data=ModelData(arch=info.arch, model_name=info.name, tokenizer_id=tokenizer),
         model_name=info.name,
-        lora_rank=run.spec.rank,
+        lora_rank=run.spec.rank or None,
+        is_lora=not run.spec.is_full,
     )
 
 
@@ -215,7 +216,7 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         targets=targets,
     )
     spec = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank).of_new_run(spec)
-    check_names(spec.options, targets, info)
+    check_extras(spec, info)
     return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 

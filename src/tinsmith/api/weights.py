@@ -17,10 +17,10 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import new_run_draft, refuse_finished_session, run_draft, with_spec
 from tinsmith.config import Settings
-from tinsmith.errors import UserError
+from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.lora_fields import read_extras, shape_text
-from tinsmith.store.rows import CheckpointRow, OpRow, Principal
-from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId, SessionId
+from tinsmith.store.rows import CheckpointRow, OpRow, Principal, RunRow
+from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId
 from tinsmith.validate import check_lora, check_metadata, check_optimizer, check_ttl
 from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, to_meta
@@ -39,7 +39,7 @@ from tinsmith.wire.requests import (
 
 class CheckpointInfo(Struct):
     base_model: str
-    lora_rank: int
+    lora_rank: int | None
     train_unembed: bool
     train_mlp: bool
     train_attn: bool
@@ -85,7 +85,8 @@ async def weights_info(request: Call, services: ServicesDep, data: JSONBody[Weig
     spec = (await services.work(find_checkpoint, services, request.user, data.tinker_path)).spec
     return CheckpointInfo(
         base_model=spec.base_model,
-        lora_rank=spec.rank,
+        lora_rank=spec.rank or None,
+        is_lora=not spec.is_full,
         train_unembed=spec.targets.unembed,
         train_mlp=spec.targets.mlp,
         train_attn=spec.targets.attn,
@@ -115,11 +116,13 @@ def _fill_save(settings: Settings, body: bytes, draft: Draft) -> Draft:
 def _draft_save_sampler(services: Services, principal: Principal, body: bytes) -> Draft:
     address = decode_json(body, RunAddress)
     draft = run_draft(services, principal, OpKind.SAVE_SAMPLER, address)
-    session_id = services.store.runs.get(principal.tenant_id, RunId(address.model_id)).session_id
-    return attempt(draft, partial(_fill_save_sampler, services.settings, body, session_id))
+    run = services.store.runs.get(principal.tenant_id, RunId(address.model_id))
+    return attempt(draft, partial(_fill_save_sampler, services.settings, body, run))
 
 
-def _fill_save_sampler(settings: Settings, body: bytes, session_id: SessionId, draft: Draft) -> Draft:
+def _fill_save_sampler(settings: Settings, body: bytes, run: RunRow, draft: Draft) -> Draft:
+    _refuse_full(run, "sampled from")
+    session_id = run.session_id
     asked = decode_json(body, SaveWeightsForSampler)
     if (asked.path is None) == (asked.sampling_session_seq_id is None):
         raise UserError("save_weights_for_sampler needs a path (a name), or a sampling_session_seq_id, and not both")
@@ -141,10 +144,12 @@ def _fill_save_sampler(settings: Settings, body: bytes, session_id: SessionId, d
 
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
-    return attempt(draft, partial(_fill_save_external, services.settings, principal, body))
+    run = services.store.runs.get(principal.tenant_id, RunId(str(draft.run_id)))
+    return attempt(draft, partial(_fill_save_external, services.settings, principal, body, run))
 
 
-def _fill_save_external(settings: Settings, principal: Principal, body: bytes, draft: Draft) -> Draft:
+def _fill_save_external(settings: Settings, principal: Principal, body: bytes, run: RunRow, draft: Draft) -> Draft:
+    _refuse_full(run, "saved as an adapter's files")
     asked = decode_json(body, SaveWeightsExternal)
     meta = SaveExternalMeta(
         name=check_name(asked.path),
@@ -154,6 +159,15 @@ def _fill_save_external(settings: Settings, principal: Principal, body: bytes, d
         actor_key_id=principal.key_id,
     )
     return replace(draft, meta=to_meta(meta))
+
+
+def _refuse_full(run: RunRow, what: str) -> None:
+    """Raises: UnsupportedError: it has no adapter."""
+    if run.spec.is_full:
+        raise UnsupportedError(
+            f"{run.run_id} trains all weights (rank 0), which can't be {what} here: use save_state, and "
+            "`tinsmith export --format hf` for a model that others serve"
+        )
 
 
 def _draft_load(services: Services, principal: Principal, body: bytes) -> Draft:

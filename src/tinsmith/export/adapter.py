@@ -1,38 +1,56 @@
 """An exported adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, in a directory or a tar.
 
-Looks at names and the configuration, and copies; it computes nothing and needs no torch.
+Looks at names and the configuration; it computes nothing and needs no torch.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tinsmith.adapter_files import CONFIG, HEAD, OWN_HEAD, PREFIX, WEIGHTS
+from tinsmith.adapter_files import CONFIG, HEAD, OWN_HEAD, WEIGHTS
 from tinsmith.errors import UserError
+from tinsmith.importing.names import expert_place, sort_keys
+from tinsmith.importing.peft_config import MAX_BYTES, PeftConfig, parse_config
 
-HALVES = (".lora_A.weight", ".lora_B.weight")
-MAX_CONFIG_BYTES = 2**20
 MAX_MEMBERS = 16
-EXPERTS = ".experts."
+PROJECTIONS = ("w1", "w3", "w2")  # gate, up and down of experts, as adapters name them
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """An adapter of a layer's experts: A [E or 1, R, I] and B [E or 1, O, R]. place: see `names.expert_place`."""
+
+    module: str
+    place: str
+    projection: str
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """path: of the safetensors file. names: by module, as the base calls it (`lm_head` for the output head), those of
-    its two halves in the file. scale: alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732)."""
+    its two halves in the file. shapes: by those names. experts: those of the modules that are of experts, all of them
+    stacked. settings: the configuration as it was read."""
 
     path: Path
     names: Mapping[str, tuple[str, str]]
-    scale: float
-    config: Mapping[str, object]
+    shapes: Mapping[str, tuple[int, ...]]
+    experts: Mapping[str, Expert]
+    config: PeftConfig
+    settings: Mapping[str, Any]
+
+    def rank(self, module: str) -> int:
+        return self.shapes[self.names[module][0]][-2]
+
+    def scale(self, module: str) -> float:
+        return self.config.scale(module, self.rank(module))
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -41,46 +59,18 @@ def read_adapter(directory: Path) -> Adapter:
     Raises:
         UserError: a file is missing or isn't what it should be; the message says which.
     """
-    config = _read_config(directory / CONFIG)
+    settings, config = _read_config(directory / CONFIG)
     path = directory / WEIGHTS
     try:
         with safe_open(path, framework="numpy") as file:
-            stored = set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    names: dict[str, tuple[str, str]] = {}
-    for name in sorted(stored):
-        module, half = _split(name, path)
-        if half == HALVES[0]:
-            other = name.removesuffix(HALVES[0]) + HALVES[1]
-            if other not in stored:
-                raise UserError(f"{path} has {name} without its other half, {other}")
-            names[module] = name, other
-        elif name.removesuffix(HALVES[1]) + HALVES[0] not in stored:
-            raise UserError(f"{path} has {name} without its other half")
-    if not names:
-        raise UserError(f"{path} holds no adapter")
-    of_experts = next((module for module in names if EXPERTS in f"{module}."), None)
-    if of_experts is not None:
-        raise UserError(
-            f"{path} trains experts ({of_experts}), whose adapters share a factor: this can't be written yet; "
-            "tinker_cookbook.weights.build_hf_model merges them"
-        )
-    return Adapter(path, names, _scale(config, directory / CONFIG), config)
-
-
-def write_peft(adapter: Adapter, directory: Path) -> None:
-    """The adapter as `peft`, vLLM and SGLang read it: the output head is called `lm_head` whatever the base ties."""
-    (directory / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
-    with adapter.path.open("rb") as source, (directory / WEIGHTS).open("wb") as target:
-        (length,) = struct.unpack("<Q", source.read(8))
-        header = json.loads(source.read(length))
-        old, new = f"{PREFIX}{HEAD}.", f"{PREFIX}{OWN_HEAD}."
-        renamed = {new + name.removeprefix(old) if name.startswith(old) else name: e for name, e in header.items()}
-        text = json.dumps(renamed, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        target.write(struct.pack("<Q", len(text)) + text)
-        shutil.copyfileobj(source, target)
+    found = sort_keys(shapes)
+    if found.whole:
+        raise UserError(f"{path} holds {found.whole[0]}, a whole weight beside the adapter: merge it with peft itself")
+    names = {OWN_HEAD if module == HEAD else module: pair for module, pair in found.pairs.items()}
+    return Adapter(path, names, shapes, _experts(names, shapes), config, settings)
 
 
 def unpack(tar_path: Path, directory: Path) -> None:
@@ -106,35 +96,28 @@ def unpack(tar_path: Path, directory: Path) -> None:
         raise UserError(f"{tar_path} lacks {' and '.join(sorted(wanted))}: it's not an exported adapter")
 
 
-def _split(name: str, path: Path) -> tuple[str, str]:
-    for half in HALVES:
-        if name.endswith(half) and name.startswith(PREFIX):
-            module = name.removeprefix(PREFIX).removesuffix(half)
-            return OWN_HEAD if module == HEAD else module, half
-    raise UserError(f"{path} holds {name[:200]!r}, which is no half of a LoRA adapter")
-
-
-def _read_config(path: Path) -> Mapping[str, object]:
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(MAX_CONFIG_BYTES))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: an adapter is a directory with {CONFIG} and {WEIGHTS}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise UserError(f"{path} does not describe a LoRA adapter")
-    strange = [name for name in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-               if found.get(name)]  # fmt: skip
-    if found.get("bias", "none") != "none":
-        strange.append("bias")
-    if strange:
-        raise UserError(f"{path} sets {', '.join(strange)}, which is not supported; merge it with peft itself")
+def _experts(names: Mapping[str, tuple[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Expert]:
+    found: dict[str, Expert] = {}
+    for module, pair in names.items():
+        place = expert_place(module)
+        dimensions = {len(shapes[name]) for name in pair}
+        if place is not None and place[1] in PROJECTIONS and dimensions == {3}:
+            found[module] = Expert(module, *place)
+        elif dimensions != {2} or (place is not None and not place[1].partition(".")[0].isdigit()):
+            raise UserError(
+                f"{module} has factors of {[list(shapes[name]) for name in pair]}, a layout of experts that isn't "
+                "written here: `tinsmith import` takes it, and what is exported from there can be merged"
+            )
     return found
 
 
-def _scale(config: Mapping[str, object], path: Path) -> float:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: r and lora_alpha must be numbers, r at least 1")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+def _read_config(path: Path) -> tuple[Mapping[str, Any], PeftConfig]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: an adapter is a directory with {CONFIG} and {WEIGHTS}") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    config = parse_config(data)
+    return json.loads(data), config

@@ -1,8 +1,8 @@
 """A base and an adapter merged into a new Hugging Face directory, tensor by tensor.
 
-W' = W + scale · B A, in float32, rounded once. Shards stay as they are cut, so memory is that of one tensor and its
-product. An output head that is tied to the embedding and was trained gets a tensor of its own, and the configuration
-says so: the embedding stays as it was. The directory appears when it's complete.
+W' = W + scale · B A, in float32, rounded once; of experts one after another. Shards stay as they are cut, so memory is
+that of one tensor and a product. An output head that is tied to the embedding and was trained gets a tensor of its own,
+and the configuration says so: the embedding stays as it was. The directory appears when it's complete.
 Shape letters: R rank, I inputs, O outputs of a linear layer.
 """
 
@@ -16,16 +16,18 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from tinsmith.adapter_files import OWN_HEAD
-from tinsmith.bases import MAX_HEADER_BYTES
+from tinsmith.bases import MAX_HEADER_BYTES, text_model_type
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
+from tinsmith.export.expert_weights import Whole, layouts
+from tinsmith.export.plain_base import is_quantised, plain_base
 
 INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
@@ -53,8 +55,15 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
+    """What is added to a tensor, or to a part of it: expert: the number of the one that the tensor is of. whole: how
+    all of a layer's experts lie in it, and part, whose rows of it these are."""
+
     a_name: str
     b_name: str
+    scale: float
+    expert: int | None = None
+    whole: Whole | None = None
+    part: int = 0
 
 
 def merge(
@@ -75,6 +84,9 @@ def merge(
     """
     if target.exists():
         raise ConfigError(f"{target} exists: name a new directory")
+    if is_quantised(base):
+        with plain_base(base, target.parent, dtype) as plain:
+            return merge(plain, adapter, target, dtype=dtype, progress=progress)
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ConfigError(f"{base} has no weights (*.safetensors)")
@@ -83,7 +95,7 @@ def merge(
     unties = OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors)
     if unties:
         tensors.append(_untied(tensors, base))
-    changes = _changes(tensors, adapter)
+    changes = _changes(tensors, adapter, text_model_type(base))
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
     making.mkdir(parents=True)
     try:
@@ -119,18 +131,40 @@ def _untied(tensors: Sequence[_Tensor], base: Path) -> _Tensor:
     return replace(embeddings[0], name=HEAD_WEIGHT)
 
 
-def _changes(tensors: Sequence[_Tensor], adapter: Adapter) -> dict[str, _Change]:
+def _changes(tensors: Sequence[_Tensor], adapter: Adapter, model_type: str) -> dict[str, list[_Change]]:
     """By the name of the merged tensor, what is added to it."""
-    changes: dict[str, _Change] = {}
+    changes = _expert_changes(tensors, adapter, model_type)
     for module, (a_name, b_name) in adapter.names.items():
+        if module in adapter.experts:
+            continue
         found = [tensor for tensor in tensors if _is(tensor.name, f"{module}.weight")]
         found = found or [tensor for tensor in tensors if _is(tensor.name, f"{module.partition('.')[2]}.weight")]
+        inner = f"language_model.model.{module.partition('language_model.')[2]}.weight"  # Gemma 3's, as it is stored
+        found = found or [tensor for tensor in tensors if _is(tensor.name, inner)]
         if len(found) != 1:
             raise UserError(f"the base has {len(found) or 'no'} weights for {module}: the adapter is of another model")
         (tensor,) = found
         if tensor.dtype not in CODES:
             raise UserError(f"{tensor.name} is {tensor.dtype}: merge into a base in float32, bfloat16 or float16")
-        changes[tensor.name] = _Change(a_name, b_name)
+        changes[tensor.name] = [_Change(a_name, b_name, adapter.scale(module))]
+    return changes
+
+
+def _expert_changes(tensors: Sequence[_Tensor], adapter: Adapter, model_type: str) -> dict[str, list[_Change]]:
+    changes: dict[str, list[_Change]] = {}
+    found = layouts({tensor.name: tensor.shape for tensor in tensors}, adapter, model_type)
+    for module, expert in adapter.experts.items():
+        pair, scale, layout = adapter.names[module], adapter.scale(module), found[expert.place]
+        whole = layout.whole.get(expert.projection)
+        if whole is not None:
+            part = whole.projections.index(expert.projection)
+            changes.setdefault(whole.name, []).append(_Change(*pair, scale, None, whole, part))
+            continue
+        names = layout.each.get(expert.projection, {})
+        if not {adapter.shapes[name][0] for name in pair} <= {1, len(names)}:
+            raise UserError(f"{module} and the base have other numbers of experts: the adapter is of another model")
+        for number, name in names.items():
+            changes[name] = [_Change(*pair, scale, number)]
     return changes
 
 
@@ -140,7 +174,11 @@ def _is(name: str, wanted: str) -> bool:
 
 
 def _write_shards(
-    making: Path, tensors: Sequence[_Tensor], changes: Mapping[str, _Change], adapter: Adapter, progress: Progress
+    making: Path,
+    tensors: Sequence[_Tensor],
+    changes: Mapping[str, Sequence[_Change]],
+    adapter: Adapter,
+    progress: Progress,
 ) -> None:
     total, done = sum(tensor.num_bytes for tensor in tensors), 0
     weight_map: dict[str, str] = {}
@@ -153,7 +191,7 @@ def _write_shards(
                 for tensor in own:
                     weight = source.get_tensor(tensor.stored)
                     if tensor.name in changes:
-                        weight = _merged(weight, changes[tensor.name], factors, adapter.scale, tensor.name)
+                        weight = _merged(weight, changes[tensor.name], factors, tensor)
                     _write(file, weight.to(CODES[tensor.dtype]) if tensor.dtype in CODES else weight)
                     done += tensor.num_bytes
                     progress(done, total)
@@ -164,15 +202,48 @@ def _write_shards(
         (making / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _merged(weight: Tensor, change: _Change, factors: Any, scale: float, name: str) -> Tensor:
-    """W + scale · B A in float32."""
-    a_RI, b_OR = factors.get_tensor(change.a_name).float(), factors.get_tensor(change.b_name).float()
-    if a_RI.ndim != 2 or b_OR.ndim != 2 or weight.shape != (b_OR.shape[0], a_RI.shape[1]):
+def _merged(weight: Tensor, changes: Sequence[_Change], factors: Any, tensor: _Tensor) -> Tensor:
+    """W + scale · B A, computed in float32 and rounded to the merged tensor's dtype."""
+    merged = weight.to(CODES[tensor.dtype], copy=True)
+    for change in changes:
+        if change.whole is None:
+            _add(weight, merged, change, factors, change.expert, tensor.name)
+            continue
+        for expert in range(len(weight)):
+            old, new = (_rows(each[expert], change) for each in (weight, merged))
+            _add(old, new, change, factors, expert, tensor.name)
+    return merged
+
+
+def _rows(expert: Tensor, change: _Change) -> Tensor:
+    """Of one expert's weights those that the change is of, as a view [O, I]."""
+    assert change.whole is not None
+    rows = expert.T if change.whole.is_transposed else expert
+    num = len(change.whole.projections)
+    if change.whole.is_interleaved:
+        return rows[change.part :: num]
+    return rows.chunk(num)[change.part]
+
+
+def _add(old: Tensor, new: Tensor, change: _Change, factors: Any, expert: int | None, name: str) -> None:
+    a_RI, b_OR = (_factor(factors, each, expert) for each in (change.a_name, change.b_name))
+    if a_RI.ndim != 2 or b_OR.ndim != 2 or old.shape != (b_OR.shape[0], a_RI.shape[1]):
         raise UserError(
-            f"{name} has shape {list(weight.shape)}, the adapter's halves {list(a_RI.shape)} and {list(b_OR.shape)}: "
+            f"{name} has shape {list(old.shape)}, the adapter's halves {list(a_RI.shape)} and {list(b_OR.shape)}: "
             "the adapter is of another model"
         )
-    return torch.addmm(weight.float(), b_OR, a_RI, alpha=scale)
+    new.copy_(torch.addmm(old.float(), b_OR, a_RI, alpha=change.scale))
+
+
+def _factor(factors: Any, name: str, expert: int | None) -> Tensor:
+    """Of one expert: its own, or the one that all share."""
+    if expert is None:
+        return cast(Tensor, factors.get_tensor(name)).float()
+    stored = factors.get_slice(name)
+    num = stored.get_shape()[0]
+    if 1 < num <= expert:
+        raise UserError(f"{name} is of {num} experts, the base has more: the adapter is of another model")
+    return cast(Tensor, stored[expert if num > 1 else 0]).float()
 
 
 def _header(tensors: Sequence[_Tensor]) -> bytes:

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tinsmith.types import IntArray
 
 BLOCK_QUERIES = 128
 MAX_SCORES = 2**25  # of a sequence in a block: 128 MiB
@@ -67,12 +69,28 @@ class AttentionKind:
         return before if found is None else found | before
 
 
-def block_attention(q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: AttentionKind) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class Reach:
+    """The last position that each of N queries sees, where that isn't its own: int64 [N], here and on the device."""
+
+    last: IntArray
+    last_N: Tensor
+
+
+def reach_of(last: IntArray | None, device: torch.device) -> Reach | None:
+    return None if last is None else Reach(last, torch.from_numpy(last).to(device))
+
+
+def block_attention(
+    q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: AttentionKind, reach: Reach | None = None
+) -> Tensor:
     """[B, H, N, E]: queries at positions start.. of sequences of which S positions are there. Differentiable by q, k
-    and v; the sinks are frozen. Scores and sums are float32, whatever the dtype of the rest."""
+    and v; the sinks are frozen. Scores and sums are float32, whatever the dtype of the rest. reach: of queries that
+    see positions after their own, which windows don't hide."""
     if torch.is_grad_enabled():
-        return cast(Tensor, _BlockAttention.apply(q_BHND, k_BGSD, v_BGSE, start, kind))  # type: ignore[no-untyped-call]
-    return _forward(q_BHND, k_BGSD, v_BGSE, start, kind)[0]
+        out: Tensor = _BlockAttention.apply(q_BHND, k_BGSD, v_BGSE, start, kind, reach)  # type: ignore[no-untyped-call]
+        return out
+    return _forward(q_BHND, k_BGSD, v_BGSE, start, kind, reach)[0]
 
 
 def masked_attention(q_NGQD: Tensor, k_NGWD: Tensor, v_NGWE: Tensor, mask: Tensor, kind: AttentionKind) -> Tensor:
@@ -104,14 +122,16 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: int, kind: AttentionKind) -> Tensor:
-        out, lse = _forward(q, k, v, start, kind)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: int, kind: AttentionKind, reach: Reach | None
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, start, kind, reach)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.start, ctx.kind = start, kind
+        ctx.start, ctx.kind, ctx.reach = start, kind, reach
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout_BHNE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dout_BHNE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         """With p the weights and t the scores after the cap: dv = pᵀ dout, dt = p · (dout vᵀ - Σ dout · out),
         ds = dt · (1 - (t / cap)²), dq = ds k · scale, dk = dsᵀ q · scale."""
         q, k, v, out, lse = ctx.saved_tensors
@@ -120,12 +140,12 @@ class _BlockAttention(torch.autograd.Function):
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         groups = k.shape[1]
         share = (dout_BHNE.float() * out.float()).sum(-1, keepdim=True)
-        for rows, keys in _blocks(q, k, ctx.start, kind):
+        for rows, keys in _blocks(q, k, ctx.start, kind, ctx.reach):
             q_BGXD, dout_BGXE, share_BGX1, lse_BGX1 = (
                 _by_group(x[:, :, rows].float(), groups) for x in (q, dout_BHNE, share, lse)
             )
             k_BGKD, v_BGKE = k[:, :, keys].float(), v[:, :, keys].float()
-            t = _scores(q_BGXD, k_BGKD, rows, keys, ctx.start, kind)
+            t = _scores(q_BGXD, k_BGKD, rows, keys, ctx.start, kind, ctx.reach)
             p = (t - lse_BGX1).exp_()
             dv[:, :, keys] += p.transpose(-1, -2) @ dout_BGXE
             ds = p.mul_((dout_BGXE @ v_BGKE.transpose(-1, -2)).sub_(share_BGX1))
@@ -135,18 +155,20 @@ class _BlockAttention(torch.autograd.Function):
             ds.mul_(kind.scale)
             dq[:, :, rows] = (ds @ k_BGKD).view(*q.shape[:2], -1, q.shape[3]).to(q.dtype)
             dk[:, :, keys] += ds.transpose(-1, -2) @ q_BGXD
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _forward(q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: AttentionKind) -> tuple[Tensor, Tensor]:
+def _forward(
+    q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: AttentionKind, reach: Reach | None
+) -> tuple[Tensor, Tensor]:
     """The attention, and log of the sum of exponentials of each row's scores, float32 [B, H, N, 1]."""
     num, heads, num_queries = q_BHND.shape[:3]
     groups = k_BGSD.shape[1]
     out = q_BHND.new_empty(num, heads, num_queries, v_BGSE.shape[3])
     lse = q_BHND.new_empty(num, heads, num_queries, 1, dtype=torch.float32)
-    for rows, keys in _blocks(q_BHND, k_BGSD, start, kind):
+    for rows, keys in _blocks(q_BHND, k_BGSD, start, kind, reach):
         q_BGXD = _by_group(q_BHND[:, :, rows].float(), groups)
-        scores = _scores(q_BGXD, k_BGSD[:, :, keys].float(), rows, keys, start, kind)
+        scores = _scores(q_BGXD, k_BGSD[:, :, keys].float(), rows, keys, start, kind, reach)
         sinks = None
         if kind.sinks_H is not None:
             sinks = kind.sinks_H.float().view(1, groups, -1, 1).repeat_interleave(rows.stop - rows.start, 2)
@@ -157,24 +179,29 @@ def _forward(q_BHND: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, start: int, kind: A
     return out, lse
 
 
-def _blocks(q_BHND: Tensor, k_BGSD: Tensor, start: int, kind: AttentionKind) -> Iterator[tuple[slice, slice]]:
+def _blocks(
+    q_BHND: Tensor, k_BGSD: Tensor, start: int, kind: AttentionKind, reach: Reach | None = None
+) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, and the keys that some query of the block sees. They don't depend on B."""
     heads, num_queries = q_BHND.shape[1:3]
-    reaches = [reach + BLOCK_QUERIES for reach in kind.reaches if reach is not None]
+    reaches = [seen + BLOCK_QUERIES for seen in kind.reaches if seen is not None] if reach is None else []
     num_seen = min(k_BGSD.shape[2], *reaches) if reaches else k_BGSD.shape[2]
     size = max(1, min(BLOCK_QUERIES, MAX_SCORES // (heads * num_seen)))
     for first in range(0, num_queries, size):
         last = min(first + size, num_queries)
-        yield slice(first, last), slice(kind.first_seen(start + first), start + last)
+        end = start + last if reach is None else int(reach.last[first:last].max()) + 1
+        yield slice(first, last), slice(kind.first_seen(start + first), end)
 
 
-def _scores(q_BGXD: Tensor, k_BGKD: Tensor, rows: slice, keys: slice, start: int, kind: AttentionKind) -> Tensor:
+def _scores(
+    q_BGXD: Tensor, k_BGKD: Tensor, rows: slice, keys: slice, start: int, kind: AttentionKind, reach: Reach | None
+) -> Tensor:
     """Of a block, capped and masked: [B, G, Q · M, K]."""
     num, groups, _, _ = q_BGXD.shape
     scores = capped((q_BGXD @ k_BGKD.transpose(-1, -2)).mul_(kind.scale), kind.softcap)
     at_M = torch.arange(start + rows.start, start + rows.stop, device=scores.device)[:, None]
     of_K = torch.arange(keys.start, keys.stop, device=scores.device)
-    hidden_MK = of_K > at_M
+    hidden_MK = of_K > (at_M if reach is None else reach.last_N[rows, None])
     unseen_MK = kind.unseen(at_M, of_K)
     if unseen_MK is not None:
         hidden_MK |= unseen_MK

@@ -19,21 +19,33 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.activation import replace_silu
-from tinsmith.model.attention import AttentionKind, block_attention
+from tinsmith.model.attention import AttentionKind, Reach, block_attention, reach_of
 from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import ExpertAdapters, PassContext
 from tinsmith.model.delta import Chunks, DeltaKind, mix
 from tinsmith.model.experts import Experts, describe_experts, find_experts, frozen_parts, replace_experts
-from tinsmith.model.families import Family, family_of
+from tinsmith.model.families import Family, family_of, vision_of
 from tinsmith.model.frozen import FrozenMatrix
-from tinsmith.model.inspect import LinearInfo, SiblingWatch, check_head, check_rope, describe_linears, find_linears
+from tinsmith.model.inspect import (
+    LinearInfo,
+    SiblingWatch,
+    apart_of,
+    check_head,
+    check_rope,
+    decoder_of,
+    describe_linears,
+    find_linears,
+)
 from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
 from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
-from tinsmith.types import BaseInfo
+from tinsmith.model.vision import Eyes, Scene, Sights, Span, open_eyes
+from tinsmith.model.vision.trial import Trial
+from tinsmith.pictures import Picture
+from tinsmith.types import BaseInfo, TokenArray
 
 ATTENTION = "tinsmith_pass"
 HOLDER = "tinsmith_holder"
@@ -44,8 +56,9 @@ MAX_LOGIT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-
 
 class BaseModel:
     """The frozen model. `num_forwards` counts walks through it; `lora` computes the adapters of training passes;
-    `final` is what becomes of the head's outputs, its adapters' among them. Routes have `num_chosen` of `num_experts`
-    experts for each of `num_routers` routers; 0 where they can't be replayed."""
+    `final` is what becomes of the head's outputs, its adapters' among them; `eyes` look at pictures, if it has any.
+    Routes have `num_chosen` of `num_experts` experts for each of `num_routers` routers; 0 where they can't be
+    replayed."""
 
     def __init__(
         self,
@@ -59,6 +72,7 @@ class BaseModel:
         router_weights: Sequence[Tensor],
         routers: Sequence[Router],
         holder: PassHolder,
+        eyes: Eyes | None = None,
     ) -> None:
         self.info = info
         self.family = family
@@ -67,7 +81,8 @@ class BaseModel:
         self.head = FrozenMatrix(head.weight)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self.num_forwards = 0
-        self.backbone: nn.Module = _backbone(model)
+        self.backbone = decoder_of(model)
+        self.eyes = eyes
         self._embedding: nn.Module = model.get_input_embeddings()
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
         self._groups = groups
@@ -102,28 +117,58 @@ class BaseModel:
         joint = sum(experts.joint_bytes for experts in self._experts)
         return {**found, "joint experts": joint} if joint else dict(found)
 
-    def embed(self, tokens_T: Tensor) -> Tensor:
-        """[T, D], without autograd."""
+    def embed(self, tokens_T: Tensor, sights: Sights | None = None) -> Tensor:
+        """[T, D], without autograd. Of rows that show a picture the token doesn't matter."""
         with torch.no_grad():
-            return cast(Tensor, self._embedding(tokens_T))
+            if sights is None:
+                return cast(Tensor, self._embedding(tokens_T))
+            embeds_TD: Tensor = self._embedding(tokens_T.index_fill(0, sights.rows_M, 0))
+            return embeds_TD.index_copy_(0, sights.rows_M, sights.features_MD)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext, *, recompute: bool = False) -> Tensor:
+    def scene(self, tokens: TokenArray, pictures: Sequence[Picture]) -> Scene | None:
+        """Where the pictures of a sequence are; None if it has none.
+
+        Raises:
+            UserError: they aren't where the tokens say, or have another number of tokens.
+            UnsupportedError: this model takes no pictures here.
+        """
+        if not pictures:
+            return None
+        if self.eyes is None:
+            raise UnsupportedError(f"{self.info.name} takes no pictures on this server: send text alone")
+        return self.eyes.scene(tokens, pictures)
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        context: PassContext,
+        *,
+        recompute: bool = False,
+        sights: Sights | None = None,
+    ) -> Tensor:
         """Hidden states after the last norm, [T, D], of rows that only `context` ties into sequences.
 
         Args:
-            tokens_T, positions_T: int64; positions start at 0 in each sequence. T as `padded_rows` says.
+            tokens_T, positions_T: int64; positions start at 0 in each sequence. T as `padded_rows` says. Positions may
+                be [3, T] where the model counts on three axes.
             context: called for each attention and each linear layer. With autograd on it must be a GradContext, and
                 backward from the result calls its `add_lora_grad`.
             recompute: keep only the layers' inputs for backward, which computes each layer a second time.
+            sights: what rows that show pictures have in place of their tokens' embeddings.
         """
         self.num_forwards += 1
-        embeds_TD = self.embed(tokens_T)
+        embeds_TD = self.embed(tokens_T, sights)
         if torch.is_grad_enabled() and recompute:
             embeds_TD = embeds_TD.requires_grad_()  # a layer that is computed twice is differentiated by its input
         self._holder.enter(context, positions_T, recomputes=recompute)
         try:
             out = self.backbone(
-                inputs_embeds=embeds_TD[None], position_ids=positions_T[None], use_cache=False, return_dict=True
+                inputs_embeds=embeds_TD[None],
+                position_ids=positions_T[..., None, :],
+                use_cache=False,
+                return_dict=True,
+                **_deeper(sights, len(tokens_T)),
             )
         finally:
             self._holder.leave()
@@ -142,11 +187,14 @@ def open_base(
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
     family = family_of(model.config)
-    linears = find_linears(model, head, frozen_parts(model, family))
+    eyes = open_eyes(model, info.vision, vision_of(model.config), info.path)
+    linears = find_linears(model, head, frozen_parts(model, family), apart_of(model))
     found = find_experts(model, family)
-    check_rope(model)
+    check_rope(decoder_of(model))
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
     choosing = family.routers if family.expert_weights is not None else ()
+    with ChoiceWatch(model, choosing) as looking:
+        trial = None if eyes is None else Trial(model, eyes, info.vocab_size)
     with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
@@ -165,9 +213,11 @@ def open_base(
     )
     replace_silu(model)
     _hook_attention(model, holder)
-    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder)
+    base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder, eyes)
     open_layers(base.backbone, base.num_layers, holder)
     _check(base, groups, model, tokens_T, logits_TV, routing.choices)
+    if trial is not None:
+        _check_trial(base, trial, model, looking.choices)
     base.num_forwards = 0
     return base
 
@@ -188,12 +238,6 @@ def _group_linears(
     return groups
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
-    """The decoder layers and what is around them; some models call it otherwise than they say."""
-    found: object = getattr(model, model.base_model_prefix, None)
-    return found if isinstance(found, nn.Module) else model.get_submodule("model")
-
-
 def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) -> None:
     """Modules that hooks can't carry."""
     for path, module in list(model.named_modules()):
@@ -205,8 +249,9 @@ def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) 
 def _hook_attention(model: PreTrainedModel, holder: PassHolder) -> None:
     """Route the model's attention to the pass context. A name that has no mask function gets no mask built."""
     AttentionInterface.register(ATTENTION, _attend)
-    model.set_attn_implementation(ATTENTION)
-    for module in model.modules():
+    decoder = decoder_of(model)
+    decoder.set_attn_implementation(ATTENTION)
+    for module in decoder.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, HOLDER, holder)
 
@@ -248,15 +293,16 @@ def _attend(
 class _CheckContext:
     """One sequence over all rows, no adapters; counts what was called."""
 
-    def __init__(self, choices: Sequence[Tensor]) -> None:
+    def __init__(self, choices: Sequence[Tensor], reach: Reach | None = None) -> None:
         self.choices = choices
+        self.reach = reach
         self.layers: Counter[int] = Counter()
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.layers[layer] += 1
-        return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind)[0].transpose(0, 1)
+        return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind, self.reach)[0].transpose(0, 1)
 
     def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
         self.layers[layer] += 1
@@ -298,10 +344,41 @@ def _check(
     unseen = sorted({info.lead.rpartition(".")[0] for info in base.linears if info.is_of_experts} - {*context.mixtures})
     if unseen:
         raise UnsupportedError(f"{kind}: experts that aren't called: {', '.join(unseen[:6])}")
+    _check_logits(base, model, h_TD, expected_TV, "it does something between hidden states and logits, or in attention")
+
+
+def _check_trial(base: BaseModel, trial: Trial, model: PreTrainedModel, choices: Sequence[Tensor]) -> None:
+    """The same with a picture among the tokens."""
+    assert base.eyes is not None, "who has no eyes has no trial"
+    num = len(trial.tokens_T)
+    positions_T = torch.from_numpy(trial.scene.positions(0, num)).to(base.device)
+    context = _CheckContext(choices, reach_of(trial.scene.last_seen(0, num), base.device))
+    sights = base.eyes.sights([Span(trial.scene, 0, num, 0)])
+    with torch.no_grad():
+        h_TD = base.hidden(trial.tokens_T, positions_T, context, sights=sights)
+    _check_logits(base, model, h_TD, trial.logits_TV, "with a picture it does something")
+
+
+def _check_logits(base: BaseModel, model: PreTrainedModel, h_TD: Tensor, expected_TV: Tensor, what: str) -> None:
     logits_TV = base.final.apply_(base.head.times(h_TD))
+    if not expected_TV.isfinite().all():
+        name = str(base.dtype).removeprefix("torch.")
+        cure = (
+            "start with --dtype bfloat16, whose range is float32's" if base.dtype == torch.float16 else "fetch it again"
+        )
+        raise UnsupportedError(f"{type(model).__name__}: its logits are not finite in {name}: {cure}")
     error = float((logits_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not error <= MAX_LOGIT_ERROR[base.dtype]:
         raise UnsupportedError(
-            f"{kind}: the opened model's logits differ from its own by {error:.1e} of their range: it does something "
-            "between hidden states and logits, or in attention, that is not carried here"
+            f"{type(model).__name__}: the opened model's logits differ from its own by {error:.1e} of their range: "
+            f"{what} that is not carried here"
         )
+
+
+def _deeper(sights: Sights | None, num_rows: int) -> dict[str, Any]:
+    """How transformers' decoders take features that are added after their first layers."""
+    if sights is None or not sights.deeper:
+        return {}
+    mask_T = torch.zeros(num_rows, dtype=torch.bool, device=sights.rows_M.device)
+    mask_T[sights.rows_M] = True
+    return {"visual_pos_masks": mask_T[None], "deepstack_visual_embeds": list(sights.deeper)}

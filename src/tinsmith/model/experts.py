@@ -228,11 +228,11 @@ def describe_experts(experts: Mapping[str, nn.Module], family: Family, *, shares
         hidden, inner = down.shape[:0:-1] if layout_of(module, family).is_transposed else down.shape[1:]
         if gate_up.numel() != num * 2 * inner * hidden:
             raise UnsupportedError(f"{path}: experts of {list(gate_up.shape)} and {list(down.shape)} can't be carried")
-        outer = 1 if shares_factors else num
+        outer, in_turn = 1 if shares_factors else num, not layout_of(module, family).is_concatenated
         for name in ("w1", "w3"):
             lead = f"{path}.w1" if shares_factors else f"{path}.{name}"
-            yield LinearInfo(f"{path}.{name}", "mlp", hidden, inner, lead, num_a=outer, num_b=num)
-        yield LinearInfo(f"{path}.w2", "mlp", inner, hidden, f"{path}.w2", num_a=num, num_b=outer)
+            yield LinearInfo(f"{path}.{name}", "mlp", hidden, inner, lead, outer, num, in_turn)
+        yield LinearInfo(f"{path}.w2", "mlp", inner, hidden, f"{path}.w2", num, outer, in_turn)
 
 
 def replace_experts(

@@ -6,10 +6,10 @@ leaving it alone would give wrong numbers in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Self, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ class LinearInfo:
 
     group: attn, mlp or unembed. lead: the first of the layers that share this one's input; itself, if none does.
     num_a, num_b: how many As and Bs an adapter has here; 0 for one of each, which isn't of experts. An A or B that is
-    alone belongs to all experts.
+    alone belongs to all experts. interleaves: of experts whose base has gate and up row by row in turn.
     """
 
     name: str
@@ -39,6 +39,7 @@ class LinearInfo:
     lead: str
     num_a: int = 0
     num_b: int = 0
+    interleaves: bool = False
 
     @property
     def layer(self) -> str:
@@ -53,15 +54,36 @@ class LinearInfo:
         return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
 
 
-def find_linears(model: nn.Module, head: nn.Module, carried: Iterable[nn.Module] = ()) -> dict[str, nn.Linear]:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The layers that tokens go through, between the embedding and the head; some models call it otherwise than they
+    say."""
+    found: object = model.get_decoder()  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, model.get_submodule("model") if found is model else found)
+
+
+def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Paths of what stands beside the decoder, such as towers for pictures: no token goes through it."""
+    decoder = decoder_of(model)
+    place = next(name for name, module in model.named_modules() if module is decoder).rpartition(".")[0]
+    beside = model.get_submodule(place).named_children() if place else ()
+    return tuple(f"{place}.{name}" for name, module in beside if module is not decoder)
+
+
+def find_linears(
+    model: nn.Module, head: nn.Module, carried: Iterable[nn.Module] = (), apart: Sequence[str] = ()
+) -> dict[str, nn.Linear]:
     """The linear layers of attention and MLP by path, in the model's order; the output head is not among them.
 
-    carried: modules whose own weights are known otherwise.
+    carried: modules whose own weights are known otherwise. apart: paths of modules that aren't looked at.
 
     Raises:
         UnsupportedError: the model has weights that are neither these, nor norms, nor the embedding; they are named.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and not _is_in(name, apart)
+    }
     gates = {name for name in found if name.rpartition(".")[2] in GATES}
     linears = {name: module for name, module in found.items() if name not in gates and _group(name) is not None}
     known = {id(p) for name in gates for p in found[name].parameters()}
@@ -69,7 +91,8 @@ def find_linears(model: nn.Module, head: nn.Module, carried: Iterable[nn.Module]
     known |= {id(p) for module in carried for p in module.parameters()}
     known |= {id(p) for p in head.parameters()}
     known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    strange = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim != 1]
+    own = ((name, p) for name, p in model.named_parameters() if not _is_in(name, apart))
+    strange = [name for name, p in own if id(p) not in known and p.ndim != 1]
     if strange:
         raise UnsupportedError(
             f"{type(model).__name__} has parts that can't be trained here: {_summary(strange)}; "
@@ -135,6 +158,10 @@ def check_rope(model: nn.Module) -> None:
                     f"{type(model).__name__}: {name} scales rope by {kind!r}, which depends on the other sequences of "
                     f"a pass; can be served: {', '.join(sorted(STATIC_ROPE))}"
                 )
+
+
+def _is_in(name: str, paths: Sequence[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
 
 
 def _parent(name: str) -> str:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
-from tinsmith.lora_options import PLAIN, LoraOptions
+from tinsmith.lora_options import DEFAULT_ALPHA, PLAIN, LoraOptions
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.lora.backend import ExpertWeights, LoraWeights
-from tinsmith.types import DEFAULT_ALPHA, FloatArray, RunId, RunSpec, Targets
+from tinsmith.types import FloatArray, RunId, RunSpec, Targets
 
 HEAD_STATE_NAME = "model.unembed_tokens"
 

@@ -199,6 +199,12 @@ def _flip(x: Stored, first: int = -2, second: int = -1) -> Stored | None:
     return x._map(lambda part: part, flips=True) if dims == {x.ndim - 2, x.ndim - 1} else None
 
 
+def _permute(x: Stored, dims: Sequence[int]) -> Stored | None:
+    order = [dim % x.ndim for dim in dims]
+    swapped = [*range(x.ndim - 2), x.ndim - 1, x.ndim - 2]
+    return _flip(x) if order == swapped else None
+
+
 def _select(x: Stored, dim: int, index: int) -> Stored | None:
     at = x._dim(dim)
     return None if at is None or at == x.ndim - 2 else x._map(lambda part: part.select(at, index))
@@ -267,6 +273,7 @@ _KEEP: dict[Any, Callable[..., Any]] = {
     _aten._to_copy.default: _copy,
     _aten.transpose.int: _flip,
     _aten.t.default: _flip,
+    _aten.permute.default: _permute,
     _aten.select.int: _select,
     _aten.slice.Tensor: _slice,
     _aten.unbind.int: _unbind,

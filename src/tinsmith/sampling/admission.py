@@ -2,8 +2,8 @@
 
 Tenants take turns, then the snapshots of a tenant; what is asked of one snapshot goes first come, first served, after
 what has to be computed again. A prompt is cut at multiples of the chunk size, counted from its own start, so where it
-is cut doesn't depend on what else is in the pass. A step carries at most one chunk's worth of tokens, hence at most
-one chunk of a request.
+is cut doesn't depend on what else is in the pass. A step carries at most one chunk's worth of tokens, and the rest of
+a picture that must not be cut; hence at most one chunk of a request.
 """
 
 from __future__ import annotations
@@ -75,17 +75,19 @@ def plan_prefill(
             break
         if prompt.line in held_back:
             continue
-        fits = next_chunk(prompt, chunk_tokens).num_tokens <= left
+        fits = next_chunk(prompt, chunk_tokens).num_tokens <= left or not chunks
         if not fits or (prompt not in has_begun and not may_begin(prompt)):
             held_back.add(prompt.line)
             continue
         chunk = next_chunk(prompt, chunk_tokens)  # where it begins may be cached; it never gets longer by that
         chunks.append(chunk)
-        left -= chunk.num_tokens
+        left = max(0, left - chunk.num_tokens)
     return chunks
 
 
 def next_chunk(prompt: Prompt, chunk_tokens: int) -> Chunk:
-    """The part of the prompt up to the next multiple of `chunk_tokens`."""
+    """The part of the prompt up to the next multiple of `chunk_tokens`; up to the end of a picture that must not be
+    cut there."""
     start = prompt.num_prefilled
-    return Chunk(prompt, start, min(prompt.num_prompt, (start // chunk_tokens + 1) * chunk_tokens))
+    end = min(prompt.num_prompt, (start // chunk_tokens + 1) * chunk_tokens)
+    return Chunk(prompt, start, end if prompt.scene is None else prompt.scene.end_of_picture(end))

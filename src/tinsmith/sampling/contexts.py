@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, Routes, padded_rows
-from tinsmith.model.attention import AttentionKind, block_attention, masked_attention
+from tinsmith.model.attention import AttentionKind, block_attention, masked_attention, reach_of
 from tinsmith.model.delta import Chunks, DeltaKind, StateShape, go_on
 from tinsmith.model.lora import NO_ADAPTERS, ExpertLora, LoraBackend
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
@@ -31,19 +31,22 @@ from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.states import SequenceStates
 from tinsmith.sampling.tiled_lora import RowLora
+from tinsmith.types import IntArray
 
 MASK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows first..last-1 of the pass are positions start.. of one prompt."""
+    """Rows first..last-1 of the pass are positions start.. of one prompt. last_seen: where some see later ones, see
+    `Scene.last_seen`."""
 
     first: int
     last: int
     start: int
     adapter: Adapter | None
     kv: PromptKV | PagedPrompt
+    last_seen: IntArray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -59,16 +62,17 @@ class PrefillContext(OwnRoutes):
         self.expert_segments = expert_segments((segment.first, segment.last, segment.adapter) for segment in segments)
         self._chunks: Chunks | None = None
         self._masks = [_late_mask(segment, device, dtype) for segment in segments]
+        self._reaches = [reach_of(segment.last_seen, device) for segment in segments]
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         heads, rows, size = q_HTD.shape
         out_THD = q_HTD.new_zeros(rows, heads, size)
-        for segment, mask in zip(self._segments, self._masks, strict=True):
+        for segment, mask, reach in zip(self._segments, self._masks, self._reaches, strict=True):
             part = slice(segment.first, segment.last)
             k_GED, v_GED = segment.kv.put(layer, segment.start, k_GTD[:, part], v_GTD[:, part])
             q_HND = q_HTD[:, part]
-            if not kind.is_plain(segment.kv.num_tokens):
-                out_HND = block_attention(q_HND[None], k_GED[None], v_GED[None], segment.start, kind)[0]
+            if reach is not None or not kind.is_plain(segment.kv.num_tokens):
+                out_HND = block_attention(q_HND[None], k_GED[None], v_GED[None], segment.start, kind, reach)[0]
                 out_THD[part] = out_HND.transpose(0, 1)
                 continue
             if mask is None:

@@ -44,7 +44,8 @@ class Drawn(NamedTuple):
 
 
 class Decoder:
-    """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas."""
+    """tokens, positions: int64, one for each sequence in the cache, in the order of its arenas; positions are places
+    in the sequence."""
 
     def __init__(
         self, base: BaseModel, kv: KVCache[Sequence] | PagedKV[Sequence], lora: RowLora, *, is_exact: bool
@@ -61,6 +62,12 @@ class Decoder:
         self.tokens: IntArray = np.zeros(0, np.int64)
         self.positions: IntArray = np.zeros(0, np.int64)
         self._counts_B: IntArray = np.zeros(0, np.int64)
+        self._offsets: IntArray | None = None  # where some sequence has pictures
+
+    @property
+    def rotary(self) -> IntArray:
+        """The rotary positions that go with `positions`."""
+        return self.positions if self._offsets is None else self.positions + self._offsets
 
     @property
     def sequences(self) -> Seq[Sequence]:
@@ -116,6 +123,8 @@ class Decoder:
         self._sequences = [owner for group in groups for owner in group.owners]
         self.context = DecodeContext(groups, self._lora, self._base.lora, self._kv.states, is_exact=self._is_exact)
         self._lora.arrange([s.request.adapter for s in self._sequences])
+        offsets = np.array([s.offset for s in self._sequences], np.int64)
+        self._offsets = offsets if offsets.any() else None
         self._rules = None
         self._must_look = True
         self._version = self._kv.version

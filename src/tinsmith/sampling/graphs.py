@@ -108,7 +108,7 @@ class DecodeGraphs:
     def num_bytes(self) -> int:
         return sum(graph.num_bytes for graph in self._graphs.values())
 
-    def run(self, tokens: IntArray, positions: IntArray) -> Tensor | None:
+    def run(self, tokens: IntArray, positions: IntArray, rotary: IntArray) -> Tensor | None:
         """Hidden states of a step of all sequences in the cache, in the first rows; None where there is no graph."""
         num = len(tokens)
         if self._is_off or num > self._step.max_rows:
@@ -116,7 +116,7 @@ class DecodeGraphs:
         if self._version != self._kv.version:
             self._arrange()
         bucket = bucket_of(num)
-        self._step.load(tokens, positions, bucket)
+        self._step.load(tokens, positions, rotary, bucket)
         key = (bucket, self._lora.shape)
         graph = self._graphs.get(key) or self._captured(key)
         if graph is None:

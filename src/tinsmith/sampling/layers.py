@@ -25,6 +25,7 @@ from tinsmith.model.delta import DeltaKind
 from tinsmith.model.linear import LinearGroup
 from tinsmith.model.lora import NO_ADAPTERS
 from tinsmith.model.norm import RMSNorm
+from tinsmith.model.vision import Sights
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -76,14 +77,18 @@ class LeanLayers:
         self._rotary = rotary
         self._norm = norm
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, context: PassContext) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, context: PassContext, *, sights: Sights | None = None
+    ) -> Tensor:
         self._base.num_forwards += 1
-        x_TD = self._base.embed(tokens_T)
-        cos_1TE, sin_1TE = self._rotary(x_TD[None], positions_T[None])
+        x_TD = self._base.embed(tokens_T, sights)
+        cos_1TE, sin_1TE = self._rotary(x_TD[None], positions_T[..., None, :])
         cos_T1E, sin_T1E = cos_1TE[0, :, None], sin_1TE[0, :, None].clone()
         sin_T1E[..., : sin_T1E.shape[-1] // 2].neg_()
         for index, layer in enumerate(self._layers):
             x_TD = layer(index, x_TD, cos_T1E, sin_T1E, context)
+            if sights is not None and index < len(sights.deeper):
+                x_TD.index_add_(0, sights.rows_M, sights.deeper[index])
         return _normed(self._norm, x_TD)
 
 

@@ -12,33 +12,37 @@ import torch
 from torch import Tensor
 
 from tinsmith.model import HEAD, BaseModel
+from tinsmith.model.vision import Span, joined, positions_of
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import PrefillContext, Segment, adapter_logits, head_logits, pad_rows
 from tinsmith.sampling.sequence import Prompt, Request
-from tinsmith.types import IntArray
 
 HEAD_ROWS = 128  # rows whose logits are held at once
 
 
 class Prefill:
-    """Chunks of several prompts, one after another; the `prompt_kv` of each is open."""
+    """Chunks of several prompts, one after another; the `prompt_kv` of each is open. positions: rotary ones. spans: of
+    the rows, to be looked at if there are pictures among them."""
 
     def __init__(self, base: BaseModel, chunks: Seq[Chunk]) -> None:
         self._base = base
-        self._chunks = chunks
+        self.chunks = chunks
         self._segments = _segments(chunks)
         self.context = PrefillContext(self._segments, base.device, base.dtype, base.lora)
+        self.spans = [
+            Span(c.prompt.scene, c.start, c.end, s.first) for c, s in zip(chunks, self._segments, strict=True)
+        ]
         self.tokens = np.concatenate([c.prompt.tokens[c.start : c.end] for c in chunks]).astype(np.int64)
-        self.positions: IntArray = np.concatenate([np.arange(c.start, c.end) for c in chunks])
+        self.positions = joined([positions_of(c.prompt.scene, c.start, c.end) for c in chunks])
 
     def finish(self, hidden_TD: Tensor) -> None:
         """Take what the walk gave for these rows, and move the prompts on."""
-        parts = [(c, hidden_TD[s.first : s.last]) for c, s in zip(self._chunks, self._segments, strict=True)]
+        parts = [(c, hidden_TD[s.first : s.last]) for c, s in zip(self.chunks, self._segments, strict=True)]
         for chunk, hidden_ND in parts:
             if isinstance(chunk.prompt, Request) and chunk.prompt.scores.wanted:
                 _score(self._base, chunk.prompt, chunk, hidden_ND)
         _first_logits(self._base, [(c.prompt, h_ND) for c, h_ND in parts if c.is_last])
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             chunk.prompt.num_prefilled = chunk.end
             if chunk.prompt.prompt_kv is not None:
                 chunk.prompt.prompt_kv.states.advance(chunk.end)
@@ -51,7 +55,8 @@ def _segments(chunks: Seq[Chunk]) -> list[Segment]:
         prompt = chunk.prompt
         assert prompt.prompt_kv is not None, "the prompt's memory is opened before its first chunk"
         last = first + chunk.num_tokens
-        segments.append(Segment(first, last, chunk.start, prompt.adapter, prompt.prompt_kv))
+        last_seen = None if prompt.scene is None else prompt.scene.last_seen(chunk.start, chunk.end)
+        segments.append(Segment(first, last, chunk.start, prompt.adapter, prompt.prompt_kv, last_seen))
         first = last
     return segments
 

@@ -44,15 +44,16 @@ class PrefixCache:
         load: Callable[[int, Kept], None],
         end: int,
         pictures: Sequence[Picture] = (),
+        may_cut: Callable[[int], bool] = lambda position: True,
     ) -> int:
         """Hand what is known of a beginning of `tokens` with its pictures to `load`, with the position at which it
-        begins, never beyond position `end`; how many tokens that was."""
+        begins, never beyond position `end`; how many tokens that was. may_cut: where it may end."""
         found: list[bytes] = []
         for key in self._keys(line, tokens, end // self._grid if self._pieces else 0, pictures):
             if key not in self._pieces:
                 break
             found.append(key)
-        while self._has_states and found and self._pieces[found[-1]].states is None:
+        while found and not (may_cut(len(found) * self._grid) and self._is_end(found[-1])):
             found.pop()
         for index, key in enumerate(found):
             load(index * self._grid, self._pieces[key])
@@ -94,6 +95,10 @@ class PrefixCache:
             _, dropped = self._pieces.popitem(last=False)
             self.num_bytes -= dropped.num_bytes
             dropped.drop()
+
+    def _is_end(self, key: bytes) -> bool:
+        """Whether a beginning may end with this piece."""
+        return not self._has_states or self._pieces[key].states is not None
 
     def _use(self, keys: Sequence[bytes]) -> None:
         """The first ones last: a piece is of no use without those before it."""

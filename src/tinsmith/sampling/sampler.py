@@ -19,7 +19,7 @@ import structlog
 import torch
 
 from tinsmith.config import Settings
-from tinsmith.errors import ConfigError, TinsmithError
+from tinsmith.errors import ConfigError, TinsmithError, UserError
 from tinsmith.model import BaseModel
 from tinsmith.sampling.adapters import AdapterCache
 from tinsmith.sampling.admission import Chunk
@@ -160,6 +160,7 @@ class Sampler:
             UserError: it can never be carried out: beyond the context or the KV memory, or its adapter isn't loaded.
         """
         max_tokens = self._limits.max_tokens(item)
+        scene = self._base.scene(item.prompt, item.pictures)
         adapter = None if item.adapter is None else self._adapters.acquire(item.adapter)
         self._num_submitted += 1
         request = Request(
@@ -170,6 +171,7 @@ class Sampler:
             streams=streams(item.seed, item.num_samples),
             scores=PromptScores(item),
             arrival=self._num_submitted,
+            scene=scene,
         )
         self._requests[item.op_id] = request
         if item.params.json_schema is None:
@@ -267,6 +269,10 @@ class Sampler:
             return False  # another chunk of the same request failed
         try:
             self._walker.prefill([chunk])
+        except UserError as error:
+            self._drop(request)
+            ended.append((request.item.op_id, error.as_failure()))
+            return False
         except Exception as error:
             self._fail(request, error, ended)
             return False

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from tinsmith.model.vision import Scene
 from tinsmith.pictures import Picture
 from tinsmith.route_tape import RouteArray, RouteTape
 from tinsmith.sampling.blocks import Claim, num_blocks
@@ -33,6 +34,7 @@ class Request:
     has_begun: it has a token.
     max_tokens: resolved, at least 1. prompt_kv: there from the start of the prefill until the last sequence started.
     first_logits_V: float32, the logits after the whole prompt. grammar: of its schema, there before the prefill.
+    scene: of the prompt's pictures.
     """
 
     item: SampleItem
@@ -50,6 +52,7 @@ class Request:
     prompt_kv: PromptKV | PagedPrompt | None = None
     first_logits_V: Tensor | None = None
     grammar: Grammar | None = None
+    scene: Scene | None = None
     prompt_routes: RouteArray | None = None
     sequences: dict[Sequence, None] = field(default_factory=dict)
     finished: dict[int, SampledSequence] = field(default_factory=dict)
@@ -172,6 +175,11 @@ class Sequence:
         return self.request.tenant
 
     @property
+    def offset(self) -> int:
+        """What the rotary position of a sampled token exceeds its place by."""
+        return 0 if self.request.scene is None else self.request.scene.offset
+
+    @property
     def num_kv(self) -> int:
         """Positions of the KV that are filled."""
         return self.request.num_prompt + len(self.tokens) - 1
@@ -246,6 +254,10 @@ class Recompute:
     @property
     def adapter(self) -> Adapter | None:
         return self.sequence.request.adapter
+
+    @property
+    def scene(self) -> Scene | None:
+        return self.sequence.request.scene
 
     @property
     def tenant(self) -> str:

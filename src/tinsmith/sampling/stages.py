@@ -63,8 +63,11 @@ class Stages:
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""
         assert prompt.prompt_kv is not None, "memory is opened first"
+        may_cut = {} if prompt.scene is None else {"may_cut": prompt.scene.may_cut}
         skippable = 0 if isinstance(prompt, Request) and prompt.item.records_routes else prompt.num_skippable
-        known = self._prefixes.fill(prompt.line, prompt.tokens, prompt.prompt_kv.load, skippable, prompt.pictures)
+        known = self._prefixes.fill(
+            prompt.line, prompt.tokens, prompt.prompt_kv.load, skippable, prompt.pictures, **may_cut
+        )
         prompt.num_prefilled = known
         self.begun[prompt] = None
         if isinstance(prompt, Request):

@@ -38,13 +38,14 @@ class StaticStep:
         device = base.device
         self._tokens_N = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions_N = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._rotary_N = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._tables_NB = torch.full((max_rows, max_blocks), pool.padding, dtype=torch.int64, device=device)
         self.hidden_ND = torch.zeros(padded_rows(max_rows), base.head.in_features, dtype=base.dtype, device=device)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Of all memory that a captured step reads or writes and that isn't the base's, nor its own."""
-        own = (self._tokens_N, self._positions_N, self._tables_NB, self.hidden_ND)
+        own = (self._tokens_N, self._positions_N, self._rotary_N, self._tables_NB, self.hidden_ND)
         return (*(t.data_ptr() for t in (*own, *self._pool.layers)), *self._lora.tables.addresses)
 
     def arrange(self, tables: Collection[Sequence[int]]) -> None:
@@ -54,16 +55,17 @@ class StaticStep:
             wide[row, : len(table)] = table
         self._tables_NB[:, : wide.shape[1]].copy_(torch.from_numpy(wide))
 
-    def load(self, tokens: IntArray, positions: IntArray, bucket: int) -> None:
-        """Take the next step's inputs; rows up to the bucket are padding."""
-        for rows_N, own in ((self._tokens_N, tokens), (self._positions_N, positions)):
+    def load(self, tokens: IntArray, positions: IntArray, rotary: IntArray, bucket: int) -> None:
+        """Take the next step's inputs; rows up to the bucket are padding. rotary: positions as layers count them."""
+        buffers = (self._tokens_N, self._positions_N, self._rotary_N)
+        for rows_N, own in zip(buffers, (tokens, positions, rotary), strict=True):
             rows_N[:bucket].copy_(torch.from_numpy(np.pad(own, (0, bucket - len(own)))))
 
     def compute(self, bucket: int) -> None:
         """The step. May be run again with the same inputs: it writes the same keys and values."""
         positions_T = self._positions_N[:bucket]
         context = StaticContext(PagedRows(self._pool, self._tables_NB[:bucket], positions_T), self._lora)
-        self.hidden_ND[:bucket].copy_(self._hidden(self._tokens_N[:bucket], positions_T, context))
+        self.hidden_ND[:bucket].copy_(self._hidden(self._tokens_N[:bucket], self._rotary_N[:bucket], context))
 
 
 class StaticContext(OwnRoutes):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinsmith.model import BaseModel, PassContext, padded_rows
+from tinsmith.model.vision import Positions, joined
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.contexts import MixedContext
 from tinsmith.sampling.decode import Decoder, Drawn
@@ -61,39 +63,47 @@ class Walker:
         decoder = self.decoder
         num_decoded = decoder.prepare(paused)
         if not chunks:
-            is_noted = wants_routes(decoder.sequences, ())
-            may_replay = self.graphs is not None and not is_noted
-            found_TD = self.graphs.run(decoder.tokens, decoder.positions) if may_replay and self.graphs else None
+            inputs = (decoder.tokens, decoder.positions, decoder.rotary)
+            found_TD = None
+            if self.graphs is not None and not wants_routes(decoder.sequences, ()):
+                found_TD = self.graphs.run(*inputs)
             if found_TD is None:
-                found_TD = self._run(decoder.tokens, decoder.positions, decoder.seek(), num_decoded, ())
+                found_TD = self._run(decoder.tokens, decoder.rotary, decoder.seek(), num_decoded, None)
             return decoder.draw(found_TD, paused)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
-            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, chunks))
+            prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, prefill))
             return []
         tokens = np.concatenate([decoder.tokens, prefill.tokens])
-        positions = np.concatenate([decoder.positions, prefill.positions])
+        positions = joined([decoder.rotary, prefill.positions])
         mixed = MixedContext(decoder.seek(), num_decoded, prefill.context)
-        hidden_TD = self._run(tokens, positions, mixed, num_decoded, chunks)
+        hidden_TD = self._run(tokens, positions, mixed, num_decoded, prefill)
         prefill.finish(hidden_TD[num_decoded:])
         return decoder.draw(hidden_TD, paused)
 
     def prefill(self, chunks: Seq[Chunk]) -> None:
         """The same for chunks alone."""
         prefill = Prefill(self._base, chunks)
-        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, chunks))
+        prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, prefill))
 
     def _run(
-        self, tokens: IntArray, positions: IntArray, context: PassContext, num_decoded: int, chunks: Seq[Chunk]
+        self, tokens: IntArray, positions: Positions, context: PassContext, num_decoded: int, prefill: Prefill | None
     ) -> Tensor:
-        """Rows of the decoder's sequences first, then those of the chunks; their routes are noted for whom they are."""
+        """Rows of the decoder's sequences first, then those of the prompts; their routes are noted for whom they are,
+        and their pictures are looked at."""
         decoded = self.decoder.sequences[:num_decoded]
+        chunks = () if prefill is None else prefill.chunks
         noted = None
         if self._base.num_routers and wants_routes(decoded, chunks):
             context = noted = RecordedRoutes(context, self._base.num_routers)
+        sights = None
+        if prefill is not None and self._base.eyes is not None:
+            sights = self._base.eyes.sights(replace(span, row=span.row + num_decoded) for span in prefill.spans)
         missing = padded_rows(len(tokens)) - len(tokens)
-        tokens_T, positions_T = (torch.from_numpy(np.pad(rows, (0, missing))) for rows in (tokens, positions))
-        hidden_TD = self._hidden(tokens_T.to(self._base.device), positions_T.to(self._base.device), context)
+        wide = np.pad(positions, [*[(0, 0)] * (positions.ndim - 1), (0, missing)])
+        tokens_T, positions_T = (torch.from_numpy(rows) for rows in (np.pad(tokens, (0, missing)), wide))
+        device = self._base.device
+        hidden_TD = self._hidden(tokens_T.to(device), positions_T.to(device), context, sights=sights)
         if noted is not None:
             rows_TLK = noted.rows()
             note_decoded(decoded, rows_TLK[:num_decoded])

@@ -19,6 +19,7 @@ from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
 from tinsmith.store.figures import Overview
 from tinsmith.store.files import Files
+from tinsmith.store.imports import Imports
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.loads import Loads
 from tinsmith.store.losses import Losses
@@ -62,6 +63,7 @@ class Store:
         self.files = Files(database)
         self.checkpoints = Checkpoints(database)
         self.copies = Copies(database)
+        self.imports = Imports(database, self.quotas)
         self.samplers = Samplers(database)
         self.losses = Losses(database)
         self.workers = Workers(database)

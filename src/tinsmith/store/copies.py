@@ -22,16 +22,17 @@ from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.database import Database
 from tinsmith.store.op_rows import born, to_columns
-from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun
+from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun, Principal
 from tinsmith.store.runs import new_run_columns
 from tinsmith.store.schema import checkpoints, ops, runs, sessions
 from tinsmith.store.session_bounds import require_not_too_many
-from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId
+from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId, TenantId
 
 COPIED = "copied"  # finish_reason of a session that was made for a copy
 SOURCE = "copied_from"  # in the metadata of the copy's run
 UNTRAINABLE = (
-    "this run holds a copied checkpoint and can't be trained: make one from it with create_training_client_from_state"
+    "this run holds copied or imported checkpoints and can't be trained: make one from them with "
+    "create_training_client_from_state"
 )
 
 _SESSION = select(sessions.c.finished_at, sessions.c.finish_reason).where(
@@ -89,27 +90,50 @@ class Copies:
 
 def _own_session(conn: Connection, new: NewCopy, now: float, most: int | None) -> SessionId:
     """A session that has ended already, for the copy alone."""
+    session_id = own_session_id(new.tenant_id, new.request_key)
+    open_ended(conn, session_id, new.tenant_id, new.project_id, new.by, COPIED, now, most)
+    return session_id
+
+
+def own_session_id(tenant_id: TenantId, request_key: str | None) -> SessionId:
+    """Always the same for a key, always a new one without."""
     number = secrets.token_hex(12)
-    if new.request_key is not None:
-        number = hashlib.sha256(f"{new.tenant_id}\n{new.request_key}".encode()).hexdigest()[:24]
-    session_id = SessionId("s" + number)
-    if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": new.tenant_id}).first() is None:
-        if most is not None:
-            require_not_too_many(conn, new.tenant_id, most, now)
+    if request_key is not None:
+        number = hashlib.sha256(f"{tenant_id}\n{request_key}".encode()).hexdigest()[:24]
+    return SessionId("s" + number)
+
+
+def open_ended(
+    conn: Connection,
+    session_id: SessionId,
+    tenant_id: TenantId,
+    project_id: str | None,
+    by: Principal | None,
+    reason: str,
+    now: float,
+    most_sessions: int | None = None,
+) -> None:
+    """A session that has ended already, for what is put into it now; nothing if it is there.
+
+    Raises:
+        CapacityError: too many sessions were opened lately.
+    """
+    if conn.execute(_SESSION, {"session_id": session_id, "tenant_id": tenant_id}).first() is None:
+        if most_sessions is not None:
+            require_not_too_many(conn, tenant_id, most_sessions, now)
         values: dict[str, Any] = {
             "session_id": session_id,
-            "tenant_id": new.tenant_id,
+            "tenant_id": tenant_id,
             "tags": [],
             "user_metadata": {},
-            "project_id": new.project_id,
+            "project_id": project_id,
             "created_at": now,
             "last_beat_at": now,
             "finished_at": now,
-            "finish_reason": COPIED,
-            "key_id": None if new.by is None else new.by.key_id,
+            "finish_reason": reason,
+            "key_id": None if by is None else by.key_id,
         }
         conn.execute(_INSERT_SESSION, values)
-    return session_id
 
 
 def _require_same(conn: Connection, new: NewCopy, run_id: RunId) -> None:
@@ -128,17 +152,7 @@ def _insert(conn: Connection, new: NewCopy, run_id: RunId, session_id: SessionId
     kept = found.user_metadata if new.keeps_metadata else {}
     spec = replace(source.spec, run_id=run_id)
     run = NewRun(new.tenant_id, session_id, new.model_seq_id, spec, {**kept, SOURCE: source.path})
-    conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "status": RunStatus.COPY.value, "wants_worker": False})
-    op = NewOp(
-        tenant_id=new.tenant_id,
-        kind=OpKind.CREATE,
-        base_model=spec.base_model,
-        id=OpId(f"req-{uuid.uuid4().hex}"),
-        seq_id=0,
-        run_id=run_id,
-        failure=Failure(UserError.code, UserError.category, UNTRAINABLE),
-    )
-    conn.execute(_INSERT_OP, to_columns(born(op, now)))
+    put_untrainable(conn, run, now)
     checkpoint = NewCheckpoint(
         run_id=run_id,
         kind=source.kind,
@@ -151,3 +165,18 @@ def _insert(conn: Connection, new: NewCopy, run_id: RunId, session_id: SessionId
         has_optimizer=source.has_optimizer,
     )
     put_checkpoint(conn, new.tenant_id, checkpoint, now, None if new.by is None else new.by.key_id)
+
+
+def put_untrainable(conn: Connection, run: NewRun, now: float) -> None:
+    """A run that holds checkpoints alone: its CREATE has failed already."""
+    conn.execute(_INSERT_RUN, {**new_run_columns(run, now), "status": RunStatus.COPY.value, "wants_worker": False})
+    op = NewOp(
+        tenant_id=run.tenant_id,
+        kind=OpKind.CREATE,
+        base_model=run.spec.base_model,
+        id=OpId(f"req-{uuid.uuid4().hex}"),
+        seq_id=0,
+        run_id=run.spec.run_id,
+        failure=Failure(UserError.code, UserError.category, UNTRAINABLE),
+    )
+    conn.execute(_INSERT_OP, to_columns(born(op, now)))

@@ -205,6 +205,30 @@ class Quotas:
                     f"{quota} is {limit:,.10g} in all: ask for less, or ask the administrator for more"
                 )
 
+    def require_storage(self, by: Principal, num_bytes: int, now: float, conn: Connection | None = None) -> None:
+        """For checkpoints that come without a request that could wait. conn: of the transaction that adds them.
+
+        Raises:
+            QuotaError: with them the tenant or the key would keep more than its quota of storage.
+        """
+        scopes = self._current(conn).get(by.tenant_id)
+        if not scopes:
+            return
+        if conn is None:
+            with self._database.read() as reading:
+                self.require_storage(by, num_bytes, now, reading)
+            return
+        for owner, scope, key_id in (("tenant", by.tenant_id, None), ("key", by.key_id, by.key_id)):
+            limit = scopes.get(scope, {}).get(Quota.STORAGE_BYTES)
+            if limit is None:
+                continue
+            used = Scope(self._known, conn, by.tenant_id, key_id, now).used(Quota.STORAGE_BYTES)
+            if used + num_bytes > limit:
+                raise QuotaError(
+                    f"checkpoints of {num_bytes:,} bytes would come to {used:,.0f} kept, and the {owner}'s "
+                    f"quota {Quota.STORAGE_BYTES} is {limit:,.10g}: delete checkpoints, or ask for more"
+                )
+
     def saved_bytes(self, kind: OpKind, run_id: RunId) -> int:
         """Of the file that a save of the run makes."""
         with self._database.read() as conn:

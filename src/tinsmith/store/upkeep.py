@@ -161,6 +161,11 @@ class Upkeep:
         with self._database.write() as conn:
             conn.execute(_FORGET_PREVIOUS, {"of_run": run_id})
 
+    def give_up_routes(self, op_id: OpId) -> None:
+        """Their file is lost: what names the request as its provenance has its experts chosen anew from now on."""
+        with self._database.write() as conn:
+            conn.execute(_GIVE_UP_ROUTES, {"lost_op_id": op_id})
+
     def give_up_result(self, op_id: OpId) -> None:
         """Its file is lost: the request answers GoneError from now on."""
         with self._database.write() as conn:
@@ -288,6 +293,7 @@ _GO_BACK = (
     )
 )
 _FORGET_PREVIOUS = update(runs).where(runs.c.run_id == bindparam("of_run")).values(**_NO_PREVIOUS)
+_GIVE_UP_ROUTES = update(ops).where(ops.c.op_id == bindparam("lost_op_id")).values(routes_blob=None, routes_bytes=None)
 _GIVE_UP = (
     update(ops).where(ops.c.op_id == bindparam("lost_op_id")).values(is_expired=True, result=None, result_blob=None)
 )

@@ -6,6 +6,8 @@ free is looked at now and then, since runs and samples come and go. Nothing here
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import structlog
 import torch
 
@@ -36,13 +38,15 @@ class Budget:
         self._num_workers = len(settings.base_model) * settings.workers_per_base
         self._checkpointing = settings.activation_checkpointing
         self._footprint: Footprint | None = None
+        self._reserved: Callable[[], int] = lambda: 0
         self._held = EVERYTHING  # tokens whose activations the free memory holds
         self._learnt = EVERYTHING  # tokens that didn't run out of memory
         self._asked = 0
 
-    def start(self, footprint: Footprint) -> None:
-        """Go by memory from now on."""
+    def start(self, footprint: Footprint, reserved: Callable[[], int] = lambda: 0) -> None:
+        """Go by memory from now on. reserved: bytes that others will yet take of what is free."""
         self._footprint = footprint
+        self._reserved = reserved
         self._look()
         free = self.free_bytes()
         log.info(
@@ -121,6 +125,7 @@ class Budget:
         free = self.free_bytes()
         if self._footprint is None or free is None:
             return
-        usable = free - max(RESERVE_BYTES, int(free * RESERVE_SHARE)) - self._footprint.head
+        reserve = max(RESERVE_BYTES, int(free * RESERVE_SHARE)) + self._reserved()
+        usable = free - reserve - self._footprint.head
         per_token = self._footprint.recomputed if self.always_recomputes else self._footprint.kept
         self._held = max(0, int(usable / (per_token * MARGIN)))

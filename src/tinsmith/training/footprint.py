@@ -2,23 +2,19 @@
 
 Two small passes of one sequence with an adapter on every layer, of different lengths: the difference of their peaks is
 what a token takes, whatever the model's architecture and however attention and adapters keep their values. The output
-head is apart, since it works in chunks.
+head is apart, since it works in chunks. Where there are pictures, each token has room for what one may show.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinsmith.model import BaseModel, RowLayout
+from tinsmith.model.peak import peak_bytes
 from tinsmith.training.lanes import Lane, OpProgress
 from tinsmith.training.losses import loss_of
 from tinsmith.training.packing import DatumRef
@@ -58,12 +54,14 @@ def measure(base: BaseModel, chunk_tokens: int) -> Footprint:
 
     def slope(*, recompute: bool) -> float:
         peaks = [
-            _peak(base.device, partial(_pass, base, slot, staging, num, recompute=recompute)) for num in (short, long)
+            peak_bytes(base.device, partial(_pass, base, slot, staging, num, recompute=recompute))
+            for num in (short, long)
         ]
         return (peaks[1] - peaks[0]) / (long - short)
 
     head = HEAD_COPIES * chunk_tokens * base.head.out_features * torch.float32.itemsize
-    found = Footprint(slope(recompute=False), slope(recompute=True), head)
+    shown = 0.0 if base.eyes is None else base.eyes.row_bytes
+    found = Footprint(slope(recompute=False) + shown, slope(recompute=True) + shown, head)
     base.num_forwards = counted
     return found
 
@@ -75,50 +73,3 @@ def _pass(base: BaseModel, slot: RunSlot, staging: Staging, num_tokens: int, *, 
     lane = Lane(op, DatumRef(0, 0, num_tokens), 0, num_tokens, is_live=True)
     h_TD = walk(base, [lane], backward=True, recompute=recompute, deterministic=False)
     torch.autograd.backward(h_TD, torch.zeros_like(h_TD))
-
-
-def _peak(device: torch.device, work: Callable[[], None]) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    meter = PeakMeter()
-    with meter:
-        work()
-    return meter.peak
-
-
-class PeakMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes that tensors made inside it hold, `now` and at most; scratch space within an operation isn't seen."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self.now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(one, Tensor) and one.layout == torch.strided:
-                self._see(one.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model.lora.tables import to_device
+from tinsmith.model.vision import Scene
 from tinsmith.training.load_metrics import load_metrics, replay_metrics
 from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
@@ -72,13 +73,15 @@ class OpProgress:
 
 @dataclass(slots=True)
 class Lane:
-    """One datum in a pack: rows start..end. is_live: some coefficient of its loss isn't zero, so it has gradients."""
+    """One datum in a pack: rows start..end. is_live: some coefficient of its loss isn't zero, so it has gradients.
+    scene: of its pictures, if it has any."""
 
     op: OpProgress
     ref: DatumRef
     start: int
     end: int
     is_live: bool = False
+    scene: Scene | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property

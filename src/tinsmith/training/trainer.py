@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from tinsmith.config import Settings
+from tinsmith.engine import TrainingPass
 from tinsmith.model import BaseModel, RowLayout, shape_of
 from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
+from tinsmith.training.full import FullModel, FullPass, JointPass
 from tinsmith.training.heads import chunk_tokens, make_head
+from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
 from tinsmith.training.shortage import is_out_of_memory, memory_for, reclaim
 from tinsmith.training.steps import optim_steps_for
@@ -30,21 +33,27 @@ class Trainer:
         self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
         self._layouts: dict[RunSpec, RowLayout] = {}
+        self._full = FullModel(base.info, base.device, self.budget.free_bytes)
         self.num_bytes = 0  # what the runs may take at most, between passes
 
     def start(self) -> None:
         """Measure what a pass takes, and go by the memory that is free from now on."""
-        self.budget.start(measure(self._base, self._chunk_tokens))
+        eyes = self._base.eyes
+        kept = (lambda: 0) if eyes is None else (lambda: eyes.room_bytes)
+        self.budget.start(measure(self._base, self._chunk_tokens), kept)
 
     def has_run(self, run_id: RunId) -> bool:
         return run_id in self._slots
 
     def create_run(self, spec: RunSpec) -> None:
         with memory_for("a new run"):
-            self._put(RunSlot.fresh(spec, self._layout(spec), self._base.device))
+            slot = None if spec.is_full else RunSlot.fresh(spec, self._layout(spec), self._base.device)
+            self._put(self._full.fresh(spec) if slot is None else slot)
 
     def run_bytes(self, spec: RunSpec) -> int:
-        """With the copy that passes compute with, where that isn't float32."""
+        """With the copy that passes compute with, where that isn't float32; if full, with gradients in the making."""
+        if spec.is_full:
+            return self._full.needed_bytes
         copy = 0 if self._base.dtype == torch.float32 else self._base.dtype.itemsize
         return self._layout(spec).num_params * (BYTES_PER_PARAM + copy)
 
@@ -69,7 +78,7 @@ class Trainer:
         self._slots[slot.spec.run_id] = slot
         self.num_bytes += self.run_bytes(slot.spec)
 
-    def start_pass(self, items: Sequence[TrainItem]) -> TorchPass:
+    def start_pass(self, items: Sequence[TrainItem]) -> TrainingPass:
         try:
             return self._pass(items)
         except (RuntimeError, MemoryError) as error:
@@ -79,14 +88,36 @@ class Trainer:
         with memory_for("the gradients of a pass"):
             return self._pass(items)
 
-    def _pass(self, items: Sequence[TrainItem]) -> TorchPass:
+    def _pass(self, items: Sequence[TrainItem]) -> TrainingPass:
+        """Adapters share one pass; each full run has one of its own."""
+        by_run: dict[RunId | None, list[int]] = {}
+        for index, item in enumerate(items):
+            by_run.setdefault(item.run_id if self._slots[item.run_id].spec.is_full else None, []).append(index)
+        if by_run.keys() == {None}:
+            return self._shared_pass(items)
+        passes: list[TrainingPass] = []
+        places: dict[int, tuple[int, int]] = {}
+        for number, (run_id, indices) in enumerate(by_run.items()):
+            own = [items[index] for index in indices]
+            passes.append(self._shared_pass(own) if run_id is None else FullPass(self._full, self._slots[run_id], own))
+            places |= {index: (number, place) for place, index in enumerate(indices)}
+        return JointPass(passes, [places[index] for index in range(len(items))])
+
+    def _shared_pass(self, items: Sequence[TrainItem]) -> TorchPass:
         return TorchPass(self._base, self._head, self.budget, self._slots, items, deterministic=self._deterministic)
 
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         with memory_for("the optimizer step"):
-            return self._optim_steps([self._slots[item.run_id] for item in items], [item.params for item in items])
+            outcomes: dict[RunId, OptimResult | Failure] = {}
+            for is_full, step in ((False, self._optim_steps), (True, optim_steps)):
+                own = [item for item in items if self._slots[item.run_id].spec.is_full == is_full]
+                found = step([self._slots[item.run_id] for item in own], [item.params for item in own])
+                outcomes |= {item.run_id: outcome for item, outcome in zip(own, found, strict=True)}
+            return [outcomes[item.run_id] for item in items]
 
     def _layout(self, spec: RunSpec) -> RowLayout:
+        if spec.is_full:
+            return self._full.layout()
         key = shape_of(spec)
         if key not in self._layouts:
             self._layouts[key] = RowLayout.of(self._base.linears, spec, self._base.dtype)

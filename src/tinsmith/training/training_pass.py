@@ -15,7 +15,10 @@ import torch
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
+from tinsmith.errors import UserError
 from tinsmith.model import BaseModel
+from tinsmith.model.vision import Scene, UnseenError
+from tinsmith.pictures import tokens_of
 from tinsmith.training.budget import Budget
 from tinsmith.training.head import Head
 from tinsmith.training.lanes import Lane, OpProgress, load_inputs
@@ -53,8 +56,10 @@ class TorchPass:
         self._data = list_data(items)
         self._most: int | None = None  # work of a pack, once memory ran out
         self._recomputed: set[DatumRef] = set()
+        self._scenes: dict[DatumRef, Scene | None] = {}
         faults = ((index, misfit(base, item)) for index, item in enumerate(items))
         self._unfit: dict[int, Failure] = {index: fault for index, fault in faults if fault is not None}
+        self._find_pictures()
         self._has_added = False
         self._ops: list[OpProgress] = []
         self._begin()
@@ -73,6 +78,10 @@ class TorchPass:
             self._has_added = False
             try:
                 stats = self._compute(refs)
+            except UnseenError as error:
+                self._unfit[refs[error.span].item] = _named(refs[error.span], error)
+                self._go_back(begun_at, refs)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -123,14 +132,25 @@ class TorchPass:
         ]
         self._next = 0
 
+    def _find_pictures(self) -> None:
+        """Of all data; an item whose pictures can't be where it says fails alone."""
+        for ref in self._data:
+            datum = self._items[ref.item].data[ref.datum]
+            if datum.pictures:
+                try:
+                    self._scenes[ref] = self._base.scene(datum.tokens, datum.pictures)
+                except UserError as error:
+                    self._unfit.setdefault(ref.item, _named(ref, error))
+
     def _choose(self, max_work: int) -> list[DatumRef]:
         """The data of the next pack, in order. Those of an op that failed already are passed over."""
         left = [ref for ref in self._data[self._next :] if self._ops[ref.item].failure is None]
         return left[: num_fitting([self._work(ref) for ref in left], max_work)]
 
     def _work(self, ref: DatumRef) -> int:
+        """Counted as in `TrainItem.work`."""
         op = self._ops[ref.item]
-        return op.loss_fn.work(ref.num_tokens)
+        return op.loss_fn.work(ref.num_tokens + tokens_of(op.item.data[ref.datum].pictures))
 
     def _wants_grad(self, refs: Sequence[DatumRef]) -> bool:
         return any(self._items[ref.item].backward for ref in refs)
@@ -197,7 +217,7 @@ class TorchPass:
         lanes: list[Lane] = []
         for ref in refs:
             start = lanes[-1].end if lanes else 0
-            lane = Lane(self._ops[ref.item], ref, start, start + ref.num_tokens)
+            lane = Lane(self._ops[ref.item], ref, start, start + ref.num_tokens, scene=self._scenes.get(ref))
             lanes.append(lane)
         load_inputs(lanes, self._base.device)
         for lane in lanes:
@@ -206,6 +226,10 @@ class TorchPass:
         is_end = all(self._ops[ref.item].failure is not None for ref in self._data[after:])
         self._next = len(self._data) if is_end else after
         return lanes
+
+
+def _named(ref: DatumRef, error: UserError) -> Failure:
+    return Failure(error.code, error.category, f"datum {ref.datum}: {error.message}")
 
 
 def _does_not_fit(ref: DatumRef, needed: int | None, free: int | None) -> Failure:

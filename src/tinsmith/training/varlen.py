@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinsmith.model.attention import AttentionKind
 from tinsmith.model.lora.tables import to_device
-from tinsmith.training.attention import PackedAttention
+from tinsmith.training.attention import LastSeen, PackedAttention
 from tinsmith.training.packing import pieces
 
 log = structlog.get_logger("tinsmith.worker")
@@ -37,7 +37,8 @@ class Attention(Protocol):
     def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor: ...
 
 
-AttentionMaker = Callable[[Sequence[int], torch.device], Attention]
+class AttentionMaker(Protocol):
+    def __call__(self, lengths: Sequence[int], device: torch.device, *, last_seen: LastSeen = None) -> Attention: ...
 
 
 class VarlenAttention:
@@ -46,14 +47,23 @@ class VarlenAttention:
     Args:
         lengths: of the sequences, in the order of their rows; they cover all T rows.
         kernel: torch's varlen_attn, or `plain_varlen`.
+        last_seen: as of `PackedAttention`, which computes all of a pass that has some.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, kernel: VarlenKernel) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        kernel: VarlenKernel,
+        *,
+        last_seen: LastSeen = None,
+    ) -> None:
         starts = np.cumsum([0, *lengths], dtype=np.int32)
         self._starts = to_device(starts, device)
         self._longest = max(lengths)
         self._kernel = kernel
-        self._lengths, self._device = lengths, device
+        self._lengths, self._device, self._last_seen = lengths, device, last_seen
+        self._is_causal = not any(last is not None for last in last_seen or ())
         self._padded: PackedAttention | None = None  # for what the kernel can't do
         self._by_chunk: dict[int, VarlenAttention] = {}
         self._accepted = frozenset(inspect.signature(kernel).parameters)
@@ -63,8 +73,9 @@ class VarlenAttention:
         if kind.chunk is not None and kind.chunk < self._longest:
             return self._of_chunks(kind.chunk).attend(q_HTD, k_GTD, v_GTD, replace(kind, chunk=None))
         is_within = kind.window is None or kind.window >= self._longest
-        if not kind.is_masked_only or not (is_within or "window_size" in self._accepted):
-            self._padded = self._padded or PackedAttention(self._lengths, self._device)
+        can = self._is_causal and kind.is_masked_only and (is_within or "window_size" in self._accepted)
+        if not can:
+            self._padded = self._padded or PackedAttention(self._lengths, self._device, last_seen=self._last_seen)
             return self._padded.attend(q_HTD, k_GTD, v_GTD, kind)
         q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
         options: dict[str, Any] = {}
@@ -125,7 +136,7 @@ def attention_for(device: torch.device, dtype: torch.dtype) -> AttentionMaker:
     if kernel is None or lacks:
         log.warning("attention is padded by length class, not packed", device=str(device), because=", ".join(lacks))
         return PackedAttention
-    return lambda lengths, where: VarlenAttention(lengths, where, kernel)
+    return partial(VarlenAttention, kernel=kernel)
 
 
 def _find_kernel() -> VarlenKernel | None:

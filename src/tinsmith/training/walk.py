@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinsmith.model import BaseModel, padded_rows
 from tinsmith.model.lora.tables import to_device
+from tinsmith.model.vision import Span, joined, positions_of
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.lanes import Lane
 from tinsmith.training.varlen import attention_for
@@ -25,16 +26,25 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
         backward: autograd follows; backward from the result adds the adapters' gradients of live lanes.
         recompute: with activation checkpointing.
         deterministic: each datum is a segment of its adapter by itself.
+
+    Raises:
+        UserError: a picture can't be read.
     """
+    spans = [Span(lane.scene, 0, lane.ref.num_tokens, lane.start) for lane in lanes]
+    sights = base.eyes.sights(spans) if base.eyes is not None else None
     num_tokens = lanes[-1].end
     num_filler = padded_rows(num_tokens) - num_tokens  # rows of a sequence that nobody asked for
     lengths = [lane.ref.num_tokens for lane in lanes] + [num_filler] * (num_filler > 0)
     tokens = np.concatenate([lane.datum.tokens for lane in lanes] + [np.zeros(num_filler)]).astype(np.int64)
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    scenes = [lane.scene for lane in lanes] + [None] * (num_filler > 0)
+    positions = joined([positions_of(scene, 0, length) for scene, length in zip(scenes, lengths, strict=True)])
     tokens_T, positions_T = (to_device(table, base.device) for table in (tokens, positions))
-    attention = attention_for(base.device, base.dtype)(lengths, base.device)
+    last_seen = [
+        None if scene is None else scene.last_seen(0, len_) for scene, len_ in zip(scenes, lengths, strict=True)
+    ]
+    attention = attention_for(base.device, base.dtype)(lengths, base.device, last_seen=last_seen)
     context = TrainingContext(lanes, attention, base.lora, deterministic=deterministic)
     with torch.set_grad_enabled(backward):
-        h_TD = base.hidden(tokens_T, positions_T, context, recompute=recompute)
+        h_TD = base.hidden(tokens_T, positions_T, context, recompute=recompute, sights=sights)
     context.book_loads()
     return h_TD

@@ -21,6 +21,7 @@ from tinsmith.blobs import Blobs
 from tinsmith.config import Settings, metrics_dir
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
+from tinsmith.layer_table import write_layers
 from tinsmith.metrics import Counting
 from tinsmith.pulse import Pulse
 from tinsmith.store import Store, open_store
@@ -115,6 +116,7 @@ def _serve(
     renewing.start()
     started = time.monotonic()
     engine = make_engine(describe(base), settings, role, loading.tell)
+    write_layers(settings.data_dir, base.name, engine.layers)
     heap.settle()
     store.workers.set_ready(me)
     loading.is_done = True

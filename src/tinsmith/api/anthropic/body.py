@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.messages import only, text_of
-from tinsmith.api.texts.pictures import PLACEHOLDER, Gallery, is_picture
+from tinsmith.api.texts.pictures import PLACEHOLDER, Gallery
 from tinsmith.api.texts.prompts import Chat
 from tinsmith.wire.media import encode_json
 
@@ -140,14 +140,23 @@ def _read_user(blocks: Sequence[tuple[str, Mapping[str, Any]]], gallery: Gallery
                 text = f"Error: {text}"
             turns.append({"role": "tool", "tool_call_id": text_of(block, "tool_use_id", where), "content": text})
             continue
-        part = _picture(block, where, gallery) if is_picture(block) else {"type": "text", "text": _text(block, where)}
+        is_picture = gallery.is_open and block.get("type") == "image"
+        text = "" if is_picture else _text(block, where)
         if not turns or turns[-1]["role"] != "user":
-            turns.append({"role": "user", "content": []})
-        turns[-1]["content"].append(part)
-    for turn in turns:
-        if turn["role"] == "user" and PLACEHOLDER not in turn["content"]:
-            turn["content"] = "".join(part["text"] for part in turn["content"])
+            turns.append({"role": "user", "content": text})
+        elif isinstance(turns[-1]["content"], str):
+            turns[-1]["content"] += text
+        else:
+            turns[-1]["content"].append({"type": "text", "text": text})
+        if is_picture:
+            turns[-1]["content"] = [*_parts(turns[-1]["content"]), _picture(block, where, gallery)]
     return turns
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a turn that a picture follows; what is empty is left out."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _picture(block: Mapping[str, Any], where: str, gallery: Gallery) -> dict[str, Any]:

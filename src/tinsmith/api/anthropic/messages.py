@@ -71,7 +71,7 @@ async def count_message_tokens(request: Call, services: ServicesDep, room: RoomD
 def _read(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, bytes]) -> MessageJob:
     body = read_fields(data, MessagesBody, UNOFFERED, HARMLESS)
     model = find_model(room.services, principal, body.model)
-    chat = read_chat(body, Gallery(fetched))
+    chat = read_chat(body, Gallery(is_open=model.info.vision is not None, fetched=fetched))
     prompt = chat_prompt(room.tokenizer(model), model, chat, room.services.sight(model.info))
     asked = Asked(
         model=model,
@@ -90,7 +90,8 @@ def _read(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, b
 def _count(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, bytes]) -> int:
     body = read_fields(data, PromptBody, UNOFFERED, HARMLESS)
     model = find_model(room.services, principal, body.model)
-    chat, tokenizer = read_chat(body, Gallery(fetched)), room.tokenizer(model)
+    gallery = Gallery(is_open=model.info.vision is not None, fetched=fetched)
+    chat, tokenizer = read_chat(body, gallery), room.tokenizer(model)
     schema = body.json_schema
     if schema is not None:
         json_grammar(schema)

@@ -80,7 +80,7 @@ def _read(room: Room, principal: Principal, data: bytes, fetched: Mapping[str, b
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise FieldError("max_tokens", "is another name of max_completion_tokens: send one of them")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    gallery = Gallery(fetched)
+    gallery = Gallery(is_open=model.info.vision is not None, fetched=fetched)
     messages = plain_messages(body.messages, gallery)
     offered = plain_tools(body.tools or ())
     tools = offered if _uses_tools(body.tool_choice, is_any=bool(offered)) else None

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from tinsmith.api.auth import Call
-from tinsmith.api.body import PICTURES_BYTES, BodyTooLarge, check_structure, read_body
+from tinsmith.api.body import PICTURES_BYTES, BodyTooLarge, read_prompt_body
 from tinsmith.api.services import Services
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
 from tinsmith.wire.media import TOO_DEEP, WireError, decode_json
@@ -43,12 +43,10 @@ class UnofferedError(UnsupportedError):
 
 async def read_text_body(request: Call, services: Services) -> bytes:
     """Raises: TooLargeError: more than a prompt needs. UserError: an encoding that isn't understood."""
-    most = PICTURES_BYTES if services.sees else MAX_BODY_BYTES
     try:
-        body = await read_body(request, services, most)
-        check_structure(body, MAX_BODY_BYTES)
-        return body
+        return await read_prompt_body(request, services, MAX_BODY_BYTES)
     except BodyTooLarge:
+        most = PICTURES_BYTES if services.sees else MAX_BODY_BYTES
         limit = min(most, services.settings.max_body_bytes)
         raise TooLargeError(f"the request body is larger than {limit} bytes: shorten the prompt") from None
 

@@ -82,7 +82,7 @@ def _plain_message(message: Any, where: str, gallery: Gallery) -> dict[str, Any]
     plain: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = given.get("tool_calls")
     content = given.get("content")
-    if role == "user" and isinstance(content, list) and any(map(is_picture, content)):
+    if role == "user" and gallery.is_open and isinstance(content, list) and any(map(is_picture, content)):
         plain["content"] = [_part(part, f"{where}.content[{at}]", gallery) for at, part in enumerate(content)]
     elif "content" in given:
         plain["content"] = joined_text(given["content"], f"{where}.content")

@@ -29,9 +29,11 @@ class File:
 
 
 class Gallery:
-    """The pictures of a chat, in the order of its messages. fetched: by the URLs that its request names."""
+    """The pictures of a chat, in the order of its messages. is_open: the model takes any. fetched: by the URLs that its
+    request names."""
 
-    def __init__(self, fetched: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, *, is_open: bool, fetched: Mapping[str, bytes] | None = None) -> None:
+        self.is_open = is_open
         self._fetched = fetched or {}
         self.files: list[File] = []
 

@@ -24,10 +24,13 @@ from tinsmith.model.families import (
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl,
+    qwen3_vl_moe,
 )
 from tinsmith.model.families.family import Family
+from tinsmith.model.vision.kind import VisionKind
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "vision_of"]
 
 FAMILIES = (
     llama.FAMILY,
@@ -39,6 +42,8 @@ FAMILIES = (
     qwen3_next.FAMILY,
     qwen3_5.FAMILY,
     qwen3_5_moe.FAMILY,
+    qwen3_vl.FAMILY,
+    qwen3_vl_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
@@ -59,3 +64,9 @@ def family_of(config: PretrainedConfig) -> Family:
         if kinds & set(family.model_types):
             return family
     return Family(title=str(config.model_type), model_types=(str(config.model_type),))
+
+
+def vision_of(config: PretrainedConfig) -> VisionKind | None:
+    """How a whole model looks at pictures; None: it has no vision, or none that is known."""
+    vision = family_of(config).vision
+    return vision if vision is not None and config.model_type in vision.model_types else None

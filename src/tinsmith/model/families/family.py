@@ -20,6 +20,7 @@ from tinsmith.model.activation import gated_silu
 from tinsmith.model.final import FinalLogits
 from tinsmith.model.linear import PassHolder
 from tinsmith.model.routers import Weigh
+from tinsmith.model.vision.kind import VisionKind
 
 Gate = Callable[[Tensor], Tensor]
 StandIn = Callable[[nn.Module, PassHolder], nn.Module]
@@ -72,6 +73,7 @@ class Family:
             the logits [T, E] and the experts [T, K], float [T, K]. Of routers that choose; without it their routes
             can't be replayed.
         final_logits: what becomes of the logits after the head, from the text model's configuration.
+        vision: how its models with vision look at pictures.
         stand_ins: by class, what makes a module that takes its place: of what hooks can't carry, such as what
             computes with other rows or with positions. Its linear layers, experts and routers are those of the pass
             already; its other weights stay as they are.
@@ -92,5 +94,6 @@ class Family:
     routers_choose: bool = True
     expert_weights: Weigh | None = None
     final_logits: Callable[[PretrainedConfig], FinalLogits] = as_they_are
+    vision: VisionKind | None = None
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
     loads_as: str | None = None

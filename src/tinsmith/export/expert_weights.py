@@ -1,0 +1,100 @@
+"""How a base has its experts on disk, and which of its tensors an adapter of experts changes.
+
+One by one: `...experts.3.gate_proj.weight` [O, I], in Mixtral's files `...experts.3.w1.weight`. All of a layer in one:
+`...experts.gate_up_proj` [E, 2 O, I] with the gate's rows first, or, in gpt-oss and Llama 4, transposed, [E, I, 2 O],
+and in gpt-oss with gate and up in turn; `...experts.down_proj` likewise.
+Shape letters: E experts, I inputs, O outputs of an expert's layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.export.adapter import Adapter, Expert
+from tinsmith.importing.names import OWN_NAMES, expert_place
+
+FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+IN_TURN = ("gpt_oss",)  # model types whose gate and up are interleaved
+TRANSPOSED = ("gpt_oss", "llama4")  # for shapes that don't tell
+UNTOLD = ("llama4",)  # transposed, and their modules don't say so (`is_transposed`)
+PACKED = ("_blocks", "_scales", "_packed", "weight_scale", "weight_scale_inv")
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor with all of a layer's experts. projections: whose rows it holds. is_untold: `peft` takes its inputs for
+    outputs, as the module doesn't say that it is transposed."""
+
+    name: str
+    projections: tuple[str, ...]
+    is_transposed: bool
+    is_interleaved: bool
+    is_untold: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Of one layer's experts on disk: exactly one of both. each: by projection, the tensors' names by expert."""
+
+    each: Mapping[str, Mapping[int, str]]
+    whole: Mapping[str, Whole]  # by projection
+
+
+def layouts(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter, model_type: str) -> Mapping[str, Layout]:
+    """By place, for the places of the adapter's experts. shapes: of the base's tensors.
+
+    Raises:
+        UserError: the base has no experts there, or they are quantised.
+    """
+    on_disk: dict[str, dict[str, str]] = {}
+    for name in shapes:
+        found = expert_place(name.removesuffix(".weight"))
+        if found is not None:
+            on_disk.setdefault(found[0], {})[found[1]] = name
+    return {
+        expert.place: _layout(expert, on_disk.get(expert.place, {}), shapes, adapter, model_type)
+        for expert in adapter.experts.values()
+    }
+
+
+def _layout(
+    expert: Expert, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], adapter: Adapter, model_type: str
+) -> Layout:
+    packed = next((name for rest, name in names.items() if rest.endswith(PACKED)), None)
+    if packed is not None:
+        raise UnsupportedError(f"the base's experts are quantised ({packed}): merge into its dequantised weights")
+    if "gate_up_proj" in names and "down_proj" in names:
+        is_transposed = _is_transposed(expert, shapes[names["gate_up_proj"]], adapter, model_type)
+        is_interleaved, is_untold = model_type.startswith(IN_TURN), model_type.startswith(UNTOLD)
+        return Layout(
+            {},
+            {
+                projection: Whole(names[name], projections, is_transposed, is_interleaved, is_untold)
+                for name, projections in FUSED.items()
+                for projection in projections
+            },
+        )
+    each: dict[str, dict[int, str]] = {}
+    for rest, name in names.items():
+        number, _, own = rest.partition(".")
+        if number.isdigit() and own in OWN_NAMES:
+            each.setdefault(OWN_NAMES[own], {})[int(number)] = name
+    if not each:
+        raise UserError(f"the base has no experts for {expert.module}: the adapter is of another model")
+    return Layout(each, {})
+
+
+def _is_transposed(expert: Expert, shape: tuple[int, ...], adapter: Adapter, model_type: str) -> bool:
+    """[E, I, 2 O] and not [E, 2 O, I], by the hidden size, which gate and up take and down gives."""
+    a_name, b_name = adapter.names[expert.module]
+    hidden = adapter.shapes[b_name][1] if expert.projection == "w2" else adapter.shapes[a_name][2]
+    inner = adapter.shapes[a_name][2] if expert.projection == "w2" else adapter.shapes[b_name][1]
+    fits = [shape[1:] == (hidden, 2 * inner), shape[1:] == (2 * inner, hidden)]
+    if not any(fits):
+        raise UserError(
+            f"the base's experts at {expert.place} are {list(shape)}, the adapter's have {hidden} inputs and {inner} "
+            "inner numbers: the adapter is of another model"
+        )
+    return model_type.startswith(TRANSPOSED) if all(fits) else fits[0]
