@@ -15,9 +15,9 @@ from tests.numerics.sampling_lab import Letters, assert_same_sample, prompt, run
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel
 from tinsmith.model.delta import Chunks, DeltaKind, LayerState, go_on, mix
+from tinsmith.model.peak import PeakMeter
 from tinsmith.sampling import Sampler
 from tinsmith.sampling.states import PromptStates
-from tinsmith.training.footprint import PeakMeter
 from tinsmith.types import Datum
 
 LENGTHS = (1, 63, 64, 65, 150, 7)
