@@ -46,7 +46,8 @@ CLOSED = (64, 256, 512)
 RUNS = 5632  # with two connections each, nearly as many as the server takes
 MAKERS = 32  # connections that make runs
 TOKENS = 8
-FLAGS = ("--device", "fake", "--log-level", "error", "--max-resident-runs", str(2 * RUNS))
+NO_BOUND = ("--max-resident-runs", str(2 * RUNS), "--max-tenant-disk-mib", "1000000")
+FLAGS = ("--device", "fake", "--log-level", "error", *NO_BOUND)
 SEQ_TAG = pb.ForwardBackwardRequest.DESCRIPTOR.fields_by_name["seq_id"].number << 3
 
 

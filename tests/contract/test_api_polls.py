@@ -147,3 +147,35 @@ def test_a_poll_without_a_result_answers_408_after_its_hold(make_house: Any) -> 
             assert (answer.status_code, answer.json()["type"]) == (408, "try_again")
 
     asyncio.run(main())
+
+
+def test_asking_again_at_once_reads_nothing_and_misses_nothing(
+    make_house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op that a poll waited for is known for a moment; an end between two polls is seen by the watcher."""
+    house = make_house(poll_hold_s=0.05, scan_interval_s=SCAN_S)
+    worker = house.make_worker()
+
+    async def main() -> None:
+        async with serving(house) as client:
+            promise = await create_run(client)
+            asked = {"request_id": promise["request_id"]}
+            assert (await client.post("/retrieve_future", json=asked)).status_code == 408
+            reads = count_reads(house, monkeypatch)
+            for _ in range(5):
+                assert (await client.post("/retrieve_future", json=asked)).status_code == 408
+            assert reads["get"] == 0
+            other = dict(await foreign(house, client, asked))
+            assert other["code"] == "gone", "another tenant is told nothing"
+            while worker.step():
+                pass
+            until = time.monotonic() + 30
+            while (answer := await client.post("/retrieve_future", json=asked)).status_code == 408:
+                assert time.monotonic() < until
+            assert answer.json()["type"] == "create_model"
+
+    asyncio.run(main())
+
+
+async def foreign(house: Any, client: httpx.AsyncClient, asked: dict[str, Any]) -> dict[str, Any]:
+    return dict((await client.post("/retrieve_future", json=asked, headers={"X-API-Key": house.other_key})).json())

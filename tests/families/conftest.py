@@ -65,13 +65,13 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                 biases = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("proj_bias")]
                 for parameter in (*corrections, *biases):  # those that do nothing would hide mistakes
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
+                    parameter.normal_(std=0.2)
                 for name, parameter in model.named_parameters():
                     if name.endswith("A_log"):  # as it is drawn, a state is forgotten with the next token
                         parameter.copy_(torch.linspace(0.02, 0.5, len(parameter)).log())
                     if name.endswith("conv1d.weight"):
                         parameter.normal_(std=0.5)
-                for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
-                    parameter.normal_(std=0.2)
             model.save_pretrained(directories[kind])
             if kind in HUB_CONFIGS:
                 Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))

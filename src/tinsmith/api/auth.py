@@ -63,6 +63,17 @@ class KeyCache:
             return None
         return principal
 
+    def was_good(self, secret: str) -> bool:
+        """Whether it was within the hour."""
+        return time.monotonic() - self._were_good.get(_digest(secret), -GOOD_S) < GOOD_S
+
+    async def again(self, secret: str) -> Principal | None:
+        """Whose key this is that was good within the hour; None: it isn't good any more."""
+        try:
+            return await self.principal(secret)
+        except AuthError:
+            return None
+
     async def principal(self, secret: str, address: str = "") -> Principal:
         """address: where it comes from.
 

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
-from tinsmith.api.pressure import DEAF_S
+from tinsmith.api.pressure import DEAF_S, WAITS_S
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.wire.media import JSON, encode_json
@@ -38,7 +38,7 @@ UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 12_000
-PATIENT_S = 0.9 * RETRY_AFTER_S
+PATIENT_S = 0.9 * min(WAITS_S)
 RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 

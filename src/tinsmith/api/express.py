@@ -3,7 +3,7 @@
 Sending a pass or a step and asking for a result are nearly all that a busy server is asked, and the framework's part of
 each costs more than ours. What stays true: whoever comes this way gets the answer that the routes give, to the byte
 (the request's id and the date aside), under the same bounds; whatever isn't plain goes the long way, untouched: a key
-that was not seen good a moment ago, a body of another kind or size, a custom loss, pictures, a result in a file.
+that was not seen good within the hour, a body of another kind or size, a custom loss, pictures, a result in a file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from itertools import cycle
 from typing import Any, TypeAlias
 
 import structlog
@@ -30,7 +31,7 @@ from tinsmith.api.intake import Budget
 from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
-from tinsmith.api.pressure import FILLING, TOO_MUCH
+from tinsmith.api.pressure import FILLING, TOO_MUCH, WAITS_S
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
@@ -108,7 +109,9 @@ class Express:
         self._filling = frozenset(path.encode() for path in FILLING)
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
         status, refused, problem = refusal("", CapacityError(TOO_MUCH))
-        self._too_much = Answer(status, encode_json(problem), headers=refused)
+        body = encode_json(problem)
+        waits = [refused | {"retry-after": str(wait_s)} for wait_s in WAITS_S]
+        self._too_much = cycle([Answer(status, body, headers=headers) for headers in waits])
 
     def refuse(self, data: bytes) -> Answered | None:
         """The refusal of the request that `data` is, while too much is asked for; else None."""
@@ -118,9 +121,10 @@ class Express:
         principal = None if request is None else self._keys.known(_secret_of(request))
         if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
             return None
-        self._services.turned_away.note(principal.tenant_id, request.path.decode(), self._too_much.status)
         REFUSED.add(CapacityError.code)
-        return Answered(self._too_much, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
+        answer = next(self._too_much)
+        self._services.turned_away.note(principal.tenant_id, request.path.decode(), answer.status)
+        return Answered(answer, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
 
     def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
@@ -128,11 +132,22 @@ class Express:
         request = read_plain(data, self._paths)
         if request is None:
             return None
-        principal = self._keys.known(_secret_of(request))
-        if principal is None or not principal.scope.allows(self._needs[request.path]):
+        secret = _secret_of(request)
+        principal = self._keys.known(secret)
+        if principal is None:
+            return self._answered_later(request, secret) if self._keys.was_good(secret) else None
+        if not principal.scope.allows(self._needs[request.path]):
             return None
         self._services.underway.begin(principal.key_id)
         return self._answered(request, principal)
+
+    async def _answered_later(self, request: PlainRequest, secret: str) -> Answered | None:
+        """Thousands may come at once after a pause: their key is looked up once, and none of them goes the long way."""
+        principal = await self._keys.again(secret)
+        if principal is None or not principal.scope.allows(self._needs[request.path]):
+            return None
+        self._services.underway.begin(principal.key_id)
+        return await self._answered(request, principal)
 
     async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
         request_id = request_id_of(request.headers.get(b"x-request-id", b""))

@@ -5,6 +5,7 @@ Large ones are read from their files as fast as the client takes them, so many o
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
 from tinsmith.wire.results import failure_result
 
+SPREAD = 20  # polls are held up to a 20th longer, so that those that came together don't always come together
 CANCELLED = Failure(
     code="cancelled", category="user", message="the request was cancelled, by its client or because its session ended"
 )
@@ -71,7 +73,7 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
             services.recent.forget(op_id)
         services.polls.of_sample(op)
         if not op.state.is_final:
-            await services.waiters.hold(future, services.settings.poll_hold_s)
+            await services.waiters.hold(future, services.settings.poll_hold_s * (1 + random.random() / SPREAD))
             op = services.waiters.outcome(future) or op
             services.polls.of_sample(op)
             if not op.state.is_final:

@@ -4,10 +4,10 @@ A queue that stands says so, not one that is long for a moment (as in CoDel: Nic
 Delay", 2012): once the delay of the event loop, with the age of the oldest request that waits to be recorded, has not
 been below `TARGET_S` for `INTERVAL_S`, and until it has been for `RELAX_S` (longer where many are refused), requests
 that fill the queue are refused at the door, before their bodies are read or parsed: 429 and `Retry-After`. Those of
-tenants who have few here pass, on their way in or in the queue, so that what is accepted is what can be carried out.
-Polls, heartbeats and whatever gives results away are never refused. To refuse costs a tenth of what it takes to serve.
-A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`: what its client sends
-meanwhile waits on the client's side. For the event loop's own thread.
+tenants who have few under way pass; fewer where enough of theirs waits in the queue, so that what is accepted is what
+can be carried out. Polls, heartbeats and whatever gives results away are never refused. To refuse costs a tenth of what
+it takes to serve. A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`: what
+its client sends meanwhile waits on the client's side. For the event loop's own thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ RELAX_S = 3.0
 BUSY = 300  # refusals in that time, which say that letting all in would bring it back at once
 STAY_S = 30.0  # and yet it is tried after so long
 DEAF_S = 1.0
-FEW = 256  # requests: some batches of `together`, and of the worker, which keep the disk and the processors busy
+FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
+ENOUGH = 1024  # in the queue: some batches of the worker
+SINGLE = 16  # under way at once: who sends no more than these adds little, however much of his waits
+WAITS_S = (1, 2, 3)  # told in turn to those who are refused, so that they don't come back together
 TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
 FILLING = frozenset(
     f"/api/v1/{name}"
@@ -62,7 +65,9 @@ class Pressure:
 
     def refuses(self, tenant_id: TenantId) -> bool:
         """Whether there is too much of this tenant's now; it is counted as refused then."""
-        is_refused = self.is_high and self._under_way[tenant_id] + self._queued[tenant_id] >= FEW
+        under_way = self._under_way[tenant_id]
+        has_enough = under_way >= SINGLE and self._queued[tenant_id] >= ENOUGH
+        is_refused = self.is_high and (under_way >= FEW or has_enough)
         self.num_refused += is_refused
         return is_refused
 

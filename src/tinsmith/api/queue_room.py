@@ -19,7 +19,8 @@ from tinsmith.store.loads import Load
 from tinsmith.types import TenantId
 
 NOTHING = Load(0, 0)
-FULL_S = 0.1  # a worker takes more at a time than come to be counted meanwhile
+FULL_S = 5e-6  # for each request that may wait: so long a full queue is taken to be full, a tenth of a second at most
+MAX_FULL_S = 0.1
 
 
 class QueueRoom:
@@ -66,7 +67,7 @@ class QueueRoom:
             self._left[tenant_id] = self._limit.less(queued).less(coming)
             self._full_until.pop(tenant_id, None)
             if not self._take(tenant_id, num_bytes):
-                self._full_until[tenant_id] = time.monotonic() + FULL_S
+                self._full_until[tenant_id] = time.monotonic() + min(MAX_FULL_S, FULL_S * self._limit.requests)
                 raise CapacityError(self._refusal)
 
     @contextmanager

@@ -19,6 +19,7 @@ MAX_OPEN = 256
 MAX_ENDED = 256
 MAX_LEFT = 12_000  # one for each connection
 TTL_S = 1.0
+LEFT_S = 5.0  # in which thousands who were told at once have asked again
 
 
 class Recent:
@@ -44,7 +45,7 @@ class Recent:
 
     def open_ids(self) -> list[OpId]:
         """Those whose end is worth looking for before anybody asks."""
-        since = time.monotonic() - TTL_S
+        since = time.monotonic() - LEFT_S
         while self._left and next(iter(self._left.values()))[1] < since:
             self._left.popitem(last=False)
         return [*self._open, *self._left]
@@ -58,8 +59,10 @@ class Recent:
 
     def find(self, tenant_id: TenantId, op_id: OpId) -> OpRow | None:
         """The request of this tenant: final, or as it was when it was recorded. None: look into the store."""
-        row, at = self._ended.get(op_id) or self._open.get(op_id) or self._left.get(op_id) or (None, 0.0)
-        if row is None or row.tenant_id != tenant_id or time.monotonic() - at > TTL_S:
+        left = self._left.get(op_id)
+        row, at = self._ended.get(op_id) or self._open.get(op_id) or left or (None, 0.0)
+        ttl_s = TTL_S if left is None else LEFT_S
+        if row is None or row.tenant_id != tenant_id or time.monotonic() - at > ttl_s:
             return None
         self._ended.pop(op_id, None)
         return row

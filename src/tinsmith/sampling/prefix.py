@@ -53,7 +53,7 @@ class PrefixCache:
             if key not in self._pieces:
                 break
             found.append(key)
-        while found and not (may_cut(len(found) * self._grid) and self._is_end(found[-1])):
+        while found and (self._lacks_states(found[-1]) or not may_cut(len(found) * self._grid)):
             found.pop()
         for index, key in enumerate(found):
             load(index * self._grid, self._pieces[key])
@@ -96,9 +96,8 @@ class PrefixCache:
             self.num_bytes -= dropped.num_bytes
             dropped.drop()
 
-    def _is_end(self, key: bytes) -> bool:
-        """Whether a beginning may end with this piece."""
-        return not self._has_states or self._pieces[key].states is not None
+    def _lacks_states(self, key: bytes) -> bool:
+        return self._has_states and self._pieces[key].states is None
 
     def _use(self, keys: Sequence[bytes]) -> None:
         """The first ones last: a piece is of no use without those before it."""
