@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.families.configs import CONFIGS, PROCESSORS, TITLES
+from tests.families.configs import CONFIGS, NOT_IN_PEFT, PROCESSORS, TITLES
 
 WITH_EXPERTS = {
     "qwen3_moe",
@@ -31,7 +31,8 @@ def test_it_names_every_family_and_all_its_features_were_green() -> None:
         (row,) = [line for line in features if line.startswith(f"| {title} |")]
         cells = row.removesuffix(" |").split(" | ")[1:]
         merges, sees = (("no", "yes")[is_so] for is_so in (kind not in WITH_EXPERTS, kind in PROCESSORS))
-        assert cells[:6] == ["yes"] * 4 + [merges, sees], row
+        exports = "no" if kind in NOT_IN_PEFT else "yes"
+        assert cells[:6] == ["yes", "yes", exports, "yes", merges, sees], row
         forms = cells[6].split(", ")
         assert forms == ["no"] or set(forms) <= {"fp8", "MXFP4", "int4", "NF4"}, row
         (figures,) = [line for line in differences if line.startswith(f"| {title} |")]

@@ -102,6 +102,9 @@ TITLES = {
     "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
 }  # fmt: skip
 
+# peft 0.21 doesn't know that transformers fuses the experts of these, whose directories have them one by one
+NOT_IN_PEFT = frozenset({"qwen2_moe", "qwen3_5_moe"})
+
 KIMI_K2: dict[str, Any] = {
     **COMMON, "num_key_value_heads": 4, "q_lora_rank": 40, "kv_lora_rank": 24, "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 4,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.families.configs import CONFIGS, VOCAB
+from tests.families.configs import CONFIGS, NOT_IN_PEFT, VOCAB
 from tests.families.twin import MergedTwin, own_config, plain_model
 from tests.numerics.lab import (
     PeftTwin,
@@ -211,6 +211,8 @@ def test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path:
 
 def test_the_exported_adapter_is_the_same_in_peft(kind, make_base, tmp_path: Path, within) -> None:
     """As `tinsmith export --format peft` writes it; of experts too, as the base has them on disk."""
+    if kind in NOT_IN_PEFT:
+        pytest.skip("peft doesn't load experts that are named one by one for this model_type")
     base = make_base(kind)
     trainer = make_trainer(base, RUNS[0], deterministic=False)
     (result,) = run_pass(trainer, [item("a", data_of(1), backward=False)])
