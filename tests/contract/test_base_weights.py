@@ -27,7 +27,7 @@ def test_a_base_in_four_bits_is_trained_and_sampled(tmp_path: Path, monkeypatch)
             losses.append(run.forward_backward([datum], "cross_entropy").result().metrics["loss:sum"])
             run.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
         assert losses[-1] < losses[0]
-        sampler = run.save_weights_and_get_sampling_client()
+        sampler = run.save_weights_and_get_sampling_client().result()
         found = sampler.compute_logprobs(tinker.ModelInput.from_ints(tokens)).result()
         ours = run.forward([datum], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()
         np.testing.assert_allclose(found[1:], ours, rtol=0, atol=1e-5)
