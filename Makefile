@@ -8,7 +8,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points audit release examples bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points forms audit release examples bench bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ soak: init ## an hour of tenants that come and go, with a kill every minute: fla
 
 crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
+
+forms: init ## every form of weights through the battery of the families, and the memory that loading each takes (two minutes)
+	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/numerics/test_loading_memory.py
 
 examples: init ## every example from beginning to end, each judged by what it learned (six minutes)
 	@TINSMITH_TEST_EXAMPLES_LEARN=1 $(BIN)/python -m pytest -q tests/examples

@@ -5,6 +5,8 @@ python scripts/make_models_page.py
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ FEATURES = {
     "vision": (),  # all of its own file
 }
 VISION = "test_vision"
+FORMS = {"fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "nf4"}
 DIFFERENCES = (
     "logprobs of the base", "logprobs with adapters", "gradients, relative", "sampler and trainer", "exported, in peft",
     "merged, in transformers", "logprobs with pictures",
@@ -32,8 +35,8 @@ HEAD = """# Models
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
 all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter. `vision`: pictures
-in training and sampling.
-[How to add a family](../how-to/add-a-family.md).
+in training and sampling. `quantised`: the forms of weights with which the family was tried, see
+[memory and forms of weights](../how-to/weights.md). [How to add a family](../how-to/add-a-family.md).
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
 and MLP, and transformers' attention interface. The server checks at its start that the opened model gives the logits of
@@ -49,7 +52,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "tests/families", f"--junitxml={report}", "-o"]
-        done = subprocess.run([*command, "junit_family=xunit1"], cwd=ROOT, check=False)
+        env = {**os.environ, "TINSMITH_TEST_ALL_FORMS": "1"}
+        done = subprocess.run([*command, "junit_family=xunit1"], cwd=ROOT, check=False, env=env)
         cases = ET.parse(report).getroot().iter("testcase")
         passed, noted = read(cases, tuple(TITLES))
     PAGE.write_text(HEAD + page(TITLES, passed, noted), encoding="utf-8")
@@ -68,6 +72,10 @@ def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], b
             continue
         is_good = case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
         is_seeing = case.get("classname", "").endswith(VISION)
+        form = re.search(rf"\[{own[0]}-(fp8|mxfp4|int4|nf4)", name)
+        if form is not None:
+            passed[own[0], form[1]] = passed.get((own[0], form[1]), True) and is_good
+            continue
         for feature, tests in FEATURES.items():
             if feature == "vision" if is_seeing else any(test in name for test in tests):
                 passed[own[0], feature] = passed.get((own[0], feature), True) and is_good
@@ -78,9 +86,10 @@ def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], b
 
 
 def page(titles: dict[str, str], passed: dict[tuple[str, str], bool], noted: dict[tuple[str, str], float]) -> str:
-    lines = [f"| family | {' | '.join(FEATURES)} |", "|---" * (len(FEATURES) + 1) + "|"]
+    lines = [f"| family | {' | '.join(FEATURES)} | quantised |", "|---" * (len(FEATURES) + 2) + "|"]
     for kind, title in titles.items():
         cells = ["yes" if passed.get((kind, feature)) else "no" for feature in FEATURES]
+        cells.append(", ".join(name for form, name in FORMS.items() if passed.get((kind, form))) or "no")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",

@@ -27,14 +27,18 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
 MAX_HEADER_BYTES = 100 * 2**20
 ATTN_PARTS = frozenset(
-    {"self_attn", "attn", "attention", "self_attention"}
+    {"self_attn", "attn", "attention", "self_attention", "linear_attn"}
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
+TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
-ROUTERS = frozenset({"gate", "router"})  # beside the experts
+GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are never trained
+ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
+
+QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -199,6 +203,14 @@ def text_model_type(path: Path) -> str:
     return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
 
 
+def is_quantised(path: Path) -> bool:
+    """Whether config.json says so. Raises: ConfigError: it can't be read."""
+    config = _read_json(path / "config.json")
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, dict) else [config]
+    return any(part.get(name) for part in parts for name in QUANTISATION)
+
+
 def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
@@ -290,9 +302,10 @@ def _widths(path: Path, config: Mapping[str, Any], *, shares_factors: bool) -> t
     for name, shape in shapes.items():
         parent, _, layer = name.removesuffix(".weight").rpartition(".")
         is_router = parent in mixtures and layer in ROUTERS
-        if len(shape) != 2 or not name.endswith(".weight") or is_router or OF_EXPERTS.match(name):
-            continue
         parts = set(name.split("."))
+        is_apart = is_router or bool(parts & TOWER_PARTS) or OF_EXPERTS.match(name)
+        if len(shape) != 2 or not name.endswith(".weight") or is_apart:
+            continue
         if parts & ATTN_PARTS:
             widths["attn", layer] += sum(shape)
         elif parts & MLP_PARTS:

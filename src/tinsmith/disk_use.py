@@ -25,8 +25,8 @@ AREAS = ("payloads", "results", "snapshots", "checkpoints", "losses")
 @dataclass(frozen=True, slots=True)
 class DiskUse:
     """bytes_by_kind: all of `KINDS`. `log` is the database's write-ahead log; `other`: keys, locks, unfinished files.
-    free_bytes: of the disk, for this user. bytes_by_tenant: files, rows but for those of requests, and the files that
-    the saves which are queued will make.
+    free_bytes: of the disk, for this user. bytes_by_tenant: files, rows (about), and the files that the saves which
+    are queued will make.
     """
 
     bytes_by_kind: Mapping[str, int]

@@ -17,6 +17,7 @@ from tinsmith.byte_bar import byte_bar
 from tinsmith.client import server_of
 from tinsmith.errors import ConfigError
 from tinsmith.export.adapter import Adapter, read_adapter, unpack
+from tinsmith.export.expert_weights import plain_shapes
 from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.wire.paths import SCHEME, TinkerPath, parse_path
 
@@ -106,7 +107,9 @@ def export_command(
 def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> None:
     out.mkdir(parents=True)
     try:
-        write_peft(adapter, out, None if base is None else BaseShapes(weight_shapes(base), text_model_type(base)))
+        write_peft(
+            adapter, out, None if base is None else BaseShapes(plain_shapes(weight_shapes(base)), text_model_type(base))
+        )
     except BaseException:
         shutil.rmtree(out)
         raise

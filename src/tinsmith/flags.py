@@ -23,8 +23,7 @@ def with_settings(command: Callable[[Settings], Any]) -> Callable[..., Any]:
     parameters = [_parameter(f, types[f.name]) for f in fields(Settings)]
 
     def run(**flags: Any) -> Any:
-        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items()}
-        given["base_model"] = given["base_model"] or None
+        given: dict[str, Any] = {n: tuple(v) or None if isinstance(v, list) else v for n, v in flags.items()}
         return command(Settings.load(**given))
 
     run.__doc__ = command.__doc__
@@ -38,7 +37,7 @@ def show_default(f: Field[Any]) -> str:
     """A setting's default as help and docs print it."""
     default = f.default
     if isinstance(default, tuple):
-        return ", ".join(default)
+        return ", ".join(default) or "none"
     if isinstance(default, bool):
         return "true" if default else "false"
     if isinstance(default, float) and default.is_integer():

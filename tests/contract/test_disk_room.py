@@ -133,3 +133,17 @@ def test_what_saves_will_take_counts_when_they_are_asked_for(make_house: Any) ->
         assert house.services.disk.use is not None
         assert house.services.disk.use.bytes_by_tenant[house.tenant_id] > 6 * 2**20
         assert api.post("/save_weights", {"model_id": run, "seq_id": 3, "path": "c3"}, 503)["code"] == "storage_full"
+
+
+def test_requests_that_are_refused_fill_no_disk_either(make_house: Any) -> None:
+    """Each leaves a row, for its number."""
+    house: House = make_house(max_tenant_disk_mib=1)
+    with TestClient(with_edge(build_app(house.services)), raise_server_exceptions=False) as client:
+        api = Api(client, house.key)
+        session = api.session()
+        look(house)
+        assert api.result(sample(api, session, 0, max_tokens=-1))["category"] == "user"
+        house.blobs.put(payload_key(house.tenant_id, OpId("large")), bytes(2**20))
+        look(house)
+        body = {"sampling_session_id": f"{session}:sample:0", "seq_id": 1, "num_samples": 0}
+        assert api.post("/asample", body, 503)["code"] == "storage_full"

@@ -84,3 +84,19 @@ def test_a_bucket_empties_with_time_and_is_a_tenants_own() -> None:
     assert rate.take(two) == 0
     rate._buckets._clock = lambda: 1e9
     assert rate.take(one) == 0
+
+
+def test_sessions_beyond_the_bound_are_told_to_come_back(make_house: Any) -> None:
+    house: House = make_house(max_sessions=2)
+    with TestClient(app.with_edge(app.build_app(house.services)), raise_server_exceptions=False) as client:
+        api, other = Api(client, house.key), Api(client, house.other_key)
+        first, _ = api.session(), api.session()
+        answer = api.raw("POST", "/api/v1/create_session", json={})
+        assert (answer.status_code, answer.json()["code"]) == (429, "capacity")
+        assert "2 sessions of yours are open already" in answer.json()["detail"]
+        assert int(answer.headers["retry-after"]) > 0
+        chat = {"model": "tinsmith/tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        assert api.raw("POST", "/oai/api/v1/chat/completions", json=chat).status_code == 429
+        other.session()
+        api.post(f"/sessions/{first}/finish", {"reason": {"type": "success"}})
+        api.session()

@@ -7,9 +7,20 @@ from pathlib import Path
 
 from tests.families.configs import CONFIGS, PROCESSORS, TITLES
 
-WITH_EXPERTS = {  # aren't merged yet
-    "qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "kimi_k2", "llama4",
-}  # fmt: skip
+WITH_EXPERTS = {
+    "qwen3_moe",
+    "mixtral",
+    "glm4_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "kimi_k2",
+    "llama4",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "qwen2_moe",
+    "olmoe",
+    "qwen3_vl_moe",
+}  # aren't merged yet
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
 
 

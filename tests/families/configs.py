@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma2Config,
@@ -22,6 +24,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -36,14 +40,24 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -84,6 +98,8 @@ TITLES = {
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
     "llama4": "Llama 4 (text)", "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3", "qwen3_vl_moe": "Qwen3-VL-MoE",
+    "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -96,6 +112,19 @@ KIMI_K2_ROPE = {
     "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+# two of three layers keep a state
+QWEN_NEXT: dict[str, Any] = {
+    **COMMON, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+QWEN_NEXT["initializer_range"] = 0.04  # with 0.1, transformers in float32 is up to 1.4e-5 from itself in float64
+QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+MROPE = {**HALF_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 # config.json of families whose directories on the hub have another than transformers writes
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
@@ -166,6 +195,24 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             num_experts_per_tok=1, interleave_moe_layer_step=2, use_qk_norm=True, attention_chunk_size=24,
             attn_temperature_tuning=True, floor_scale=16, attn_scale=0.3, rope_parameters=LLAMA3_ROPE,
         ),
+    ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(**QWEN_NEXT, **QWEN_EXPERTS, mlp_only_layers=[1], rope_parameters=HALF_ROPE),
+    ),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN_NEXT, rope_parameters=MROPE, tie_word_embeddings=True)),
+    "qwen3_5_moe": (Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**QWEN_NEXT, **QWEN_EXPERTS, rope_parameters=MROPE)),
+    "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **QWEN_EXPERTS, mlp_only_layers=[1])),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**COMMON, num_experts=8, num_experts_per_tok=3)),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **COMMON, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.3, attention_multiplier=0.2,
+        ),
+    ),
+    "cohere2": (
+        Cohere2ForCausalLM,
+        Cohere2Config(**COMMON, sliding_window=12, logit_scale=0.4, layer_types=ONE_OF_TWO),
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
     "ministral": (

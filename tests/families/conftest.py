@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from tests.families.configs import CONFIGS, HUB_CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
@@ -28,6 +31,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class DoubleTorch:
+    """torch, but for what it says float32 is."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+
+@pytest.fixture(autouse=True)
+def exact_reference(monkeypatch: pytest.MonkeyPatch):
+    """transformers computes the delta rule in float32 whatever a model's dtype is; the reference is to be exact."""
+    for module in (modeling_qwen3_next, modeling_qwen3_5, modeling_qwen3_5_moe):
+        monkeypatch.setattr(module, "torch", DoubleTorch())
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +67,11 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
                 for parameter in (p for name, p in model.named_parameters() if "mm_input_projection" in name):
                     parameter.normal_(std=0.2)
+                for name, parameter in model.named_parameters():
+                    if name.endswith("A_log"):  # as it is drawn, a state is forgotten with the next token
+                        parameter.copy_(torch.linspace(0.02, 0.5, len(parameter)).log())
+                    if name.endswith("conv1d.weight"):
+                        parameter.normal_(std=0.5)
             model.save_pretrained(directories[kind])
             if kind in HUB_CONFIGS:
                 Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.families import quantised
+from tests.families.configs import CONFIGS
 from tests.families.conftest import MakeBase
 from tests.families.test_battery import (  # noqa: F401  collected here a second time, over the bases below
     RUNS,
@@ -34,10 +36,11 @@ from tinsmith.export.adapter import read_adapter
 from tinsmith.export.merge import merge
 from tinsmith.model import BaseModel, load_base
 
-BASES = (
-    "qwen3-fp8", "deepseek_v3-fp8", "llama-fp8_rows", "qwen3_moe-fp8_rows", "gemma2-fp8_whole", "gpt_oss-mxfp4",
-    "llama-int4", "gpt_oss-int4", "qwen3-nf4", "mixtral-nf4",
-)  # fmt: skip
+FEW = ("qwen3-fp8", "qwen3_moe-fp8_rows", "gpt_oss-mxfp4", "llama-int4")
+REST = ("deepseek_v3-fp8", "llama-fp8_rows", "gemma2-fp8_whole", "gpt_oss-int4", "qwen3-nf4", "mixtral-nf4")
+IS_ALL = bool(os.environ.get("TINSMITH_TEST_ALL_FORMS"))  # `make forms`
+BASES = (*FEW, *REST) if IS_ALL else FEW
+OTHERS = [f"{family}-fp8_rows" for family in CONFIGS if f"{family}-fp8_rows" not in (*FEW, *REST)]
 
 
 @pytest.fixture(params=BASES)
@@ -70,6 +73,14 @@ def make_base(make_base: MakeBase, tmp_path_factory: pytest.TempPathFactory) -> 
         return base
 
     return make
+
+
+@pytest.mark.parametrize("kind", OTHERS if IS_ALL else OTHERS[-2:])
+def test_every_family_computes_with_what_its_weights_mean(kind: str, make_base: MakeBase, plain, within) -> None:  # noqa: F811
+    """And all of its matrices that a file quantises are kept so."""
+    base = make_base(kind)
+    assert "fp8" in base.bytes_by_form()
+    test_logprobs_without_an_adapter_are_those_of_transformers(kind, make_base, plain, within)
 
 
 @pytest.mark.parametrize("kind", ["qwen3-fp8"])

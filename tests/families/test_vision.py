@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +26,14 @@ from tests.numerics.sampling_lab import (
     with_blocks,
 )
 from tinsmith import host_memory
+from tinsmith.bases import BaseRef, describe
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
-from tinsmith.model import load_base
+from tinsmith.model import RowLayout, load_base
 from tinsmith.model.vision.trial import noise
 from tinsmith.pictures import Picture
 from tinsmith.sampling import Sampler
-from tinsmith.types import BaseInfo, Datum, Failure, Targets
+from tinsmith.types import BaseInfo, Datum, Failure, RunId, RunSpec, Targets
 
 BOUND = 1e-5
 RUNS = (spec("a", 8), spec("b", 3, Targets(attn=True, mlp=False, unembed=False), seed=2))
@@ -316,3 +318,12 @@ def test_text_goes_through_a_model_whose_vision_is_not_known(tmp_path) -> None:
     assert not any("vision" in linear.name for linear in base.linears)
     with pytest.raises(UnsupportedError, match="llava takes no pictures"):
         sampler.submit(with_pictures(sample("p", tokens), [Picture(0, 4, noise(16, 16), 16, 16)]))
+
+
+def test_the_api_knows_the_size_of_an_adapter(kind, make_base) -> None:
+    """The tower has none, whatever its layers are called."""
+    base = make_base(kind)
+    info = describe(BaseRef("x", Path(base.info.path)))
+    for targets in (Targets(), Targets(mlp=False), Targets(attn=False, unembed=False)):
+        asked = RunSpec(RunId("r"), "x", rank=3, targets=targets)
+        assert info.adapter_bytes(asked) == 4 * RowLayout(base.linears, targets, 3).num_params

@@ -51,7 +51,7 @@ def test_shared_blocks_give_the_bits_of_copies(base: BaseModel, monkeypatch: pyt
     shared = talk(paged_sampler(base))
     assert [result.prompt_cache_hit_tokens for result in shared] == [0, 192, 128, 192, 0]
     with monkeypatch.context() as patched:
-        patched.setattr(Pool, "keep", lambda self, table, start, end: Copies(self.read(table, start, end)))
+        patched.setattr(Pool, "keep", lambda self, table, start, end, states=None: Copies(self.read(table, start, end)))
         copied = talk(paged_sampler(base))
     for one, other in zip(shared, copied, strict=True):
         assert one.prompt_cache_hit_tokens == other.prompt_cache_hit_tokens

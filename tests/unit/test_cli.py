@@ -133,6 +133,11 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got[0] == Settings.load({}, base_model=("a=/x", "b=/y"), port=0, serve_tokenizers=False, lease_s=2.5)
     assert run("serve").exit_code == 0
     assert got[1] == Settings.load({})
+    monkeypatch.setenv("TINSMITH_PICTURE_LOCATIONS", "https://a.example/,/data")
+    assert run("serve").exit_code == 0
+    assert got[2].picture_locations == ("https://a.example/", "/data")
+    assert run("serve", "--picture-locations", "/x", "--picture-locations", "10.0.0.0/8").exit_code == 0
+    assert got[3].picture_locations == ("/x", "10.0.0.0/8")
 
 
 def test_a_key_is_made_and_shown_once(served: Path, stub: Stub) -> None:

@@ -21,7 +21,7 @@ from transformers.image_utils import SizeDict
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tinsmith.bases import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases import SHIPPED_PATH, BaseRef, describe, tokenizer_files
 from tinsmith.errors import ConfigError
 from tinsmith.pictures import GEMMA3, LLAMA4, QWEN3_VL, PictureSizeError, VisionInfo, canvas, placeholders, smart_resize
 from tinsmith.vision_files import read_vision
@@ -223,3 +223,4 @@ def test_a_base_is_said_to_see_only_where_the_engine_can_show_it_pictures(tmp_pa
         (path / "config.json").write_text(json.dumps({**config, **vision, "model_type": model_type}))
         (path / "preprocessor_config.json").write_text(json.dumps(QWEN_PROCESSOR))
         assert (describe(BaseRef(kind, path)).vision is not None) == (kind == "see")
+        assert "preprocessor_config.json" in {file.name for file in tokenizer_files(path)}

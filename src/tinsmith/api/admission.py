@@ -132,9 +132,8 @@ async def _room_for_training(services: Services, principal: Principal, draft: Dr
 
 async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRow:
     op_id = draft.op_id or new_op_id()
-    if draft.failure is None:
-        made = await _bytes_made(services, draft)
-        services.disk.take(principal.tenant_id, len(draft.payload or b"") + made)
+    made = await _bytes_made(services, draft) if draft.failure is None else 0
+    services.disk.take(principal.tenant_id, len(draft.payload or b"") + made)
     blob = await _write_payload(services, principal, op_id, draft.payload)
     new = NewOp(
         tenant_id=principal.tenant_id,

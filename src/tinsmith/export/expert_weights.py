@@ -19,7 +19,8 @@ FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 IN_TURN = ("gpt_oss",)  # model types whose gate and up are interleaved
 TRANSPOSED = ("gpt_oss", "llama4")  # for shapes that don't tell
 UNTOLD = ("llama4",)  # transposed, and their modules don't say so (`is_transposed`)
-PACKED = ("_blocks", "_scales", "_packed", "weight_scale", "weight_scale_inv")
+BLOCKS, SCALES = "_blocks", ("_scales", "_scale", "_scale_inv")
+PACKED = ("_blocks", "_packed", ".qweight")  # as nothing here reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,18 @@ class Layout:
 
     each: Mapping[str, Mapping[int, str]]
     whole: Mapping[str, Whole]  # by projection
+
+
+def plain_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """Of a base's tensors as they are when they aren't quantised: without scales, and MXFP4's blocks of 32 inputs
+    ([E, O, I / 32, 16] for [E, I, O]) in full."""
+    plain: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name.endswith(BLOCKS) and len(shape) == 4:
+            plain[name.removesuffix(BLOCKS)] = (shape[0], shape[2] * shape[3] * 2, shape[1])
+        elif not name.endswith(SCALES):
+            plain[name] = shape
+    return plain
 
 
 def layouts(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter, model_type: str) -> Mapping[str, Layout]:

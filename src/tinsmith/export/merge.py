@@ -1,8 +1,9 @@
 """A base and an adapter merged into a new Hugging Face directory, tensor by tensor.
 
 W' = W + scale · B A, in float32, rounded once; of experts one after another. Shards stay as they are cut, so memory is
-that of one tensor and a product. An output head that is tied to the embedding and was trained gets a tensor of its own,
-and the configuration says so: the embedding stays as it was. The directory appears when it's complete.
+that of one tensor and a product. A base in fp8 or MXFP4 is dequantised: the merged model isn't quantised. An output
+head that is tied to the embedding and was trained gets a tensor of its own, and the configuration says so: the
+embedding stays as it was. The directory appears when it's complete.
 Shape letters: R rank, I inputs, O outputs of a linear layer.
 """
 
@@ -23,11 +24,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tinsmith.adapter_files import OWN_HEAD
-from tinsmith.bases import MAX_HEADER_BYTES, text_model_type
+from tinsmith.bases import MAX_HEADER_BYTES, QUANTISATION, is_quantised, text_model_type
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
-from tinsmith.export.plain_base import is_quantised, plain_base
+from tinsmith.model.weight_files import WeightFiles
 
 INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
@@ -36,6 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
 ALIGNMENT = 8
+DEQUANTISED = "bfloat16"  # what codes become, unless another dtype is asked for
 CONFIG = "config.json"
 Progress = Callable[[int, int], None]
 
@@ -84,14 +86,16 @@ def merge(
     """
     if target.exists():
         raise ConfigError(f"{target} exists: name a new directory")
-    if is_quantised(base):
-        with plain_base(base, target.parent, dtype) as plain:
-            return merge(plain, adapter, target, dtype=dtype, progress=progress)
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ConfigError(f"{base} has no weights (*.safetensors)")
     code = NAMES[DTYPES[dtype]] if dtype else None
-    tensors = [tensor for shard in shards for tensor in _tensors(shard, code)]
+    files = WeightFiles(base) if is_quantised(base) else None
+    if files is None:
+        tensors = [tensor for shard in shards for tensor in _tensors(shard, code)]
+    else:
+        tensors = list(_dequantised(files, code))
+        dtype = dtype or DEQUANTISED
     unties = OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors)
     if unties:
         tensors.append(_untied(tensors, base))
@@ -99,7 +103,7 @@ def merge(
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
     making.mkdir(parents=True)
     try:
-        _write_shards(making, tensors, changes, adapter, progress or (lambda done, total: None))
+        _write_shards(making, tensors, changes, adapter, files, progress or (lambda done, total: None))
         _copy_rest(base, making, dtype, unties=unties)
         making.rename(target)
     finally:
@@ -121,6 +125,15 @@ def _tensors(shard: Path, dtype: str | None) -> Iterator[_Tensor]:
             yield _Tensor(shard, name, name, shape, own, size)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{shard} is not a whole safetensors file: {error}") from None
+
+
+def _dequantised(files: WeightFiles, dtype: str | None) -> Iterator[_Tensor]:
+    """Of a quantised base, as its tensors are in full."""
+    for name in files:
+        shape, stored = files.shape(name), files.dtype(name)
+        own = dtype or NAMES[DTYPES[DEQUANTISED]] if files.is_quantised(name) or (dtype and stored in CODES) else stored
+        size = math.prod(shape) * CODES[own].itemsize if own in CODES else files.num_bytes(name)
+        yield _Tensor(files.path(name), name, name, shape, own, size)
 
 
 def _untied(tensors: Sequence[_Tensor], base: Path) -> _Tensor:
@@ -178,6 +191,7 @@ def _write_shards(
     tensors: Sequence[_Tensor],
     changes: Mapping[str, Sequence[_Change]],
     adapter: Adapter,
+    files: WeightFiles | None,
     progress: Progress,
 ) -> None:
     total, done = sum(tensor.num_bytes for tensor in tensors), 0
@@ -189,7 +203,8 @@ def _write_shards(
             with (making / shard.name).open("wb") as file, safe_open(shard, framework="pt") as source:
                 file.write(_header(own))
                 for tensor in own:
-                    weight = source.get_tensor(tensor.stored)
+                    is_coded = files is not None and files.is_quantised(tensor.stored)
+                    weight = files.plain(tensor.stored) if files and is_coded else source.get_tensor(tensor.stored)
                     if tensor.name in changes:
                         weight = _merged(weight, changes[tensor.name], factors, tensor)
                     _write(file, weight.to(CODES[tensor.dtype]) if tensor.dtype in CODES else weight)
@@ -271,6 +286,8 @@ def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> 
     config = json.loads(path.read_text(encoding="utf-8"))
     inner = config.get("text_config")
     for part in [config, *([inner] if isinstance(inner, dict) else [])]:
+        for name in QUANTISATION:
+            part.pop(name, None)
         if unties:
             part["tie_word_embeddings"] = False
         if dtype is not None:

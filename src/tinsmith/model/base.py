@@ -22,6 +22,7 @@ from tinsmith.model.activation import replace_silu
 from tinsmith.model.attention import AttentionKind, Reach, block_attention, reach_of
 from tinsmith.model.blocks import replace_blocks
 from tinsmith.model.context import ExpertAdapters, PassContext
+from tinsmith.model.delta import Chunks, DeltaKind, mix
 from tinsmith.model.experts import Experts, describe_experts, find_experts, frozen_parts, replace_experts
 from tinsmith.model.families import Family, family_of, vision_of
 from tinsmith.model.frozen import FrozenMatrix
@@ -302,6 +303,10 @@ class _CheckContext:
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.layers[layer] += 1
         return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind, self.reach)[0].transpose(0, 1)
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        self.layers[layer] += 1
+        return mix(mixed_TC, g_TH, beta_TH, kind, Chunks([(len(mixed_TC), 0)], mixed_TC.device))
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self.groups[group] += 1

@@ -1,7 +1,9 @@
-"""What one pass over the base has to supply: attention among its rows, and the adapters' part of every linear layer.
+"""What one pass over the base has to supply: attention among its rows, or what else they know of one another, and the
+adapters' part of every linear layer.
 
 The base knows neither sequences nor runs nor caches: training, prefill and decode are three contexts over one model.
-Shape letters: T rows of the pass, H query heads, G key/value heads, D head size, I inputs and O outputs of a linear.
+Shape letters: T rows of the pass, H query heads, G key/value heads, D head size, I inputs and O outputs of a linear, C
+channels of a convolution, E value size.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tinsmith.model.attention import AttentionKind
+from tinsmith.model.delta import DeltaKind
 from tinsmith.model.routes import Routes
 
 
@@ -48,6 +51,18 @@ class PassContext(Protocol):
 
         Returns:
             o_THD, shape [T, H, D].
+        """
+        ...
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        """The gated delta rule along each sequence by itself, after the convolution of its channels; see `delta`.
+
+        Args:
+            layer: as above; each layer attends or mixes.
+            mixed_TC: before the convolution. g_TH, beta_TH: float32, g at most 0.
+
+        Returns:
+            o_THE, shape [T, H, E].
         """
         ...
 

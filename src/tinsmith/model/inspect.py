@@ -14,7 +14,7 @@ from typing import Self, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinsmith.bases import ATTN_PARTS, MLP_PARTS
+from tinsmith.bases import ATTN_PARTS, GATES, MLP_PARTS
 from tinsmith.errors import UnsupportedError
 from tinsmith.types import Targets
 
@@ -79,12 +79,15 @@ def find_linears(
     Raises:
         UnsupportedError: the model has weights that are neither these, nor norms, nor the embedding; they are named.
     """
-    linears = {
+    found = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and _group(name) is not None and not _is_in(name, apart)
+        if type(module) is nn.Linear and module is not head and not _is_in(name, apart)
     }
-    known = {id(p) for module in linears.values() for p in module.parameters()}
+    gates = {name for name in found if name.rpartition(".")[2] in GATES}
+    linears = {name: module for name, module in found.items() if name not in gates and _group(name) is not None}
+    known = {id(p) for name in gates for p in found[name].parameters()}
+    known |= {id(p) for module in linears.values() for p in module.parameters()}
     known |= {id(p) for module in carried for p in module.parameters()}
     known |= {id(p) for p in head.parameters()}
     known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

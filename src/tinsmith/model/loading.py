@@ -111,17 +111,16 @@ def load_model(
 
 
 def _class_of(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class that computes the model, and its part of the configuration: with its vision, where that is known or
-    the architecture has no other form."""
-    text_form = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    whole_form = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    is_seeing = whole_form is not None and (text_form is None or vision_of(config) is not None)
-    found = whole_form if is_seeing else text_form
+    """The class of a causal language model, and its part of the configuration; the whole model where its vision is
+    known, or where there is no other form."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None or vision_of(config) is not None:
+        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), found)
     if found is None:
         raise UnsupportedError(f"{config.model_type!r} is no causal language model that transformers knows")
     model_class = cast(type[PreTrainedModel], found[0] if isinstance(found, (list, tuple)) else found)
     text = config.sub_configs.get("text_config")
-    if not is_seeing and text is not None and model_class.config_class is text:
+    if text is not None and model_class.config_class is text:
         return model_class, config.get_text_config()
     return model_class, config
 

@@ -1,8 +1,8 @@
 """Weights in 4 bits, made by torchao as they are read.
 
 Owns which weights of a directory are matrices that can be kept in fewer bits, and in which groups they are quantised.
-torchao decides the codes; how they are kept is `model.stored`'s. Embedding, output head, routers and norms stay as they
-are. torchao is an extra and is imported only when it is asked for.
+torchao decides the codes; how they are kept is `model.stored`'s. Embedding, output head, routers, norms and what looks
+at pictures stay as they are. torchao is an extra and is imported only when it is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tinsmith.bases import ATTN_PARTS, MLP_PARTS, OF_EXPERTS, ROUTERS
+from tinsmith.bases import ATTN_PARTS, MLP_PARTS, OF_EXPERTS, ROUTERS, TOWER_PARTS
 from tinsmith.errors import ConfigError, UnsupportedError
 from tinsmith.model.stored import Form, Stored, pack
 from tinsmith.model.weight_files import WeightFiles
@@ -48,6 +48,8 @@ class Matrices:
             return name.rpartition(".")[0] in self._wide
         parts = name.removesuffix(".weight").split(".")
         if len(shape) != 2 or not name.endswith(".weight") or parts[-1] in ROUTERS or shape[0] < MIN_OUTPUTS:
+            return False
+        if {*parts} & TOWER_PARTS:
             return False
         return bool(OF_EXPERTS.match(name) or {*parts} & (ATTN_PARTS | MLP_PARTS))
 

@@ -101,6 +101,14 @@ class WeightFiles(Mapping[str, "Tensor | Stored"]):
             return (*leading, num_blocks * num_bytes * 2, rows)
         return shape
 
+    def path(self, name: str) -> Path:
+        """The file that it is in."""
+        return self._entries[self._names[name]].path
+
+    def dtype(self, name: str) -> str:
+        """Of the numbers in the file, as safetensors calls it."""
+        return self._entries[self._names[name]].dtype
+
     def num_bytes(self, name: str) -> int:
         """In the files."""
         stored = self._names[name]

@@ -5,7 +5,7 @@ numbers are those it has alone. A decode pass has one row for each sequence, ord
 attention is one call for each length class.
 Shape letters: T rows, H query heads, G key/value heads, Q query heads of one key/value head, D head size, W positions
 of a class, E positions up to an end, N sequences of a class or rows of a chunk, M of these, I inputs, O outputs, V
-vocabulary.
+vocabulary, C channels of a layer that mixes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.errors import UnsupportedError
 from tinsmith.model import HEAD, MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind, block_attention, masked_attention, reach_of
+from tinsmith.model.delta import Chunks, DeltaKind, StateShape, go_on
 from tinsmith.model.lora import NO_ADAPTERS, ExpertLora, LoraBackend
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.expert_rows import expert_segments, merged, shifted
@@ -27,6 +29,7 @@ from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
 from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.states import SequenceStates
 from tinsmith.sampling.tiled_lora import RowLora
 from tinsmith.types import IntArray
 
@@ -57,6 +60,7 @@ class PrefillContext(OwnRoutes):
         self._segments = segments
         self.backend = backend
         self.expert_segments = expert_segments((segment.first, segment.last, segment.adapter) for segment in segments)
+        self._chunks: Chunks | None = None
         self._masks = [_late_mask(segment, device, dtype) for segment in segments]
         self._reaches = [reach_of(segment.last_seen, device) for segment in segments]
 
@@ -82,6 +86,18 @@ class PrefillContext(OwnRoutes):
                 out_HMD = _attention(q_HND[:, first:last], k_GED[:, :end], v_GED[:, :end], seen, kind)
                 out_THD[part][first:last] = out_HMD.transpose(0, 1)
         return out_THD
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        """States move on in each prompt when the whole walk is through; see `PromptStates`."""
+        if self._chunks is None:
+            self._chunks = Chunks([(s.num_rows, s.start) for s in self._segments], mixed_TC.device)
+        prompts = [segment.kv.states for segment in self._segments]
+        states = [prompt.layers[layer] for prompt in prompts]
+        wanted = [p.wanted(s.start, s.start + s.num_rows) for p, s in zip(prompts, self._segments, strict=True)]
+        out_THE, ends = go_on(mixed_TC, g_TH, beta_TH, kind, self._chunks, states, wanted)
+        for prompt, state, kept in zip(prompts, ends.states, ends.kept, strict=True):
+            prompt.put(layer, state, kept)
+        return out_THE
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         for segment in self._segments:
@@ -193,14 +209,26 @@ def decode_groups(kv: KVCache[Sequence] | PagedKV[Sequence], device: torch.devic
 class DecodeContext(OwnRoutes):
     """One token of every sequence in the groups; rows past the last group are padding.
 
-    is_exact: in experts each row is computed by itself. backend: of the adapters in experts.
+    is_exact: in experts each row is computed by itself. backend: of the adapters in experts. states: of the sequences,
+    in a model that has any.
     """
 
-    def __init__(self, groups: Seq[Group], lora: RowLora, backend: LoraBackend, *, is_exact: bool) -> None:
+    def __init__(
+        self,
+        groups: Seq[Group],
+        lora: RowLora,
+        backend: LoraBackend,
+        states: SequenceStates[Sequence] | None = None,
+        *,
+        is_exact: bool,
+    ) -> None:
         self.groups = groups
+        self.states = states
         self.backend = backend
         self._lora = lora
         owners = [owner for group in groups for owner in group.owners]
+        if states is not None:
+            states.arrange(owners)
         rows = [(row, row + 1, owner.request.adapter) for row, owner in enumerate(owners)]
         self.expert_segments = expert_segments(rows if is_exact else merged(rows))
 
@@ -212,6 +240,10 @@ class DecodeContext(OwnRoutes):
             part = slice(group.first, group.last)
             out_THD[part] = group.attend(layer, q_THD[part], k_GTD[:, part], v_GTD[:, part], kind)
         return out_THD
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        assert self.states is not None, "a model with states has memory for them"
+        return self.states.mix(layer, mixed_TC, g_TH, beta_TH, kind)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self._lora.add(group, x_TI, y_TO)
@@ -235,6 +267,10 @@ class MixedContext(OwnRoutes):
         ]
         return torch.cat(outs)
 
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        outs = [context.mix(layer, mixed_TC[part], g_TH[part], beta_TH[part], kind) for context, part in self._parts]
+        return torch.cat(outs)
+
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         for context, part in self._parts:
             context.add_lora(group, x_TI[part], y_TO[part])
@@ -245,14 +281,19 @@ class MixedContext(OwnRoutes):
 
 
 class ShapeProbe(OwnRoutes):
-    """Records the key/value heads and head size of each layer; leaves attention out."""
+    """Records the key/value heads and head size of each layer, or the shape of its state; leaves attention out."""
 
     def __init__(self) -> None:
         self.heads: dict[int, tuple[int, int]] = {}
+        self.states: dict[int, StateShape] = {}
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.heads[layer] = (k_GTD.shape[0], k_GTD.shape[2])
         return torch.zeros_like(q_HTD).transpose(0, 1)
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        self.states[layer] = kind.state_shape(mixed_TC.dtype)
+        return mixed_TC.new_zeros(len(mixed_TC), kind.heads, kind.value_size)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()
@@ -262,14 +303,20 @@ class ShapeProbe(OwnRoutes):
 
 
 def probe_kv_shape(base: BaseModel) -> KVShape:
-    """The shape of the model's keys and values, seen in one small pass, which `num_forwards` doesn't count."""
+    """The shape of the model's keys, values and states, seen in one small pass, which `num_forwards` doesn't count.
+
+    Raises:
+        UnsupportedError: it has no keys and values at all.
+    """
     probe = ShapeProbe()
     counted = base.num_forwards
     rows_T = torch.zeros(MIN_ROWS, dtype=torch.int64, device=base.device)
     base.hidden(rows_T, torch.arange(MIN_ROWS, device=base.device), probe)
     base.num_forwards = counted
-    heads = tuple(probe.heads[layer] for layer in range(base.num_layers))
-    return KVShape(heads, base.dtype, base.device)
+    heads = tuple(probe.heads.get(layer, (0, 0)) for layer in range(base.num_layers))
+    if not any(groups for groups, _ in heads):
+        raise UnsupportedError(f"{base.info.name}: no layer has keys and values, by which memory is counted here")
+    return KVShape(heads, base.dtype, base.device, probe.states)
 
 
 def pad_rows(x_ND: Tensor) -> Tensor:

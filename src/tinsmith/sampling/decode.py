@@ -89,6 +89,8 @@ class Decoder:
         positions_B = torch.from_numpy(self.positions).to(self._base.device)
         for group in self.context.groups:
             group.seek(positions_B[group.first : group.last], self._base.dtype)
+        if self.context.states is not None:
+            self.context.states.seek(positions_B)
         return self.context
 
     def draw(self, hidden_TD: Tensor, paused: Collection[Sequence]) -> list[Drawn]:
@@ -119,7 +121,7 @@ class Decoder:
     def _arrange(self) -> None:
         groups = decode_groups(self._kv, self._base.device)
         self._sequences = [owner for group in groups for owner in group.owners]
-        self.context = DecodeContext(groups, self._lora, self._base.lora, is_exact=self._is_exact)
+        self.context = DecodeContext(groups, self._lora, self._base.lora, self._kv.states, is_exact=self._is_exact)
         self._lora.arrange([s.request.adapter for s in self._sequences])
         offsets = np.array([s.offset for s in self._sequences], np.int64)
         self._offsets = offsets if offsets.any() else None

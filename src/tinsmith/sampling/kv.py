@@ -15,13 +15,14 @@ Shape letters: L layers, C slots of an arena, G key/value heads, W positions of 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
+from tinsmith.sampling.states import PromptStates, SequenceStates, Shapes, States, num_bytes
 
 LONG_BLOCKS = 16
 
@@ -35,20 +36,38 @@ def wider(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """heads: (key/value heads, head size) of each layer."""
+    """heads: (key/value heads, head size) of each layer, none of one that keeps a state. states: of those, by layer.
+    grid: positions at whose multiples states of prompts are kept for later; 0 for nowhere."""
 
     heads: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     device: torch.device
+    states: Shapes = field(default_factory=dict)
+    grid: int = 0
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of 64 tokens in all layers."""
         return 2 * BLOCK_TOKENS * self.dtype.itemsize * sum(heads * size for heads, size in self.heads)
 
+    @property
+    def state_blocks(self) -> int:
+        """Blocks that take as much memory as one sequence's states."""
+        return -(-sum(shape.num_bytes for shape in self.states.values()) // self.block_bytes)
+
+    def prompt_states(self) -> PromptStates:
+        """States are kept as often as takes the memory of the keys and values between."""
+        stride = max(1, self.state_blocks * BLOCK_TOKENS // max(self.grid, 1))
+        return PromptStates(self.states, self.device, self.grid, stride)
+
 
 class Kept(Protocol):
-    """Keys and values of some positions, kept for later; only the layout that made them can read them."""
+    """Keys and values of some positions, kept for later; only the layout that made them can read them.
+
+    states: of a model that has any, those after these positions, if they are known.
+    """
+
+    states: States | None
 
     @property
     def num_bytes(self) -> int: ...
@@ -58,15 +77,16 @@ class Kept(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Copies:
     """See `Kept`. layers: each [2, G, N, D], keys first."""
 
     layers: Sequence[Tensor]
+    states: States | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+        return sum(layer.numel() * layer.element_size() for layer in self.layers) + num_bytes(self.states)
 
     def drop(self) -> None:
         pass
@@ -80,6 +100,7 @@ class PromptKV:
 
     def __init__(self, shape: KVShape, num_tokens: int) -> None:
         self.num_tokens = num_tokens
+        self.states = shape.prompt_states()
         self.layers: list[Tensor] = [
             torch.empty(2, heads, num_tokens, size, dtype=shape.dtype, device=shape.device)
             for heads, size in shape.heads
@@ -98,10 +119,12 @@ class PromptKV:
         assert isinstance(kept, Copies), "made by this layout"
         for layer, part in zip(self.layers, kept.layers, strict=True):
             layer[:, :, start : start + part.shape[2]] = part
+        if kept.states is not None:
+            self.states.load(start + kept.layers[0].shape[2], kept.states)
 
     def save(self, start: int, end: int) -> Kept:
         """Positions start..end-1."""
-        return Copies([layer[:, :, start:end].clone() for layer in self.layers])
+        return Copies([layer[:, :, start:end].clone() for layer in self.layers], self.states.at(end))
 
 
 class Arena(Generic[Owner]):
@@ -157,12 +180,14 @@ class Arena(Generic[Owner]):
 
 
 class KVCache(Generic[Owner]):
-    """All KV memory of a sampler. `version` changes whenever a sequence gets, changes or leaves its slot."""
+    """All KV memory of a sampler. `version` changes whenever a sequence gets, changes or leaves its slot. states: of
+    the sequences, in a model that has any."""
 
     def __init__(self, shape: KVShape, total: int) -> None:
         self.shape = shape
         self.total = total
         self.version = 0
+        self.states = SequenceStates[Owner](shape.states, shape.device) if shape.states else None
         self._arenas: dict[int, Arena[Owner]] = {}
         self._prompts: dict[Hashable, PromptKV] = {}
 
@@ -174,7 +199,9 @@ class KVCache(Generic[Owner]):
     @property
     def num_allocated_blocks(self) -> int:
         prompts = sum(num_blocks(prompt.num_tokens) for prompt in self._prompts.values())
-        return prompts + sum(arena.num_allocated_blocks for arena in self._arenas.values())
+        num_states = 0 if self.states is None else self.states.num_slots + len(self._prompts)
+        arenas = sum(arena.num_allocated_blocks for arena in self._arenas.values())
+        return prompts + arenas + num_states * self.shape.state_blocks
 
     def num_shared(self, num_tokens: int) -> int:
         """Blocks of a prompt that its sequences have in common."""
@@ -200,6 +227,8 @@ class KVCache(Generic[Owner]):
         arena = self._arena_with_room(size)
         arena.fill(len(arena.owners), prompt.layers, prompt.num_tokens)
         arena.owners.append(owner)
+        if self.states is not None:
+            self.states.place(owner, prompt.states)
         self.version += 1
 
     def move(self, owner: Owner, size: int, new_size: int, num_tokens: int) -> None:
@@ -208,9 +237,14 @@ class KVCache(Generic[Owner]):
         new = self._arena_with_room(new_size)
         new.fill(len(new.owners), old.slot(old.owners.index(owner)), num_tokens)
         new.owners.append(owner)
-        self.release(owner, size)
+        self._vacate(owner, size)
 
     def release(self, owner: Owner, size: int) -> None:
+        if self.states is not None:
+            self.states.release(owner)
+        self._vacate(owner, size)
+
+    def _vacate(self, owner: Owner, size: int) -> None:
         arena = self._arenas[size]
         arena.remove(owner)
         if not arena.owners:

@@ -21,6 +21,7 @@ from tinsmith.model import MIN_ROWS, BaseModel, ExpertAdapters, OwnRoutes, PassC
 from tinsmith.model.activation import gated_silu
 from tinsmith.model.attention import AttentionKind, block_attention
 from tinsmith.model.blocks import GatedMLP, RotaryAttention
+from tinsmith.model.delta import DeltaKind
 from tinsmith.model.linear import LinearGroup
 from tinsmith.model.lora import NO_ADAPTERS
 from tinsmith.model.norm import RMSNorm
@@ -159,6 +160,9 @@ class _Causal(OwnRoutes):
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return ()
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        raise AssertionError("a model with states has other parts")
 
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         return NO_ADAPTERS

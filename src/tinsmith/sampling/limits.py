@@ -11,16 +11,18 @@ from tinsmith.types import BaseInfo, SampleItem
 
 @dataclass(frozen=True, slots=True)
 class SampleLimits:
-    """kv_blocks: all blocks of the KV memory, each of `block_bytes`."""
+    """kv_blocks: all blocks of the KV memory, each of `block_bytes`. state_blocks: how many the states of a sequence
+    take, and those of a prompt."""
 
     info: BaseInfo
     kv_blocks: int
     block_bytes: int
+    state_blocks: int = 0
 
     @property
     def max_need(self) -> int:
         """Blocks of the largest request: a sequence of the whole context, and its prompt beside it."""
-        return 2 * num_blocks(self.info.max_context)
+        return 2 * (num_blocks(self.info.max_context) + self.state_blocks)
 
     def mib(self, blocks: int) -> int:
         """The value of --kv-cache-mib that holds so many blocks."""
@@ -59,15 +61,17 @@ class SampleLimits:
 
     def _need(self, item: SampleItem, max_tokens: int) -> int:
         """Blocks that one sequence of the request takes at its longest, and its prompt if others share that."""
-        prompt = num_blocks(item.prompt.shape[0])
+        prompt = num_blocks(item.prompt.shape[0]) + self.state_blocks
         if max_tokens == 1:
             return prompt
-        return num_blocks(item.prompt.shape[0] + max_tokens - 1) + (prompt if item.num_samples > 1 else 0)
+        whole = num_blocks(item.prompt.shape[0] + max_tokens - 1) + self.state_blocks
+        return whole + (prompt if item.num_samples > 1 else 0)
 
     def _reach(self, item: SampleItem) -> int:
         """The largest max_tokens whose need the memory holds; 0 if not even the prompt fits."""
         num_prompt = int(item.prompt.shape[0])
-        if num_blocks(num_prompt) > self.kv_blocks:
+        prompt = num_blocks(num_prompt) + self.state_blocks
+        if prompt > self.kv_blocks:
             return 0
-        shared = num_blocks(num_prompt) if item.num_samples > 1 else 0
-        return max(1, (self.kv_blocks - shared) * BLOCK_TOKENS - num_prompt + 1)
+        shared = prompt if item.num_samples > 1 else 0
+        return max(1, (self.kv_blocks - shared - self.state_blocks) * BLOCK_TOKENS - num_prompt + 1)

@@ -13,7 +13,7 @@ from tinsmith.sampling.blocks import BlockManager, Claim, FreeBlocks, Ledger, nu
 from tinsmith.sampling.kv import KVCache, wider
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.seats import fair_share
-from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
+from tinsmith.sampling.sequence import Prompt, Recompute, Request, Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +35,7 @@ class Memory:
     def __init__(self, kv: KVCache[Sequence] | PagedKV[Sequence], max_need: int, keeps_all: bool = False) -> None:
         """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
+        self._state_blocks = kv.shape.state_blocks
         self.keeps_all = keeps_all
         self._shared: dict[Prompt, Shared] = {}  # of open prompts
         self._uses: dict[Sequence, Shared] = {}
@@ -55,7 +56,7 @@ class Memory:
 
     def open_prompt(self, prompt: Prompt, spare: int = 0) -> bool:
         """Memory for all of a prompt, before its first chunk is computed; `spare` blocks are left free."""
-        if not self._blocks.try_update({prompt: prompt.claim()}, prompt.tenant, spare):
+        if not self._blocks.try_update({prompt: self._prompt_claim(prompt)}, prompt.tenant, spare):
             return False
         prompt.prompt_kv = self.kv.open_prompt(prompt, prompt.num_prompt)
         return True
@@ -82,7 +83,9 @@ class Memory:
         num_shared = 0 if self.keeps_all else self.kv.num_shared(request.num_prompt)
         shared = self._shared.get(request) or Shared(num_shared)
         is_last = not request.num_unstarted
-        claims: dict[Hashable, Claim | None] = {request: request.claim(), sequence: sequence.claim(size - num_shared)}
+        claims: dict[Hashable, Claim | None] = {
+            request: self._prompt_claim(request), sequence: self._with_state(sequence.claim(size - num_shared)),
+        }  # fmt: skip
         if is_last and num_shared:
             claims[shared] = shared.claim
         if not self._blocks.try_update(claims, request.tenant, 0 if is_last else spare):
@@ -102,7 +105,9 @@ class Memory:
         """Give a sequence its KV back, which has been computed again; it takes over that memory."""
         sequence = recompute.sequence
         size = num_blocks(recompute.num_prompt + 1)
-        is_granted = self._blocks.try_update({recompute: None, sequence: sequence.claim(size)}, sequence.tenant)
+        is_granted = self._blocks.try_update(
+            {recompute: None, sequence: self._with_state(sequence.claim(size))}, sequence.tenant
+        )
         assert is_granted, "it was opened with room for its next token"
         self.kv.place(sequence, recompute, size)
         sequence.num_blocks = size
@@ -114,11 +119,23 @@ class Memory:
         shared = self._uses.get(sequence)
         num_shared = shared.num_blocks if shared is not None else 0
         for size in sorted({last, min(wider(last), sequence.request.sequence_need)}, reverse=True):
-            if self._blocks.try_update({sequence: sequence.claim(size - num_shared)}, sequence.tenant):
+            claim = self._with_state(sequence.claim(size - num_shared))
+            if self._blocks.try_update({sequence: claim}, sequence.tenant):
                 self.kv.move(sequence, sequence.num_blocks, size, sequence.num_kv)
                 sequence.num_blocks = size
                 return True
         return False
+
+    def _with_state(self, claim: Claim, num_owners: int = 1) -> Claim:
+        """What it holds, with the states of one, and at most with those of so many."""
+        return Claim(claim.held + self._state_blocks, claim.need + num_owners * self._state_blocks)
+
+    def _prompt_claim(self, prompt: Prompt) -> Claim | None:
+        claim = prompt.claim()
+        if claim is None:
+            return None
+        shares = isinstance(prompt, Request) and prompt.num_unstarted > 1 and not prompt.is_one_step
+        return self._with_state(claim, 2 if shares else 1)
 
     def leave(self, sequence: Sequence) -> None:
         """Free a sequence's memory, if it has any."""

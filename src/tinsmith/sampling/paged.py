@@ -21,6 +21,7 @@ from tinsmith.model.attention import AttentionKind
 from tinsmith.sampling.blocks import BLOCK_TOKENS, num_blocks
 from tinsmith.sampling.kv import Copies, Kept, KVShape, Owner
 from tinsmith.sampling.paged_attention import paged_attention
+from tinsmith.sampling.states import SequenceStates, States, num_bytes
 
 
 class Pool:
@@ -36,6 +37,7 @@ class Pool:
             for heads, size in shape.heads
         ]
         self.block_bytes = shape.block_bytes
+        self.shape = shape
         self._num_holders = [0] * (total + 1)
         self._num_kept = [0] * (total + 1)  # of those, pieces that are kept for later
         self._free = list(range(total, -1, -1))
@@ -64,16 +66,16 @@ class Pool:
             if not self._num_holders[block]:
                 self._free.append(block)
 
-    def keep(self, table: Sequence[int], start: int, end: int) -> Kept:
+    def keep(self, table: Sequence[int], start: int, end: int, states: States | None = None) -> Kept:
         """Positions start..end-1 of a sequence: the blocks themselves if these are whole ones, which are written to
         the end then; else copies."""
         if start % BLOCK_TOKENS or end % BLOCK_TOKENS:
-            return Copies(self.read(table, start, end))
+            return Copies(self.read(table, start, end), states)
         blocks = tuple(table[start // BLOCK_TOKENS : end // BLOCK_TOKENS])
         self.share(blocks)
         for block in blocks:
             self._num_kept[block] += 1
-        return Pages(self, blocks)
+        return Pages(self, blocks, states)
 
     def forget(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -96,16 +98,17 @@ class Pool:
         return [layer.flatten(1, 2)[:, rows].transpose(1, 2) for layer in self.layers]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pages:
     """See `kv.Kept`."""
 
     pool: Pool
     blocks: tuple[int, ...]
+    states: States | None = None
 
     @property
     def num_bytes(self) -> int:
-        return len(self.blocks) * self.pool.block_bytes
+        return len(self.blocks) * self.pool.block_bytes + num_bytes(self.states)
 
     def drop(self) -> None:
         self.pool.forget(self.blocks)
@@ -117,6 +120,7 @@ class PagedPrompt:
     def __init__(self, pool: Pool, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.table = pool.take(num_blocks(num_tokens))
+        self.states = pool.shape.prompt_states()
         self._pool = pool
 
     def put(self, layer: int, start: int, k_GND: Tensor, v_GND: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,14 +139,19 @@ class PagedPrompt:
             self._pool.share(kept.blocks)
             self._pool.drop(self.table[own])
             self.table[own] = kept.blocks
+            if kept.states is not None:
+                self.states.load(start + len(kept.blocks) * BLOCK_TOKENS, kept.states)
             return
         assert isinstance(kept, Copies), "made by this layout"
-        rows = self._pool.rows(self.table, start, start + kept.layers[0].shape[2])
+        end = start + kept.layers[0].shape[2]
+        if kept.states is not None:
+            self.states.load(end, kept.states)
+        rows = self._pool.rows(self.table, start, end)
         for pages, part in zip(self._pool.layers, kept.layers, strict=True):
             pages.flatten(1, 2).index_copy_(1, rows, part.transpose(1, 2))
 
     def save(self, start: int, end: int) -> Kept:
-        return self._pool.keep(self.table, start, end)
+        return self._pool.keep(self.table, start, end, self.states.at(end))
 
 
 class PagedKV(Generic[Owner]):
@@ -153,6 +162,7 @@ class PagedKV(Generic[Owner]):
         self.shape = shape
         self.total = total
         self.version = 0
+        self.states = SequenceStates[Owner](shape.states, shape.device) if shape.states else None
         self.pool = Pool(shape, total + max_kept_bytes // shape.block_bytes)
         self.tables: dict[Owner, list[int]] = {}
         self._prompts: dict[Hashable, PagedPrompt] = {}
@@ -183,6 +193,8 @@ class PagedKV(Generic[Owner]):
         if len(shared) < len(prompt.table):
             self.pool.copy(prompt.table[-1], own[0])
         self.tables[owner] = [*shared, *own]
+        if self.states is not None:
+            self.states.place(owner, prompt.states)
         self.version += 1
 
     def move(self, owner: Owner, size: int, new_size: int, num_tokens: int) -> None:
@@ -192,6 +204,8 @@ class PagedKV(Generic[Owner]):
 
     def release(self, owner: Owner, size: int) -> None:
         self.pool.drop(self.tables.pop(owner))
+        if self.states is not None:
+            self.states.release(owner)
         self.version += 1
 
     def save(self, owner: Owner, size: int, start: int, end: int) -> Kept:

@@ -44,6 +44,8 @@ class Prefill:
         _first_logits(self._base, [(c.prompt, h_ND) for c, h_ND in parts if c.is_last])
         for chunk in self.chunks:
             chunk.prompt.num_prefilled = chunk.end
+            if chunk.prompt.prompt_kv is not None:
+                chunk.prompt.prompt_kv.states.advance(chunk.end)
 
 
 def _segments(chunks: Seq[Chunk]) -> list[Segment]:

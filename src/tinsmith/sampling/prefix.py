@@ -25,9 +25,13 @@ Line = tuple[str, str | None]  # the scope (its tenant), and the weights
 
 
 class PrefixCache:
-    """num_bytes: what is held, at most `max_bytes`."""
+    """num_bytes: what is held, at most `max_bytes`.
 
-    def __init__(self, grid: int, max_bytes: int) -> None:
+    has_states: a beginning is of use only up to a piece after which the model's states are known.
+    """
+
+    def __init__(self, grid: int, max_bytes: int, *, has_states: bool = False) -> None:
+        self._has_states = has_states
         self._grid = grid
         self._max_bytes = max_bytes
         self._pieces: OrderedDict[bytes, Kept] = OrderedDict()
@@ -49,7 +53,7 @@ class PrefixCache:
             if key not in self._pieces:
                 break
             found.append(key)
-        while not may_cut(len(found) * self._grid):
+        while found and (self._lacks_states(found[-1]) or not may_cut(len(found) * self._grid)):
             found.pop()
         for index, key in enumerate(found):
             load(index * self._grid, self._pieces[key])
@@ -74,9 +78,16 @@ class PrefixCache:
             return
         keys = list(self._keys(line, tokens, last, pictures))
         for index, key in enumerate(keys):
-            if index < first or key in self._pieces:
+            known = self._pieces.get(key)
+            if index < first or (known is not None and (known.states is not None or not self._has_states)):
                 continue
             kept = save(index * self._grid, (index + 1) * self._grid)
+            if known is not None and kept.states is None:
+                kept.drop()
+                continue
+            if known is not None:
+                self.num_bytes -= known.num_bytes
+                known.drop()
             self._pieces[key] = kept
             self.num_bytes += kept.num_bytes
         self._use(keys)
@@ -84,6 +95,9 @@ class PrefixCache:
             _, dropped = self._pieces.popitem(last=False)
             self.num_bytes -= dropped.num_bytes
             dropped.drop()
+
+    def _lacks_states(self, key: bytes) -> bool:
+        return self._has_states and self._pieces[key].states is None
 
     def _use(self, keys: Sequence[bytes]) -> None:
         """The first ones last: a piece is of no use without those before it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinsmith.model import ExpertAdapters, PassContext, Routes
 from tinsmith.model.attention import AttentionKind
+from tinsmith.model.delta import DeltaKind
 from tinsmith.route_tape import OWN_CHOICE, RouteArray
 from tinsmith.sampling.admission import Chunk
 from tinsmith.sampling.sequence import Request, Sequence
@@ -27,6 +28,9 @@ class RecordedRoutes:
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         return self._inner.attend(layer, q_HTD, k_GTD, v_GTD, kind)
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        return self._inner.mix(layer, mixed_TC, g_TH, beta_TH, kind)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         return self._inner.add_lora(group, x_TI, y_TO)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -89,17 +90,22 @@ class Sampler:
         self._tokenizer = tokenizer
         with torch.inference_mode():
             shape = probe_kv_shape(base)
-        total = settings.kv_cache_mib * 2**20 // shape.block_bytes if kv_blocks is None else kv_blocks
-        self._limits = SampleLimits(base.info, total, shape.block_bytes)
-        if total < 1:
-            raise ConfigError(f"--kv-cache-mib must be at least {self._limits.mib(1)} for {base.info.name}")
         max_prefix_bytes = settings.prefix_cache_mib * 2**20
+        grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
+        shape = replace(shape, grid=grid if max_prefix_bytes else 0)
+        is_paged = base.device.type == "cuda" if is_paged is None else is_paged
+        total = settings.kv_cache_mib * 2**20 // shape.block_bytes if kv_blocks is None else kv_blocks
+        if is_paged and shape.states and kv_blocks is None:
+            total //= 2  # pages are taken at once, and states come beside them
+        self._limits = SampleLimits(base.info, total, shape.block_bytes, shape.state_blocks)
+        if total < 1 + shape.state_blocks:
+            least = self._limits.mib((1 + shape.state_blocks) * (2 if is_paged and shape.states else 1))
+            raise ConfigError(f"--kv-cache-mib must be at least {least} for {base.info.name}")
         kv: PagedKV[Sequence] | KVCache[Sequence] = KVCache(shape, total)
-        if base.device.type == "cuda" if is_paged is None else is_paged:
+        if is_paged:
             kv = PagedKV(shape, total, max_prefix_bytes)
         self.memory = Memory(kv, self._limits.max_need, keeps_all=settings.deterministic)
-        grid = settings.prefill_chunk_tokens if settings.deterministic else BLOCK_TOKENS
-        self._prefixes = PrefixCache(grid, max_prefix_bytes)
+        self._prefixes = PrefixCache(grid, max_prefix_bytes, has_states=bool(shape.states))
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)

@@ -162,6 +162,9 @@ class Stages:
             self._waiting[holder.line] = {holder: None, **line}
 
     def _keep_prefix(self, sequence: Sequence) -> None:
+        """Of a model with states only prompts are kept: what a sequence wrote after them has its states at its end."""
+        if self.memory.kv.states is not None:
+            return
         request, save = sequence.request, partial(self.memory.kv.save, sequence, sequence.num_blocks)
         self._prefixes.keep(
             request.line, sequence.kv_tokens, save, request.num_prompt, sequence.num_kv, request.pictures

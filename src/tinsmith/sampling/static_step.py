@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinsmith.model import BaseModel, ExpertAdapters, OwnRoutes, PassContext, Routes, padded_rows
 from tinsmith.model.attention import AttentionKind
+from tinsmith.model.delta import DeltaKind
 from tinsmith.sampling.paged import PagedRows, Pool
 from tinsmith.sampling.tiled_lora import TiledLora
 from tinsmith.types import IntArray
@@ -80,6 +81,9 @@ class StaticContext(OwnRoutes):
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         self._lora.add(group, x_TI, y_TO)
         return ()
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        raise AssertionError("a model with states is walked through its own modules, without graphs")
 
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         raise AssertionError("a model with experts is walked through its own modules, without graphs")

@@ -56,11 +56,8 @@ _FINISH = (
     )
     .values(finished_at=bindparam("now"), finish_reason=bindparam("reason"), finish_detail=bindparam("detail"))
 )
-_OPENER = (
-    select(sessions.c.key_id, keys.c.successor_id)
-    .outerjoin(keys, keys.c.key_id == sessions.c.key_id)
-    .where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
-)
+_OPENER = select(sessions.c.key_id).where(sessions.c.session_id == bindparam("session_id"), _IS_TENANTS)
+_SUCCESSOR = select(keys.c.successor_id).where(keys.c.key_id == bindparam("key_id"))
 _SET_PROJECT = update(sessions).where(sessions.c.session_id == bindparam("id")).values(project_id=bindparam("project"))
 _SILENT = select(sessions.c.session_id).where(
     sessions.c.finished_at.is_(None), sessions.c.last_beat_at < bindparam("before")
@@ -299,7 +296,10 @@ def _require_opener(conn: Connection, by: Principal, session_id: SessionId, act:
     found = conn.execute(_OPENER, {"session_id": session_id, "tenant_id": by.tenant_id}).first()
     if found is None:
         raise NotFoundError(f"no session {session_id}")
-    if found.key_id is not None and by.key_id not in found:
+    opener = found.key_id
+    while opener not in (None, by.key_id):
+        opener = conn.execute(_SUCCESSOR, {"key_id": opener}).scalar()
+    if opener is None and found.key_id is not None:
         raise ForbiddenError(
             f"{act} a session that another key opened needs a key of scope full, and this key's scope is {by.scope}"
         )

@@ -3,7 +3,7 @@
 Which rows are computed as one segment of an adapter is decided here. In deterministic mode a segment is one datum: a
 product over several would have bits that depend on where a pass was cut. Otherwise neighbouring data of one run are one
 segment. Gradients are added straight into the runs' staging rows in (run, seq, datum) order.
-Shape letters: T rows of the pass, I inputs, O outputs, H and G heads, D head size.
+Shape letters: T rows of the pass, I inputs, O outputs, H and G heads, D head size, C channels of a convolution.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tinsmith.model import ExpertAdapters, Routes
 from tinsmith.model.attention import AttentionKind
+from tinsmith.model.delta import Chunks, DeltaKind, mix
 from tinsmith.model.lora import ExpertLora, LoraBackend, Segment, masked
 from tinsmith.training.dropout import mask_of
 from tinsmith.training.expert_loads import ExpertLoads
@@ -33,6 +34,8 @@ class TrainingContext:
         self, lanes: Sequence[Lane], attention: Attention, backend: LoraBackend, *, deterministic: bool
     ) -> None:
         self._attention = attention
+        self._lengths = [(lane.end - lane.start, 0) for lane in lanes]
+        self._chunks: Chunks | None = None  # of layers that mix, made for the first
         num_settled = next((i for i, lane in enumerate(lanes) if lane.op.num_left), len(lanes))
         self._unfinished: OpProgress | None = lanes[num_settled].op if num_settled < len(lanes) else None
         assert all(lane.op is self._unfinished for lane in lanes[num_settled:]), "a pack goes on after an op it cuts"
@@ -56,6 +59,11 @@ class TrainingContext:
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         return self._attention.attend(q_HTD, k_GTD, v_GTD, kind)
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        if self._chunks is None:
+            self._chunks = Chunks(self._lengths, mixed_TC.device)
+        return mix(mixed_TC, g_TH, beta_TH, kind, self._chunks)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = self._settled.add(group, x_TI, y_TO)

@@ -5,18 +5,25 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from tinsmith.model.families import (
+    cohere2,
     deepseek_v3,
     gemma,
     glm4_moe,
     gpt_oss,
+    granite,
     kimi_k2,
     llama,
     llama4,
     mistral,
     mixtral,
+    olmoe,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     qwen3_vl,
     qwen3_vl_moe,
 )
@@ -34,12 +41,19 @@ FAMILIES = (
     qwen3_moe.FAMILY,
     qwen3_vl.FAMILY,
     qwen3_vl_moe.FAMILY,
+    qwen3_next.FAMILY,
+    qwen3_5.FAMILY,
+    qwen3_5_moe.FAMILY,
     mixtral.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
     deepseek_v3.FAMILY,
     kimi_k2.FAMILY,
     gemma.FAMILY,
+    qwen2_moe.FAMILY,
+    olmoe.FAMILY,
+    granite.FAMILY,
+    cohere2.FAMILY,
 )
 
 

@@ -31,28 +31,33 @@ class MaskedLora:
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = self._plain.add(group, x_TI, y_TO)
         self._num_plain[group] = len(kept)
-        return kept + self._masked.add(group, self._left(group, x_TI), y_TO) if self._has(group) else kept
+        if not self._has(group):
+            return kept
+        left_TI = self._left(x_TI, self._mask.left_out(group, x_TI.shape[1]))
+        return kept + self._masked.add(group, left_TI, y_TO)
 
     def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
         kept = self._plain.keep(group, x_TI)
         self._num_plain[group] = len(kept)
-        return kept + self._masked.keep(group, self._left(group, x_TI)) if self._has(group) else kept
+        if not self._has(group):
+            return kept
+        return kept + self._masked.keep(group, self._left(x_TI, self._mask.left_out(group, x_TI.shape[1])))
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
         first, rest = kept[: self._num_plain[group]], kept[self._num_plain[group] :]
         if first:
             self._plain.add_grads(group, x_TI, first, dy_TO, dx_TI)
         if rest:
-            own_TI = torch.zeros_like(dx_TI)
-            self._masked.add_grads(group, self._left(group, x_TI), rest, dy_TO, own_TI)
-            dx_TI.index_add_(0, self._rows_N, self._mask.times(group, own_TI[self._rows_N]))
+            left_out_NI, own_TI = self._mask.left_out(group, x_TI.shape[1]), torch.zeros_like(dx_TI)
+            self._masked.add_grads(group, self._left(x_TI, left_out_NI), rest, dy_TO, own_TI)
+            dx_TI.index_add_(0, self._rows_N, self._mask.apply(left_out_NI, own_TI[self._rows_N]))
 
     def _has(self, group: str) -> bool:
         return any(group in segment.weights for segment in self._segments)
 
-    def _left(self, group: str, x_TI: Tensor) -> Tensor:
+    def _left(self, x_TI: Tensor, left_out_NI: Tensor) -> Tensor:
         """x with its masks; rows without one hold nothing of use."""
-        left_NI = self._mask.times(group, x_TI[self._rows_N])
+        left_NI = self._mask.apply(left_out_NI, x_TI[self._rows_N])
         return torch.empty_like(x_TI).index_copy_(0, self._rows_N, left_NI)
 
 

@@ -65,11 +65,17 @@ class RowMask:
 
     def times(self, group: str, x_NI: Tensor) -> Tensor:
         """The numbers of these rows that are left, scaled; of x, and just so of the gradient that comes back."""
-        num_columns = x_NI.shape[1]
+        return self.apply(self.left_out(group, x_NI.shape[1]), x_NI)
+
+    def left_out(self, group: str, num_columns: int) -> Tensor:
+        """bool [N, I]."""
         key_N1 = _mix(self.row_N + _hash(group))[:, None]
-        bits_NP = _next(key_N1, torch.arange((num_columns + 1) // 2, device=x_NI.device))
-        is_left_out_NI = bits_NP.view(torch.int32)[:, :num_columns] ^ -(2**31) < self.least_N[:, None]
-        return (x_NI * self.scale_N[:, None]).masked_fill_(is_left_out_NI, 0).to(x_NI.dtype)
+        bits_NP = _next(key_N1, torch.arange((num_columns + 1) // 2, device=key_N1.device))
+        return bits_NP.view(torch.int32)[:, :num_columns] ^ -(2**31) < self.least_N[:, None]
+
+    def apply(self, left_out_NI: Tensor, x_NI: Tensor) -> Tensor:
+        """`times`, with what `left_out` returned."""
+        return (x_NI * self.scale_N[:, None]).masked_fill_(left_out_NI, 0).to(x_NI.dtype)
 
 
 def _next(key: Tensor, number: Tensor | int) -> Tensor:
@@ -78,9 +84,10 @@ def _next(key: Tensor, number: Tensor | int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
+    """In place."""
     for shift, factor in ((30, MIX_1), (27, MIX_2)):
-        z = (z ^ _shifted(z, shift)).mul_(factor)
-    return z ^ _shifted(z, 31)
+        z.bitwise_xor_(_shifted(z, shift)).mul_(factor)
+    return z.bitwise_xor_(_shifted(z, 31))
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
