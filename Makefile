@@ -8,7 +8,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points forms audit release examples bench bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points forms audit release examples bench bench-operation bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ release: init ## dist/: sdist, wheel, bill of materials (CycloneDX) and checksum
 
 bench: init ## the CPU benchmarks, ours and the peer in the same run; writes docs/benchmarks.md
 	@$(BIN)/python benchmarks/run_all.py
+
+bench-operation: init ## durability, fairness, overload, polls, quotas, forms of weights, mixtures; writes docs/benchmarks-operation.md
+	@$(BIN)/python benchmarks/run_all.py --table operation
 
 bench-gpu: init ## the table of one NVIDIA GPU; writes docs/benchmarks-gpu.md. ROWS="train-8b ..." for some, within ten minutes
 	@$(BIN)/python benchmarks/bench_gpu.py $(if $(ROWS),--only $(ROWS))

@@ -1,10 +1,12 @@
-"""Runs the CPU benchmarks, prints one table and writes it to docs/benchmarks.md.
+"""Runs the CPU benchmarks, prints one table and writes it to a page of the documentation.
 
-Every script runs in a process of its own, with the environment that `tinsmith serve` gives its workers. Those that
-measure the CPU time of one thread run two at a time, those that measure wall time alone. Under twenty minutes on two
-cores that are otherwise idle.
+    python benchmarks/run_all.py [--table engine] [--out docs/benchmarks.md] [--only sampler]
+    python benchmarks/run_all.py --table operation [--only overload]
 
-    python benchmarks/run_all.py [--out docs/benchmarks.md] [--only service]
+Two tables: the engine and the way to it (docs/benchmarks.md, under twenty minutes on two cores that do nothing else),
+and what holds in operation: durability, fairness, overload, forms of weights (docs/benchmarks-operation.md,
+about ten). Every script runs in a process of its own, with the environment that `tinsmith serve` gives its workers.
+Those that measure the CPU time of one thread run two at a time, those that measure wall time alone.
 """
 
 from __future__ import annotations
@@ -59,13 +61,28 @@ ALONE = (
     "service.py",
     "store_ops.py",
 )
-PAGE = """# Benchmarks
+OPERATION = (
+    "durability.py",
+    "restart.py",
+    "beside_floods.py",
+    "overload.py",
+    "long_polls.py",
+    "quotas.py",
+    "watching.py",
+    "weight_forms.py",
+    "router_replay.py",
+    "expert_crowd.py",
+)
+TABLES = {"engine": (*BESIDE, *ALONE), "operation": OPERATION}
+PAGES = {"engine": "benchmarks.md", "operation": "benchmarks-operation.md"}
+MAKES = {"engine": "make bench", "operation": "make bench-operation"}
+PAGE = """# Benchmarks{title}
 
-<!-- Made by `make bench`; run it again instead of editing. -->
+<!-- Made by `{make}`; run it again instead of editing. -->
 
 Ours and the peer were measured in the same run, interleaved, on the same weights. Where a row says so it is CPU time of
 one thread, since other work shared the machine; the figures of the service are wall time. Absolute figures are worth
-little elsewhere: read the ratios, and run `make bench` on your machine.
+little elsewhere: read the ratios, and run `{make}` on your machine.
 
 {machine}
 
@@ -79,7 +96,8 @@ little elsewhere: read the ratios, and run `make bench` on your machine.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--table", choices=tuple(TABLES), default="engine")
+    parser.add_argument("--out", type=Path, default=None, help="the page; by default the table's own")
     parser.add_argument("--only", default="", help="run only the commands that contain this; writes no page")
     args = parser.parse_args()
     before = machine()
@@ -87,13 +105,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [
             (command, Path(scratch, f"rows{number}"))
-            for number, command in enumerate((*BESIDE, *ALONE))
+            for number, command in enumerate(TABLES[args.table])
             if args.only in command
         ]
         beside = [job for job in jobs if job[0] in BESIDE]
         with ThreadPoolExecutor(min(2, available_cores())) as pool:
             outputs = list(pool.map(run, *zip(*beside, strict=True))) if beside else []
-        outputs += [run(*job) for job in jobs if job[0] in ALONE]
+        outputs += [run(*job) for job in jobs if job not in beside]
         found = [row for _, rows_file in jobs for row in rows.load(rows_file)]
     details = [
         f"`python benchmarks/{command}`\n\n{as_markdown(output)}"
@@ -105,8 +123,11 @@ def main() -> int:
     facts = f"{before} Load average at the end {load}; the whole took {minutes:.0f} minutes."
     print(f"\n{facts}\n\n{table}")
     if not args.only:
-        args.out.write_text(PAGE.format(machine=facts, table=table, details="\n\n".join(details)))
-        print(f"\nwritten to {args.out}")
+        page = args.out or HERE.parent / "docs" / PAGES[args.table]
+        title = "" if args.table == "engine" else " of operation"
+        texts = {"machine": facts, "table": table, "details": "\n\n".join(details)}
+        page.write_text(PAGE.format(title=title, make=MAKES[args.table], **texts))
+        print(f"\nwritten to {page}")
     return 0
 
 
