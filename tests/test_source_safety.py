@@ -65,17 +65,26 @@ def test_the_walk_sees_it() -> None:
 
 
 def test_base_models_are_safetensors_alone() -> None:
-    """transformers would take pickled weights where there are no others, and run code of the directory."""
-    text = (SRC / "model" / "base.py").read_text(encoding="utf-8")
-    calls = [
-        {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
-    ]
-    assert calls
-    for call in calls:
-        assert call["use_safetensors"] is True
-        assert call["trust_remote_code"] is False
+    """transformers would take pickled weights where there are no others, and run code of the directory: it is given
+    weights that were read by safetensors, and no directory to look into; elsewhere no code of one is run."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr != "from_pretrained":
+                continue
+            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            found.append(path.name)
+            if path.name == "loading.py":
+                assert isinstance(node.args[0], ast.Constant)
+                assert node.args[0].value is None
+                assert "state_dict" in given
+            else:
+                assert given["local_files_only"] is True, path
+                assert given["trust_remote_code"] is False, path
+    assert {"loading.py", "directory.py", "eyes.py"} <= set(found)
+    assert "safe_open(" in (SRC / "model" / "weight_files.py").read_text(encoding="utf-8")
 
 
 def test_signatures_and_digests_are_compared_in_constant_time() -> None:

@@ -166,5 +166,5 @@ def open_eyes(model: PreTrainedModel, info: VisionInfo | None, kind: VisionKind 
         if isinstance(own, PreTrainedModel):
             own.set_attn_implementation("sdpa")  # scores of all pairs of patches would take memory
     processor: Any = AutoImageProcessor
-    processor = processor.from_pretrained(path, backend="pil", local_files_only=True)
+    processor = processor.from_pretrained(path, backend="pil", local_files_only=True, trust_remote_code=False)
     return Eyes(info, kind, model, processor)
