@@ -88,7 +88,9 @@ def test_junk(raw: Raw, route: str, junk: str) -> None:
             assert problem["category"] == "user"
 
 
-@pytest.mark.parametrize("route", WITH_BODY)
+@pytest.mark.parametrize(
+    "route", [r for r in WITH_BODY if r != "POST /import_weights"]
+)  # takes what a base's adapters may
 def test_oversized(raw: Raw, route: str) -> None:
     method, path = concrete(route)
     body = b'{"x": "' + b"x" * 2 * MAX_BODY_BYTES + b'"}'

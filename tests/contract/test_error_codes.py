@@ -94,7 +94,8 @@ def test_every_route(send: Callable[..., Any], route: str) -> None:
     assert code_of(*send(route, method="PATCH"), 405) == "method_not_allowed"
     if route.startswith(("POST", "PUT")) and not route.endswith(("/telemetry", "/auth/token", "/publish")):
         assert code_of(*send(route, content=b"junk"), 400) == "invalid_request"
-        assert code_of(*send(route, content=bytes(8 * MIB + 1)), 413) == "too_large"
+        if route != "POST /import_weights":  # takes what a base's largest adapter may need
+            assert code_of(*send(route, content=bytes(8 * MIB + 1)), 413) == "too_large"
 
 
 @pytest.mark.parametrize("path", ["/api/v1/nothing", "/oai/api/v1/nothing", "/anthropic/api/v1/nothing", "/nothing"])

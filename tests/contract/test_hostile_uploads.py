@@ -68,7 +68,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(url, house.key, raw)
 
 
-def quickly(call: Callable[[], Answer]) -> dict[str, Any]:
+def quickly(call: Callable[[], Answer], within_s: float = WITHIN_S) -> dict[str, Any]:
     """The refusal, which comes within a second; a busy machine gets three tries."""
     elapsed_s = []
     for _ in range(3):
@@ -76,7 +76,7 @@ def quickly(call: Callable[[], Answer]) -> dict[str, Any]:
         answer = call()
         elapsed_s.append(time.monotonic() - started)
         assert 400 <= answer.status < 500, answer
-        if elapsed_s[-1] < WITHIN_S:
+        if elapsed_s[-1] < within_s:
             return {**ours(answer.body), "status": answer.status}
     raise AssertionError(f"refused, but only after {elapsed_s} s")
 
@@ -93,7 +93,8 @@ def chunked() -> Iterator[bytes]:
 def test_a_gigabyte(at: Place, route: str) -> None:
     """One that says its size is refused at once; one in chunks as soon as it is more than the route takes."""
     for headers, pieces in ((f"Content-Length: {GB}", whole), ("Transfer-Encoding: chunked", chunked)):
-        found = quickly(lambda headers=headers, pieces=pieces: at.upload(route, headers, pieces()))
+        within_s = 5 if route == "POST /import_weights" else WITHIN_S  # which takes some hundred MiB
+        found = quickly(lambda headers=headers, pieces=pieces: at.upload(route, headers, pieces()), within_s)
         assert (found["status"], found["code"]) == (413, "too_large")
         assert found["detail"]
 

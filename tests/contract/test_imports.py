@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a head that is not the base's": (
         archive({**halves("lm_head", 2, 6, 50), "base_model.model.lm_head.base_layer.weight": np.ones((50, 6), "f4")}),
         "not the served base's"),
-    "a state of a full run": (dump_state(RunState(replace(ATTN, rank=0), 0, {})), "the base's own weights"),
+    "a state of a full run": (dump_state(RunState(replace(ATTN, rank=0), 0, {})), "trains all weights"),
     "a state of other layers": (
         dump_state(small_state(replace(ATTN, targets=Targets(False, True, False)))), "lacks param/"),
     "a state of another width": (

@@ -63,6 +63,7 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
     """
     seen = services.recent.find(tenant_id, op_id)
     if seen is not None and seen.state.is_final:
+        services.polls.of_sample(seen)
         return seen
     future = services.waiters.expect(op_id)
     try:
