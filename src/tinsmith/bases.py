@@ -40,6 +40,7 @@ ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
 
+WEIGHT_INDEX = "model.safetensors.index.json"
 QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
 
 TOKENIZER_FILES = (
@@ -236,7 +237,20 @@ def is_quantised(path: Path) -> bool:
 
 
 def weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+    """Those that transformers reads: what the index names, else the single file; none where there is neither. Others
+    beside them, such as `consolidated.safetensors` in Mistral's directories, are the same weights once more.
+
+    Raises:
+        ConfigError: the index can't be read.
+    """
+    index, single = path / WEIGHT_INDEX, path / "model.safetensors"
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} can't be read ({error}): fetch it again") from None
+    return sorted(path / name for name in names)
 
 
 def _local(text: str, name: str, given: str) -> BaseRef:
@@ -255,8 +269,12 @@ def _local(text: str, name: str, given: str) -> BaseRef:
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise ConfigError(f"--base-model {text}: {path} has no {needed}; it must be a Hugging Face model directory")
-    if not weight_files(path):
-        raise ConfigError(f"--base-model {text}: {path} has no weights (*.safetensors)")
+    files = weight_files(path)
+    if not files:
+        raise ConfigError(f"--base-model {text}: {path} has no weights (model.safetensors, or an index and its shards)")
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise ConfigError(f"--base-model {text}: {path} lacks {', '.join(lacking[:3])}: fetch its files again")
     return BaseRef(name, path)
 
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tinsmith import bases, hub
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
@@ -51,6 +53,29 @@ def test_a_hub_id_is_left_to_be_fetched() -> None:
 def test_what_is_no_model_is_refused(text: str, cure: str) -> None:
     with pytest.raises(ConfigError, match=cure):
         parse(text)
+
+
+def test_the_same_weights_in_another_layout_do_not_count(model: Path) -> None:
+    before = describe(parse(f"a={model}"))
+    shutil.copyfile(model / "model.safetensors", model / "consolidated.safetensors")
+    assert describe(parse(f"a={model}")) == before
+    assert bases.weight_bytes(model, "stored", 2) == bases.weight_bytes(SHIPPED_PATH, "stored", 2)
+
+
+def test_shards_are_those_of_the_index_and_all_of_them(model: Path) -> None:
+    before = describe(parse(f"a={model}"))
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    with pytest.raises(ConfigError, match="no weights"):
+        parse(f"a={model}")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    assert describe(parse(f"a={model}")) == before
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors", "y": "other.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"lacks other\.safetensors"):
+        parse(f"a={model}")
+    index.write_text("[]")
+    with pytest.raises(ConfigError, match=r"index\.json can't be read"):
+        parse(f"a={model}")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -134,7 +159,11 @@ def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.
     class File:
         file_size, will_download = 3_000_000_000, True
 
-    def snapshot_download(name: str, **options: object) -> object:
+    def snapshot_download(name: str, **options: Any) -> object:
+        repository = ["config.json", "model.safetensors", "consolidated.safetensors", "original/model.safetensors"]
+        patterns = {kind: options[f"{kind}_patterns"] for kind in ("allow", "ignore")}
+        left = filter_repo_objects(repository, allow_patterns=patterns["allow"], ignore_patterns=patterns["ignore"])
+        assert list(left) == repository[:2], "the same weights once more"
         if options.get("local_files_only"):
             raise FileNotFoundError
         return [File()] if options.get("dry_run") else str(model)

@@ -24,19 +24,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tinsmith.adapter_files import OWN_HEAD
-from tinsmith.bases import MAX_HEADER_BYTES, QUANTISATION, is_quantised, text_model_type
+from tinsmith.bases import MAX_HEADER_BYTES, QUANTISATION, WEIGHT_INDEX, is_quantised, text_model_type, weight_files
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
 from tinsmith.model.weight_files import WeightFiles
 
-INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
 EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
 ALIGNMENT = 8
+WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 CONFIG = "config.json"
 Progress = Callable[[int, int], None]
 
@@ -85,9 +85,9 @@ def merge(
     """
     if target.exists():
         raise ConfigError(f"{target} exists: name a new directory")
-    shards = sorted(base.glob("*.safetensors"))
+    shards = weight_files(base)
     if not shards:
-        raise ConfigError(f"{base} has no weights (*.safetensors)")
+        raise ConfigError(f"{base} has no weights (model.safetensors, or {WEIGHT_INDEX} and its shards)")
     files = WeightFiles(base) if is_quantised(base) else None
     if files is None:
         code = NAMES[DTYPES[dtype]] if dtype else None
@@ -220,7 +220,7 @@ def _write_shards(
                 os.fsync(file.fileno())
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (making / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (making / WEIGHT_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merged(weight: Tensor, changes: Sequence[_Change], factors: Any, tensor: _Tensor) -> Tensor:
@@ -284,9 +284,9 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> None:
-    """Tokenizer, templates and configuration; nothing in folders, and no other weights."""
+    """Tokenizer, templates and configuration; nothing in folders, and no other weights or indexes of such."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".gguf") and path.name != INDEX:
+        if path.is_file() and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, making / path.name)
     path = making / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
