@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from tinsmith.errors import ConfigError, echo
 from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
+from tinsmith.weight_headers import read_header, weight_files
 
 SHIPPED_NAME = "tinsmith/tiny"
 SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
-MAX_HEADER_BYTES = 100 * 2**20
 ATTN_PARTS = frozenset(
     {"self_attn", "attn", "attention", "self_attention", "linear_attn"}
 )  # in names of layers, as in `model.inspect`
@@ -40,7 +39,6 @@ ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
 
-WEIGHT_INDEX = "model.safetensors.index.json"
 QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
 
 TOKENIZER_FILES = (
@@ -236,23 +234,6 @@ def is_quantised(path: Path) -> bool:
     return any(part.get(name) for part in parts for name in QUANTISATION)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """Those that transformers reads: what the index names, else the single file; none where there is neither. Others
-    beside them, such as `consolidated.safetensors` in Mistral's directories, are the same weights once more.
-
-    Raises:
-        ConfigError: the index can't be read.
-    """
-    index, single = path / WEIGHT_INDEX, path / "model.safetensors"
-    if not index.is_file():
-        return [single] if single.is_file() else []
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} can't be read ({error}): fetch it again") from None
-    return sorted(path / name for name in names)
-
-
 def _local(text: str, name: str, given: str) -> BaseRef:
     if not name or not given:
         raise ConfigError(f"--base-model {text}: write it as NAME=PATH")
@@ -377,14 +358,8 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Shapes and dtypes of the tensors of a safetensors file: 8 bytes of header length (little-endian), then that much
-    JSON."""
+    """Shapes and dtypes of the tensors of a safetensors file."""
     try:
-        with file.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            header = json.loads(f.read(length))
-        return {name: (entry["shape"], str(entry["dtype"])) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
+        return {name: (entry["shape"], str(entry["dtype"])) for name, entry in read_header(file).items()}
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None

@@ -6,21 +6,8 @@ import re
 from pathlib import Path
 
 from tests.families.configs import CONFIGS, NOT_IN_PEFT, PROCESSORS, TITLES
+from tinsmith.model.families import family_of
 
-WITH_EXPERTS = {
-    "qwen3_moe",
-    "mixtral",
-    "glm4_moe",
-    "gpt_oss",
-    "deepseek_v3",
-    "kimi_k2",
-    "llama4",
-    "qwen3_next",
-    "qwen3_5_moe",
-    "qwen2_moe",
-    "olmoe",
-    "qwen3_vl_moe",
-}  # aren't merged yet
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "models.md"
 
 
@@ -28,12 +15,14 @@ def test_it_names_every_family_and_all_its_features_were_green() -> None:
     assert TITLES.keys() == CONFIGS.keys()
     features, differences = (part.splitlines() for part in PAGE.read_text().split("The largest differences"))
     for kind, title in TITLES.items():
+        family = family_of(CONFIGS[kind][1])
         (row,) = [line for line in features if line.startswith(f"| {title} |")]
         cells = row.removesuffix(" |").split(" | ")[1:]
-        merges, sees = (("no", "yes")[is_so] for is_so in (kind not in WITH_EXPERTS, kind in PROCESSORS))
-        exports = "no" if kind in NOT_IN_PEFT else "yes"
-        assert cells[:6] == ["yes", "yes", exports, "yes", merges, sees], row
-        forms = cells[6].split(", ")
+        has_experts, is_exported, sees = (
+            ("no", "yes")[is_so] for is_so in (bool(family.experts), kind not in NOT_IN_PEFT, kind in PROCESSORS)
+        )
+        assert cells[:7] == ["yes", "yes", has_experts, is_exported, "yes", "yes", sees], row
+        forms = cells[7].split(", ")
         assert forms == ["no"] or set(forms) <= {"fp8", "MXFP4", "int4", "NF4"}, row
         (figures,) = [line for line in differences if line.startswith(f"| {title} |")]
         assert all(float(figure) <= 1e-5 for figure in re.findall(r"[\d.]+e-\d+", figures)), figures

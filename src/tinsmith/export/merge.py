@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,19 +22,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tinsmith.adapter_files import OWN_HEAD
-from tinsmith.bases import MAX_HEADER_BYTES, QUANTISATION, WEIGHT_INDEX, is_quantised, text_model_type, weight_files
+from tinsmith.adapter_files import OWN_HEAD, file_header
+from tinsmith.bases import QUANTISATION, is_quantised, text_model_type
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
 from tinsmith.model.weight_files import WeightFiles
+from tinsmith.weight_headers import WEIGHT_INDEX, read_header, weight_files
 
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
 EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
-ALIGNMENT = 8
 WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 CONFIG = "config.json"
 Progress = Callable[[int, int], None]
@@ -112,17 +111,14 @@ def merge(
 
 def _tensors(shard: Path, dtype: str | None) -> Iterator[_Tensor]:
     """In the order of the file. dtype: what weights in floating point become; None leaves them."""
+    header = read_header(shard)
     try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
-        for (start, end), name, entry in sorted(entries, key=lambda each: (each[0], each[1])):
-            stored, shape = entry["dtype"], tuple(entry["shape"])
+        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+            stored, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             own = dtype if dtype and stored in CODES else stored
             size = end - start if own == stored else math.prod(shape) * CODES[own].itemsize
             yield _Tensor(shard, name, name, shape, own, size)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{shard} is not a whole safetensors file: {error}") from None
 
 
@@ -274,9 +270,7 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
         offsets = [at, at + tensor.num_bytes]
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         at += tensor.num_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return file_header(entries)
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
