@@ -17,9 +17,9 @@ from tinsmith.blobs import Blobs, tenant_of
 from tinsmith.store import DATABASE_FILE, Store
 from tinsmith.types import TenantId
 
-KINDS = ("payloads", "results", "snapshots", "checkpoints", "samplers", "losses", "database", "log", "other")
+KINDS = ("payloads", "results", "routes", "snapshots", "checkpoints", "samplers", "losses", "database", "log", "other")
 LOG_SUFFIX = "-wal"
-AREAS = ("payloads", "results", "snapshots", "checkpoints", "losses")
+AREAS = ("payloads", "results", "routes", "snapshots", "checkpoints", "losses")
 
 
 @dataclass(frozen=True, slots=True)
