@@ -31,6 +31,7 @@ ATTN_PARTS = frozenset(
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
 TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
 CODED = ("F8_E4M3", "F8_E5M2", "U8")  # numbers in fewer bits, and scales
+BLOCKS, SCALES = "_blocks", ("_scales", "_scale", "_scale_inv")  # of MXFP4, two numbers a byte; of all forms
 FOUR_BITS = 0.56  # bytes a number, with its share of the scales
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
@@ -184,12 +185,18 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def num_params(path: Path) -> int:
-    """Parameters in the directory's safetensors files, from their headers alone.
+    """Parameters in the directory's safetensors files, from their headers alone; of weights in fewer bits those that
+    they stand for.
 
     Raises:
         ConfigError: a header can't be read.
     """
-    return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
+    return sum(
+        prod(shape) * (2 if name.endswith(BLOCKS) and dtype in CODED else 1)
+        for file in weight_files(path)
+        for name, (shape, dtype) in _header(file).items()
+        if not name.endswith(SCALES)
+    )
 
 
 def weight_bytes(path: Path, kept: str, bytes_each: float) -> int:
@@ -208,7 +215,7 @@ def weight_bytes(path: Path, kept: str, bytes_each: float) -> int:
             if dtype not in CODED:
                 total += numbers * (FOUR_BITS if kept in ("int4", "nf4") and is_matrix else bytes_each)
             elif kept == "dequantised":
-                total += numbers * bytes_each * (2 if name.endswith("_blocks") else 1)
+                total += numbers * bytes_each * (2 if name.endswith(BLOCKS) else 1)
             else:
                 total += numbers
     return int(total)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 from tinsmith import bases, hub
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
@@ -76,6 +78,19 @@ def test_shards_are_those_of_the_index_and_all_of_them(model: Path) -> None:
     index.write_text("[]")
     with pytest.raises(ConfigError, match=r"index\.json can't be read"):
         parse(f"a={model}")
+
+
+def test_parameters_in_fewer_bits_count_as_what_they_stand_for(tmp_path: Path) -> None:
+    """Memory and quotas of full fine-tuning are reckoned from it."""
+    tensors = {
+        "experts.down_proj_blocks": torch.zeros(2, 3, 4, 16, dtype=torch.uint8),
+        "experts.down_proj_scales": torch.zeros(2, 3, 4, dtype=torch.uint8),
+        "o_proj.weight": torch.zeros(8, 6, dtype=torch.float8_e4m3fn),
+        "o_proj.weight_scale_inv": torch.zeros(2, 2),
+        "norm.weight": torch.zeros(5),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert bases.num_params(tmp_path) == 2 * 3 * 4 * 32 + 8 * 6 + 5
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
