@@ -17,10 +17,11 @@ from xml.etree import ElementTree as ET
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference" / "models.md"
 FEATURES = {
-    "train": ("logprobs_and_gradients", "packed_is_as_alone", "computing_layers_twice"),
+    "train": ("logprobs_and_gradients", "a_step_is_that", "packed_is_as_alone", "computing_layers_twice"),
     "sample": ("logprobs_without_an_adapter", "samples_have", "a_prompt_in_chunks", "a_sample_among_others"),
+    "experts": ("what_was_sampled_is_trained_on_the_same_routes", "replayed_numbers_are_those_of"),
     "export": ("the_exported_adapter",),
-    "import": ("a_state_comes_back",),
+    "import": ("a_state_comes_back", "what_is_exported_comes_back"),
     "merge": ("the_merged_model",),
     "vision": (),  # all of its own file
 }
@@ -34,9 +35,11 @@ HEAD = """# Models
 
 Written by `python scripts/make_models_page.py`, which runs `tests/families`: each family on a small random
 configuration of its real architecture with all its features switched on, in float32 on a CPU. A cell says `yes` where
-all tests of that feature passed. `merge`: `tinsmith.export` makes a whole model of base and adapter. `vision`: pictures
-in training and sampling. `quantised`: the forms of weights with which the family was tried, see
-[memory and forms of weights](../how-to/weights.md). [How to add a family](../how-to/add-a-family.md).
+all tests of that feature passed. `experts`: it has them, they are trained, and [their routes are
+replayed](../explain/experts.md). `export`: the adapter gives the same in `peft`. `import`: what was exported comes back
+to the bit. `merge`: [a whole model](../how-to/export.md) of base and adapter. `vision`:
+[pictures](../how-to/pictures.md) in training and sampling. `quantised`: the [forms of weights](../how-to/weights.md)
+with which the family was tried. [How to add a family](../how-to/add-a-family.md).
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
 and MLP, and transformers' attention interface. The server checks at its start that the opened model gives the logits of
@@ -68,7 +71,8 @@ def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], b
     for case in cases:  # type: ignore[attr-defined]
         name = case.get("name", "")
         own = [kind for kind in kinds if f"[{kind}]" in name or f"[{kind}-" in name]
-        if not own:
+        is_elsewhere = name.endswith("-cuda]") and case.find("skipped") is not None
+        if not own or is_elsewhere:
             continue
         is_good = case.find("failure") is None and case.find("error") is None and case.find("skipped") is None
         is_seeing = case.get("classname", "").endswith(VISION)

@@ -28,7 +28,7 @@ LAYERS = (
         "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
         "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
         "adapter_files", "layer_table", "lora_fields", "vision_files", "picture_files", "jsonform", "tls", "metrics",
-        "series",
+        "series", "weight_headers",
         "tracing", "otel",
     },
     {

@@ -78,7 +78,7 @@ def adapter_files(state: StoredState, base: BaseInfo) -> Files:
         raise CorruptError("the checkpoint holds no weights")
     return {
         CONFIG: VirtualFile([_config(state.spec, modules)]),
-        WEIGHTS: VirtualFile([_header(entries), *spans]),
+        WEIGHTS: VirtualFile([file_header(entries), *spans]),
     }
 
 
@@ -93,11 +93,11 @@ def _weights(state: StoredState) -> VirtualFile:
             entries[tensor.name.removeprefix(PART)] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": offsets}
             spans.append(Span(tensor.offset, tensor.size))
             end += tensor.size
-    return VirtualFile([_header(entries), *spans])
+    return VirtualFile([file_header(entries), *spans])
 
 
-def _header(entries: Mapping[str, Any]) -> bytes:
-    """Of a safetensors file."""
+def file_header(entries: Mapping[str, Any]) -> bytes:
+    """Of a safetensors file, whose tensors follow it."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

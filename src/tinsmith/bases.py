@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +19,19 @@ from tinsmith.errors import ConfigError, echo
 from tinsmith.pictures import SHOWN
 from tinsmith.types import BaseInfo
 from tinsmith.vision_files import read_vision
+from tinsmith.weight_headers import read_header, weight_files
 
 SHIPPED_NAME = "tinsmith/tiny"
 SHIPPED_PATH = Path(__file__).parent / "assets" / "tiny"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LLAMA, LLAMA_TOKENIZER = "meta-llama/Llama-3", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"
-MAX_HEADER_BYTES = 100 * 2**20
 ATTN_PARTS = frozenset(
     {"self_attn", "attn", "attention", "self_attention", "linear_attn"}
 )  # in names of layers, as in `model.inspect`
 MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn"})
 TOWER_PARTS = frozenset({"visual", "vision_tower", "vision_model", "multi_modal_projector"})  # pictures alone go there
 CODED = ("F8_E4M3", "F8_E5M2", "U8")  # numbers in fewer bits, and scales
+BLOCKS, SCALES = "_blocks", ("_scales", "_scale", "_scale_inv")  # of MXFP4, two numbers a byte; of all forms
 FOUR_BITS = 0.56  # bytes a number, with its share of the scales
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?")  # one tensor for each expert, or for all of a layer
@@ -185,12 +185,18 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def num_params(path: Path) -> int:
-    """Parameters in the directory's safetensors files, from their headers alone.
+    """Parameters in the directory's safetensors files, from their headers alone; of weights in fewer bits those that
+    they stand for.
 
     Raises:
         ConfigError: a header can't be read.
     """
-    return sum(prod(shape) for file in weight_files(path) for shape in _shapes(file).values())
+    return sum(
+        prod(shape) * (2 if name.endswith(BLOCKS) and dtype in CODED else 1)
+        for file in weight_files(path)
+        for name, (shape, dtype) in _header(file).items()
+        if not name.endswith(SCALES)
+    )
 
 
 def weight_bytes(path: Path, kept: str, bytes_each: float) -> int:
@@ -209,7 +215,7 @@ def weight_bytes(path: Path, kept: str, bytes_each: float) -> int:
             if dtype not in CODED:
                 total += numbers * (FOUR_BITS if kept in ("int4", "nf4") and is_matrix else bytes_each)
             elif kept == "dequantised":
-                total += numbers * bytes_each * (2 if name.endswith("_blocks") else 1)
+                total += numbers * bytes_each * (2 if name.endswith(BLOCKS) else 1)
             else:
                 total += numbers
     return int(total)
@@ -235,10 +241,6 @@ def is_quantised(path: Path) -> bool:
     return any(part.get(name) for part in parts for name in QUANTISATION)
 
 
-def weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
-
-
 def _local(text: str, name: str, given: str) -> BaseRef:
     if not name or not given:
         raise ConfigError(f"--base-model {text}: write it as NAME=PATH")
@@ -255,8 +257,12 @@ def _local(text: str, name: str, given: str) -> BaseRef:
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise ConfigError(f"--base-model {text}: {path} has no {needed}; it must be a Hugging Face model directory")
-    if not weight_files(path):
-        raise ConfigError(f"--base-model {text}: {path} has no weights (*.safetensors)")
+    files = weight_files(path)
+    if not files:
+        raise ConfigError(f"--base-model {text}: {path} has no weights (model.safetensors, or an index and its shards)")
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise ConfigError(f"--base-model {text}: {path} lacks {', '.join(lacking[:3])}: fetch its files again")
     return BaseRef(name, path)
 
 
@@ -359,14 +365,8 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Shapes and dtypes of the tensors of a safetensors file: 8 bytes of header length (little-endian), then that much
-    JSON."""
+    """Shapes and dtypes of the tensors of a safetensors file."""
     try:
-        with file.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            header = json.loads(f.read(length))
-        return {name: (entry["shape"], str(entry["dtype"])) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
+        return {name: (entry["shape"], str(entry["dtype"])) for name, entry in read_header(file).items()}
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None

@@ -16,6 +16,7 @@ from tinsmith.bases import BaseRef, parse
 from tinsmith.errors import ConfigError
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+UNWANTED = ["*/*.safetensors", "consolidated*"]  # the same weights in other layouts
 
 
 def fetch(ref: BaseRef, say: Callable[[str], None]) -> BaseRef:
@@ -32,10 +33,10 @@ def fetch(ref: BaseRef, say: Callable[[str], None]) -> BaseRef:
     if cached is not None:
         return cached
     try:
-        files = snapshot_download(ref.name, allow_patterns=WANTED, dry_run=True)
+        files = snapshot_download(ref.name, allow_patterns=WANTED, ignore_patterns=UNWANTED, dry_run=True)
         num_bytes = sum(f.file_size or 0 for f in files if not isinstance(f, str) and f.will_download)
         say(f"downloading {ref.name} from the Hugging Face hub: {num_bytes / 1e9:.2f} GB")
-        path = snapshot_download(ref.name, allow_patterns=WANTED)
+        path = snapshot_download(ref.name, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     except OSError as error:
         raise ConfigError(
             f"--base-model {ref.name}: the Hugging Face hub did not give it ({_reason(error)}); "
@@ -75,6 +76,7 @@ def _reason(error: Exception) -> str:
 def _cached(name: str) -> BaseRef | None:
     """The whole model in the hub's cache; None if there is none, or only a part of one."""
     try:
-        return parse(f"{name}={snapshot_download(name, allow_patterns=WANTED, local_files_only=True)}")
+        path = snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=True)
+        return parse(f"{name}={path}")
     except (OSError, ConfigError):
         return None

@@ -54,7 +54,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
     directories: dict[str, str] = {}
 
     @cache
-    def make(kind: str, *, deterministic: bool = False, shares_factors: bool = True) -> BaseModel:
+    def make(kind: str, *, deterministic: bool = False, shares_factors: bool = True, device: str = "cpu") -> BaseModel:
         model_class, config = CONFIGS[kind]
         if kind not in directories:
             directories[kind] = str(tmp_path_factory.mktemp(kind))
@@ -83,7 +83,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         info = BaseInfo(kind, str(path), kind, text.vocab_size, text.max_position_embeddings, (), vision=vision)
         return load_base(
             info,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             dtype=torch.float32,
             deterministic=deterministic,
             shares_factors=shares_factors,

@@ -34,10 +34,11 @@ from tinsmith.export.merge import merge
 from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.model import BaseModel
 from tinsmith.training import Trainer
-from tinsmith.types import BaseInfo, Datum, RunId, Targets
+from tinsmith.types import AdamParams, BaseInfo, Datum, OpId, OptimItem, OptimResult, RunId, RunState, Targets
 
 BOUND = 1e-5
 LENGTHS = (7, 40, 66)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 RUNS = (
     spec("a", 8),
     spec("b", 3, Targets(attn=True, mlp=False, unembed=False), seed=2),
@@ -59,6 +60,10 @@ def has_experts(base: BaseModel) -> bool:
     return any(linear.is_of_experts for linear in base.linears)
 
 
+def twin_of(base: BaseModel, state: RunState) -> MergedTwin | PeftTwin:
+    return MergedTwin(base, state) if has_experts(base) else PeftTwin(base, state)
+
+
 def test_logprobs_without_an_adapter_are_those_of_transformers(kind, make_base, plain, within) -> None:
     base = make_base(kind)
     rng = np.random.default_rng(5)
@@ -77,7 +82,7 @@ def test_logprobs_and_gradients_are_those_of_peft(kind, make_base, within) -> No
     results = run_pass(trainer, items)
     for run, one, result in zip(RUNS, items, results, strict=True):
         state = trainer.export_run(run.run_id)
-        twin = MergedTwin(base, state) if has_experts(base) else PeftTwin(base, state)
+        twin = twin_of(base, state)
         total, logprobs = twin.backward(one.data)
         assert result.metrics["loss:sum"] == pytest.approx(total, rel=BOUND, abs=1e-3)
         for ours, theirs in zip(result.logprobs, logprobs, strict=True):
@@ -85,6 +90,30 @@ def test_logprobs_and_gradients_are_those_of_peft(kind, make_base, within) -> No
         ours = grads(trainer, run.run_id)
         for name, parameter in twin.params.items():
             within("gradients, relative", relative(ours[f"grad/{name}"], parameter.grad), 0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+def test_a_step_is_that_of_torchs_adamw(kind, make_base, within, device: str) -> None:
+    """Two passes and a step. With a large epsilon: with a small one the last bits of a gradient near zero decide."""
+    base = make_base(kind)
+    own = base if device == "cpu" else make_base(kind, device=device)
+    trainer = make_trainer(own, RUNS[0], deterministic=False)
+    twin = twin_of(base, trainer.export_run(RunId("a")))
+    for seed in (0, 1):
+        run_pass(trainer, [item("a", data_of(seed), seq=seed)])
+    twin.backward([*data_of(0), *data_of(1)])
+    params = AdamParams(learning_rate=0.2, eps=5.0, weight_decay=0.3)
+    (outcome,) = trainer.optim_step([OptimItem(OpId("o"), RunId("a"), params)])
+    assert isinstance(outcome, OptimResult)
+    torch.optim.AdamW(
+        twin.params.values(), lr=0.2, betas=(params.beta1, params.beta2), eps=5.0, weight_decay=0.3
+    ).step()
+    ours = trainer.export_run(RunId("a")).tensors
+    for name, theirs in twin.params.items():
+        difference = relative(ours[f"param/{name}"], theirs.detach())
+        if device == "cpu":
+            within("weights after a step, relative", difference, 0.0)
+        assert difference < 1e-3, "products on a GPU may round to fewer bits"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

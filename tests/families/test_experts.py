@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families.configs import VOCAB
+from tests.families.configs import CONFIGS, VOCAB
 from tests.families.twin import MergedTwin, plain_model
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
@@ -267,10 +267,10 @@ def test_experts_with_another_activation_are_refused(make_base) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4", "phi3", "gemma2"]
+    ("kind", "shares_factors"),
+    [(kind, True) for kind in CONFIGS] + [(kind, False) for kind in ("qwen3_moe", "mixtral", "gpt_oss", "llama4")],
 )
-@pytest.mark.parametrize("shares_factors", [True, False])
-def test_the_api_knows_the_size_of_an_adapter_of_experts(make_base, kind: str, shares_factors: bool) -> None:
+def test_the_api_knows_the_size_of_an_adapter(make_base, kind: str, shares_factors: bool) -> None:
     """From the names and shapes in the weights' files alone; quotas are reckoned with it."""
     base = make_base(kind, shares_factors=shares_factors)
     info = describe(BaseRef("x", Path(base.info.path)), shares_factors=shares_factors)

@@ -7,20 +7,17 @@ exactly what its codes and scales mean, in training, its gradients and sampling 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.families import quantised
 from tests.families.configs import CONFIGS
 from tests.families.conftest import MakeBase
 from tests.families.test_battery import (  # noqa: F401  collected here a second time, over the bases below
-    RUNS,
     test_a_prompt_in_chunks_is_as_the_whole,
     test_a_sample_among_others_has_the_bits_of_one_alone,
     test_computing_layers_twice_changes_nothing,
@@ -28,11 +25,7 @@ from tests.families.test_battery import (  # noqa: F401  collected here a second
     test_logprobs_without_an_adapter_are_those_of_transformers,
     test_packed_is_as_alone,
     test_samples_have_the_logprobs_of_the_trainer,
-    write_adapter,
 )
-from tests.numerics.lab import make_trainer
-from tinsmith.export.adapter import read_adapter
-from tinsmith.export.merge import merge
 from tinsmith.model import BaseModel, load_base
 
 FEW = ("qwen3-fp8", "gpt_oss-mxfp4", "llama-int4")
@@ -88,21 +81,3 @@ def test_every_family_computes_with_what_its_weights_mean(kind: str, make_base: 
     base = make_base(kind)
     assert "fp8" in base.bytes_by_form()
     test_logprobs_without_an_adapter_are_those_of_transformers(kind, make_base, plain, within)
-
-
-@pytest.mark.parametrize("kind", ["qwen3-fp8"])
-def test_an_adapter_is_merged_into_what_the_weights_mean(kind: str, make_base: MakeBase, tmp_path: Path) -> None:
-    """The same as merging it into the plain twin; nothing is left of the codes, and nothing beside the result."""
-    base = make_base(kind)
-    trainer = make_trainer(base, RUNS[0], deterministic=False)
-    write_adapter(base, trainer, tmp_path)
-    adapter, twin = read_adapter(tmp_path), Path(base.info.path)
-    home = tmp_path / "out"
-    for name, source in (("merged", twin.parent / "quantised"), ("expected", twin)):
-        assert merge(source, adapter, home / name, dtype="float32")
-    (merged,) = (home / "merged").glob("*.safetensors")
-    found, expected = load_file(merged), load_file(home / "expected" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert "quantization_config" not in json.loads((home / "merged" / "config.json").read_text())
-    assert {path.name for path in home.iterdir()} == {"merged", "expected"}

@@ -6,6 +6,7 @@ References: the formats' own rules in tests/families/quantised.py, and transform
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,16 @@ def test_progress_ends_with_all_bytes(plain: dict[str, Path]) -> None:
     assert (
         told[-1][0] == told[-1][1] == sum(t.nbytes for t in load_file(plain["gpt_oss"] / "model.safetensors").values())
     )
+
+
+def test_progress_ends_where_files_have_more_than_the_model(plain: dict[str, Path], tmp_path: Path) -> None:
+    """As DeepSeek-V3's have a layer that predicts a further token."""
+    path = Path(shutil.copytree(plain["qwen3"], tmp_path / "more"))
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "model.layers.2.eh_proj.weight": torch.zeros(64, 128)}, path / "model.safetensors")
+    told: list[tuple[int, int]] = []
+    load(path, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == sum(t.nbytes for t in tensors.values()) + 4 * 64 * 128
 
 
 @pytest.mark.parametrize("directories", ["fp8"], indirect=True)

@@ -3,8 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 from tinsmith import bases, hub
 from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
@@ -51,6 +55,42 @@ def test_a_hub_id_is_left_to_be_fetched() -> None:
 def test_what_is_no_model_is_refused(text: str, cure: str) -> None:
     with pytest.raises(ConfigError, match=cure):
         parse(text)
+
+
+def test_the_same_weights_in_another_layout_do_not_count(model: Path) -> None:
+    before = describe(parse(f"a={model}"))
+    shutil.copyfile(model / "model.safetensors", model / "consolidated.safetensors")
+    assert describe(parse(f"a={model}")) == before
+    assert bases.weight_bytes(model, "stored", 2) == bases.weight_bytes(SHIPPED_PATH, "stored", 2)
+
+
+def test_shards_are_those_of_the_index_and_all_of_them(model: Path) -> None:
+    before = describe(parse(f"a={model}"))
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    with pytest.raises(ConfigError, match="no weights"):
+        parse(f"a={model}")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    assert describe(parse(f"a={model}")) == before
+    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors", "y": "other.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"lacks other\.safetensors"):
+        parse(f"a={model}")
+    index.write_text("[]")
+    with pytest.raises(ConfigError, match=r"index\.json can't be read"):
+        parse(f"a={model}")
+
+
+def test_parameters_in_fewer_bits_count_as_what_they_stand_for(tmp_path: Path) -> None:
+    """Memory and quotas of full fine-tuning are reckoned from it."""
+    tensors = {
+        "experts.down_proj_blocks": torch.zeros(2, 3, 4, 16, dtype=torch.uint8),
+        "experts.down_proj_scales": torch.zeros(2, 3, 4, dtype=torch.uint8),
+        "o_proj.weight": torch.zeros(8, 6, dtype=torch.float8_e4m3fn),
+        "o_proj.weight_scale_inv": torch.zeros(2, 2),
+        "norm.weight": torch.zeros(5),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert bases.num_params(tmp_path) == 2 * 3 * 4 * 32 + 8 * 6 + 5
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -134,7 +174,11 @@ def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.
     class File:
         file_size, will_download = 3_000_000_000, True
 
-    def snapshot_download(name: str, **options: object) -> object:
+    def snapshot_download(name: str, **options: Any) -> object:
+        repository = ["config.json", "model.safetensors", "consolidated.safetensors", "original/model.safetensors"]
+        patterns = {kind: options[f"{kind}_patterns"] for kind in ("allow", "ignore")}
+        left = filter_repo_objects(repository, allow_patterns=patterns["allow"], ignore_patterns=patterns["ignore"])
+        assert list(left) == repository[:2], "the same weights once more"
         if options.get("local_files_only"):
             raise FileNotFoundError
         return [File()] if options.get("dry_run") else str(model)

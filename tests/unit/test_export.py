@@ -55,7 +55,8 @@ def base(tmp_path: Path) -> Path:
     second = {"model.embed_tokens.weight": torch.randn(5, 4), "model.places": torch.arange(3)}
     save_file(first, directory / "model-00001-of-00002.safetensors")
     save_file(second, directory / "model-00002-of-00002.safetensors")
-    (directory / "model.safetensors.index.json").write_text("{}")
+    places = {name: f"model-0000{n}-of-00002.safetensors" for n, part in enumerate((first, second), 1) for name in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "dtype": "bfloat16"}))
     (directory / "tokenizer.json").write_text("{}")
     return directory
@@ -80,6 +81,16 @@ def test_a_merge_keeps_shards_and_all_else(adapter: Path, base: Path, tmp_path: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert json.loads((out / "config.json").read_text()) == {"tie_word_embeddings": False, "dtype": "bfloat16"}
     assert (out / "tokenizer.json").is_file()
+
+
+def test_the_same_weights_in_another_layout_are_left_alone(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """As Mistral's directories have them: a merged model beside unmerged weights would be two models."""
+    save_file({"output.weight": torch.randn(5, 4)}, base / "consolidated.safetensors")
+    (base / "consolidated.safetensors.index.json").write_text("{}")
+    out = tmp_path / "out"
+    assert "lm_head.weight" in merge(base, read_adapter(adapter), out)
+    assert not [path.name for path in out.iterdir() if path.name.startswith("consolidated")]
+    assert "output.weight" not in json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
 
 
 def test_another_dtype_is_of_all_weights(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tinsmith.bases import BLOCKS, SCALES
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.importing.names import OWN_NAMES, expert_place
@@ -19,7 +20,6 @@ FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 IN_TURN = ("gpt_oss",)  # model types whose gate and up are interleaved
 TRANSPOSED = ("gpt_oss", "llama4")  # for shapes that don't tell
 UNTOLD = ("llama4",)  # transposed, and their modules don't say so (`is_transposed`)
-BLOCKS, SCALES = "_blocks", ("_scales", "_scale", "_scale_inv")
 PACKED = ("_blocks", "_packed", ".qweight")  # as nothing here reads them
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,20 +22,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tinsmith.adapter_files import OWN_HEAD
-from tinsmith.bases import MAX_HEADER_BYTES, QUANTISATION, is_quantised, text_model_type
+from tinsmith.adapter_files import OWN_HEAD, file_header
+from tinsmith.bases import QUANTISATION, is_quantised, text_model_type
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
 from tinsmith.model.weight_files import WeightFiles
+from tinsmith.weight_headers import WEIGHT_INDEX, read_header, weight_files
 
-INDEX = "model.safetensors.index.json"
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
 EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
-ALIGNMENT = 8
+WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 CONFIG = "config.json"
 Progress = Callable[[int, int], None]
 
@@ -85,9 +84,9 @@ def merge(
     """
     if target.exists():
         raise ConfigError(f"{target} exists: name a new directory")
-    shards = sorted(base.glob("*.safetensors"))
+    shards = weight_files(base)
     if not shards:
-        raise ConfigError(f"{base} has no weights (*.safetensors)")
+        raise ConfigError(f"{base} has no weights (model.safetensors, or {WEIGHT_INDEX} and its shards)")
     files = WeightFiles(base) if is_quantised(base) else None
     if files is None:
         code = NAMES[DTYPES[dtype]] if dtype else None
@@ -112,17 +111,14 @@ def merge(
 
 def _tensors(shard: Path, dtype: str | None) -> Iterator[_Tensor]:
     """In the order of the file. dtype: what weights in floating point become; None leaves them."""
+    header = read_header(shard)
     try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
-        for (start, end), name, entry in sorted(entries, key=lambda each: (each[0], each[1])):
-            stored, shape = entry["dtype"], tuple(entry["shape"])
+        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+            stored, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             own = dtype if dtype and stored in CODES else stored
             size = end - start if own == stored else math.prod(shape) * CODES[own].itemsize
             yield _Tensor(shard, name, name, shape, own, size)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{shard} is not a whole safetensors file: {error}") from None
 
 
@@ -220,7 +216,7 @@ def _write_shards(
                 os.fsync(file.fileno())
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (making / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (making / WEIGHT_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merged(weight: Tensor, changes: Sequence[_Change], factors: Any, tensor: _Tensor) -> Tensor:
@@ -274,9 +270,7 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
         offsets = [at, at + tensor.num_bytes]
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         at += tensor.num_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return file_header(entries)
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
@@ -284,9 +278,9 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
 
 
 def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> None:
-    """Tokenizer, templates and configuration; nothing in folders, and no other weights."""
+    """Tokenizer, templates and configuration; nothing in folders, and no other weights or indexes of such."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".gguf") and path.name != INDEX:
+        if path.is_file() and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, making / path.name)
     path = making / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +28,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from tinsmith.adapter_files import CONFIG, PREFIX, WEIGHTS
+from tinsmith.adapter_files import CONFIG, PREFIX, WEIGHTS, file_header
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.export.expert_weights import Layout, layouts
 
 Array = npt.NDArray[Any]
 _Factor: TypeAlias = "tuple[tuple[int, ...], Callable[[Any], Array]]"  # shape and how it is made
-ALIGNMENT = 8
 WHOLE = r".*\.experts\.gate_up_proj"
 
 
@@ -237,6 +235,4 @@ def _header(outs: list[_Out]) -> bytes:
         end = at + 4 * math.prod(out.shape)
         entries[out.name] = {"dtype": "F32", "shape": out.shape, "data_offsets": [at, end]}
         at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return file_header(entries)

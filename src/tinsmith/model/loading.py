@@ -107,6 +107,7 @@ def load_model(
     lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
+    source.end()
     return cast(PreTrainedModel, model)
 
 
@@ -156,6 +157,11 @@ class _Source:
             if self._progress is not None:
                 self._progress(self._done, self._total)
         return found
+
+    def end(self) -> None:
+        """What wasn't read belongs to no part of the model, such as layers that predict further tokens."""
+        if self._progress is not None and self._done < self._total:
+            self._progress(self._total, self._total)
 
     def _made(self, name: str) -> Tensor:
         found = self._files[name]

@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.model.stored import Form, Stored
+from tinsmith.weight_headers import WEIGHT_INDEX, weight_files
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 METHODS = ("fp8", "compressed-tensors", "mxfp4")
 FP8 = {"F8_E4M3": Form.E4M3, "F8_E5M2": Form.E5M2}
 PLAIN = {"F32", "F16", "BF16", "F64"}
@@ -199,16 +199,14 @@ def _quantization(directory: Path) -> Mapping[str, Any]:
 
 
 def _paths(directory: Path) -> list[Path]:
-    """Those that transformers reads, in order."""
-    if (directory / INDEX).is_file():
-        try:
-            names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{directory / INDEX} can't be read ({error}): fetch it again") from error
-        return sorted(directory / str(name) for name in names)
-    if not (directory / SINGLE).is_file():
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: fetch its files again")
-    return [directory / SINGLE]
+    """Raises: UserError: the directory has no weights, or an index that can't be read."""
+    try:
+        found = weight_files(directory)
+    except ConfigError as error:
+        raise UserError(error.message) from error
+    if not found:
+        raise UserError(f"{directory} has neither model.safetensors nor {WEIGHT_INDEX}: fetch its files again")
+    return found
 
 
 def _row_scales(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int] | None, name: str) -> tuple[Tensor, int]:
