@@ -15,9 +15,8 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from PIL import ImageOps
-from PIL.Image import Image
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL.Image import Image, Transpose
+from PIL.JpegImagePlugin import MARKER, JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
@@ -26,9 +25,15 @@ PNG, JPEG = "png", "jpeg"
 PNG_START, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 START_OF_SCAN = b"\xff\xda"
+NO_MARKER = ("", "", None)
 MAX_SCANS = 64  # a progressive JPEG has ten or so; each goes over the whole picture, and may be a few bytes long
+MAX_PARTS = 1 << 16  # chunks of a PNG, segments of a JPEG; each is read by Python code, and may be four bytes long
 MAX_SIDE = 65_535  # pixels, as in a JPEG's header
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 ORIENTED = (b"eXIf", b"Raw profile", b"XML:com.adobe.xmp")  # in PNG chunks that may name an orientation
 MAX_KNOWN = 8192
 
@@ -138,7 +143,8 @@ def read_rgb(data: bytes, bounds: Bounds = ADMITTED) -> Image:
     image: Image = _open(data, bounds)
     try:
         image.load()
-        upright: Image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        upright = image if turn is None else image.transpose(turn)
         if "transparency" in upright.info and upright.mode == "P":
             upright = upright.convert("RGBA")
         return upright.convert("RGB")
@@ -160,6 +166,8 @@ def _open(data: bytes, bounds: Bounds) -> PngImageFile | JpegImageFile:
         raise TooLargeError(f"the JPEG has more than {MAX_SCANS} scans: save it as a baseline JPEG")
     if is_png:
         _check_size(*_png_size(data), bounds)
+    if (_has_many_chunks if is_png else _has_many_segments)(data):
+        raise TooLargeError(f"the picture's file has more than {MAX_PARTS} parts: save it anew")
     try:
         image = PngImageFile(io.BytesIO(data)) if is_png else JpegImageFile(io.BytesIO(data))
         is_animated = getattr(image, "is_animated", False)
@@ -182,6 +190,31 @@ def _png_size(data: bytes) -> tuple[int, int]:
         raise UserError("the picture can't be read: a PNG that doesn't begin with its header")
     width, height = struct.unpack(">II", data[16:24])
     return width, height
+
+
+def _has_many_chunks(data: bytes) -> bool:
+    at = len(PNG_START)
+    for _ in range(MAX_PARTS):
+        if at + 8 > len(data) or data[at + 4 : at + 8] == b"IEND":
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return True
+
+
+def _has_many_segments(data: bytes) -> bool:
+    """Before the first scan, as Pillow reads them: bytes between segments are one each, and so are those of segments
+    that it does nothing with."""
+    at = 2
+    for _ in range(MAX_PARTS):
+        if at + 4 > len(data) or data[at : at + 2] == START_OF_SCAN:
+            return False
+        if data[at] != 0xFF or data[at + 1] == 0xFF:
+            at += 1
+        elif MARKER.get(0xFF00 + data[at + 1], NO_MARKER)[2] is None:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
 
 
 def _check_size(width: int, height: int, bounds: Bounds) -> None:

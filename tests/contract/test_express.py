@@ -182,6 +182,20 @@ def test_what_is_not_plain_goes_to_the_routes(wire: Wire, run_id: str, house: An
     assert wire.taken.total() == taken
 
 
+def test_what_names_samples_goes_to_the_routes_where_routes_are_replayed(wire: Wire, run_id: str, house: Any) -> None:
+    """What they recorded is read from disk, which isn't for the event loop."""
+    request = pb.ForwardBackwardRequest.FromString(training(run_id, 1))
+    span = request.data[0].model_input_spans.add().sampled_tokens
+    span.sequence_id, span.length = f"req-{'0' * 32}-0", 4
+    body = request.SerializeToString()
+    assert wire.ask(wire.fast, "forward_backward", body, "application/x-protobuf")[0] == 200
+    assert wire.taken["forward_backward"] == 1
+    object.__setattr__(house.services.settings, "router_replay", True)
+    request.seq_id = 2
+    assert wire.ask(wire.fast, "forward_backward", request.SerializeToString(), "application/x-protobuf")[0] == 200
+    assert wire.taken["forward_backward"] == 1
+
+
 def test_another_tenants_requests_are_nobodys(wire: Wire, run_id: str, house: Any) -> None:
     promise = json.loads(wire.both("forward_backward", training(run_id, 1), "application/x-protobuf")[2])
     wire.key = house.other_key

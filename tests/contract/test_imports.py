@@ -57,6 +57,11 @@ def tar_of(files: Mapping[str, bytes], **attributes: Any) -> bytes:
     return stream.getvalue()
 
 
+def headed(header: bytes, data: bytes = bytes(4)) -> bytes:
+    """A safetensors file with a header as it stands."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, Raw, Raw]]:
     with (
@@ -269,6 +274,16 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         dump_state(small_state(replace(ATTN, targets=Targets(False, True, False)))), "lacks param/"),
     "a state of another width": (
         dump_state(small_state(ATTN, width=5)), "another base model"),
+    "an alpha beyond all numbers": (archive(lora_alpha=10**400), "above 0"),
+    "a type that is no text": (
+        archive(headed(b'{"a":{"dtype":"\\ud800","shape":[1],"data_offsets":[0,4]}}')), "can't be read"),
+    "a part that is no text": (
+        headed(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'), "can't be read"),
+    "a label that is no text": (
+        headed(b'{"__metadata__":{"tinsmith":"{\\"format\\":\\"\\ud800\\""}}'), "can't be read"),
+    "a name without end": (archive(halves("model." * 200_000 + QUERY), alpha_pattern={".*zz": 1}), "characters"),
+    "an entry without end": (archive(headed(b'{"a":[' + b"[]," * 400_000 + b"[]]}")), "longer than"),
+    "a state with a seed that is none": (dump_state(small_state(replace(ATTN, seed=-1))), "seed must lie"),
     "a state with half its moments": (
         dump_state(small_state(ATTN, ("param", "m"))), "both moments"),
 }  # fmt: skip

@@ -184,6 +184,8 @@ def test_pictures_are_fetched_from_allowed_locations_and_kept(
             drawn(sampler, seen(pointer(location)))
     with pytest.raises(tinker.TinkerError, match="makes 4 tokens"):
         drawn(sampler, seen(pointer(f"{shelf}/a.png", 7)))
+    with pytest.raises(tinker.TinkerError, match="names more than 8 pictures"):
+        drawn(sampler, seen(*[pointer(f"{shelf}/a.png")] * 9))
 
 
 def prompt_of(base: Path, *parts: Any) -> types.ModelInput:

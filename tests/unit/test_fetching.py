@@ -153,6 +153,19 @@ def test_what_is_fetched_counts_as_what_is_sent(contexts: Contexts) -> None:
         fetch(Remote(), contexts, take=refuse)
 
 
+def test_a_picture_counts_as_often_as_it_is_named(contexts: Contexts) -> None:
+    taken: list[int] = []
+    assert fetch(Remote(), contexts, *["a.png"] * 3, take=taken.append) == {"a.png": PICTURE}
+    assert sum(taken) == 3 * len(PICTURE)
+    remote = Remote()
+    with pytest.raises(TooLargeError, match="more than 2 pictures"):
+        fetch(remote, contexts, *["a.png"] * 3, max_pictures=2)
+    assert remote.asked == []
+    large = Remote(answer(bytes(1 << 20)))
+    with pytest.raises(TooLargeError, match="bytes together"):
+        fetch(large, contexts, *["a.png"] * 65, max_pictures=100)
+
+
 def test_files_are_read_from_a_named_directory(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PICTURE)
     (tmp_path / "large.png").write_bytes(bytes(2000))

@@ -137,6 +137,34 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded() -> None:
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        jpeg()[:2] + b"\xff\xfe\0\2" * 1_000_000 + jpeg()[2:],
+        jpeg()[:2] + b"\xff" * 4_000_000 + jpeg()[2:],
+        jpeg()[:2] + (b"\xff\xf0\xff\xff" + bytes(65_533)) * 60 + jpeg()[2:],
+        raw_png(8, 8, b"\0" * 25 * 8, extra=chunk(b"prVt", b"") * 400_000),
+    ],
+    ids=["segments", "fill bytes", "what Pillow skips", "chunks"],
+)
+def test_a_file_of_a_million_parts_is_refused_unread(bomb: bytes) -> None:
+    started = time.process_time()
+    with pytest.raises(TooLargeError, match="parts"):
+        shape_of(bomb, Bounds(1 << 24, 1 << 20))
+    assert time.process_time() - started < 0.5
+
+
+def test_what_else_a_camera_says_does_not_matter() -> None:
+    """Pillow's own turn writes the EXIF data anew, which fails at a value of another type."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 1.5
+    data = bytearray(saved(painted(40, 24), "JPEG", exif=exif))
+    data[data.index(b"Exif") + 29] = 1
+    check_whole(bytes(data), BOUNDS)
+    assert shape_of(bytes(data), BOUNDS) == Shape("jpeg", 24, 40)
+    assert read_rgb(bytes(data), BOUNDS).size == (24, 40)
+
+
 def test_a_bomb_takes_no_memory() -> None:
     """A gigapixel of zeros, deflated to a megabyte."""
     squeezer = zlib.compressobj(9)

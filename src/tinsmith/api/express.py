@@ -45,6 +45,7 @@ from tinsmith.wire.media import JSON, WireError, decode_json, encode_json
 from tinsmith.wire.requests import RetrieveFuture, RunAddress
 from tinsmith.wire.results import failure_result
 
+SAMPLE_ID = b"req-"  # begins the id of a sequence that a provenance span names
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
 MAX_RUNS = 16_384
 
@@ -192,13 +193,18 @@ class Express:
         with _Held(self._budget, principal.tenant_id) as held:
             body = self._body(request, held)
             address = None if body is None else read_address(body)
-            if body is None or address is None or CUSTOM.encode() in body or may_hold_pictures(body):
+            if body is None or address is None or self._may_need_files(body):
                 return None
             where = RunAddress(*address)
             run = await self._run(principal, where)
             await refuse_when_full(self._services, principal.tenant_id, run.run_id, where.seq_id)
             draft = draft_on(run, OpKind.FORWARD_BACKWARD, where)
             return await self._admit(principal, attempt(draft, partial(fill_training, self._services, principal, body)))
+
+    def _may_need_files(self, body: bytes) -> bool:
+        """Whether what it asks for may have to be looked up, or takes long to look at."""
+        names_samples = self._services.settings.router_replay and SAMPLE_ID in body
+        return names_samples or CUSTOM.encode() in body or may_hold_pictures(body)
 
     async def _optim_step(self, principal: Principal, request: PlainRequest) -> Answer | None:
         with _Held(self._budget, principal.tenant_id) as held:

@@ -13,7 +13,9 @@ import os
 import socket
 import ssl
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import h11
@@ -26,6 +28,7 @@ from tinsmith.errors import TooLargeError, UserError, echo
 from tinsmith.types import TenantId
 
 TENANT_FETCHES = 4  # at one time
+REQUEST_BYTES = 64 << 20  # of all that a request names, as in a body of pictures
 PIECE_BYTES = 1 << 16
 
 Take = Callable[[int], None]
@@ -38,6 +41,7 @@ class Fetcher:
         """context: whom to trust; None: the system's certificates, read when they are first needed."""
         self._locations = Locations.of(settings.picture_locations)
         self._max_pictures, self._max_bytes = settings.max_pictures, settings.max_picture_bytes
+        self._request_bytes = min(REQUEST_BYTES, settings.max_body_bytes)
         self._fetch_s = settings.picture_fetch_s
         self._context = context
         self._places = Places(TENANT_FETCHES)
@@ -47,17 +51,32 @@ class Fetcher:
         return bool(self._locations)
 
     async def fetch(self, tenant_id: TenantId, locations: Iterable[str], take: Take) -> dict[str, bytes]:
-        """The file at each location. `take` is told of bytes before they are kept, and may refuse them.
+        """The file at each location, which is fetched once and counts as often as it is named: so often will it stand
+        in the request. `take` is told of bytes before they are kept, and may refuse them.
 
         Raises:
             UserError: a location that isn't allowed or doesn't give a file, or they take too long together.
-            TooLargeError: a file beyond the bounds, or too many.
+            TooLargeError: a file beyond the bounds, or too many, or more than a request with pictures may hold.
         """
-        wanted = {location: self._locations.find(location) for location in locations}
-        if len(wanted) > self._max_pictures:
+        times = Counter(locations)
+        if times.total() > self._max_pictures:
             raise TooLargeError(f"the request names more than {self._max_pictures} pictures: send fewer at once")
+        wanted = {location: self._locations.find(location) for location in times}
+        taken = 0
+
+        def take_all(location: str, num_bytes: int) -> None:
+            nonlocal taken
+            taken += times[location] * num_bytes
+            if taken > self._request_bytes:
+                raise TooLargeError(
+                    f"the pictures that the request names have more than {self._request_bytes} bytes together: name "
+                    "fewer or smaller ones"
+                )
+            take(times[location] * num_bytes)
+
         fetches = [
-            asyncio.create_task(self._fetch(tenant_id, location, where, take)) for location, where in wanted.items()
+            asyncio.create_task(self._fetch(tenant_id, location, where, partial(take_all, location)))
+            for location, where in wanted.items()
         ]
         try:
             async with asyncio.timeout(self._fetch_s):

@@ -166,7 +166,7 @@ def _make(
     layers = read_layers(services.settings.data_dir, plan.base.name)
     found = look(body, num_bytes, layers, plan.base)
     for rank in (found.spec.rank, *dict(found.spec.options.ranks).values()):
-        check_lora(rank, None, found.spec.targets, services.settings)
+        check_lora(rank, found.spec.seed, found.spec.targets, services.settings)
     check_extras(found.spec, plan.base)
     run = _run(principal, plan, found.spec, digest)
     services.store.quotas.require_storage(principal, 2 * found.num_bytes, time.time())

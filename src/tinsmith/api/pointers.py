@@ -39,7 +39,7 @@ async def with_pictures(services: Services, principal: Principal, body: bytes, t
     request, pointers = await services.digest(principal, weight, _pointers, body)
     if not pointers:
         return body
-    named = {pointer.location for pointer in pointers.values()}
+    named = [pointer.location for pointer in pointers.values()]
     files = await services.fetcher.fetch(principal.tenant_id, named, take)
     return await services.digest(principal, weight, _filled, request, pointers, files)
 

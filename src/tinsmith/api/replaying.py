@@ -6,6 +6,7 @@ They become part of the request's payload, so that whoever computes it, and comp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,59 +19,64 @@ from tinsmith.wire.routes import Span, add_routes, decode_tape, read_spans
 from tinsmith.wire.training import TrainingRequest
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a span's routes go: to the datum's positions from `start` on. number: of the sequence in its request."""
+
+    index: int
+    start: int
+    number: int
+    span: Span
+
+
 def with_routes(services: Services, principal: Principal, body: bytes, asked: TrainingRequest) -> bytes:
     """The body, with the routes of all positions whose samples recorded theirs. May block.
+
+    Of what was recorded, one sample request's is in memory at a time, however many are named.
 
     Raises:
         UserError: spans that fit neither the datum nor the sample, or routes that have expired.
         NotFoundError: a span names no sample of the caller's.
     """
-    tapes: dict[OpId, RouteTape | None] = {}
-    found: dict[int, RouteArray] = {}
+    places: dict[OpId, list[Place]] = {}
     for index, (datum, spans) in enumerate(zip(asked.data, read_spans(body), strict=True)):
-        if not spans:
-            continue
-        if sum(span.length for span in spans) != datum.num_tokens:
+        if spans and sum(span.length for span in spans) != datum.num_tokens:
             raise UserError(f"datum {index}: its provenance spans don't cover its {datum.num_tokens} tokens exactly")
-        routes = _of_datum(services, principal, index, spans, tapes)
-        if routes is not None:
-            found[index] = routes
+        start = 0
+        for span in spans:
+            op_id, number = _address(span.sequence_id, index)
+            places.setdefault(op_id, []).append(Place(index, start, number, span))
+            start += span.length
+    found: dict[int, RouteArray] = {}
+    for op_id, its in places.items():
+        _copy_all(_tape(services, principal, op_id, its[0].index), its, asked, found)
     return add_routes(body, found) if found else body
 
 
-def _of_datum(
-    services: Services,
-    principal: Principal,
-    index: int,
-    spans: Sequence[Span],
-    tapes: dict[OpId, RouteTape | None],
-) -> RouteArray | None:
-    parts: list[RouteArray | int] = []
-    for span in spans:
-        op_id, number = _address(span.sequence_id, index)
-        if op_id not in tapes:
-            tapes[op_id] = _tape(services, principal, op_id, index)
-        tape = tapes[op_id]
-        if tape is None:
-            parts.append(span.length)
-            continue
-        if number >= len(tape.sequences):
-            raise UserError(f"datum {index}: {echo(span.sequence_id)} names no sequence of its request")
-        known = tape.sequences[number] if span.is_sampled else tape.prompt
-        end = span.offset + span.length
-        if end > len(known) + span.is_sampled:
-            raise UserError(f"datum {index}: {echo(span.sequence_id)} has no tokens {span.offset}..{end - 1}")
-        parts.append(known[span.offset : end])
-        if missing := end - max(span.offset, len(known)):
-            parts.extend([missing] if missing > 0 else [])
-    shapes = {part.shape[1:] for part in parts if not isinstance(part, int)}
-    if not shapes:
-        return None
-    if len(shapes) > 1:
+def _copy_all(
+    tape: RouteTape | None, places: Sequence[Place], asked: TrainingRequest, found: dict[int, RouteArray]
+) -> None:
+    if tape is not None:
+        for place in places:
+            _copy(tape, place, found, asked.data[place.index].num_tokens)
+
+
+def _copy(tape: RouteTape, place: Place, found: dict[int, RouteArray], num_tokens: int) -> None:
+    """Into the routes of the place's datum, which may be the first of them."""
+    index, span = place.index, place.span
+    if place.number >= len(tape.sequences):
+        raise UserError(f"datum {index}: {echo(span.sequence_id)} names no sequence of its request")
+    known = tape.sequences[place.number] if span.is_sampled else tape.prompt
+    end = span.offset + span.length
+    if end > len(known) + span.is_sampled:
+        raise UserError(f"datum {index}: {echo(span.sequence_id)} has no tokens {span.offset}..{end - 1}")
+    if index not in found:
+        found[index] = np.full((num_tokens, *known.shape[1:]), OWN_CHOICE, np.int16)
+    routes = found[index]
+    if routes.shape[1:] != known.shape[1:]:
         raise UserError(f"datum {index}: its samples were recorded on models of different shapes")
-    shape = shapes.pop()
-    arrays = [np.full((part, *shape), OWN_CHOICE, np.int16) if isinstance(part, int) else part for part in parts]
-    return np.concatenate(arrays)
+    part = known[span.offset : end]
+    routes[place.start : place.start + len(part)] = part
 
 
 def _address(sequence_id: str, index: int) -> tuple[OpId, int]:

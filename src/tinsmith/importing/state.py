@@ -68,7 +68,9 @@ def _names(file: TensorFile, spec: RunSpec, layers: Sequence[Layer]) -> Mapping[
     wanted = shapes_of(layers, spec)
     parts = {name.partition("/")[0] for name in file.tensors}
     if not wanted or parts not in ({"param"}, set(PARTS)):
-        raise UserError(f"{NAME} must hold weights, and both moments or none; it has {', '.join(sorted(parts)[:6])}")
+        raise UserError(
+            f"{NAME} must hold weights, and both moments or none; it has {', '.join(map(echo, sorted(parts)[:6]))}"
+        )
     names = {f"{part}/{name}": shape for part in PARTS if part in parts for name, shape in wanted.items()}
     for name, shape in names.items():
         tensor = file.tensors.get(name)

@@ -6,13 +6,13 @@ two tensors may share bytes, so what comes out is no larger than twice what came
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 
 from tinsmith.errors import UserError, echo
@@ -21,7 +21,11 @@ from tinsmith.types import FloatArray
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 4
+MAX_NAME_CHARS = 512  # patterns are matched with names, in a time that grows with their square
+MAX_ENTRY_BYTES = 1024
+MAX_METADATA_BYTES = 1 << 20
 METADATA = "__metadata__"
+NO_METADATA = msgspec.Raw(b"{}")
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -65,7 +69,8 @@ class TensorFile:
             raise UserError(f"{self._name}: {echo(name)} holds numbers that are not finite")
         return values.reshape(tensor.shape)
 
-    def _read_header(self, offset: int, size: int) -> tuple[dict[str, Any], int]:
+    def _read_header(self, offset: int, size: int) -> tuple[dict[str, msgspec.Raw], int]:
+        """The entries stay text: to build what a hostile header says would hold up all threads."""
         self._file.seek(offset)
         prefix = self._file.read(min(8, size))
         if len(prefix) < 8:
@@ -74,19 +79,22 @@ class TensorFile:
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(f"{self._name} is no safetensors file: a header of {length} bytes in {size}")
         try:
-            header = json.loads(self._file.read(length))
-        except (ValueError, RecursionError) as error:
+            header = msgspec.json.decode(self._file.read(length), type=dict[str, msgspec.Raw])
+            found = msgspec.json.decode(_bounded(header.pop(METADATA, NO_METADATA), MAX_METADATA_BYTES))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise UserError(f"{self._name} is no safetensors file: its header can't be read ({error})") from None
-        if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-            raise UserError(f"{self._name} is no safetensors file: its header names no tensors, or too many")
-        found = header.pop(METADATA, None)
+        if len(header) > MAX_TENSORS:
+            raise UserError(f"{self._name} is no safetensors file: its header names too many tensors")
         self.metadata = found if isinstance(found, dict) else {}
         return header, offset + 8 + length
 
-    def _checked(self, header: Mapping[str, Any], begin: int, end: int) -> Mapping[str, ForeignTensor]:
+    def _checked(self, header: Mapping[str, msgspec.Raw], begin: int, end: int) -> Mapping[str, ForeignTensor]:
         found: dict[str, tuple[ForeignTensor, int]] = {}
-        for name, entry in header.items():
+        for name, raw in header.items():
+            if len(name) > MAX_NAME_CHARS:
+                raise UserError(f"{self._name}: {echo(name)} is longer than {MAX_NAME_CHARS} characters")
             try:
+                entry = msgspec.json.decode(_bounded(raw, MAX_ENTRY_BYTES))
                 dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
                 are_whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
                 is_fit = are_whole and len(shape) <= MAX_DIMENSIONS
@@ -96,7 +104,7 @@ class TensorFile:
                     )
                 if not is_fit or math.prod(shape) * WIDTHS[dtype] != last - first or begin + last > end:
                     raise ValueError("its shape and its place disagree")
-            except (KeyError, TypeError, ValueError) as error:
+            except (msgspec.MsgspecError, KeyError, TypeError, ValueError, RecursionError) as error:
                 raise UserError(f"{self._name}: the entry of {echo(name)} is broken ({error})") from None
             found[name] = ForeignTensor(dtype, tuple(shape), begin + first), begin + last
         at = begin
@@ -105,3 +113,10 @@ class TensorFile:
                 raise UserError(f"{self._name}: {echo(name)} shares bytes with another tensor")
             at = last
         return {name: tensor for name, (tensor, _) in found.items()}
+
+
+def _bounded(raw: msgspec.Raw, max_bytes: int) -> msgspec.Raw:
+    """Raises: ValueError: it is longer."""
+    if len(memoryview(raw)) > max_bytes:
+        raise ValueError(f"longer than {max_bytes} bytes")
+    return raw

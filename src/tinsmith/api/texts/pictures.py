@@ -84,11 +84,12 @@ async def fetch_named(request: Call, services: Services, body: bytes) -> Mapping
 
 
 def _named(body: bytes) -> list[str]:
+    """As often as they are named."""
     value = decode_json(body, object)
     messages = value.get("messages") if isinstance(value, dict) else None
     contents = [message.get("content") for message in messages or () if isinstance(message, dict)]
     urls = [url for content in contents if isinstance(content, list) for part in content for url in _urls(part)]
-    return [url for url in dict.fromkeys(urls) if not url.startswith("data:")]
+    return [url for url in urls if not url.startswith("data:")]
 
 
 def _urls(part: Any) -> Iterator[str]:
