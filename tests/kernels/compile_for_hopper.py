@@ -69,7 +69,7 @@ def decode_kernels() -> dict[str, dict[str, int]]:
              "length_ptr": "*i64", "sink_ptr": "*fp32", "scale": "fp32", "cap": "fp32"}  # fmt: skip
     attend = {"SIZE": 128, "BLOCK_K": 64, "BLOCK_Q": paged_kernel.MIN_QUERIES, "BLOCK_D": 128, "BY_HAND": False}
     for name, has in (("_attend", False), ("_attend with windows, caps and sinks", True)):
-        own = {**attend, "HAS_WINDOW": has, "HAS_CAP": has, "HAS_SINKS": has}
+        own = {**attend, "HAS_WINDOW": has, "HAS_CHUNK": has, "HAS_CAP": has, "HAS_SINKS": has}
         found[name] = compile_kernel(paged_kernel._attend, own, 4, 3, pages)
     return found
 
