@@ -1,7 +1,7 @@
 # One command a verb. `make` alone lists them.
 PYTHON ?= python3
 VENV ?= .venv
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 N ?= 1000000
 # a test that ran into its time limit, and nothing else, is tried once more, and the report says so (CONTRIBUTING.md)
 RERUN := --reruns 1 --only-rerun "from pytest-timeout"
@@ -33,7 +33,7 @@ types: init ## mypy, strict, over src
 	@echo "mypy"
 	@$(BIN)/mypy
 
-unit: init ## the tests alone: two files at a time, then those that compare times one by one
+unit: init ## the tests alone: three files at a time, then those that compare times one by one
 	@$(BIN)/python -m pytest -q -m "not alone" $(RERUN) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest -q -m alone $(RERUN)
 

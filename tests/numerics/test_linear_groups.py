@@ -29,7 +29,7 @@ def context():
 @pytest.fixture
 def layers(context: Counting) -> dict[str, GroupedLinear]:
     holder = PassHolder()
-    holder.enter(context)
+    holder.enter(context, torch.zeros(0, dtype=torch.int64))
     group = LinearGroup(LAYERS, holder)
     return {name: GroupedLinear(group, index) for index, name in enumerate(LAYERS)}
 
@@ -85,7 +85,7 @@ class WithGradients(Counting):
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_an_input_that_needs_no_gradient_gets_none_but_its_adapters_do(needs_grad, monkeypatch):
     holder, context = PassHolder(), WithGradients()
-    holder.enter(context)
+    holder.enter(context, torch.zeros(0, dtype=torch.int64))
     group = LinearGroup({"m.a": nn.Linear(8, 4)}, holder)
     products = []
     backward = group.matrix.times_transpose
