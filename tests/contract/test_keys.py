@@ -221,7 +221,13 @@ def test_a_key_that_only_looks_opens_no_weights_to_others(stand: tuple[House, st
 
 
 def test_who_asks_for_nonsense_is_told(admin: Raw) -> None:
-    for fields in ({"scope": "all"}, {"scope": "read", "is_admin": True}, {"expires_s": 0}, {"expires_s": 1e12}):
+    for fields in (
+        {"scope": "all"},
+        {"scopes": ["read"]},
+        {"scope": "read", "is_admin": True},
+        {"expires_s": 0},
+        {"expires_s": 1e12},
+    ):
         assert admin.send("POST", "/admin/keys", json={"name": "k", **fields}).status_code == 400
     assert make(admin)["scope"] == "full"
     assert make(admin, is_admin=True)["scope"] == "admin"

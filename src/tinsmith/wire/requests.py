@@ -213,9 +213,9 @@ class CreateAccessToken(Struct):
     ttl_seconds: Annotated[int, Meta(ge=1, le=30 * 24 * 3600)] = 24 * 3600
 
 
-class CreateKey(Struct):
+class CreateKey(Struct, forbid_unknown_fields=True):
     """tenant None: the caller's own. scope None: full, or admin with `is_admin`. expires_s: from now on; None: it
-    lasts."""
+    lasts. An unknown field is refused: a misspelt scope would make a key that may do everything."""
 
     name: Name
     tenant: Name | None = None
@@ -224,7 +224,7 @@ class CreateKey(Struct):
     expires_s: Annotated[float, Meta(ge=1, le=MAX_KEY_S)] | None = None
 
 
-class RotateKey(Struct):
+class RotateKey(Struct, forbid_unknown_fields=True):
     """grace_s: for how long the key works beside its successor. expires_s: of the successor, from now on; None: it
     lives as long as the key was made for."""
 
