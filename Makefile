@@ -8,7 +8,7 @@ RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points forms audit release examples bench bench-operation bench-gpu docs clean
+.PHONY: help init quickstart demo test lint types unit contract cookbook fuzz chaos soak crash-points forms tower audit release examples bench bench-operation bench-gpu docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ types: init ## mypy, strict, over src
 	@$(BIN)/mypy
 
 unit: init ## the tests alone: three files at a time, then those that compare times one by one
-	@$(BIN)/python -m pytest -q -m "not alone" $(RERUN) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-	@$(BIN)/python -m pytest -q -m alone $(RERUN)
+	@$(BIN)/python -m pytest -q -m "not alone" $(RERUN) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 40
+	@$(BIN)/python -m pytest -q -m alone $(RERUN) $$(grep -rl --include=test_*.py "mark\.alone" tests)
 
 contract: init ## the contract suite with every supported SDK; prints which calls each of them made
 	@$(BIN)/python -m scripts.contract_matrix
@@ -45,20 +45,25 @@ cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server
 
 fuzz: init ## a million broken inputs (N=... for more or fewer, goes on where it stopped), then requests that nobody thought of (half an hour)
 	@$(BIN)/python -m tests.fuzz --count $(N)
-	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py
+	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py \
+		tests/contract/test_strange_texts.py tests/flow/test_rebalancing.py tests/numerics/test_hostile_losses.py
 
 chaos: init ## processes killed at random while clients work, and everything compared with an undisturbed server. KILLS=500, ARGS="--seed N"
 	@$(BIN)/python -m tests.crash.chaos --kills $(or $(KILLS),500) $(ARGS)
 	@$(BIN)/python -m tests.crash.chaos --kills $(or $(REAL_KILLS),40) --device cpu $(ARGS)
+	@$(BIN)/python -m tests.crash.chaos --kills $(or $(DEFAULT_KILLS),20) --device cpu --default-mode $(ARGS)
 
 soak: init ## an hour of tenants that come and go, with a kill every minute: flat memory and disk, no stuck future. MINUTES=60
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --runs 16 --tenants
 
 crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
-	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py
+	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py tests/crash/test_giving.py
 
-forms: init ## every form of weights through the battery of the families, and the memory that loading each takes (two minutes)
-	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/numerics/test_loading_memory.py
+forms: init ## every form of weights with every family, decode steps as on a GPU with every family, and the memory that loading each takes (ten minutes)
+	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/families/test_static_steps.py tests/numerics/test_loading_memory.py
+
+tower: init ## adapters of vision towers, every family in every test, and once through the SDK (three minutes)
+	@TINSMITH_TEST_TOWER=1 $(BIN)/python -m pytest -q tests/families/test_tower.py tests/contract/test_tower.py
 
 examples: init ## every example from beginning to end, each judged by what it learned (six minutes)
 	@TINSMITH_TEST_EXAMPLES_LEARN=1 $(BIN)/python -m pytest -q tests/examples

@@ -13,9 +13,9 @@ import torch
 from gpu_arms import NO_HEAD, NoText, make_trainer
 from gpu_shapes import Machine
 
-from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import read_state, state_pieces
 from tinsmith.config import Settings
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.checkpoint_file import read_state, state_pieces
 from tinsmith.model import BaseModel
 from tinsmith.sampling import Sampler
 from tinsmith.types import BlobKey, FloatArray, RunState

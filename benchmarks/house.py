@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import structlog
 
-from tinsmith.bases import describe, parse
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
+from tinsmith.files.blobs import Blobs
+from tinsmith.ipc.bell import Bell, Ringer
 from tinsmith.store import open_store
 from tinsmith.store.rows import NewOp, NewRun
 from tinsmith.torch_engine import TorchEngine

@@ -23,8 +23,8 @@ import numpy as np
 import rows
 import torch
 
-from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import aligned_row, read_state, state_pieces
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.checkpoint_file import aligned_row, read_state, state_pieces
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.layout import RowLayout
 from tinsmith.training.runs import PARTS, RunSlot

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 

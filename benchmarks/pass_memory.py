@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tinsmith.cpu import OPENMP, math_env
+from tinsmith.machine.cpu import OPENMP, math_env
 
 os.environ.update({**(OPENMP if "--plain-mkl" in sys.argv else math_env()), **os.environ})  # read when torch loads
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
 from tinsmith.model import load_base
 from tinsmith.model.peak import PeakMeter

@@ -77,8 +77,7 @@ class _Tenant:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self.tenant: TenantId = store.tenants.create(name).tenant_id
-        key, _ = store.tenants.create_key(self.tenant, name)
-        session = store.sessions.create(self.tenant, key_id=key.key_id).session_id
+        session = store.sessions.create(self.tenant).session_id
         self._sampler = SamplerId(f"{session}:sample:0")
         store.samplers.create(NewSampler(self.tenant, session, self._sampler, BASE), time.time())
         self._num = 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tinsmith.bases import SHIPPED_PATH, describe, parse
+from tinsmith.bases.catalog import SHIPPED_PATH, describe, parse
 from tinsmith.config import Settings
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, RunSpec, Targets, TrainItem

@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
@@ -149,7 +149,7 @@ def report(args: argparse.Namespace, anew, replayed, moved: float, size: int) ->
     (mean, most), (mean_replayed, most_replayed) = np.median(anew, 0), np.median(replayed, 0)
     model = f"Qwen3-MoE of 6 layers, 4 of 32 experts, {args.dtype}"
     made = [
-        rows.Row(f"{model}: mean |trainer - sampler| logprob, routers choose anew", mean, "nats", "", args.repeats),
+        rows.Row(f"{model}: mean gap of trainer and sampler, routers choose anew", mean, "nats", "", args.repeats),
         rows.Row(f"{model}: the same with the sampler's routes", mean_replayed, "nats", "", args.repeats),
         rows.Row(f"{model}: largest, routers choose anew", most, "nats", "", args.repeats),
         rows.Row(f"{model}: largest with the sampler's routes", most_replayed, "nats", "", args.repeats),

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import rows
 
-from tinsmith.cpu import math_env
-from tinsmith.serve import WORKER_DEFAULTS
-from tinsmith.supervisor import available_cores
+from tinsmith.machine.cpu import math_env
+from tinsmith.serve.main import WORKER_DEFAULTS
+from tinsmith.serve.supervisor import available_cores
 
 HERE = Path(__file__).parent
 SMALL = "--layers 2 --vocab 4000"  # what would take minutes a round on the larger model
@@ -136,6 +136,7 @@ def run(command: str, rows_file: Path) -> str:
     script, *flags = command.split()
     argv = [sys.executable, str(HERE / script), *flags, "--rows", str(rows_file)]
     env = {**os.environ, **math_env(), **WORKER_DEFAULTS, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE.parent))))
     started = time.monotonic()
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 import tinsmith
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout, init_row, load_base
 from tinsmith.model.layout import HEAD_STATE_NAME

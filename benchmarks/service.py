@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
@@ -30,7 +30,7 @@ import tinker
 from served import Server, serving
 from tinker import types
 
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings, point_sdk_at
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.training.budget import USEFUL_TOKENS

@@ -64,6 +64,7 @@ ENDING = ("payloads", "results", "checkpoints")  # areas of files that have an e
 FLAGS = (
     "--max-resident-runs", "48", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
     "--result-ttl-s", "60", "--pass-max-tokens", "1024",
+    "--threads", "1",  # two wait for each other where other work shares the machine
     "--snapshot-debt-bytes", "262144",  # else the database holds the payloads of all that live, as many as are sent
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tinsmith.cpu import OPENMP, math_env
+from tinsmith.machine.cpu import OPENMP, math_env
 
 os.environ.update({**(OPENMP if "--plain-mkl" in sys.argv else math_env()), **os.environ})  # read when torch loads
 

@@ -16,18 +16,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import rows
 import structlog
+from msgspec.structs import replace
 
 from tests.flow.house import House, settle, train
-from tinsmith import series
 from tinsmith.api.figures import Watched
 from tinsmith.api.marks import log_request
 from tinsmith.config import METRICS_DIR
-from tinsmith.metrics import Counting
+from tinsmith.ipc.heartbeat import Ear
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counting
 from tinsmith.store.usage_rows import Usage
 from tinsmith.wire.media import JSON
 from tinsmith.worker.outcomes import computed
@@ -65,7 +66,7 @@ def main() -> None:
             http_us -= _answer_us()
             outcome_us -= _outcome_us(house)
             counting.start()
-            watched = Watched(house.store, house.settings, counting, lambda: 0, dict)
+            watched = Watched(house.store, house.settings, counting, lambda: 0, dict, Ear(None, 60.0))
             scrape_us = statistics.median(_cpu(watched._counting.text, watched._reader) for _ in range(9)) * 1e6
             num_bytes = len(watched.text())
         finally:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
@@ -34,11 +34,11 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from tinsmith.bases import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel, load_base
 from tinsmith.sampling import Sampler
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training import Trainer
 from tinsmith.types import BaseInfo, Datum, LossSpec, OpId, RunId, RunSpec, SampleItem, SamplingParams, TrainItem
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import os
 
-from tinsmith.cpu import math_env
-from tinsmith.serve import WORKER_DEFAULTS
+from tinsmith.machine.cpu import math_env
+from tinsmith.serve.main import WORKER_DEFAULTS
 
 os.environ.update({**math_env(), **WORKER_DEFAULTS, **os.environ})  # read when torch loads
 

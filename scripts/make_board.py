@@ -113,7 +113,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Oldest request, by tenant",
                 "s",
-                (("{{tenant}}", "max by (tenant) (tinsmith_queue_oldest_seconds{#})"),),
+                (
+                    ("{{tenant}}", "max by (tenant) (tinsmith_queue_oldest_seconds{#})"),
+                    ("{{tenant}}, no quota", "max by (tenant) (tinsmith_queue_oldest_free_seconds{#})"),
+                ),
             ),
             Panel("Waited, 95 %, by kind", "s", (("{{kind}}", quantile(0.95, "tinsmith_queue_wait_seconds", "kind")),)),
             Panel(
@@ -232,6 +235,22 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Let go",
+        (
+            Panel(
+                "Runs let go",
+                "none",
+                (("{{why}}", "sum by (why) (increase(tinsmith_let_go_runs_total{#}[$__rate_interval]))"),),
+            ),
+            Panel("Their snapshots", "Bps", (("bytes", rate("tinsmith_let_go_snapshot_bytes_total")),)),
+            Panel(
+                "Old rows",
+                "none",
+                (("{{kind}}", "sum by (kind) (increase(tinsmith_trimmed_rows_total{#}[$__rate_interval]))"),),
+            ),
+        ),
+    ),
+    (
         "Processes",
         (
             Panel(
@@ -245,6 +264,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Processor", "percentunit", (("{{process}}", rate("tinsmith_process_cpu_seconds_total", "process")),)
             ),
+            Panel("Supervisor silent", "s", (("serve", "tinsmith_supervisor_silent_seconds{#}"),)),
         ),
     ),
 )

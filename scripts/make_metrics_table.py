@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinsmith import series
+from tinsmith.observe import series
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "observe.md"
 BEGIN, END = "<!-- metrics: made by scripts/make_metrics_table.py -->\n", "<!-- end of metrics -->\n"

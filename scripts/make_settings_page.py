@@ -7,13 +7,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import get_type_hints
 
+from tinsmith.cli.flags import flag_of, show_default
 from tinsmith.config import Settings, env_name
-from tinsmith.flags import flag_of, show_default
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "settings.md"
 HEAD = """# Settings
 
-<!-- Made by `make docs` from the table in src/tinsmith/config.py and door_settings.py; edit that. -->
+<!-- Made by `make docs` from the table in src/tinsmith/config.py and settings/door.py; edit that. -->
 
 Every setting is a flag of `tinsmith serve` and an environment variable. A flag wins over the environment, which wins
 over the default. Settings are read once, at start. On the command line a yes-or-no setting is `--NAME` or `--no-NAME`;

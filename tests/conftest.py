@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinsmith.cpu import math_env
+from tinsmith.machine.cpu import math_env
 
+gc.disable()  # until all tests are collected: nothing that is imported becomes garbage
 os.environ.update({**math_env(), **os.environ})  # read when torch loads and first computes
 os.environ.update(HF_HUB_OFFLINE="1", TINKER_TELEMETRY="0")
 if not Path("/dev/nvidia0").exists():
@@ -21,7 +22,11 @@ for name in [name for name in os.environ if name.startswith(("TINSMITH_", "TINKE
 import pytest  # noqa: E402
 import structlog  # noqa: E402
 
+import tinsmith.store  # noqa: E402
 from tests.service import Service, running  # noqa: E402
+from tinsmith.machine import heap  # noqa: E402
+from tinsmith.store.database import Database  # noqa: E402
+from tinsmith.store.prepared import driver_of  # noqa: E402
 
 # by itself structlog has rich draw each traceback with the values of all its names, which is slow
 structlog.configure(
@@ -30,6 +35,36 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Thousands of tests and all that they import stay to the end; no collection needs to walk them again."""
+    gc.enable()
+    heap.settle()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _migrated_once() -> Iterator[None]:
+    """A new database in this process is a copy of the first one, which was brought to its schema step by step.
+
+    One that is there already, and those of other processes, are upgraded as ever (unit/test_store_upgrade.py).
+    """
+    upgrade, made = tinsmith.store.upgrade, list[bytes]()
+
+    def copied(database: Database, lock_file: Path) -> None:
+        path = lock_file.with_suffix(Path(tinsmith.store.DATABASE_FILE).suffix)
+        if path.exists() or not made:
+            is_new = not path.exists()
+            upgrade(database, lock_file)
+            if is_new:
+                with database.read() as connection:
+                    made.append(driver_of(connection).serialize())
+        else:
+            path.write_bytes(made[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinsmith.store, "upgrade", copied)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,8 +83,11 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def server(data_dir: Path) -> Iterator[Service]:
-    """A `tinsmith serve` of the shipped model on a free port, ready, stopped afterwards."""
-    with running(data_dir) as service:
+@pytest.fixture(scope="session")
+def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A server of the shipped model for several modules: starting one takes as long as most of their tests.
+
+    Its processes may be killed, which come back; the server itself may not be stopped.
+    """
+    with running(tmp_path_factory.mktemp("plain-server") / "data") as service:
         yield service

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
-from tinsmith.validate import LOSSES
+from tinsmith.validate.requests import LOSSES
 from tinsmith.wire import wire_pb2 as pb
 
 MAX_REPEATED = 3

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
 
 NAME = "tests/seeing"
 IMAGE_TOKEN = 1010  # <|image_pad|> of the shipped tokenizer

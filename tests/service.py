@@ -21,6 +21,7 @@ class Service:
     """A running server. `info()` is its server.json, which changes when a child is restarted.
 
     It is deterministic, since tests compare bits; the flag `--no-deterministic` gives one as users have it by default.
+    It computes with one thread: others run beside it, and its model is small.
     """
 
     def __init__(self, data_dir: Path, *flags: str, ready_within_s: float = READY_WITHIN_S) -> None:
@@ -36,7 +37,7 @@ class Service:
         command = [sys.executable, "-m", "tinsmith", "serve", "--data-dir", str(self.data_dir)]
         with self.log.open("ab") as out:
             return subprocess.Popen(
-                [*command, "--port", "0", "--deterministic", *self.flags],
+                [*command, "--port", "0", "--deterministic", "--threads", "1", *self.flags],
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,

@@ -20,26 +20,16 @@ GENERATED = {"wire_pb2.py"}
 # By the first part of the name below the package. A module may import from its own layer and from those before it.
 LAYERS = (
     {
-        "", "types", "scopes", "loss_graph", "lora_options", "pictures", "route_tape", "errors", "config",
-        "setting_values",
-        "setting_checks", "door_settings", "cpu", "heap", "crashpoints", "host_memory", "clock",
+        "", "types", "scopes", "loss_graph", "lora_options", "pictures", "route_tape", "errors", "config", "settings",
+        "machine", "crashpoints",
     },
-    {
-        "store", "blobs", "observe", "wire", "bases", "hub", "validate", "validate_custom", "bell", "tokenizer",
-        "lifeline", "pulse", "datadir", "checkpoint_file", "relay", "tokenline", "virtual_file", "age", "signing",
-        "adapter_files", "layer_table", "lora_fields", "vision_files", "picture_files", "jsonform", "tls", "metrics",
-        "series", "weight_headers",
-        "tracing", "otel",
-    },
+    {"store", "files", "observe", "wire", "bases", "validate", "ipc", "signing", "tls"},
     {
         "scheduler", "fair_queueing", "recovery", "engine", "fake_engine", "model", "training", "sampling",
-        "torch_engine", "janitor", "cooling", "torch_probe", "verify", "backup", "disk_use", "export", "importing",
+        "torch_engine", "torch_probe", "upkeep", "export", "importing",
     },
     {"worker", "api"},
-    {
-        "admin", "client", "child", "supervisor", "flags", "placement", "serve", "doctor", "keeping", "quota_commands",
-        "disk_command", "export_command", "import_command", "byte_bar", "cli", "cli_keys", "top", "demo", "__main__",
-    },
+    {"admin", "serve", "cli", "top", "demo", "__main__"},
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ROOMS = {"model", "training", "sampling", "torch_engine", "torch_probe", "export"}
@@ -165,7 +155,7 @@ def test_torch_stays_in_its_rooms() -> None:
 
 def test_no_http_in_the_worker_and_below() -> None:
     rooms = {room_of(path) for path in sources() if tops_of(path) & HTTP}
-    assert rooms <= {"api", "client", "cli", "cli_keys", "demo", "serve"}
+    assert rooms <= {"api", "cli", "demo", "serve"}
 
 
 def test_sql_is_spoken_in_the_store_alone() -> None:
@@ -206,7 +196,7 @@ def test_files_have_one_subject() -> None:
     ("module", "forbidden"),
     [
         ("tinsmith.api.main", ["torch", "transformers"]),
-        ("tinsmith.cli", ["torch", "transformers", "litestar", "uvicorn"]),
+        ("tinsmith.cli.main", ["torch", "transformers", "litestar", "uvicorn"]),
         ("tinsmith.worker.main", ["litestar", "uvicorn", "httpx"]),
     ],
 )

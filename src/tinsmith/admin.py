@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
-from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
+from tinsmith.files.datadir import DataDir
 from tinsmith.scopes import Scope
 from tinsmith.store import open_store
 

@@ -1,4 +1,4 @@
-"""The settings table: one field a setting, with its default, unit and help; its first part is in `door_settings.py`.
+"""The settings table: one field a setting, with its default, unit and help; its first part is in `settings/door.py`.
 
 Command-line flags (`--pass-max-tokens`), environment names (`TINSMITH_PASS_MAX_TOKENS`) and the reference page derive
 from it. This is the only module that reads the environment. Settings are frozen once made; a child process gets them
@@ -13,9 +13,9 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from tinsmith.door_settings import DoorSettings
-from tinsmith.setting_checks import check
-from tinsmith.setting_values import ENV_PREFIX, absolute, parse, setting, show
+from tinsmith.settings.checks import check
+from tinsmith.settings.door import DoorSettings
+from tinsmith.settings.values import ENV_PREFIX, absolute, parse, setting, show
 
 METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus_client reads
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -187,7 +187,10 @@ class Settings(DoorSettings):
         group="durability",
     )
     snapshot_debt_s: float = setting(
-        10.0, "A run is snapshotted once this much computing would have to be repeated.", unit="s", group="durability"
+        10.0,
+        "A run is snapshotted once its part of this much computing would have to be repeated; runs in memory share it.",
+        unit="s",
+        group="durability",
     )
     inline_bytes: int = setting(
         8192,

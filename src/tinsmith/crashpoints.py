@@ -15,10 +15,19 @@ from tinsmith.errors import ConfigError
 NAMES = frozenset(
     {
         "api.after_payload_file",
+        "audit.before_trim_commit",
         "backup.before_manifest",
         "backup.half_copied",
         "blob.after_rename",
         "blob.before_rename",
+        "give.after_choice",
+        "give.after_release",
+        "give.on_disk",
+        "gone.after_mark",
+        "gone.after_state",
+        "gone.before_clear_commit",
+        "gone.before_mark_commit",
+        "gone.half_cleared",
         "janitor.after_spare",
         "janitor.before_delete",
         "janitor.half_deleted",
@@ -57,8 +66,11 @@ NAMES = frozenset(
         "store.before_claim_commit",
         "store.before_enqueue_commit",
         "store.before_finish_commit",
+        "store.before_lease_commit",
         "store.before_prune_commit",
+        "store.before_release_commit",
         "store.before_snapshot_commit",
+        "usage.before_move_commit",
     }
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tinsmith.layer_table import Layer
+from tinsmith.bases.layer_table import Layer
 from tinsmith.types import (
     BaseInfo,
     Failure,
@@ -145,7 +145,8 @@ class Engine(Protocol):
         ...
 
     def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
-        """`add_adapter` of the run's weights as they are now, without a way round by the host.
+        """`add_adapter` of the run's weights as they are now, without a way round by the host; those of a full run only
+        where there is a place for them.
 
         Returns:
             What gives these weights (`param`) on the host; for any thread, at any time.
@@ -154,6 +155,21 @@ class Engine(Protocol):
 
     def has_adapter_room(self, num_bytes: int) -> bool:
         """Whether an adapter whose file is so large can be added within the memory for adapters."""
+        ...
+
+    @property
+    def full_snapshots(self) -> Mapping[str, bool]:
+        """Those of full runs among the adapters that are present, by key: whether requests sample from them."""
+        ...
+
+    @property
+    def num_full_places(self) -> int:
+        """How many more of these can be added now, if all go that nobody samples from."""
+        ...
+
+    @property
+    def full_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of a full run's weights by name, in the order in which they lie in a row."""
         ...
 
     def submit_sample(self, item: SampleItem) -> None:

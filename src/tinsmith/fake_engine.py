@@ -2,8 +2,8 @@
 
 It obeys the whole protocol (atomic passes, accumulated gradients, frozen snapshots, seeded samples), so that the
 worker, the store, the API and clients can be tested fast and to the bit. Its numbers mean nothing, but those of a
-sequence with pictures depend on each of their bytes. A run's state is one vector of `rank` numbers; every op that has
-an effect changes it in a way that shows if it happened twice or not at all.
+sequence with pictures depend on each of their bytes. A run's state is one vector of `rank` numbers, of a full run one
+number; every op that has an effect changes it in a way that shows if it happened twice or not at all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tinsmith.bases.layer_table import Layer
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import PassStats
 from tinsmith.errors import UserError
-from tinsmith.layer_table import Layer
 from tinsmith.pictures import Picture
 from tinsmith.route_tape import RouteArray, RouteTape, num_known
 from tinsmith.types import (
@@ -45,6 +45,7 @@ MODULE = "fake.lora_A"
 PARTS = ("param", "grad", "m", "v")
 TOKENS_PER_STEP = 8
 USEFUL_TOKENS = 8192
+FULL_PLACES = 2  # snapshots of full runs that are kept
 
 
 @dataclass(slots=True)
@@ -96,7 +97,9 @@ class FakeEngine:
         """`pass_max_tokens`: 0 stands for as much as is of use, since nothing here takes memory."""
         self._info = info
         self._runs: dict[RunId, _Run] = {}
+        self._runs_bytes = 0
         self._adapters: dict[str, FloatArray] = {}
+        self._full: dict[str, None] = {}  # of these those of full runs, the longest unused first
         self._samples: dict[OpId, tuple[SampleItem, int]] = {}
         self._begun: list[OpId] = []
         self.num_forwards = 0
@@ -116,16 +119,16 @@ class FakeEngine:
 
     def create_run(self, spec: RunSpec) -> None:
         rng = np.random.default_rng(spec.seed)
-        parts = {part: np.zeros((spec.rank, 1), np.float32) for part in PARTS}
-        parts["param"] = rng.standard_normal((spec.rank, 1), dtype=np.float32)
-        self._runs[spec.run_id] = _Run(spec, 0, parts)
+        parts = {part: np.zeros(_shape(spec), np.float32) for part in PARTS}
+        parts["param"] = rng.standard_normal(_shape(spec), dtype=np.float32)
+        self._put(_Run(spec, 0, parts))
 
     def run_bytes(self, spec: RunSpec) -> int:
-        return 4 * len(PARTS) * spec.rank
+        return 4 * len(PARTS) * _shape(spec)[0]
 
     @property
     def runs_bytes(self) -> int:
-        return sum(self.run_bytes(run.spec) for run in self._runs.values())
+        return self._runs_bytes
 
     @property
     def is_on_host(self) -> bool:
@@ -136,20 +139,26 @@ class FakeEngine:
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         param = state.tensors[f"param/{MODULE}"]
-        if param.shape != (spec.rank, 1) or state.spec.targets != spec.targets:
+        if param.shape != _shape(spec) or state.spec.targets != spec.targets:
             raise UserError(
                 f"the checkpoint has rank {state.spec.rank}, the run rank {spec.rank}: create a run of its rank"
             )
-        zero = np.zeros((spec.rank, 1), np.float32)
+        zero = np.zeros(_shape(spec), np.float32)
         parts = {part: state.tensors.get(f"{part}/{MODULE}", zero).copy() for part in PARTS}
-        self._runs[spec.run_id] = _Run(spec, state.step if state.has_optimizer else 0, parts)
+        self._put(_Run(spec, state.step if state.has_optimizer else 0, parts))
 
     def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
         run = self._runs[run_id]
         return RunState(run.spec, run.step, {f"{part}/{MODULE}": run.parts[part].copy() for part in parts})
 
     def drop_run(self, run_id: RunId) -> None:
-        self._runs.pop(run_id, None)
+        run = self._runs.pop(run_id, None)
+        self._runs_bytes -= 0 if run is None else self.run_bytes(run.spec)
+
+    def _put(self, run: _Run) -> None:
+        self.drop_run(run.spec.run_id)
+        self._runs[run.spec.run_id] = run
+        self._runs_bytes += self.run_bytes(run.spec)
 
     def start_pass(self, items: Sequence[TrainItem]) -> FakePass:
         return FakePass(self, items)
@@ -193,17 +202,38 @@ class FakeEngine:
         return key in self._adapters
 
     def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
+        if state.spec.is_full and key not in self._adapters:
+            for idle in [idle for idle, is_busy in self.full_snapshots.items() if not is_busy]:
+                if len(self._full) >= FULL_PLACES:
+                    del self._full[idle], self._adapters[idle]
+            self._full[key] = None
         self._adapters[key] = state.tensors[f"param/{MODULE}"].copy()
 
     def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
         state = self.export_run(run_id, ("param",))
-        self.add_adapter(key, state)
+        if not state.spec.is_full or self.num_full_places:
+            self.add_adapter(key, state)
         return lambda: state
 
     def has_adapter_room(self, num_bytes: int) -> bool:
         return True
 
+    @property
+    def full_snapshots(self) -> Mapping[str, bool]:
+        busy = {item.adapter for item, _ in self._samples.values()}
+        return {key: key in busy for key in self._full}
+
+    @property
+    def num_full_places(self) -> int:
+        return FULL_PLACES - sum(self.full_snapshots.values())
+
+    @property
+    def full_weights(self) -> Mapping[str, tuple[int, ...]]:
+        return {MODULE: (1, 1)}
+
     def submit_sample(self, item: SampleItem) -> None:
+        if item.adapter in self._full:
+            self._full[item.adapter] = self._full.pop(item.adapter)
         self._samples[item.op_id] = (item, self._length(item))
 
     def cancel_sample(self, op_id: OpId) -> SampleCost:
@@ -309,3 +339,7 @@ def _look(pictures: Sequence[Picture]) -> float:
 
 def _likeliest(length: int, k: int) -> tuple[TokenArray, FloatArray]:
     return np.tile(np.arange(k, dtype=np.int32), (length, 1)), np.full((length, k), -1.0, np.float32)
+
+
+def _shape(spec: RunSpec) -> tuple[int, int]:
+    return max(1, spec.rank), 1

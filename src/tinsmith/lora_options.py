@@ -1,7 +1,7 @@
 """Which layers carry an adapter, and what it may have beyond one rank for all: layers' own ranks, rsLoRA, dropout.
 
-A layer goes by the last part of its path (`q_proj`, `down_proj`, `lm_head`) or by its group (`attn`, `mlp`, `unembed`);
-the former goes before the latter. Pure arithmetic; knows neither models nor requests.
+A layer goes by the last part of its path (`q_proj`, `down_proj`, `lm_head`) or by its group (`attn`, `mlp`, `unembed`,
+`vision`); the former goes before the latter. Pure arithmetic; knows neither models nor requests.
 """
 
 from __future__ import annotations
@@ -10,15 +10,24 @@ import math
 from dataclasses import dataclass
 
 DEFAULT_ALPHA = 32.0
+VISION = "vision"
+GROUPS = ("attn", "mlp", "unembed", VISION)
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Which groups of linear layers carry an adapter."""
+    """Which groups of linear layers carry an adapter. vision: those of the tower that pictures go through, and of what
+    brings its outputs to the language model's size; the other three are of the language model."""
 
     attn: bool = True
     mlp: bool = True
     unembed: bool = True
+    vision: bool = False
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of those that carry one."""
+        return tuple(name for name in GROUPS if getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 QWEN3_VL, QWEN3_VL_MOE, GEMMA3, LLAMA4 = "qwen3_vl", "qwen3_vl_moe", "gemma3", "llama4"
-SHOWN = (QWEN3_VL, QWEN3_VL_MOE, GEMMA3)  # kinds that the engine can show pictures to; Llama 4's are only counted
+SHOWN = (QWEN3_VL, QWEN3_VL_MOE, GEMMA3, LLAMA4)  # kinds that the engine can show pictures to
 MAX_ASPECT = 200  # of Qwen's smart_resize
 
 Tokens: TypeAlias = npt.NDArray[np.int32]

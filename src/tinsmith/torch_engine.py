@@ -12,16 +12,16 @@ from pathlib import Path
 import structlog
 import torch
 
-from tinsmith.checkpoint_file import aligned_row
+from tinsmith.bases.layer_table import Layer
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.config import Settings
 from tinsmith.engine import TrainingPass
 from tinsmith.errors import UnsupportedError
-from tinsmith.layer_table import Layer
-from tinsmith.model import BaseModel, load_base
+from tinsmith.files.checkpoint_file import aligned_row
+from tinsmith.model import BaseModel, load_base, plain_shapes
 from tinsmith.model.device import choose_device, choose_dtype
 from tinsmith.model.row_probe import uneven_products, uneven_routers
-from tinsmith.sampling import Sampler
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.sampling import FullSamplers, Sampler
 from tinsmith.training import Trainer
 from tinsmith.types import (
     BaseInfo,
@@ -92,7 +92,11 @@ class TorchEngine:
         self._trainer = Trainer(self._base, settings)
         if trains:
             self._trainer.start()
-        self._sampler = Sampler(self._base, settings, ChatTokenizer.from_dir(Path(info.path)))
+        tokenizer = ChatTokenizer.from_dir(Path(info.path))
+        self._sampler = Sampler(self._base, settings, tokenizer)
+        self._full = FullSamplers(self._trainer.full, settings, tokenizer)
+        self._trainer.full.make_room = self._full.let_go
+        self._begun: list[OpId] = []
 
     def _look_at_rows(self, *, is_promised: bool) -> None:
         """Try whether a row of the base's products has the same bits in a crowd; on a GPU that isn't promised."""
@@ -172,41 +176,61 @@ class TorchEngine:
         return self._trainer.optim_step(items)
 
     def has_adapter(self, key: str) -> bool:
-        return self._sampler.has_adapter(key)
+        return self._sampler.has_adapter(key) or key in self._full
 
     def add_adapter(self, key: str, state: RunState, *, may_keep: bool = False) -> None:
-        self._sampler.add_adapter(key, state, may_keep=may_keep)
+        if state.spec.is_full:
+            self._full.add(key, state)
+        else:
+            self._sampler.add_adapter(key, state, may_keep=may_keep)
 
     def publish_run(self, run_id: RunId, key: str) -> Callable[[], RunState]:
         weights = self._trainer.copy_weights(run_id)
-        self._sampler.add_weights(key, weights)
+        (self._full.publish if weights.spec.is_full else self._sampler.add_weights)(key, weights)
         return weights.on_host
 
     def has_adapter_room(self, num_bytes: int) -> bool:
         return self._sampler.has_adapter_room(num_bytes)
 
+    @property
+    def full_snapshots(self) -> Mapping[str, bool]:
+        return self._full.open_keys
+
+    @property
+    def num_full_places(self) -> int:
+        return self._full.num_places
+
+    @property
+    def full_weights(self) -> Mapping[str, tuple[int, ...]]:
+        return plain_shapes(self.info)
+
     def submit_sample(self, item: SampleItem) -> None:
-        self._sampler.submit(item)
+        is_full = item.adapter is not None and item.adapter in self._full
+        (self._full if is_full else self._sampler).submit(item)
 
     def cancel_sample(self, op_id: OpId) -> SampleCost:
-        return self._sampler.cancel(op_id)
+        return (self._full if self._full.holds(op_id) else self._sampler).cancel(op_id)
 
     @property
     def num_samples(self) -> int:
-        return self._sampler.num_samples
+        return self._sampler.num_samples + self._full.num_samples
 
     def step_samples(self) -> list[tuple[OpId, SampleResult | Failure]]:
-        return self._sampler.step()
+        ended = self._sampler.step()
+        own, begun = self._full.step()
+        self._begun = [*self._sampler.begun, *begun]
+        return ended + own
 
     def begun_samples(self) -> list[OpId]:
-        return self._sampler.begun
+        return self._begun
 
     @property
     def kv_bytes(self) -> tuple[int, int]:
-        return self._sampler.kv_bytes
+        (held, most), (full_held, full_most) = self._sampler.kv_bytes, self._full.kv_bytes
+        return held + full_held, most + full_most
 
     def progress(self, since: Mapping[OpId, Mapping[int, int]]) -> list[SamplePiece]:
-        return self._sampler.progress(since)
+        return self._sampler.progress(since) + self._full.progress(since)
 
 
 def layers_of(base: BaseModel) -> Sequence[Layer]:

@@ -101,7 +101,7 @@ class OpState(StrEnum):
 class RunStatus(StrEnum):
     """READY once its CREATE op is done, FAILED if that failed; CORRUPTED while log and files don't give its state.
 
-    COPY: made to hold copied or imported checkpoints, and can't be trained.
+    COPY: made to hold copied or imported checkpoints, and can't be trained. GONE: let go, only its row is left.
     """
 
     CREATING = "creating"
@@ -109,6 +109,7 @@ class RunStatus(StrEnum):
     FAILED = "failed"
     CORRUPTED = "corrupted"
     COPY = "copy"
+    GONE = "gone"
 
 
 class CheckpointKind(StrEnum):
@@ -395,5 +396,5 @@ class BaseInfo:
         (Hu et al. 2021, section 4.1). Of a full run, all of the base's."""
         if spec.is_full:
             return 4 * self.num_params
-        layers = [layer for layer in self.layer_widths if getattr(spec.targets, layer[0])]
+        layers = [layer for layer in self.layer_widths if layer[0] in spec.targets.groups]
         return 4 * sum(size * spec.options.rank_of(group, name, spec.rank) for group, name, size in layers)

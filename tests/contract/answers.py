@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from tests.service import until
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
+from tinsmith.bases.tokenizer import ChatTokenizer
+from tinsmith.ipc.tokenline import TokenSender, line_path
 from tinsmith.store.rows import Finished, OpRow
-from tinsmith.tokenizer import ChatTokenizer
-from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import Failure, OpId, OpState, SampledSequence, SamplePiece, SampleResult
 from tinsmith.wire.media import JSON
 from tinsmith.wire.pieces import pack_pieces

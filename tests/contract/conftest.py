@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import socket
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +18,26 @@ import numpy as np
 import pytest
 from litestar.testing import TestClient
 
-from tinsmith.adapter_files import pack_external
+from tests.contract.raw import Raw
+from tests.service import Service
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.main import Server, make_server
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs, checkpoint_key
-from tinsmith.checkpoint_file import dump_state
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
 from tinsmith.config import Settings
-from tinsmith.datadir import DataDir
+from tinsmith.files.adapter_files import pack_external
+from tinsmith.files.blobs import Blobs, checkpoint_key
+from tinsmith.files.checkpoint_file import dump_state
+from tinsmith.files.datadir import DataDir
+from tinsmith.ipc.bell import Bell, Ringer
+from tinsmith.ipc.tokenline import TokenLine, line_path
 from tinsmith.scopes import Scope
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.rows import Finished, NewCheckpoint, NewSampler, OpRow
 from tinsmith.store.usage_rows import Usage
-from tinsmith.tokenline import TokenLine, line_path
 from tinsmith.types import (
     CheckpointKind,
     OpKind,
@@ -347,3 +351,13 @@ def live(house: House) -> Iterator[Live]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()  # connections that the SDK never closes
+
+
+@pytest.fixture(scope="module")
+def shared_server(plain_server: Service, request: pytest.FixtureRequest) -> Service:
+    """It as an administrator sees it whose tenant is the module's own."""
+    asked = {"name": "module", "tenant": request.module.__name__.rpartition(".")[2], "is_admin": True}
+    with closing(Raw(plain_server.url, plain_server.key)) as raw:
+        own = copy.copy(plain_server)
+        own.key = str(raw.good("/admin/keys", json=asked).json()["secret"])
+        return own

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck
 
 DEEPER = os.environ.get("TINSMITH_TEST_EXAMPLES")
-NUM_EXAMPLES = int(DEEPER or 6)
+NUM_EXAMPLES = int(DEEPER or 4)
 
 
 def depth(times: int = 1) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def probes(at: Ids, mine: Ids, seq_id: int = 90) -> dict[str, list[Probe]]:
         "GET /training_runs": [],
         "GET /training_runs/{run_id:str}": [Probe("GET", f"/training_runs/{at.run}")],
         "GET /training_runs/{run_id:str}/checkpoints": [Probe("GET", checkpoints)],
+        "DELETE /training_runs/{run_id:str}": [Probe("DELETE", f"/training_runs/{at.run}?with_checkpoints=true")],
         "GET /checkpoints": [],
         "DELETE /training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}": [
             Probe("DELETE", f"{checkpoints}/weights/kept"),

@@ -14,8 +14,8 @@ from typing import Any
 from tests.contract.conftest import BASE, House
 from tinsmith.api.main import make_server
 from tinsmith.api.waiters import Waiters
+from tinsmith.bases.layer_table import Layer, write_layers
 from tinsmith.config import Settings
-from tinsmith.layer_table import Layer, write_layers
 
 QUERY = "model.layers.0.self_attn.q_proj"
 LAYERS = (

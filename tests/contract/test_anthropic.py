@@ -10,7 +10,7 @@ import anthropic
 import pytest
 
 from tests.contract.answers import TOKENIZER, Answers
-from tests.service import Service, running
+from tests.service import Service
 from tinsmith.types import Failure
 
 BASE = "tinsmith/tiny"
@@ -27,9 +27,8 @@ def connect(url: str, key: str, **options: Any) -> anthropic.Anthropic:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("anthropic") / "data", "--no-deterministic") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from litestar.testing import TestClient
 
 from tests.contract.raw import ours
 from tinsmith.api.app import build_app
+from tinsmith.ipc.heartbeat import Ear, Heart
 
 OPEN = ("/api/v1/healthz", "/api/v1/downloads/", "/api/v1/traces/", "/hf/", "/schema")
 
@@ -161,6 +163,19 @@ def test_healthz_names_what_is_missing(house: Any, anonymous: Any) -> None:
     assert anonymous.get("/healthz") == {"status": "ok"}
     house.ready.clear()
     assert "tinsmith/tiny" in anonymous.get("/healthz", 503)["detail"]
+
+
+def test_healthz_names_a_supervisor_that_gives_no_sign_of_life(house: Any, anonymous: Any) -> None:
+    """What is served is served still: only who asks for it is told 503."""
+    with contextlib.closing(Heart()) as heart:
+        object.__setattr__(house.services, "supervisor", Ear(heart.inherited_fd, 60.0))
+        assert anonymous.get("/healthz?supervised=true") == {"status": "ok"}
+        object.__setattr__(house.services, "supervisor", Ear(heart.inherited_fd, 0.0))
+        (warning,) = anonymous.get("/healthz")["warnings"]
+        assert "no sign of life" in warning
+        assert "no sign of life" in anonymous.get("/healthz?supervised=true", 503)["detail"]
+        house.ready.clear()
+        assert "tinsmith/tiny; the supervisor" in anonymous.get("/healthz", 503)["detail"]
 
 
 def test_the_openapi_schema_lists_every_route(anonymous: Any) -> None:

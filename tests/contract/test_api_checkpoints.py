@@ -25,11 +25,11 @@ from tests.contract.conftest import BASE, Api, House, small_state
 from tests.service import until
 from tinsmith.api.app import build_app
 from tinsmith.api.main import build_services
-from tinsmith.blobs import checkpoint_key
-from tinsmith.checkpoint_file import dump_state
-from tinsmith.janitor import sweep
+from tinsmith.files.blobs import checkpoint_key
+from tinsmith.files.checkpoint_file import dump_state
 from tinsmith.store.rows import NewCheckpoint
 from tinsmith.types import CheckpointKind, RunId, RunSpec
+from tinsmith.upkeep.janitor import sweep
 
 KINDS = ("weights", "sampler_weights", "external_weights")
 DAY = 24 * 3600.0

@@ -13,8 +13,8 @@ from tests.contract.conftest import Api, House
 from tests.contract.routes import custom_loss
 from tinsmith.api.app import build_app
 from tinsmith.api.losses import MAX_LOSSES
-from tinsmith.janitor import sweep
 from tinsmith.types import OpKind
+from tinsmith.upkeep.janitor import sweep
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.custom_loss import MAX_BYTES
 

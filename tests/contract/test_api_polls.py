@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.contract.raw import BASE
+from tinsmith.api import telling
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.config import Settings
 from tinsmith.store.rows import NewOp
@@ -81,6 +82,7 @@ def count_reads(house: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_a_thousand_polls_cost_one_watcher(make_house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     house = make_house(poll_hold_s=30.0, scan_interval_s=SCAN_S)
+    monkeypatch.setattr(telling, "AFTER_S", 60.0)
     worker = house.make_worker()
     waiters = house.services.waiters
     reads = count_reads(house, monkeypatch)

@@ -26,6 +26,7 @@ ACTS: dict[str, list[str]] = {  # by route: the events of its probes in tests/co
     "POST /copy_weights": ["checkpoint_copy"] * 3,
     "POST /import_weights": ["checkpoint_import"] * 2,
     f"DELETE {CHECKPOINT}": ["checkpoint_delete"] * KEPT,
+    "DELETE /training_runs/{run_id:str}": [*["checkpoint_delete"] * KEPT, "project_run_delete"],
     f"PUT {CHECKPOINT}/ttl": ["checkpoint_ttl_set"] * 2,
     f"POST {CHECKPOINT}/publish": ["checkpoint_publish"] * KEPT,
     f"DELETE {CHECKPOINT}/publish": ["checkpoint_unpublish"] * KEPT,

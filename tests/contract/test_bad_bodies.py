@@ -44,7 +44,8 @@ JUNK = {
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("bodies") / "data", "--max-body-bytes", str(MAX_BODY_BYTES)) as service:
+    flags = ("--device", "fake", "--max-body-bytes", str(MAX_BODY_BYTES))
+    with running(tmp_path_factory.mktemp("bodies") / "data", *flags) as service:
         yield service
 
 

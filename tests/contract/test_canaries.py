@@ -21,10 +21,10 @@ from tests.contract.conftest import BASE, Api, House
 from tests.contract.raw import Raw
 from tests.contract.routes import belongings
 from tests.service import Service, running
-from tinsmith import observe
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.services import Services
 from tinsmith.config import Settings
+from tinsmith.observe import logs as observe
 from tinsmith.store.rows import NewOp
 from tinsmith.types import OpId
 

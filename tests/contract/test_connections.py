@@ -13,6 +13,7 @@ import pytest
 
 from tests.contract.streams import Stream, Upload
 from tinsmith.api import connection, intake
+from tinsmith.api.marks import security_headers
 from tinsmith.api.waiters import Waiters
 
 SHORT_S = 0.6
@@ -62,7 +63,7 @@ def test_who_says_nothing_is_closed(live: Any) -> None:
 
 
 def test_a_header_may_hold_64_kib(live: Any) -> None:
-    for size, status in ((50_000, 200), (110_000, 400)):
+    for size, status in ((50_000, 200), (70_000, 400), (110_000, 400)):
         with Stream(live.url) as stream:
             stream.send(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n")
             try:
@@ -75,6 +76,36 @@ def test_a_header_may_hold_64_kib(live: Any) -> None:
             answer = stream.answer(WITHIN_S)
             assert answer is not None
             assert answer.status == status
+
+
+@pytest.mark.parametrize("size", [64_000, 66_000, 70_000, 90_000])
+def test_a_header_that_comes_whole_is_bounded_alike(live: Any, size: int) -> None:
+    head = b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n" + (b"X-A: " + b"y" * 993 + b"\r\n") * (size // 1000)
+    with Stream(live.url) as stream:
+        stream.send(head + b"\r\n")
+        answer = stream.answer(WITHIN_S)
+        assert answer is not None
+        assert answer.status == (200 if size < connection.HEADER_BYTES else 400)
+
+
+def test_every_answer_has_an_id_and_the_security_headers(live: Any, house: Any) -> None:
+    """Whoever gives it: a route, the framework, or the connection where there's no request to speak of."""
+    key = f"X-API-Key: {house.key}\r\n".encode()
+    cases = (
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"POST /api/v1/healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n", 400),
+        (b"GET /api/v1/hea", 408),
+        (b"GET /api/v1/nothing HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", 404),
+        (b"GET /api/v1/optim_step HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", 405),
+        (b"POST /api/v1/create_session HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 401),
+    )
+    for sent, status in cases:
+        with Stream(live.url) as stream:
+            stream.send(sent)
+            answer = stream.answer(WITHIN_S)
+            assert answer is not None
+            assert answer.status == status
+            assert_is_marked(answer.headers)
 
 
 def test_a_flood_of_headers_ends(live: Any) -> None:
@@ -160,6 +191,7 @@ def test_too_many_connections_are_turned_away(few_connections: None, live: Any) 
         assert answer is not None
         assert (answer.status, answer.body["code"]) == (503, "capacity")
         assert answer.headers["retry-after"]
+        assert_is_marked(answer.headers)
         assert one_more.is_closed(WITHIN_S)
         assert all(stream.is_closed(WITHIN_S) for stream in streams)
     assert httpx.get(f"{live.url}/api/v1/client/config").status_code == 405
@@ -187,6 +219,13 @@ def test_the_watcher_ends_even_when_the_bell_rings_at_that_moment() -> None:
     started = time.monotonic()
     asyncio.run(asyncio.wait_for(ring_and_leave(), WITHIN_S))
     assert time.monotonic() - started < WITHIN_S / 2
+
+
+def assert_is_marked(headers: dict[str, str]) -> None:
+    for name, value in security_headers():
+        assert headers[name.decode()] == value.decode()
+    assert headers["x-request-id"]
+    assert headers["date"]
 
 
 def num_taken(stream: Stream, pieces: Iterable[bytes]) -> int:

@@ -11,7 +11,7 @@ import tinker
 from tinker import types
 
 from tests.numerics.custom_losses import NUM_ANSWERS, RANKS, answers, dpo, gspo, make_inputs
-from tests.service import Service, running, until
+from tests.service import Service, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -20,9 +20,8 @@ FUNCTIONS = list(RANKS)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("losses") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture

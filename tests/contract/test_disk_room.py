@@ -11,9 +11,9 @@ from tests.contract.conftest import Api, HandWorker, House
 from tests.contract.test_quotas import is_done, sample
 from tinsmith.api import disk_room
 from tinsmith.api.app import build_app, with_edge
-from tinsmith.blobs import payload_key
-from tinsmith.disk_use import free_bytes
+from tinsmith.files.blobs import payload_key
 from tinsmith.types import OpId
+from tinsmith.upkeep.disk_use import free_bytes
 
 
 def test_a_full_data_directory_takes_no_new_requests_and_ends_those_it_has(make_house: Any) -> None:

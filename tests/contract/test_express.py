@@ -20,8 +20,8 @@ from tests.contract.streams import Stream
 from tests.paint import png
 from tinsmith.api import auth
 from tinsmith.api.express import Express
-from tinsmith.bell import Ringer
-from tinsmith.blobs import Blobs
+from tinsmith.files.blobs import Blobs
+from tinsmith.ipc.bell import Ringer
 from tinsmith.wire import wire_pb2 as pb
 
 WITHIN_S = 10.0
@@ -242,7 +242,7 @@ def test_a_stopping_server_ends_a_poll_and_says_so(wire: Wire, run_id: str, live
 
 def test_the_worker_is_rung_after_the_answer_and_once_a_turn(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(Ringer, "ring", lambda self: order.append("ring"))
+    monkeypatch.setattr(Ringer, "ring", lambda self, note: order.append("ring"))
 
     async def scenario() -> None:
         for _ in range(3):

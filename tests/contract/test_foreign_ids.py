@@ -11,7 +11,7 @@ import pytest
 
 from tests.contract.raw import BASE, Raw, Refusal, refused
 from tests.contract.routes import Ids, Probe, belongings, closed_routes, concrete, probes
-from tests.service import Service, running
+from tests.service import Service
 
 ABSENT = Ids(
     session="s" + "0" * 24,
@@ -44,9 +44,8 @@ class Tenant:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("tenants") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture(scope="module")

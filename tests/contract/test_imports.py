@@ -6,7 +6,9 @@ import io
 import json
 import struct
 import tarfile
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from safetensors.numpy import save
 from tests.contract.conftest import House, small_state
 from tests.contract.raw import BASE, Raw, Refusal
 from tests.contract.standing import QUERY, standing
-from tinsmith.checkpoint_file import dump_state, load_state
+from tinsmith.api import imports
+from tinsmith.files.checkpoint_file import dump_state, load_state
 from tinsmith.scopes import Scope
 from tinsmith.store.quota_rules import Quota
 from tinsmith.types import CheckpointKind, RunId, RunSpec, RunState, Targets
@@ -269,12 +272,15 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a head that is not the base's": (
         archive({**halves("lm_head", 2, 6, 50), "base_model.model.lm_head.base_layer.weight": np.ones((50, 6), "f4")}),
         "not the served base's"),
-    "a state of a full run": (dump_state(RunState(replace(ATTN, rank=0), 0, {})), "trains all weights"),
+    "a state of a full run": (dump_state(RunState(replace(ATTN, rank=0), 0, {})), "--full-fine-tuning"),
     "a state of other layers": (
         dump_state(small_state(replace(ATTN, targets=Targets(False, True, False)))), "lacks param/"),
     "a state of another width": (
         dump_state(small_state(ATTN, width=5)), "another base model"),
     "an alpha beyond all numbers": (archive(lora_alpha=10**400), "above 0"),
+    "an alpha that overflows": (archive(lora_alpha=1e300), "at most 1e+06"),
+    "a layer's alpha that overflows": (archive(alpha_pattern={"q_proj": 1e300}), "at most 1e+06"),
+    "a state whose alpha overflows": (dump_state(small_state(replace(ATTN, alpha=1e300))), "at most 1e+06"),
     "a type that is no text": (
         archive(headed(b'{"a":{"dtype":"\\ud800","shape":[1],"data_offsets":[0,4]}}')), "can't be read"),
     "a part that is no text": (
@@ -355,3 +361,28 @@ def test_nothing_of_an_upload_has_a_name(place: tuple[House, Raw, Raw], tmp_path
         file.write(b"x" * 1000)
         file.flush()
         assert {found.key for found in house.blobs.files()} == before
+
+
+def test_one_tenants_import_keeps_no_other_waiting(
+    place: tuple[House, Raw, Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, raw, other = place
+    is_looking, may_go_on = threading.Event(), threading.Event()
+    whole = imports.look
+
+    def look(*args: Any) -> Any:
+        if not is_looking.is_set():
+            is_looking.set()
+            assert may_go_on.wait(60)
+        return whole(*args)
+
+    monkeypatch.setattr(imports, "look", look)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(send, raw, archive(), "?name=slow")
+        assert is_looking.wait(60)
+        assert send(other, archive(), "?name=quick")["lora_rank"] == 2
+        assert not slow.done()
+        again = send(raw, archive(), "?name=second")
+        assert isinstance(again, Refusal), "a tenant imports one at a time"
+        may_go_on.set()
+        assert slow.result()["lora_rank"] == 2

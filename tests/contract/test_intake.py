@@ -13,7 +13,7 @@ from tinsmith.api.body import PLAIN_BYTES, TOKENS_BYTES
 from tinsmith.api.client import TELEMETRY_BYTES
 from tinsmith.api.intake import Budget
 from tinsmith.api.texts.fields import MAX_BODY_BYTES as TEXT_BYTES
-from tinsmith.errors import CapacityError, StorageFullError
+from tinsmith.errors import CapacityError, StorageFullError, TooLargeError
 from tinsmith.types import TenantId
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.media import MAX_SLOW_BYTES
@@ -86,6 +86,8 @@ def test_the_budget_is_for_each_tenant_and_for_all() -> None:
     budget.give_back(B, 40)
     budget.give_back(TenantId("c"), 1)
     assert budget.num_bytes == 0
+    with pytest.raises(TooLargeError, match="this request would hold 101 bytes"):
+        budget.take(A, 61, 40)  # which no waiting would change
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from tests.contract.routes import training
 from tests.contract.streams import Stream
 from tests.service import until
 from tinsmith.api.waiters import Waiters
-from tinsmith.janitor import sweep
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId
+from tinsmith.upkeep.janitor import sweep
 
 BASE = "tinsmith/tiny"
 USER = {"role": "user", "content": "Tell me a story."}

@@ -15,9 +15,9 @@ from litestar.testing import TestClient
 
 from tests.contract.conftest import House as ApiHouse
 from tests.flow.house import House, settle
-from tinsmith import observe
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.config import Settings
+from tinsmith.observe import logs as observe
 from tinsmith.worker.watch import MAX_IDS, about
 
 SECRET_TOKENS = [31337, 27182, 16180]

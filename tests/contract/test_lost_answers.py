@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import tinker
 from tinker import types
 
 from tests.contract.lossy import lossy_proxy
-from tests.service import Service, running
+from tests.service import Service
 
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64]
 ONCE_EACH = {"create_model", "forward_backward", "optim_step", "retrieve_future", "save_weights", "asample"}
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("lost") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 def train(url: str, key: str) -> tuple[list[float], list[list[int]]]:

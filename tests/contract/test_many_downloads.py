@@ -16,8 +16,8 @@ from tests.contract.conftest import BASE, small_state
 from tests.contract.streams import Reader
 from tests.service import until
 from tinsmith.api import connection, services
-from tinsmith.blobs import checkpoint_key
-from tinsmith.checkpoint_file import dump_state
+from tinsmith.files.blobs import checkpoint_key
+from tinsmith.files.checkpoint_file import dump_state
 from tinsmith.store.rows import NewCheckpoint
 from tinsmith.types import CheckpointKind, RunSpec
 

@@ -17,13 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.contract.conftest import House
 from tests.unit.test_metrics import samples
-from tinsmith import series
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.api.metrics import listening
 from tinsmith.config import METRICS_DIR
-from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError
-from tinsmith.metrics import Counter, Counting, Gauge, Histogram
+from tinsmith.files.datadir import DataDir, ServerInfo
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counter, Counting, Gauge, Histogram
 from tinsmith.scopes import Scope
 
 ADAM = {"adam_params": {"learning_rate": 0.1}}

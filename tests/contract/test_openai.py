@@ -16,9 +16,9 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.service import Service, running, until
-from tinsmith.bases import SHIPPED_PATH
-from tinsmith.tokenizer import ChatTokenizer
+from tests.service import Service, until
+from tinsmith.bases.catalog import SHIPPED_PATH
+from tinsmith.bases.tokenizer import ChatTokenizer
 
 BASE = "tinsmith/tiny"
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
@@ -27,9 +27,8 @@ TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("openai") / "data", "--no-deterministic") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 def connect(service: Service, key: str | None = None) -> openai.OpenAI:
@@ -63,7 +62,7 @@ def test_models(client: openai.OpenAI, trained: str) -> None:
     assert [model.id for model in client.models.list()] == [BASE, trained]
     assert client.models.retrieve(BASE).owned_by == "tinsmith"
     found = client.models.retrieve(trained)
-    assert (found.id, found.owned_by) == (trained, "admin")
+    assert (found.id, found.owned_by) == (trained, "test_openai")
     assert abs(found.created - time.time()) < 600
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("tinsmith/other")
@@ -269,7 +268,7 @@ def test_another_tenants_checkpoint_is_one_that_does_not_exist(
     key = client._client.post(
         f"{service.url}/api/v1/admin/keys",
         headers={"x-api-key": service.key},
-        json={"name": "laptop", "tenant": "mallory"},
+        json={"name": "laptop", "tenant": "mallory of test_openai"},
     ).json()["secret"]
     absent = trained.replace("rome", "roma")
     with connect(service, key) as mallory:

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, Qwen3VLConfig, Qwen3VLForConditiona
 from tests.paint import jpeg, png
 from tests.seeing import END, IMAGE_TOKEN, NAME, START, seeing_base
 from tests.service import Service, running
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer import ChatTokenizer
 
 BOUND = 1e-5
 ALIKE = {"num_hidden_layers": 2, "initializer_range": 0.1}

@@ -20,7 +20,7 @@ from tinker import types
 from tests.paint import jpeg, png
 from tests.seeing import END, IMAGE_TOKEN, NAME, START, seeing_base
 from tests.service import Service, running
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer import ChatTokenizer
 
 SIZE = 32  # pixels each way: 4 tokens
 NUM_TOKENS = 4
@@ -186,6 +186,40 @@ def test_pictures_are_fetched_from_allowed_locations_and_kept(
         drawn(sampler, seen(pointer(f"{shelf}/a.png", 7)))
     with pytest.raises(tinker.TinkerError, match="names more than 8 pictures"):
         drawn(sampler, seen(*[pointer(f"{shelf}/a.png")] * 9))
+
+
+def test_pictures_of_training_are_fetched_too(client: tinker.ServiceClient, service: Service, shelf: Path) -> None:
+    """An image chunk holds the address, as the SDK has no other form of it in training."""
+    run = client.create_lora_training_client(NAME, rank=4, seed=1).result()
+    pointer = types.ImageAssetPointerChunk(location=f"{shelf}/a.png", format="png", expected_tokens=NUM_TOKENS)
+    with pytest.raises(ValueError, match="Unsupported model input chunk type: ImageAssetPointerChunk"):
+        run.forward([datum(pointer)], "cross_entropy").result()
+    run = client.create_lora_training_client(NAME, rank=4, seed=1).result()
+    address = f"file://{shelf}/a.png".encode()
+    named, held = logprobs(run, datum(image(address)), datum(image(png())))
+    assert named == held
+    run.forward_backward([datum(image(address), text(9), image(address))], "cross_entropy").result()
+    with closing(sqlite3.connect(service.data_dir / "tinsmith.db")) as database:
+        payloads = [bytes(row[0]) for row in database.execute("select payload from ops where payload is not null")]
+    assert not any(address in payload for payload in payloads)
+    for location, words in (
+        (f"file://{shelf}/none.png", "can't be fetched"),
+        (f"file://{shelf}/../a.png", "not fetched from"),
+        ("file:///etc/hostname", "not fetched from"),
+        ("https://example.com/a.png", "not fetched from"),
+        (f"file://{shelf}/broken.png", "can't be read"),
+    ):
+        with pytest.raises(tinker.TinkerError, match=words):
+            run.forward([datum(image(location.encode()))], "cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match="makes 4 tokens"):
+        run.forward([datum(image(address, expected=5))], "cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match="no text"):
+        run.forward([datum(image(address + b"\xff"))], "cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match="more than 8 pictures"):
+        run.forward([datum(*[image(address)] * 9)], "cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match="send an image_asset_pointer"):
+        drawn(client.create_sampling_client(base_model=NAME).result(), seen(image(address)))
+    run.optim_step(types.AdamParams(learning_rate=1e-3)).result()  # the run goes on
 
 
 def prompt_of(base: Path, *parts: Any) -> types.ModelInput:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ import tinker
 from tinker import types
 from transformers import AutoTokenizer
 
-from tests.service import Service, running
-from tinsmith.bases import SHIPPED_PATH
+from tests.service import Service
+from tinsmith.bases.catalog import SHIPPED_PATH
 
 TEXT = [5, 17, 42, 99, 7, 13, 28, 64]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("sdk") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture

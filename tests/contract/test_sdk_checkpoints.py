@@ -8,7 +8,6 @@ import tarfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 from tests.contract.raw import Raw
-from tests.service import Service, running
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH
+from tests.service import Service
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH
 
 BOUND = 1e-5  # between our own numbers
 FLOAT32 = 3e-5  # from float64: 1.4e-5 at worst was seen here, and plain transformers in float32 is no closer
@@ -32,9 +31,8 @@ FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("weights") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture(scope="module")

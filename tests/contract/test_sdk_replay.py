@@ -14,7 +14,7 @@ from tinker import types
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.service import Service, running
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
 
 NAME = "test/mixture"
 PROMPT = list(range(5, 25))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.service import Service, running
+from tests.service import Service
 
 BASE = "tinsmith/tiny"
 TEXT = [5, 17, 42, 99, 7, 13]
@@ -19,9 +18,8 @@ DATUM = types.Datum(types.ModelInput.from_ints(TEXT[:-1]), loss_fn_inputs={"targ
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("runs") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture(scope="module")

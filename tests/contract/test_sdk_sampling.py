@@ -17,7 +17,7 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 from tests.service import Service, running, until
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
 from tinsmith.store import open_store
 from tinsmith.types import OpId
 
@@ -28,9 +28,8 @@ FLOAT32 = 3e-5  # from float64: 1.4e-5 at worst was seen here, and plain transfo
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running(tmp_path_factory.mktemp("sampling") / "data") as service:
-        yield service
+def service(shared_server: Service) -> Service:
+    return shared_server
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tests.contract.conftest import BASE, small_state
 from tinsmith.api.app import build_app
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.places import CALLER
-from tinsmith.blobs import checkpoint_key
-from tinsmith.checkpoint_file import dump_state
+from tinsmith.files.blobs import checkpoint_key
+from tinsmith.files.checkpoint_file import dump_state
 from tinsmith.scopes import Scope
 from tinsmith.store.rows import NewCheckpoint, Principal
 from tinsmith.types import CheckpointKind, RunSpec, TenantId

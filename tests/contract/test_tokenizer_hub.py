@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tinsmith.api.services import ServedBase
 from tinsmith.api.training import gives_path
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
 from tinsmith.config import Settings
 
 TEXT = "What is 2 + 3? Größe: 12 km\n"

@@ -13,10 +13,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from tests.contract.conftest import House as ApiHouse
 from tests.flow.house import House, settle
-from tinsmith import tracing
 from tinsmith.api.app import build_app, with_edge
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
+from tinsmith.observe import tracing
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT = f"00-{TRACE}-00f067aa0ba902b7-01"

@@ -14,7 +14,7 @@ from tests.contract.test_quotas import sample
 from tests.service import until
 from tinsmith.api.polls import Polls
 from tinsmith.api.unpolled import give_up_unpolled
-from tinsmith.janitor import sweep
+from tinsmith.upkeep.janitor import sweep
 
 # The SDK never closes its connections; the collector finds them during or after a test.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

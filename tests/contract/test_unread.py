@@ -21,8 +21,8 @@ from tinsmith.api import connection, outgo
 from tinsmith.api.outgo import Unread
 from tinsmith.api.places import Places
 from tinsmith.api.services import MAX_TENANT_FILES
-from tinsmith.blobs import result_key
 from tinsmith.errors import CapacityError
+from tinsmith.files.blobs import result_key
 from tinsmith.store.rows import Finished, OpRow
 from tinsmith.types import OpState, TenantId
 

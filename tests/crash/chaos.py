@@ -31,8 +31,8 @@ import numpy as np
 
 from tests.crash.raw_client import Client, Journal, asks
 from tests.service import Service, is_alive, until
-from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import read_state
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.checkpoint_file import read_state
 from tinsmith.store import DATABASE_FILE
 from tinsmith.types import BlobKey
 from tinsmith.wire import wire_pb2 as pb
@@ -41,6 +41,7 @@ NUM_CLIENTS = 16
 NUM_PROCESSES = 2
 FLAGS = ("--inline-bytes", "256", "--snapshot-debt-bytes", "4000", "--lease-s", "3", "--hang-timeout-s", "3")
 END_WITHIN_S = 240.0
+READY_S = 100.0
 KINDS = {"worker": 6, "api": 5, "both": 3, "clients": 3, "serve": 2, "end": 1, "stop": 1, "relief": 1}
 
 
@@ -107,7 +108,7 @@ class Chaos:
         self.count[kind] += 1
         getattr(self, f"hit_{kind}")(index)
         if is_awaited and kind != "clients":
-            until(self._service.is_ready, 60, self._service.log.read_text)
+            until(self._service.is_ready, READY_S, self._service.log.read_text)
         time.sleep(pause_s)
 
     def _pids(self, *, api: bool = False, workers: bool = False) -> list[int]:
@@ -171,10 +172,13 @@ def check(service: Service, journals: list[Journal]) -> None:
     assert set(acked.values()) == {1}
     with _database(service) as database:
         states = dict(database.execute("SELECT op_id, state FROM ops"))
+        failed = list(database.execute("SELECT op_id, kind, state, failure_message FROM ops WHERE state != 'done'"))
         places = "SELECT count(*) FROM ops GROUP BY coalesce(run_id, sampler_id), seq_id"
         assert {count for (count,) in database.execute(places)} == {1}
         assert list(database.execute("SELECT * FROM replays")) == []
-    assert {states.get(request_id) for request_id in acked} == {"done"}, "an acknowledged request was lost, or failed"
+    lost = acked.keys() - states.keys()
+    assert not lost, f"acknowledged requests were lost: {lost}"
+    assert not failed, f"acknowledged requests failed: {failed}"
     left = states.keys() - acked.keys()
     assert not left, "requests that nobody was told of"
 
@@ -260,7 +264,7 @@ def run(
             if number % max(1, len(kinds) // 20) == 0:
                 done = sum(len(journal.results) for journal in clients.journals())
                 say(f"{number} kills, {done} results, {time.monotonic() - started:.0f} s: {dict(chaos.count)}")
-        until(service.is_ready, 60, service.log.read_text)
+        until(service.is_ready, READY_S, service.log.read_text)
         journals = clients.end()
         say(f"{sum(len(journal.acks) for journal in journals)} requests acknowledged; comparing")
         check(service, journals)

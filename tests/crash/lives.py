@@ -26,15 +26,15 @@ import structlog
 
 from tests.flow.house import House, settle, train
 from tinsmith import crashpoints
-from tinsmith.backup import back_up, restore
-from tinsmith.blobs import Blobs
-from tinsmith.cooling import Cooling
 from tinsmith.errors import GoneError
-from tinsmith.janitor import sweep
+from tinsmith.files.blobs import Blobs
 from tinsmith.store import DATABASE_FILE, Store, open_as_it_is, open_store
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpId, OpKind, OpState, RunId, SamplerId, SessionId, TenantId
-from tinsmith.verify import verify
+from tinsmith.upkeep.backup import back_up, restore
+from tinsmith.upkeep.cooling import Cooling
+from tinsmith.upkeep.janitor import sweep
+from tinsmith.upkeep.verify import verify
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.worker.loop import Worker
 
@@ -81,12 +81,16 @@ class NotedHome(Home):
             index.write(f"{what} {json.dumps(entry)}\n")
 
 
+def runs_of(home: Home, num_runs: int) -> list[RunId]:
+    return [RunId(f"{home.session}:train:{number}") for number in range(num_runs)]
+
+
 class Client:
     """What is asked for, round by round; the numbers of requests are the same in every life."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        self.runs = [RunId(f"{home.session}:train:{number}") for number in range(NUM_RUNS)]
+        self.runs = runs_of(home, NUM_RUNS)
         self.sampler = SamplerId(f"{home.session}:sample:0")
 
     def rounds(self) -> list[Callable[[], object]]:
@@ -144,6 +148,20 @@ class Client:
         sweep(store, self.home.blobs, self.home.settings, now + 120)
 
 
+AGED = SETTINGS | {"run_ttl_s": 2 * 86400.0, "audit_ttl_s": 30 * 86400.0, "usage_hours_s": 31 * 86400.0}
+
+
+def age(root: Path, crash_point: str) -> None:
+    """The janitor's rounds forty days after the session's end; all is old then."""
+    structlog.configure(processors=[_drop])
+    crashpoints.arm_from(crash_point)
+    with contextlib.closing(Home(root, **AGED)) as home:
+        now = time.time()
+        home.store.sessions.finish(home.tenant, SessionId(home.session), "success", None, now)
+        for at in (now, now + 120, now + 240):
+            sweep(home.store, home.blobs, home.settings, at + 40 * 86400.0)
+
+
 def live(root: Path, crash_point: str, rounds: Iterable[int]) -> None:
     """Some rounds, with the worker's work after each; a clean stop and a new worker where a round wants none there."""
     structlog.configure(processors=[_drop])
@@ -191,7 +209,7 @@ def has(store: Store, tenant: TenantId, op_id: OpId) -> bool:
         return False
 
 
-def account(root: Path, out: Path) -> None:
+def account(root: Path, out: Path, num_runs: int = NUM_RUNS) -> None:
     """What all that came to, whatever its ids: states, results, what was metered. Writes it to `out` as JSON."""
     structlog.configure(processors=[_drop])
     with contextlib.closing(Home(root, **SETTINGS)) as home:
@@ -209,8 +227,7 @@ def account(root: Path, out: Path) -> None:
             metered = dict(connection.execute("SELECT kind, sum(quantity) FROM usage GROUP BY kind").fetchall())
         findings = [f"{finding.owner}: {finding.problem}" for finding in verify(home.store, home.blobs).findings]
         states = {}
-        client = Client(home)
-        for run in client.runs:
+        for run in runs_of(home, num_runs):
             home.forward_backward(run, home.store.runs.get(home.tenant, run).head_seq + 1, [1], forward_only=True)
             settle(home.worker())
             state = home.state(run)

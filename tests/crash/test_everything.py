@@ -24,7 +24,7 @@ from tests.flow.house import House, settle, train
 from tinsmith.store.quota_rules import Quota
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState, RunId, SamplerId, SessionId, TenantId
-from tinsmith.verify import verify
+from tinsmith.upkeep.verify import verify
 from tinsmith.worker.loop import Worker
 
 SLOTS = ("0", "0-2")

@@ -11,10 +11,10 @@ import pytest
 
 from tests.flow.house import BASE, House
 from tests.service import until
-from tinsmith.bases import SHIPPED_PATH
-from tinsmith.child import ChildSpec
+from tinsmith.bases.catalog import SHIPPED_PATH
 from tinsmith.config import child_env
-from tinsmith.supervisor import Supervisor
+from tinsmith.serve.child import ChildSpec
+from tinsmith.serve.supervisor import Supervisor
 from tinsmith.types import OpState
 
 HANGING = 66  # a token
@@ -45,9 +45,9 @@ def test_the_op_that_hangs_fails_alone(tmp_path: Path) -> None:
         bells = ("--bell", str(tmp_path / "w.sock"), "--api-bell", str(tmp_path / "a.sock"))
         spec = ChildSpec("worker", (*argv, *bells), child_env(house.settings, {}), has_pulse=True)
 
-        def died(name: str) -> None:
+        def died(name: str, is_excused: bool) -> None:
             deaths.append(name)
-            house.store.workers.vacate("0")
+            house.store.workers.vacate("0", is_excused=is_excused)
 
         lines: list[str] = []
         supervisor = Supervisor(

@@ -47,23 +47,22 @@ def new_run(client: tinker.ServiceClient) -> tinker.TrainingClient:
     return client.create_lora_training_client("tinsmith/tiny", rank=8, seed=1).result()
 
 
-def test_killing_worker_and_api_between_ops_changes_nothing(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as service:
-        expected = train(new_run(connect(service)))
+def test_killing_worker_and_api_between_ops_changes_nothing(plain_server: Service) -> None:
+    expected = train(new_run(connect(plain_server)))
 
-        def kill(step: int) -> None:
-            if step in (2, 4):
-                service.kill_worker()
-            if step in (3, 4):
-                service.kill_api()
+    def kill(step: int) -> None:
+        if step in (2, 4):
+            plain_server.kill_worker()
+        if step in (3, 4):
+            plain_server.kill_api()
 
-        assert train(new_run(connect(service)), kill) == expected
+    assert train(new_run(connect(plain_server)), kill) == expected
 
 
 def test_queued_requests_survive_the_death_of_everything(tmp_path: Path) -> None:
     """serve itself is killed with requests in the queue; the next serve on the directory answers them."""
     data_dir = tmp_path / "data"
-    with running(data_dir, "--port", str(free_port())) as service:
+    with running(data_dir, "--device", "fake", "--port", str(free_port())) as service:
         client = connect(service)
         expected = train(new_run(client))
         run = new_run(client)
@@ -94,7 +93,7 @@ def test_dead_children_are_back_within_five_seconds_on_the_same_port(tmp_path: P
 
 
 def test_a_clean_stop_takes_its_files_along(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as service:
+    with running(tmp_path / "data", "--device", "fake") as service:
         children = pids(service)
         run = new_run(connect(service))
         future = run.forward_backward([datum(0)], "cross_entropy")
@@ -107,7 +106,7 @@ def test_a_clean_stop_takes_its_files_along(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_healthz_knows_at_once_that_a_worker_is_gone(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as service:
+    with running(tmp_path / "data", "--device", "fake") as service:
         service.kill_worker()
         until(lambda: not service.is_ready(), 1.5)
         until(service.is_ready, 15.0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests.crash.test_kill import connect, datum, free_port
 from tests.service import Service, running
-from tinsmith import cli
+from tinsmith.cli import main as cli
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -32,16 +32,17 @@ def steps(run: Any, first: int, num: int) -> list[list[float]]:
     return found
 
 
-def test_training_goes_on_elsewhere_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_elsewhere_as_if_nothing_had_been(
+    tmp_path: Path, plain_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Saved here, exported, imported there; that server dies at once with all its processes. What was acknowledged is
     there when it is back; weights, moments and step are those of the run that stayed."""
     monkeypatch.delenv("TINKER_BASE_URL", raising=False)
-    with running(tmp_path / "here") as here:
-        stays = connect(here).create_lora_training_client("tinsmith/tiny", rank=4, seed=3).result()
-        steps(stays, 0, 2)
-        path = stays.save_state("half").result().path
-        command(here, "export", path, "--format", "state", "--out", tmp_path / "run.tar")
-        undisturbed = steps(stays, 2, 3)
+    stays = connect(plain_server).create_lora_training_client("tinsmith/tiny", rank=4, seed=3).result()
+    steps(stays, 0, 2)
+    path = stays.save_state("half").result().path
+    command(plain_server, "export", path, "--format", "state", "--out", tmp_path / "run.tar")
+    undisturbed = steps(stays, 2, 3)
     with running(tmp_path / "there", "--port", str(free_port())) as there:
         done = command(there, "import", tmp_path / "run.tar", "--name", "moved")
         there.kill()

@@ -22,7 +22,7 @@ import pytest
 
 from tests.crash import lives
 from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
-from tinsmith.verify import verify
+from tinsmith.upkeep.verify import verify
 
 HERE = Path(__file__).parent
 CUTS = int(os.environ.get("TINSMITH_TEST_DEATHS", "5"))

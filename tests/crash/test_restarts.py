@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +22,11 @@ from tinker import types
 from tests.crash.raw_client import PROTOBUF, Ask, Line, training
 from tests.crash.test_kill import connect, datum, free_port
 from tests.service import Service, is_alive, running, until
+from tests.unit.test_metrics import samples
 
 FAKE = ("--device", "fake")
 PATIENCE_S = 120.0  # on a machine that others use as well
+PAUSE_S = 0.01  # between requests: the process that starts beside them needs the processor
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -94,6 +98,7 @@ def test_a_new_api_process_takes_over_and_no_request_is_lost(service: Service) -
         while not over.is_set():
             seq += 1
             client.step(seq)
+            time.sleep(PAUSE_S)
         return seq
 
     with ThreadPoolExecutor() as pool:
@@ -111,6 +116,33 @@ def test_a_new_api_process_takes_over_and_no_request_is_lost(service: Service) -
         assert poll.result(PATIENCE_S)["type"] == "optim_step"
         assert all(count.result(PATIENCE_S) > 10 for count in counts)
     assert waiting.statuses[408] >= 2, "its poll was handed back by each process that ended"
+    assert "died" not in service.log.read_text()
+
+
+def health(service: Service, query: str = "") -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(f"{service.url}/api/v1/healthz{query}", timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_a_stopped_supervisor_is_noticed_while_all_goes_on(service: Service) -> None:
+    client = Strict(service)
+    assert health(service, "?supervised=true") == (200, {"status": "ok"})
+    service.process.send_signal(signal.SIGSTOP)
+    try:
+        until(lambda: "warnings" in health(service)[1], PATIENCE_S)
+        assert health(service)[0] == 200
+        assert "no sign of life" in health(service)[1]["warnings"][0]
+        assert health(service, "?supervised=true")[0] == 503
+        client.step(1)
+        asked = urllib.request.Request(f"{service.url}/metrics", headers={"X-API-Key": service.key})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert samples(answer.read())[("tinsmith_supervisor_silent_seconds", ())] > 6.0
+    finally:
+        service.process.send_signal(signal.SIGCONT)
+    until(lambda: health(service, "?supervised=true") == (200, {"status": "ok"}), PATIENCE_S)
     assert "died" not in service.log.read_text()
 
 

@@ -46,6 +46,11 @@ def test_the_page_lists_the_codes_of_the_source() -> None:
     assert set(rows()) == codes_in_source()
 
 
+def test_no_status_is_one_that_clients_wait_upon_for_long() -> None:
+    """409 and 402: the SDK asks again for minutes, or waits for a payment that nobody takes."""
+    assert not {402, 409} & {*CODES, *(status for _, status in STATUSES)}
+
+
 def test_categories_and_statuses_are_those_of_the_exceptions() -> None:
     page = rows()
     kinds = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tinsmith.validate import LOSSES
+from tinsmith.validate.requests import LOSSES
 from tinsmith.wire.loss_ops import ATTRIBUTES, CALLS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "losses.md").read_text()

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from scripts import make_board, make_metrics_table
-from tinsmith import series
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counter
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "observe.md").read_text()
@@ -45,6 +46,16 @@ def test_every_series_and_label_of_a_query_is_there(query: str) -> None:
         labels |= set(one.labels)
     grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")}
     assert grouped - OF_PROMETHEUS <= labels
+
+
+@pytest.mark.parametrize("query", [rule["expr"] for rule in ALERTS])
+def test_an_alert_fires_where_nothing_of_its_kind_was_counted_before(query: str) -> None:
+    """A series that begins with 1 has no increase, and a rate of what isn't there is not 0 but nothing."""
+    for name, value in re.findall(r"increase\((tinsmith_\w+)\{\w+=\"(\w+)\"", query):
+        one = BY_NAME[name]
+        assert isinstance(one, Counter)
+        assert value in one.first
+    assert not re.search(r"rate\([^)]*\)\)? == 0", query)
 
 
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in ALERTS])

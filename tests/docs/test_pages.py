@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,18 @@ def defines(path: Path, names: list[str]) -> bool:
     """`names`: of a function, or of a class and its method; none asks for the file alone."""
     if not path.is_file():
         return False
-    body = ast.parse(path.read_text()).body
+    body = parsed(path).body
     for name in names:
         found = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
         if not found:
             return False
         body = found[0].body
     return True
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -17,9 +17,9 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from tests.families.configs import CONFIGS, HUB_CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
+from tinsmith.bases.vision_files import read_vision
 from tinsmith.model import BaseModel, load_base
 from tinsmith.types import BaseInfo
-from tinsmith.vision_files import read_vision
 
 BOUND = 1e-5
 MakeBase = Callable[..., BaseModel]

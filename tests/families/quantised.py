@@ -22,7 +22,11 @@ Coded = tuple[dict[str, Tensor], Tensor]  # what the file holds, by suffix of th
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 BLOCK = (32, 48)  # neither divides all widths of the configurations
 MOST = 448.0  # of E4M3
-LEFT = ("vision", "visual", "multi_modal", "embed_tokens", "lm_head", "norm", "router", ".gate.weight", "bias")
+LEFT = (
+    "vision", "visual", "multi_modal", "embed_tokens", "lm_head", "norm", "router", ".gate.weight", "bias", "conv1d",
+)  # fmt: skip
+MIN_OUTPUTS = 32  # of what is quantised while it is read
+FLIPPED = ("gpt_oss", "llama4")  # model types whose joint experts are stored as [E, I, O]
 
 
 def fp8_blocks(weight: Tensor) -> Coded:
@@ -62,7 +66,9 @@ def mxfp4(weight: Tensor) -> Coded:
 
 
 def int4(weight: Tensor) -> Tensor:
-    group = next(size for size in (128, 64, 32) if weight.shape[1] % size == 0)
+    group = next((size for size in (128, 64, 32) if weight.shape[1] % size == 0), None)
+    if group is None:
+        return weight
     made = IntxUnpackedToInt8Tensor.from_hp(weight, (1, group), torch.int4, mapping_type=MappingType.ASYMMETRIC)
     return made.dequantize()
 
@@ -98,11 +104,15 @@ def write(plain: Path, form: str, quantised: Path, twin: Path) -> None:
         shutil.copytree(plain, target)
     tensors = load_file(plain / "model.safetensors")
     stored, meant = dict(tensors), dict(tensors)
+    config = json.loads((plain / "config.json").read_text())
+    is_flipped = config["model_type"].startswith(FLIPPED)
     for name, weight in tensors.items():
         if any(part in name for part in LEFT) or weight.ndim < 2 or weight.shape[0] < 2:
             continue
         if form in MADE:
-            meant[name] = _each(MADE[form], weight, is_flipped=weight.ndim == 3)
+            if weight.ndim == 2 and len(weight) < MIN_OUTPUTS:
+                continue
+            meant[name] = _each(MADE[form], weight, is_flipped=is_flipped)
         elif (weight.ndim == 3) == (form == "mxfp4"):
             parts, meant[name] = FORMS[form][0](weight)
             del stored[name]
@@ -110,12 +120,13 @@ def write(plain: Path, form: str, quantised: Path, twin: Path) -> None:
     save_file(meant, twin / "model.safetensors", {"format": "pt"})
     if form in FORMS:
         save_file(stored, quantised / "model.safetensors", {"format": "pt"})
-        config = json.loads((plain / "config.json").read_text())
         (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": FORMS[form][1]}))
 
 
 def _each(make: Callable[[Tensor], Tensor], weight: Tensor, *, is_flipped: bool) -> Tensor:
     """Of each expert, along its inputs."""
-    if not is_flipped:
+    if weight.ndim == 2:
         return make(weight).contiguous()
+    if not is_flipped:
+        return torch.stack([make(expert) for expert in weight]).contiguous()
     return torch.stack([make(expert.T.contiguous()).T for expert in weight]).contiguous()

@@ -1,5 +1,8 @@
 """What `tinker_cookbook.weights` makes of exported adapters of mixtures: the model that was trained.
 
+Of models with vision it reads the language model. Qwen3-VL's tower is beyond it, since it puts `language_model` after
+every `model.` of a name, and Gemma 3, whose tensors it looks for under other names than they are stored by.
+
 Mixtral isn't among them: cookbook 0.6.1 turns w1, w2 and w3 into gate_proj, down_proj and up_proj whatever the base
 calls them, and in Mixtral's files they are w1, w2 and w3. No name of ours changes that; `tinsmith export` merges it.
 """
@@ -14,18 +17,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from tests.numerics.lab import datum, item, make_trainer, run_pass, spec
-from tinsmith.adapter_files import adapter_files
-from tinsmith.bases import BaseRef, describe
-from tinsmith.checkpoint_file import dump_state, read_state_header
+from tests.families.configs import CONFIGS
+from tests.numerics.lab import datum, item, make_trainer, reader_of, run_pass, spec
+from tinsmith.bases.catalog import BaseRef, describe
+from tinsmith.export.adapter import read_adapter
+from tinsmith.files.adapter_files import adapter_files
+from tinsmith.files.checkpoint_file import dump_state, read_state_header
 from tinsmith.model import BaseModel
 from tinsmith.training import Trainer
-from tinsmith.types import RunId
+from tinsmith.types import RunId, Targets
 
 BOUND = 1e-5
 RUN = spec("a", 4)
+HEADLESS = spec("a", 4, Targets(unembed=False))  # the cookbook changes the embedding along with a tied head
+TOWER = spec("a", 4, Targets(vision=True))
 
 
 def export(trainer: Trainer, base: BaseModel, directory: Path) -> None:
@@ -50,11 +56,27 @@ def test_names_and_shapes_are_those_of_shared_outer_experts(make_base, tmp_path:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
+def test_layers_of_a_model_with_vision_are_named_as_without(kind: str, make_base, tmp_path: Path) -> None:
+    """What the archive leaves out is told in it, so that it is read back whole."""
+    base = make_base(kind)
+    export(make_trainer(base, TOWER), base, tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    of_language = {name for name in names if ".layers." in name}
+    assert of_language
+    assert all(name.startswith("base_model.model.model.layers.") for name in of_language)
+    assert all("visual." in name or "unembed" in name or "lm_head" in name for name in names.keys() - of_language)
+    trained = {linear.name for linear in base.linears if linear.is_targeted(TOWER.targets)}
+    assert set(read_adapter(tmp_path / "adapter").names) == trained
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_vl", "qwen3_vl_moe", "llama4_vl"]
+)
 def test_the_cookbook_merges_what_was_trained(kind: str, make_base, tmp_path: Path) -> None:
     weights = pytest.importorskip("tinker_cookbook.weights")
     base = make_base(kind)
-    trainer = make_trainer(base, RUN)
+    trainer = make_trainer(base, HEADLESS if CONFIGS[kind][1].tie_word_embeddings else RUN)
     data = [datum(np.random.default_rng(3), length) for length in (9, 50)]
     (result,) = run_pass(trainer, [item("a", data, backward=False)])
     export(trainer, base, tmp_path / "adapter")
@@ -62,7 +84,7 @@ def test_the_cookbook_merges_what_was_trained(kind: str, make_base, tmp_path: Pa
         base_model=base.info.path, adapter_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "merged"),
         dtype="float32",
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
+    model = reader_of(base).from_pretrained(
         tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     for one, ours in zip(data, result.logprobs, strict=True):
@@ -80,6 +102,17 @@ def test_the_cookbook_converts_it_for_serving_engines(make_base, tmp_path: Path)
         base_model=base.info.path, adapter_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "peft")
     )
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_of_qwen_s_tower_are_refused_by_name(make_base, tmp_path: Path) -> None:
+    """When this fails, the docs can send such runs to the cookbook too."""
+    weights = pytest.importorskip("tinker_cookbook.weights")
+    base = make_base("qwen3_vl")
+    export(make_trainer(base, TOWER), base, tmp_path / "ours")
+    with pytest.raises(Exception, match=r"visual\.blocks.*does not exist"):
+        weights.build_hf_model(
+            base_model=base.info.path, adapter_path=str(tmp_path / "ours"), output_path=str(tmp_path / "merged")
+        )
 
 
 def test_mixtral_is_beyond_the_cookbook_under_either_name(make_base, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.families.configs import CONFIGS, VOCAB
 from tests.families.twin import MergedTwin, plain_model
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
-from tinsmith.bases import BaseRef, describe
+from tinsmith.bases.catalog import BaseRef, describe
 from tinsmith.errors import UnsupportedError
 from tinsmith.lora_options import LoraOptions
 from tinsmith.model import load_base, open_base

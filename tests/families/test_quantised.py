@@ -40,7 +40,9 @@ REST = (
 )
 IS_ALL = bool(os.environ.get("TINSMITH_TEST_ALL_FORMS"))  # `make forms`
 BASES = (*FEW, *REST) if IS_ALL else FEW
-OTHERS = [f"{family}-fp8_rows" for family in CONFIGS if f"{family}-fp8_rows" not in (*FEW, *REST)]
+FORMS = {"fp8": "fp8", "fp8_rows": "fp8", "fp8_whole": "fp8", "int4": "int4", "nf4": "NF4"}  # MXFP4 is gpt-oss's own
+OTHERS = [f"{family}-{form}" for form in FORMS for family in CONFIGS if f"{family}-{form}" not in (*FEW, *REST)]
+THIN = ("granite-fp8_rows", "cohere2-nf4")
 
 
 @pytest.fixture(params=BASES)
@@ -75,9 +77,11 @@ def make_base(make_base: MakeBase, tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
-@pytest.mark.parametrize("kind", OTHERS if IS_ALL else OTHERS[-2:])
+@pytest.mark.parametrize("kind", OTHERS if IS_ALL else THIN)
 def test_every_family_computes_with_what_its_weights_mean(kind: str, make_base: MakeBase, plain, within) -> None:
-    """And all of its matrices that a file quantises are kept so."""
+    """In training, its gradients and sampling; and matrices are kept in that form."""
     base = make_base(kind)
-    assert "fp8" in base.bytes_by_form()
+    assert FORMS[kind.partition("-")[2]] in base.bytes_by_form()
     test_logprobs_without_an_adapter_are_those_of_transformers(kind, make_base, plain, within)
+    test_logprobs_and_gradients_are_those_of_peft(kind, make_base, within)
+    test_samples_have_the_logprobs_of_the_trainer(kind, make_base, within)

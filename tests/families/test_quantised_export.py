@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.families import quantised
 from tests.families.test_battery import write_adapter
 from tests.numerics.lab import make_trainer, spec
-from tinsmith.bases import weight_shapes
+from tinsmith.bases.catalog import weight_shapes
 from tinsmith.export.adapter import read_adapter
 from tinsmith.export.expert_weights import plain_shapes
 from tinsmith.export.merge import merge

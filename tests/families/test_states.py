@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.families.configs import VOCAB
-from tests.numerics.lab import datum, item, make_trainer, run_pass, spec
+from tests.numerics.lab import datum, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import Letters, assert_same_sample, prompt, run_all, sample, state_of, with_blocks
 from tinsmith.config import Settings
 from tinsmith.model import BaseModel
 from tinsmith.model.delta import Chunks, DeltaKind, LayerState, go_on, mix
+from tinsmith.model.norm import RMSNorm
 from tinsmith.model.peak import PeakMeter
 from tinsmith.sampling import Sampler
 from tinsmith.sampling.states import PromptStates
@@ -63,6 +64,30 @@ def test_the_rule_is_the_recurrence_and_never_crosses_a_border() -> None:
     found = torch.autograd.grad(out, ours, dout)
     for one, other in zip(found, torch.autograd.grad(expected, exact, dout[:-5].double()), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_digits_are_lost_where_an_outcome_nearly_vanishes(seed: int) -> None:
+    """A first outcome is the value times the product of query and key, and then brought to length one: near a product
+    of zero, gradients are a hundred times those of other rows. From the same float32 inputs, all of them are as exact
+    as inputs of that many digits allow."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (1, 1, 1, 1, 40, 66, 7)
+    num = sum(lengths)
+    mixed = torch.randn(num, KIND.taps_CK.shape[0], generator=generator) * 0.3
+    g, beta = -torch.rand(num, KIND.heads, generator=generator) / 2, torch.rand(num, KIND.heads, generator=generator)
+    ours = [x.requires_grad_() for x in (mixed, g, beta)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    chunks = Chunks([(length, 0) for length in lengths], torch.device("cpu"))
+    out = RMSNorm(torch.ones(KIND.value_size), 1e-6)(mix(*ours, KIND, chunks))
+    raw = torch.cat([written_out(*part) for part in zip(*(x.split(lengths) for x in exact), strict=True)])
+    squares = raw.square().mean(-1, keepdim=True)
+    expected = raw * (squares + 1e-6).rsqrt()
+    assert squares.min().sqrt() < 1e-2 * squares.median().sqrt()
+    dout = torch.randn(out.shape, generator=generator)
+    found = torch.autograd.grad(out, ours, dout)
+    for one, other in zip(found, torch.autograd.grad(expected, exact, dout.double()), strict=True):
+        assert relative(one.numpy(), other) < 3e-6
 
 
 @pytest.mark.parametrize("cut", [1, 50, 64, 100, 128, 149])

@@ -25,10 +25,10 @@ from tests.numerics.sampling_lab import (
     state_of,
     with_blocks,
 )
-from tinsmith import host_memory
-from tinsmith.bases import BaseRef, describe
+from tinsmith.bases.catalog import BaseRef, describe
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
+from tinsmith.machine import host_memory
 from tinsmith.model import RowLayout, load_base
 from tinsmith.model.vision.trial import noise
 from tinsmith.pictures import Picture

@@ -66,6 +66,11 @@ class MergedTwin:
         return float(total.detach()), [lp.detach() for lp in logprobs]
 
 
+def head_of(model: torch.nn.Module) -> str:
+    """Its path: in some models with vision it is further in."""
+    return next(name for name, _ in model.named_modules() if name.rpartition(".")[2] == "lm_head")
+
+
 def merged(model: torch.nn.Module, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """The model's weights that the adapter changes, with it."""
     weights: dict[str, Tensor] = {}
@@ -74,7 +79,7 @@ def merged(model: torch.nn.Module, params: Mapping[str, Tensor], alpha: float) -
         delta = alpha / a.shape[-2] * b @ a
         path, _, last = name.rpartition(".")
         if delta.ndim == 2:
-            own = "lm_head" if name == HEAD_STATE_NAME else name
+            own = head_of(model) if name == HEAD_STATE_NAME else name
             weights[f"{own}.weight"] = model.get_submodule(own).weight + delta
             continue
         module: Any = model.get_submodule(path)

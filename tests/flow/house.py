@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs, payload_key
 from tinsmith.config import Settings
 from tinsmith.fake_engine import MODULE, FakeEngine
+from tinsmith.files.blobs import Blobs, payload_key
+from tinsmith.ipc.bell import Bell, Ringer
+from tinsmith.ipc.tokenline import TokenSender
 from tinsmith.store import open_store
 from tinsmith.store.rows import NewOp, NewRun, NewSampler, OpRow
-from tinsmith.tokenline import TokenSender
 from tinsmith.types import (
     BaseInfo,
     BlobKey,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.clock import Clock
-from tinsmith.janitor import note_step, sweep
+from tinsmith.machine.clock import Clock
 from tinsmith.types import OpState, SessionId
+from tinsmith.upkeep.janitor import note_step, sweep
 
 HOURS = 3 * 3600.0
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle, train
-from tinsmith.cooling import Cooling
 from tinsmith.errors import GoneError, NotFoundError
-from tinsmith.janitor import sweep
 from tinsmith.store.rows import NewRun
 from tinsmith.types import OpKind, OpState, RunId, RunSpec, SessionId
-from tinsmith.verify import verify
+from tinsmith.upkeep.cooling import Cooling
+from tinsmith.upkeep.janitor import sweep
+from tinsmith.upkeep.verify import verify
 from tinsmith.wire.meta import CreateMeta, to_meta
 from tinsmith.worker import residency
 from tinsmith.worker.loop import Worker

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.flow.house import House, settle, train
-from tinsmith.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
-from tinsmith.cli import app
-from tinsmith.disk_use import KINDS, measure, size
-from tinsmith.janitor import LEFTOVER_AFTER_S, LOOK_EVERY_S, Leftovers
+from tinsmith.cli.main import app
+from tinsmith.files.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
 from tinsmith.types import BlobKey, OpId, RunId, SamplerId
-from tinsmith.verify import verify
+from tinsmith.upkeep.disk_use import KINDS, measure, size
+from tinsmith.upkeep.janitor import LEFTOVER_AFTER_S, LOOK_EVERY_S, Leftovers
+from tinsmith.upkeep.verify import verify
 
 
 @pytest.fixture

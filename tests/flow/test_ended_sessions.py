@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle, train
-from tinsmith.janitor import sweep
 from tinsmith.types import OpState
+from tinsmith.upkeep.janitor import sweep
 from tinsmith.worker import residency
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from tests.flow.house import House, settle
 from tests.service import until
-from tinsmith.adapter_files import external_files
-from tinsmith.janitor import sweep
+from tinsmith.files.adapter_files import external_files
 from tinsmith.store.rows import OpRow
 from tinsmith.types import CheckpointKind, OpKind, RunId
+from tinsmith.upkeep.janitor import sweep
 from tinsmith.wire.meta import SaveExternalMeta, to_meta
 from tinsmith.worker.loop import Worker
 

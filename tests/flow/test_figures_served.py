@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.service import Service, running, until
 from tests.unit.test_metrics import samples
-from tinsmith.datadir import DataDir
+from tinsmith.files.datadir import DataDir
 
 
 def read(service: Service) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.flow.house import House, settle
 from tinsmith.errors import GoneError, NotFoundError
-from tinsmith.janitor import Swept, sweep
 from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId
+from tinsmith.upkeep.janitor import Swept, sweep
 from tinsmith.wire.meta import SaveSamplerMeta, to_meta
 
 DAY = 24 * 3600.0

@@ -17,16 +17,16 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from tests.flow.house import House, settle
-from tinsmith import cli
-from tinsmith.backup import MANIFEST, back_up, restore
-from tinsmith.blobs import TEMPORARY, Blobs
-from tinsmith.datadir import DataDir
+from tinsmith.cli import main as cli
 from tinsmith.errors import ConfigError, CorruptError, GoneError
+from tinsmith.files.blobs import TEMPORARY, Blobs
+from tinsmith.files.datadir import DataDir
 from tinsmith.store import DATABASE_FILE, open_as_it_is
 from tinsmith.store.rows import OpRow
 from tinsmith.store.upkeep import Naming
 from tinsmith.types import BlobKey, CheckpointKind, RunId, SamplerId
-from tinsmith.verify import Report, verify
+from tinsmith.upkeep.backup import MANIFEST, back_up, restore
+from tinsmith.upkeep.verify import Report, verify
 
 HOUR = 3600.0
 
@@ -197,6 +197,20 @@ def test_a_second_backup_copies_what_is_new_and_drops_what_nobody_names(
     restore(target, tmp_path / "data2")
 
 
+def test_a_second_backup_mends_what_was_damaged_in_the_first(house: House, lived: object, tmp_path: Path) -> None:
+    """Though its size is what it was."""
+    target = tmp_path / "backup"
+    back_up(house.root, target)
+    for naming in (Naming.SNAPSHOT, Naming.CHECKPOINT):
+        flip(target / file_of(house, naming).relative_to(house.root))
+    told: list[int] = []
+    second = back_up(house.root, target, lambda done, total: told.append(done))
+    assert second.num_new == 2
+    assert told[-1] == second.num_bytes
+    assert not second.damaged
+    restore(target, tmp_path / "data2")
+
+
 def test_a_backup_of_a_busy_directory_is_whole(house: House, tmp_path: Path) -> None:
     run = house.create_run()
     settle(house.worker())
@@ -242,7 +256,7 @@ def test_a_damaged_backup_is_refused_and_leaves_nothing(
 ) -> None:
     back_up(house.root, tmp_path / "backup")
     harm(tmp_path / "backup" / file_of(house, Naming.SNAPSHOT).relative_to(house.root))
-    with pytest.raises(CorruptError, match="is damaged"):
+    with pytest.raises(CorruptError, match=r"is damaged.*--leave-out-damaged"):
         restore(tmp_path / "backup", tmp_path / "data2")
     assert list((tmp_path / "data2").iterdir()) == []
 

@@ -16,15 +16,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from tests.flow.house import House, settle, train
-from tinsmith.backup import back_up, restore
-from tinsmith.blobs import Blobs
-from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.datadir import DataDir
 from tinsmith.store import DATABASE_FILE, open_store
 from tinsmith.store.database import Database
 from tinsmith.store.migrate import SCRIPTS
 from tinsmith.types import CheckpointKind, OpState, RunId, SamplerId
-from tinsmith.verify import verify
+from tinsmith.upkeep.backup import back_up, restore
+from tinsmith.upkeep.verify import verify
 
 
 def config() -> Config:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.flow.house import House
+from tests.flow.house import House, settle
 from tinsmith.store import quotas
 from tinsmith.store.prepared import driver_of
 from tinsmith.store.quota_rules import Quota
@@ -63,3 +63,22 @@ def test_so_many_are_looked_at_at_most(house: House, monkeypatch: pytest.MonkeyP
     for seq in range(3):
         house.sample(sampler, seq)
     assert house.store.quotas.num_held(time.time()) == {house.tenant: 2}
+
+
+def test_what_no_quota_holds_back_is_told_apart(house: House) -> None:
+    """A tenant with some of its requests held has others that wait for another reason: those after them in a run don't
+    count."""
+    now = time.time()
+    house.store.quotas.put(house.tenant, None, {Quota.REQUESTS: None}, now)
+    run = house.create_run()
+    settle(house.worker())
+    bounds = {Quota.RUNS: 1.0}
+    house.store.quotas.put(house.tenant, None, bounds, now)
+    house.optim_step(house.create_run(), 1)
+    assert house.store.quotas.num_held(now) == {house.tenant: 2}
+    assert house.store.quotas.free_since(now) == {house.tenant: None}
+    house.optim_step(run, 1)
+    house.store.quotas.put(house.tenant, None, bounds, now)  # which has it counted anew
+    since = house.store.quotas.free_since(now)[house.tenant]
+    assert since is not None
+    assert since >= now

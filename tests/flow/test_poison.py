@@ -12,8 +12,10 @@ import pytest
 
 from tests.flow.house import House, settle, train
 from tinsmith.fake_engine import FakeEngine
+from tinsmith.store.fences import MAX_EXCUSED
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId, OpState, RunStatus
+from tinsmith.worker.claims import MAX_ATTEMPTS
 
 NUM_RUNS = 16
 
@@ -133,3 +135,44 @@ def test_a_replay_that_kills_costs_its_run_alone_and_after_four_deaths(
 
 def runs_of(house: House) -> list[Any]:
     return sorted(f"{house.session}:train:{number}" for number in range(house._num_runs))
+
+
+@pytest.mark.parametrize(("num_kills", "state"), [(12, OpState.DONE), (30, OpState.FAILED)])
+def test_who_is_killed_from_outside_is_not_held_to_be_the_cause(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, num_kills: int, state: OpState
+) -> None:
+    house = build("house")
+    op = house.forward_backward(house.create_run(), 1, [1, 2])
+    settled = settle_killed(house, monkeypatch, op, num_kills)
+    monkeypatch.undo()
+    settle(house.worker())
+    assert house.get(op).state is state
+    assert settled == min(num_kills, MAX_EXCUSED + MAX_ATTEMPTS)
+
+
+def test_a_replay_during_which_workers_are_killed_from_outside_is_tried_on(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build("house")
+    run = house.create_run()
+    ops = train(house, run, range(2))
+    settle(house.worker())
+    more = train(house, run, range(2, 3))
+    assert settle_killed(house, monkeypatch, ops[2], 2 * MAX_ATTEMPTS) == 2 * MAX_ATTEMPTS
+    monkeypatch.undo()
+    settle(house.worker())
+    assert {house.get(op).state for op in more} == {OpState.DONE}
+
+
+def settle_killed(house: House, monkeypatch: pytest.MonkeyPatch, op: OpRow, num_kills: int) -> int:
+    """Workers that somebody kills while they compute this op, so many of them at most; how many were killed."""
+    poison(monkeypatch, op.id)
+    for deaths in range(num_kills):
+        worker = house.worker()
+        try:
+            settle(worker)
+        except Killed:
+            house.store.workers.vacate(worker._me.slot, is_excused=True)
+        else:
+            return deaths
+    return num_kills

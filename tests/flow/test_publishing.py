@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.blobs import Blobs
+from tinsmith.files.blobs import Blobs
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpKind, OpState, Role, RunId, RunStatus, SamplerId, SessionId
 from tinsmith.wire.meta import SaveSamplerMeta, to_meta

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.contract.depth import DEEPER
 from tests.flow.house import House, settle, train
 from tests.flow.test_two_workers import A, B, expected, holders, param, ready
 from tinsmith.store.burdens import Burden
@@ -96,7 +97,7 @@ def test_who_gives_dies_on_the_way_and_nothing_is_lost(house: House, tmp_path: P
         np.testing.assert_array_equal(param(holder, run), right)
 
 
-@settings(deadline=None, max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(deadline=None, max_examples=60 if DEEPER else 6, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=4, max_size=24))
 def test_whatever_is_asked_for_results_are_those_of_one_worker_and_moves_are_few(turns: list[tuple[int, int]]) -> None:
     """turns: a run that is asked for a step, and which workers have a turn after it."""

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.flow.house import House, settle, train
-from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError, FencedError
+from tinsmith.files.blobs import Blobs
 from tinsmith.store.rows import Finished, OpRow, WorkerId
 from tinsmith.types import OpId, OpKind, OpState, SamplerId
 from tinsmith.wire.training import encode_train_result

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.flow.house import House, settle
-from tinsmith.blobs import Blobs
 from tinsmith.fake_engine import FakeEngine
+from tinsmith.files.blobs import Blobs
 from tinsmith.types import OpState, RunId
 from tinsmith.worker import residency
 from tinsmith.worker.readahead import ReadAhead
@@ -83,6 +83,30 @@ def test_a_run_larger_than_the_bound_is_served_alone(build: Callable[..., House]
     op = house.forward_backward(run, 3, [1])
     settle(house.worker())
     assert house.get(op).state is OpState.DONE
+
+
+@pytest.mark.parametrize("rank", [4, 3 * MIB_RANK])
+def test_a_run_that_is_never_idle_does_not_hold_its_place_for_ever(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Small or larger than all memory for runs, with a request under way whenever the worker looks."""
+    monkeypatch.setattr(residency, "TURN_S", 0.2)
+    house = build(max_resident_runs=1, resident_runs_mib=1)
+    greedy = house.create_run(rank=rank)
+    worker = house.worker()
+    settle(worker)
+    hers = house.tenant
+    house.be("bob")
+    op = house.forward_backward(house.create_run(), 1, [1])
+    bobs, house.tenant = house.tenant, hers
+    seq, until = 0, time.monotonic() + 60
+    while not house.store.ops.get(bobs, op.id).state.is_final and time.monotonic() < until:
+        seq += 1
+        house.forward_backward(greedy, seq, [1, 2])
+        worker._must_look = seq > 2
+        worker.step()
+    assert house.store.ops.get(bobs, op.id).state is OpState.DONE
+    settle(worker)
 
 
 def test_others_work_while_a_state_is_read(build: Callable[..., House], monkeypatch: pytest.MonkeyPatch) -> None:

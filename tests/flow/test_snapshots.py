@@ -15,10 +15,10 @@ import pytest
 import structlog
 
 from tests.flow.house import House, settle, train
-from tinsmith.blobs import snapshot_key
+from tinsmith.files.blobs import snapshot_key
 from tinsmith.store.upkeep import Naming
 from tinsmith.types import OpState, RunId, RunStatus, SamplerId
-from tinsmith.verify import verify
+from tinsmith.upkeep.verify import verify
 from tinsmith.worker import held, snapshots
 from tinsmith.worker.loop import Worker
 
@@ -248,6 +248,30 @@ def test_the_debt_of_seconds_starts_a_snapshot(build: Callable[..., House]) -> N
         settle(worker)
         seqs.append(house.store.runs.get(house.tenant, run).snapshot_seq)
     assert seqs == [-1, -1, 3, 3, 3, 6, 6]
+
+
+@pytest.mark.parametrize(("num_runs", "are_snapshotted"), [(1, False), (5, True)])
+def test_runs_in_memory_share_the_seconds_that_may_be_owed(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch, num_runs: int, are_snapshotted: bool
+) -> None:
+    monkeypatch.setattr(snapshots, "WORTH", 0.0)
+    house = build(snapshot_debt_bytes=2**40, snapshot_debt_s=40.0)
+    runs = [house.create_run(seed=seed) for seed in range(num_runs)]
+    worker = house.worker()
+    applied = worker.runs.applied
+    worker.runs.applied = lambda op, seconds: applied(op, 4.0 if op.seq_id else 0.0)  # type: ignore[method-assign]
+    for seq in range(1, 6):
+        for run in runs:
+            house.forward_backward(run, seq, [1, 2, 3])
+        settle(worker)
+    assert all((house.store.runs.get(house.tenant, run).snapshot_seq >= 2) == are_snapshotted for run in runs)
+
+
+def test_a_run_owes_its_part_unless_snapshots_are_too_dear() -> None:
+    assert snapshots.most_debt_s(10.0, 1, 0.0) == 10.0
+    assert snapshots.most_debt_s(10.0, 20, 0.0) == 0.5
+    assert snapshots.most_debt_s(10.0, 20, 0.1) == snapshots.WORTH * 0.1
+    assert snapshots.most_debt_s(10.0, 20, 1.0) == 10.0
 
 
 def test_what_is_kept_is_two_snapshots_and_the_payloads_of_two_debts(build: Callable[..., House]) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.flow.house import House, settle
 from tinsmith.api.pieces import Heard
+from tinsmith.ipc.tokenline import TokenLine, TokenSender
 from tinsmith.store.rows import NewOp, OpRow
-from tinsmith.tokenline import TokenLine, TokenSender
 from tinsmith.types import OpId, OpKind, SamplePiece
 from tinsmith.wire.media import encode_json
 from tinsmith.wire.meta import SampleMeta, to_meta

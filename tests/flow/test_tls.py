@@ -20,7 +20,7 @@ from tests.service import Service, running
 from tinsmith.api import main
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
-from tinsmith.serve import serve
+from tinsmith.serve.main import serve
 from tinsmith.tls import Certificate, trusting
 
 SDK = """

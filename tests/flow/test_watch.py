@@ -9,9 +9,9 @@ import pytest
 
 from tests.flow.house import House, settle, train
 from tests.unit.test_metrics import samples
-from tinsmith import series
 from tinsmith.config import METRICS_DIR
-from tinsmith.metrics import Counting
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counting
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tinsmith.bases import SHIPPED_PATH, BaseRef, describe
-from tinsmith.checkpoint_file import dump_state
+from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.layer_table import Layer
+from tinsmith.files.checkpoint_file import dump_state
 from tinsmith.importing.look import look
-from tinsmith.layer_table import Layer
 from tinsmith.lora_options import Targets
 from tinsmith.types import RunId, RunSpec, RunState
 
@@ -27,13 +27,14 @@ LAYERS = (
     Layer(f"{EXPERTS}.w2", "mlp", 3, 4, f"{EXPERTS}.w2", 2, 1),
     Layer("lm_head", "unembed", 4, 9, "lm_head"),
 )
+WEIGHTS = {f"{QUERY}.weight": (4, 4)}
 INFO = describe(BaseRef("tinsmith/tiny", SHIPPED_PATH))
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "alpha_pattern": {"q_proj": 4}}
 MOST = 10  # times what came in: factors that are left out are zero, and shared ones are repeated
 
 
 def imports(data: bytes) -> None:
-    found = look(io.BytesIO(data), len(data), LAYERS, INFO)
+    found = look(io.BytesIO(data), len(data), LAYERS, INFO, lambda: WEIGHTS)
     if found.num_bytes > 1 << 24:  # a rank that the server refuses
         return
     made = sum(len(piece) for piece in found.pieces(replace(found.spec, run_id=RunId("r"))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.paint import jpeg, png, raw_png
-from tinsmith.picture_files import Bounds, check_whole, read_rgb, shape_of
+from tinsmith.validate.picture_files import Bounds, check_whole, read_rgb, shape_of
 
 BOUNDS = Bounds(1 << 20, 1 << 18)
 SEEDS = (

@@ -28,26 +28,31 @@ import zstandard
 from tests.fuzz import imports as of_imports
 from tests.fuzz import pictures as of_pictures
 from tests.fuzz.capture import Captured, read_captured
-from tinsmith import age, bases, cli, jsonform, validate, validate_custom
-from tinsmith.adapter_files import adapter_files, external_files, pack_external
 from tinsmith.api import auth, body, downloads, guesses, links, sharing
 from tinsmith.api.anthropic.body import MessagesBody, PromptBody
 from tinsmith.api.oai.chat import ChatBody
 from tinsmith.api.oai.completions import CompletionBody
 from tinsmith.api.plain_http import read_plain
 from tinsmith.api.tokens import Tokens
-from tinsmith.bases import SHIPPED_PATH, BaseRef, describe
-from tinsmith.checkpoint_file import dump_state, load_state, read_state_header
+from tinsmith.bases import catalog as bases
+from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer import ChatTokenizer
+from tinsmith.cli import main as cli
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, CorruptError, TinsmithError, TokenError, UserError
+from tinsmith.files import age
+from tinsmith.files.adapter_files import adapter_files, external_files, pack_external
+from tinsmith.files.checkpoint_file import dump_state, load_state, read_state_header
 from tinsmith.loss_graph import LossGraph
 from tinsmith.scopes import Scope
 from tinsmith.signing import Signer
 from tinsmith.store.rows import Principal
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.training.graph import GraphProgram
 from tinsmith.types import RunId, RunSpec, RunState, TenantId
-from tinsmith.validate import CUSTOM, LOSSES
+from tinsmith.validate import custom as validate_custom
+from tinsmith.validate import jsonform
+from tinsmith.validate import requests as validate
+from tinsmith.validate.requests import CUSTOM, LOSSES
 from tinsmith.wire import paths, requests
 from tinsmith.wire.bounds import check_bounds, read_address
 from tinsmith.wire.custom_loss import LossBody, decode_custom_loss

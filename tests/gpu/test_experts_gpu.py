@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.kernels.lab import DEVICE
 from tests.numerics.lab import datum, grads, item, make_trainer, run_pass, spec
-from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
+from tests.numerics.sampling_lab import make_sampler, mixed_states, prompt, run_all, sample, state_of
 from tinsmith.model import BaseModel, load_base
 from tinsmith.model.lora import LoopLora
 from tinsmith.types import BaseInfo, Datum
@@ -78,3 +78,27 @@ def test_samples_are_near_the_trainer(info: BaseInfo):
     whole = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:].astype(np.int64)})
     (forward,) = run_pass(trainer, [item("a", [whole], backward=False)])
     assert np.abs(forward.logprobs[0][59:] - result.sequences[0].logprobs).mean() < 5e-2
+
+
+def test_graphs_give_what_plain_steps_give(info: BaseInfo):
+    """Adapters in experts and elsewhere, by the slots' kernels and by those of eager steps. Tokens may part where two
+    are as likely to within rounding, or where a router tips; log-probabilities are compared as far as they agree."""
+    base = load_base(info, device=DEVICE, dtype=torch.bfloat16)
+    states = mixed_states(base, 8)
+    items = [
+        sample(f"r{i}", prompt(i, 5 + 7 * i, VOCAB), None if i % 5 == 4 else f"a{i % 8}", seed=i, max_tokens=8 + i)
+        for i in range(20)
+    ]
+    plain, recorded = (make_sampler(base, states, cuda_graphs=mode) for mode in ("off", "on"))
+    expected, found = run_all(plain, items), run_all(recorded, items)
+    differences = []
+    for name, result in found.items():
+        one, other = result.sequences[0], expected[name].sequences[0]
+        same = int(np.cumprod(one.tokens == other.tokens).sum())
+        differences.append(np.abs(one.logprobs[:same] - other.logprobs[:same]))
+    together = np.concatenate(differences)
+    assert len(together) > sum(len(result.sequences[0].tokens) for result in found.values()) / 2
+    assert together.mean() < 2e-2
+    kept = recorded._walker.graphs
+    assert kept is not None
+    assert kept.num_captured >= 3

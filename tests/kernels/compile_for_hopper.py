@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tinsmith.model.lora import kernels
-from tinsmith.sampling import paged_kernel, tiled_kernel
+from tinsmith.sampling import paged_kernel, slot_kernel, tiled_kernel
 from tinsmith.training import adamw_kernels, logit_kernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -64,6 +64,18 @@ def decode_kernels() -> dict[str, dict[str, int]]:
     exact = {**common, "ALIGNED": False, "UNIT": 1, "PRECISION": "ieee", "BW": tiled_kernel.EXPAND_BLOCK, "BN": 16}
     found["odd _expand_tiles"] = compile_kernel(
         tiled_kernel._expand_tiles, exact, 4, 2, {**tables, "narrow": "*fp32", "anchor": "*fp32", "y": "*fp32"}
+    )
+    slots = {**tables, "owners": "*i32", "keys": "*i64"}
+    for shares in (True, False):
+        shrink = {"UNIT": 8, "INPUTS": 2048, "LAYERS": 2 if shares else 1, "SHARES": shares}
+        shrink |= {"BW": slot_kernel.SUM_BLOCK, "BN": slot_kernel.SHRINK_BLOCK}
+        label = "shared" if shares else "own"
+        found[f"_shrink_slots {label}"] = compile_kernel(slot_kernel._shrink_slots, shrink, 4, 4, slots)
+        expand = {"UNIT": 8, "ALIGNED": True, "SHARES": shares, "BW": slot_kernel.EXPAND_BLOCK, "BN": 32}
+        found[f"_expand_slots {label}"] = compile_kernel(slot_kernel._expand_slots, expand, 4, 2, slots)
+    odd = {"UNIT": 1, "ALIGNED": False, "SHARES": False, "BW": slot_kernel.EXPAND_BLOCK, "BN": 16}
+    found["odd _expand_slots"] = compile_kernel(
+        slot_kernel._expand_slots, odd, 4, 2, {**slots, "narrow": "*fp32", "anchor": "*fp32", "y": "*fp32"}
     )
     pages = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16", "table_ptr": "*i64",
              "length_ptr": "*i64", "sink_ptr": "*fp32", "scale": "fp32", "cap": "fp32"}  # fmt: skip

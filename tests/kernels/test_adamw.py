@@ -12,7 +12,7 @@ from tinsmith.training.runs import RunSlot
 from tinsmith.training.steps import launched_steps
 from tinsmith.types import AdamParams, Failure, RunId, RunSpec, Targets
 
-SIZES = (5, 1000, 4096, 70_001)
+SIZES = (5, 1000, 4096, 20_001)
 PARAMS = (
     AdamParams(learning_rate=1e-3, eps=1e-8),
     AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.99, eps=1e-12, weight_decay=0.1, grad_clip_norm=0.5),

@@ -29,7 +29,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]
 
 
 def test_every_case_compiles(counts: dict[str, dict[str, int]]):
-    assert len(counts) == 3 * 2 * 3 + 2 + 2 + 6 + 2, list(counts)
+    assert len(counts) == 3 * 2 * 3 + 2 + 2 + 6 + 5 + 2, list(counts)
 
 
 def test_lora_kernels_use_tensor_cores_and_vectors(counts: dict[str, dict[str, int]]):
@@ -52,6 +52,12 @@ def test_adamw_loads_vectors(counts: dict[str, dict[str, int]]):
         assert counts[name]["vector loads"] > 0, name
     assert counts["_adamw"]["vector stores"] > 0
     assert counts["_adamw"]["single bf16 stores"] == 0
+
+
+def test_adapters_in_experts_are_read_in_vectors(counts: dict[str, dict[str, int]]):
+    for side in ("shared", "own"):
+        for name in (f"_shrink_slots {side}", f"_expand_slots {side}"):
+            assert counts[name]["vector loads"] + counts[name]["cp.async"] > 0, name
 
 
 def test_decode_kernels_use_tensor_cores_and_copy_vectors_ahead(counts: dict[str, dict[str, int]]):

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tinsmith.model import Routes
 from tinsmith.sampling.graphs import WARM_UPS, Captured
+from tinsmith.sampling.slot_lora import SlotGroup, SlotLora, SlotShape, SlotTables
 from tinsmith.sampling.tiled_lora import UNIT, TiledLora, TileGroup, TileShape, TileTables
 
 WAITS = ("item", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
@@ -100,6 +102,29 @@ def add_by_tables(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: 
             y_TO_host[np.ix_(rows, range(starts[layer], starts[layer] + width))] += delta
 
 
+def add_slots_by_tables(
+    tables: SlotTables, group: SlotGroup, shape: SlotShape, routes: Routes, x_NI: Tensor, y_NO: Tensor
+) -> None:
+    """The same in experts."""
+    places, unit = tables.places_GLF[group.index].numpy(), UNIT if shape.is_aligned else 1
+    starts, inputs = np.cumsum([0, *group.widths]), group.inputs
+    for slot, key in enumerate(routes.keys_P.numpy()):
+        expert, row = divmod(int(key), len(routes.experts_TK))
+        owner = int(tables.owners_B.numpy()[row])
+        rank = int(places[0, owner]) if owner >= 0 else 0
+        if not rank:
+            continue
+        assert rank <= shape.rank_class
+        at = [tables.anchor.data_ptr() + int(place) * unit * 4 for place in places[1:, owner]]
+        num = rank * len(group.widths)
+        a_KI = _numbers(at[0] + (0 if group.shares_a else expert * num * inputs * 4), num, inputs)
+        scales_L = tables.scales_GLF[group.index, : len(group.widths), owner].numpy()
+        u_K = x_NI.numpy()[slot] @ a_KI.T * scales_L.repeat(rank)
+        for layer, width in enumerate(group.widths):
+            b_OR = _numbers(at[1 + layer] + (0 if group.shares_b else expert * width * rank * 4), width, rank)
+            y_NO.numpy()[slot, starts[layer] : starts[layer] + width] += b_OR @ u_K[layer * rank : (layer + 1) * rank]
+
+
 def _numbers(address: int, rows: int, columns: int) -> Any:
     return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (rows, columns))
 
@@ -108,15 +133,21 @@ def _numbers(address: int, rows: int, columns: int) -> Any:
 def tables_in_use(monkeypatch: Any) -> Iterator[None]:
     """Decode adapters go by the tables, in a step that is recorded and in any other."""
 
-    def add(self: TiledLora, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        if not self.shape.rank_class:
-            return
-        args = (self.tables, self.group(name), self.shape, x_TI, y_TO)
+    def go(kernel: Callable[..., None], *args: Any) -> None:
         if Recorder.current is None:
-            add_by_tables(*args)
+            kernel(*args)
         else:
-            Recorder.current.call(add_by_tables, *args)
+            Recorder.current.call(kernel, *args)
+
+    def add(self: TiledLora, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        if self.shape.rank_class:
+            go(add_by_tables, self.tables, self.group(name), self.shape, x_TI, y_TO)
+
+    def add_in_experts(self: SlotLora, name: str, routes: Routes, x_NI: Tensor, y_NO: Tensor) -> None:
+        if self.shape.rank_class:
+            go(add_slots_by_tables, self.tables, self.group(name), self.shape, routes, x_NI, y_NO)
 
     with monkeypatch.context() as patched:
         patched.setattr(TiledLora, "add", add)
+        patched.setattr(SlotLora, "add", add_in_experts)
         yield

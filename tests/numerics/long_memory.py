@@ -1,11 +1,12 @@
-"""Peak memory by length: `python -m tests.numerics.long_memory DIR MODE`, run by test_long_context.py.
+"""Peak memory by length: `python -m tests.numerics.long_memory DIR`, run by test_long_context.py.
 
-MODE is train, recompute or sample. Prints the peak of this process after one sequence of each length, in bytes,
-beginning with what it had before.
+Prints a line for each mode: its name, and the peak of a process after one sequence of each length, in bytes, beginning
+with what it had before. Each is a fork of this one, which has everything loaded.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,18 +15,30 @@ import torch
 
 from tests.numerics.lab import CPU, datum, item, make_base, make_trainer, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample
-from tinsmith import host_memory
 from tinsmith.config import Settings
+from tinsmith.machine import host_memory
+from tinsmith.model import BaseModel
 from tinsmith.training.budget import Budget
 from tinsmith.types import TrainResult
 
-LENGTHS = (4096, 8192, 16_384)
+LENGTHS = (2048, 4096, 8192)
+MODES = ("train", "recompute", "sample")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     base = make_base("long", Path(sys.argv[1]))
-    mode = sys.argv[2]
+    for mode in MODES:
+        child = os.fork()
+        if child == 0:
+            measure(base, mode)
+            sys.exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{mode} failed")
+
+
+def measure(base: BaseModel, mode: str) -> None:
     trainer = make_trainer(base, spec("a"))
     trainer.budget = Budget(Settings(activation_checkpointing="always" if mode == "recompute" else "never"), CPU)
     peaks = []
@@ -36,7 +49,7 @@ def main() -> None:
             (result,) = run_pass(trainer, [item("a", [datum(np.random.default_rng(0), length)])])
             assert isinstance(result, TrainResult)
         peaks.append(host_memory._status_bytes(host_memory.ROOT, "VmHWM"))
-    print(*peaks)
+    print(mode, *peaks, flush=True)
 
 
 if __name__ == "__main__":

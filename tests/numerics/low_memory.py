@@ -18,8 +18,8 @@ import torch
 from structlog.testing import capture_logs
 
 from tests.numerics.lab import assert_same_bits, assert_same_result, datum, grads, item, make_base, make_trainer, spec
-from tinsmith import host_memory
 from tinsmith.config import Settings
+from tinsmith.machine import host_memory
 from tinsmith.model import BaseModel
 from tinsmith.training import Trainer
 from tinsmith.training.budget import Budget

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.numerics.lab import datum, item, make_base, make_trainer, run_pass, spec
-from tinsmith.adapter_files import adapter_files
-from tinsmith.bases import BaseRef, describe
-from tinsmith.checkpoint_file import dump_state, read_state_header
+from tinsmith.bases.catalog import BaseRef, describe
+from tinsmith.files.adapter_files import adapter_files
+from tinsmith.files.checkpoint_file import dump_state, read_state_header
 from tinsmith.lora_options import LoraOptions
 from tinsmith.types import RunId, RunSpec, Targets
 

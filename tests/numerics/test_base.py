@@ -9,6 +9,8 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -27,7 +29,7 @@ from tests.numerics.lab import (
     run_pass,
     spec,
 )
-from tinsmith.bases import BaseRef, describe
+from tinsmith.bases.catalog import BaseRef, describe
 from tinsmith.errors import TinsmithError, UnsupportedError
 from tinsmith.lora_options import LoraOptions
 from tinsmith.model import RowLayout, load_base
@@ -88,6 +90,17 @@ def test_attention_that_sees_something_else_is_refused_by_name(tmp_path, monkeyp
     monkeypatch.setattr(base_module, "KNOWN_EXTRAS", set())
     with pytest.raises(UnsupportedError, match="sliding_window"):
         load(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)), tmp_path)
+
+
+def test_windows_that_masks_alone_make_are_refused_by_name(tmp_path):
+    """Longer than the tokens of the check at the start, which sees no difference."""
+    config = Qwen2MoeConfig(
+        **SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=32,
+        use_sliding_window=True, sliding_window=64, max_window_layers=1,
+    )  # fmt: skip
+    assert config.layer_types[0] == "sliding_attention"
+    with pytest.raises(UnsupportedError, match=r"sliding windows .* masks alone.*layer 0 is sliding_attention of 64"):
+        load(Qwen2MoeForCausalLM(config), tmp_path)
 
 
 def test_a_directory_without_all_weights_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.numerics.lab import CPU, datum, grads, item, make_trainer, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample, state_of
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import BaseModel, load_base

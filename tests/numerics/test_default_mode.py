@@ -11,7 +11,7 @@ from tinsmith.model import BaseModel
 from tinsmith.training import Trainer, losses
 from tinsmith.training.attention import PackedAttention
 from tinsmith.training.context import TrainingContext
-from tinsmith.types import Failure
+from tinsmith.types import AdamParams, Datum, Failure, OpId, OptimItem, RunSpec
 
 BOUND = 1e-5
 
@@ -54,6 +54,31 @@ def test_where_a_pass_is_cut_moves_rounding_alone(free, cuts):
         assert one.metrics["loss:sum"] == pytest.approx(other.metrics["loss:sum"], rel=BOUND, abs=1e-3)
     for run in RUNS:
         assert_near(whole, cut, run.run_id)
+
+
+def test_weights_that_are_computed_again_in_other_company_are_within_rounding(free):
+    """As after a crash: from the state after the first of four steps, alone, and with passes that are cut elsewhere."""
+    run = RUNS[0]
+    first, again = trainer_of(free, *RUNS), trainer_of(free, run)
+    for step in range(4):
+        items = [item(one.run_id, datums(one, step), step) for one in RUNS]
+        run_pass(first, items)
+        if step:
+            run_pass(again, [i for i in items if i.run_id == run.run_id], (30, 1))
+        params = AdamParams(learning_rate=1e-3)
+        first.optim_step([OptimItem(OpId(f"{one.run_id}-o{step}"), one.run_id, params) for one in RUNS])
+        if step:
+            again.optim_step([OptimItem(OpId("o"), run.run_id, params)])
+        else:
+            again.import_run(run, first.export_run(run.run_id))
+    expected = first.export_run(run.run_id, ("param",)).tensors
+    for name, weights in again.export_run(run.run_id, ("param",)).tensors.items():
+        np.testing.assert_allclose(weights, expected[name], rtol=0, atol=BOUND, err_msg=name)
+
+
+def datums(run: RunSpec, step: int) -> list[Datum]:
+    rng = np.random.default_rng([run.seed, step, ord(run.run_id[0])])
+    return [datum(rng, length) for length in (40, 9, 27)]
 
 
 @pytest.mark.parametrize("cuts", [10**6, 1, (45, 70, 1)])

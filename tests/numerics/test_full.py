@@ -23,12 +23,12 @@ from tests.numerics.lab import (
     run_pass,
     spec,
 )
-from tinsmith.bases import BaseRef, describe
-from tinsmith.checkpoint_file import dump_state
-from tinsmith.errors import NoMemoryError, TooLargeError, UnsupportedError, UserError
+from tinsmith.bases.catalog import BaseRef, describe
+from tinsmith.errors import NoMemoryError, TooLargeError, UserError
+from tinsmith.files.checkpoint_file import dump_state
 from tinsmith.importing.archive import Stretch
 from tinsmith.importing.state import look_at_state
-from tinsmith.model import BaseModel
+from tinsmith.model import BaseModel, plain_shapes
 from tinsmith.training import Trainer
 from tinsmith.types import AdamParams, Datum, Failure, OpId, OptimItem, RunId, RunState
 
@@ -158,18 +158,58 @@ def test_what_does_not_fit_is_refused_with_the_memory_it_would_need(
     assert describe(BaseRef("x", Path(base.info.path))).num_params == num_params
     state = trainer.export_run(RunId("f"), ("param",))
     poor = make_trainer(base, NEIGHBOUR)
-    monkeypatch.setattr(poor._full, "_free_bytes", lambda: 20 * num_params - 1)
+    monkeypatch.setattr(poor.full, "free_bytes", lambda: 20 * num_params - 1)
     sizes = rf"needs {20 * num_params / 2**30:.2f} GiB .*{(20 * num_params - 1) / 2**30:.2f} GiB are free"
     with pytest.raises(TooLargeError, match=sizes):
         poor.create_run(FULL)
     with pytest.raises(NoMemoryError, match=sizes):
         poor.import_run(FULL, state)
     assert not poor.has_run(RunId("f"))
-    monkeypatch.setattr(poor._full, "_free_bytes", lambda: 20 * num_params)
+    monkeypatch.setattr(poor.full, "free_bytes", lambda: 20 * num_params)
     poor.create_run(FULL)
 
 
-def test_its_state_is_not_imported(base: BaseModel) -> None:
-    stored = dump_state(full_trainer(base).export_run(RunId("f")))
-    with pytest.raises(UnsupportedError, match="trains all weights"):
-        look_at_state(io.BytesIO(stored), Stretch(0, len(stored)), ())
+def test_full_runs_side_by_side_keep_to_their_own_weights(base: BaseModel) -> None:
+    """In one pass, and in passes that take turns: each as if it were alone, to the bit."""
+    rng = np.random.default_rng(8)
+    data = {name: [datum(rng, n) for n in (9, 20)] for name in "fg"}
+    specs = {name: replace(FULL, run_id=RunId(name)) for name in "fg"}
+
+    def trained(names: str) -> Trainer:
+        trainer = make_trainer(base)
+        for name in names:
+            trainer.create_run(specs[name])
+            run_pass(trainer, [item(name, data[name])])
+            trainer.optim_step([OptimItem(OpId("x"), RunId(name), AdamParams(learning_rate=0.02))])
+        return trainer
+
+    alone = {name: trained(name) for name in "fg"}
+    want = {name: run_pass(alone[name], [item(name, data[name], 2)])[0] for name in "fg"}
+    assert not np.array_equal(want["f"].logprobs[0], want["g"].logprobs[0])
+    both, turns = trained("fg"), trained("fg")
+    found = run_pass(both, [item(name, data[name], 2) for name in "fg"], max_tokens=10)
+    passes = {name: turns.start_pass([item(name, data[name], 2)]) for name in "fg"}
+    while not all(one.is_computed for one in passes.values()):
+        for one in passes.values():
+            one.advance(10)
+    for index, name in enumerate("fg"):
+        assert_same_result(found[index], want[name])
+        (result,) = passes[name].commit()
+        assert_same_result(result, want[name])
+        for trainer in (both, turns):
+            assert_same_bits(grads(trainer, name), grads(alone[name], name))
+
+
+def test_its_state_goes_through_an_import(base: BaseModel) -> None:
+    """To the bit, and only into a base that has these weights."""
+    state = full_trainer(base).export_run(RunId("f"), ("param",))
+    stored = dump_state(state)
+    shapes = plain_shapes(base.info)
+    assert list(shapes) == [name.removeprefix("param/") for name in state.tensors]
+    found = look_at_state(io.BytesIO(stored), Stretch(0, len(stored)), (), lambda: shapes)
+    assert found.spec.is_full
+    assert b"".join(found.pieces(state.spec)) == stored
+    less = dict(list(shapes.items())[1:])
+    for wanted, words in ((less, "has no layer"), (shapes | {"more": (3,)}, "lacks param/more")):
+        with pytest.raises(UserError, match=words):
+            look_at_state(io.BytesIO(stored), Stretch(0, len(stored)), (), lambda wanted=wanted: wanted)

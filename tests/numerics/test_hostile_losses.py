@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.contract.depth import DEEPER
 from tests.numerics.custom_losses import pairwise, trace, upload
 from tests.numerics.lab import assert_same_bits, datum, grads, item, make_trainer, run_pass, spec
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
@@ -26,6 +27,7 @@ from tinsmith.wire.media import encode_json
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about overloads and shapes
 WITHIN_S = 1.0  # of CPU time: the machine may be busy
 LP = {"ref": "logprobs"}
+NUM_EXAMPLES = 150 if DEEPER else 60
 
 
 def call(name: str, target: str, /, *args: Any, op: str = "call_function", **kwargs: Any) -> dict[str, Any]:
@@ -306,13 +308,13 @@ def read(body: bytes) -> LossGraph | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=2 * NUM_EXAMPLES, deadline=None)
 @given(st.lists(st.builds(call, st.text(max_size=3), st.sampled_from([*TARGETS, "x"]), ENCODED, ENCODED), max_size=4))
 def test_any_nodes_are_read_or_refused(nodes: list[dict[str, Any]]) -> None:
     read(loss(*nodes, SUM))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(ENCODED, ENCODED)
 def test_any_output_and_any_inputs_are_read_or_refused(returned: Any, inputs: Any) -> None:
     read(encode_json({"name": "x", "inputs": [{"name": "logprobs", "rank": 1}], "graph": {"nodes": [
@@ -321,7 +323,7 @@ def test_any_output_and_any_inputs_are_read_or_refused(returned: Any, inputs: An
     read(encode_json({"name": "x", "inputs": inputs, "graph": {"nodes": []}}))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=4 * NUM_EXAMPLES, deadline=None)
 @given(calls())
 def test_what_was_read_is_evaluated_or_refused(nodes: list[dict[str, Any]]) -> None:
     """Each call's value as the loss: a number with a gradient, or a refusal that names the cause."""

@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from tests.numerics.loading_memory import CASES
-from tinsmith.serve import WORKER_DEFAULTS
+from tinsmith.serve.main import WORKER_DEFAULTS
 
 RATIO, BESIDE = 1.35, 100 * 2**20
 FEW = ("dense bfloat16 float32 stored",)

@@ -104,3 +104,21 @@ def test_without_gradients_nothing_is_kept(backend: LoraBackend):
     for segment in segments:
         segment.grads = None
     assert backend(segments).add("q", torch.randn(ROWS, INPUTS), torch.randn(ROWS, 56)) == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_a_segment_without_live_rows_gets_no_gradients_and_its_neighbours_get_theirs(backend: LoraBackend):
+    torch.manual_seed(3)
+    segments = make_segments()
+    segments[1].live = []
+    x_TI, dy_TO = torch.randn(ROWS, INPUTS), torch.randn(ROWS, 56)
+    dx_TI = torch.zeros_like(x_TI)
+    lora = backend(segments)
+    lora.add_grads("q", x_TI, lora.add("q", x_TI, torch.randn(ROWS, 56)), dy_TO, dx_TI)
+    for index in (1, 2):
+        grads = segments[index].grads
+        assert grads is not None
+        _, dx, da, *_ = expected(segments[index], "q", x_TI, dy_TO)
+        torch.testing.assert_close(grads["q"].a_KI.double(), da, rtol=1e-5, atol=1e-4)
+        rows = slice(segments[index].start, segments[index].end)
+        torch.testing.assert_close(dx_TI[rows].double(), dx, rtol=1e-5, atol=1e-4)

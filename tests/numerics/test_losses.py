@@ -21,7 +21,7 @@ from tests.numerics.lab import (
 )
 from tinsmith.training.losses import LOSSES, NativeLoss
 from tinsmith.types import Datum, LossSpec, OpId, RunId, TrainItem
-from tinsmith.validate import LOSSES as OFFERED
+from tinsmith.validate.requests import LOSSES as OFFERED
 
 Plain = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 

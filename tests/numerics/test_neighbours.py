@@ -12,7 +12,7 @@ import pytest
 
 from tests.numerics.lab import assert_same_bits, assert_same_result, datum, item, spec
 from tests.numerics.sampling_lab import assert_same_sample, prompt, sample
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import AdamParams, Failure, OpId, OptimItem, RunId, TrainItem

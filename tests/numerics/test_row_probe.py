@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinsmith import torch_engine
-from tinsmith.bases import describe, parse
+from tinsmith.bases.catalog import describe, parse
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError
 from tinsmith.model import FrozenMatrix, row_probe

@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.config import Settings
 from tinsmith.sampling.grammar import Grammars
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import Failure, OpId, SampleItem, SampleResult, SamplingParams
 

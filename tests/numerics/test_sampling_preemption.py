@@ -155,7 +155,7 @@ def stages_of(sampler: Sampler, name: str) -> set[str]:
     request = sampler._requests.get(name)
     if request is None:
         return set()
-    where = {"waiting": set(stages.asking()), "begun": stages.begun, "ready": stages.ready}
+    where = {"waiting": set(stages.asking(512)), "begun": stages.begun, "ready": stages.ready}
     found = {stage for stage, there in where.items() if request in there}
     recomputes = [stages.preempted.get(sequence) for sequence in request.sequences]
     return found | {"running" if r is None else "again" if r in stages.begun else "preempted" for r in recomputes}

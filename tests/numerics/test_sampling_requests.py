@@ -14,11 +14,11 @@ from tests.numerics.sampling_lab import (
     sample,
     with_blocks,
 )
-from tinsmith.bases import describe, parse_all
+from tinsmith.bases.catalog import describe, parse_all
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.sampling import Sampler
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.torch_engine import TorchEngine
 from tinsmith.types import SampleCost
 

@@ -113,7 +113,7 @@ def test_rows_before_the_first_that_is_asked_for_need_no_logits(base):
     asked = sample("r", prompt(6, 90), max_tokens=1, scores={"prompt_targets": dense(ids)})
     sampler = make_sampler(base)
     sampler.submit(asked)
-    (request,) = sampler._stages.asking()
+    (request,) = sampler._stages.asking(512)
     assert request.scores.wanted == range(88, 89)
     assert not PromptScores(sample("r", prompt(6, 90))).wanted
 

@@ -170,3 +170,13 @@ def test_a_walk_that_gives_other_numbers_is_left_and_said_so(base, monkeypatch):
     assert [(entry["log_level"], entry["because"]) for entry in logs] == [
         ("warning", "the faster walk gives other numbers")
     ]
+
+
+@pytest.mark.parametrize(("chunk_tokens", "num_begun"), [(512, 64), (1024, 100)])
+def test_as_many_short_prompts_begin_as_a_step_has_room_for(base, chunk_tokens: int, num_begun: int):
+    """Of one snapshot; of more than fit in not all are looked at."""
+    sampler = make_sampler(base, prefill_chunk_tokens=chunk_tokens)
+    for i in range(100):
+        sampler.submit(sample(f"r{i}", prompt(i, 4), max_tokens=3))
+    sampler.step()
+    assert sampler.num_running == num_begun

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.numerics.lab import CPU, datum, item, make_trainer, run_pass, spec
-from tinsmith.checkpoint_file import dump_state, load_state
+from tinsmith.files.checkpoint_file import dump_state, load_state
 from tinsmith.model import RowLayout
 from tinsmith.training.optimizer import GROUP_PARAMS, optim_steps
 from tinsmith.training.runs import RunSlot

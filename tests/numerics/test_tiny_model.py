@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.tiny_model.measure import DOUBLE_BAND, SINGLE_BAND, Sum, expected_rate, random_sums
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
 
 MAX_BYTES = 8 * 2**20
 

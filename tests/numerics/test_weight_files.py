@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import quantised
 from tests.families.configs import CONFIGS
-from tinsmith.bases import weight_bytes
+from tinsmith.bases.catalog import weight_bytes
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.model import BaseModel, FrozenMatrix, load_base
 from tinsmith.model.stored import Form, Stored, pack

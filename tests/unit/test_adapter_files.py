@@ -11,11 +11,11 @@ import pyrage
 import pytest
 from safetensors.numpy import load
 
-from tinsmith.adapter_files import COMPLETE, CONFIG, WEIGHTS, adapter_files, as_tar, external_files, pack_external
-from tinsmith.checkpoint_file import dump_state, read_state_header
 from tinsmith.errors import CorruptError
+from tinsmith.files.adapter_files import COMPLETE, CONFIG, WEIGHTS, adapter_files, as_tar, external_files, pack_external
+from tinsmith.files.checkpoint_file import dump_state, read_state_header
+from tinsmith.files.virtual_file import Span, VirtualFile
 from tinsmith.types import BaseInfo, RunId, RunSpec, RunState
-from tinsmith.virtual_file import Span, VirtualFile
 
 BASE = BaseInfo("org/base", "/nowhere", "qwen3", 100, 256, (0,))
 TIED = replace(BASE, is_head_tied=True)

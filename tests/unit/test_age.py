@@ -6,8 +6,8 @@ from itertools import product
 import pyrage
 import pytest
 
-from tinsmith.age import check_recipients, encrypt
 from tinsmith.errors import UserError
+from tinsmith.files.age import check_recipients, encrypt
 
 SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAqgVTVmbx4RRH2iVPcGBFXAkmfmAVcXqCXMDGJJlcOe someone@somewhere"
 
@@ -50,7 +50,7 @@ def test_a_panic_of_the_library_is_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
         def from_str(text: str) -> None:
             raise KeyboardInterrupt if text.endswith("stop") else PanicException("index out of bounds")
 
-    monkeypatch.setattr("tinsmith.age.pyrage.x25519.Recipient", Recipient)
+    monkeypatch.setattr("tinsmith.files.age.pyrage.x25519.Recipient", Recipient)
     with pytest.raises(UserError, match="is no public key"):
         check_recipients(["age1x"])
     with pytest.raises(KeyboardInterrupt):

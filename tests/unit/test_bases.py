@@ -10,8 +10,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
-from tinsmith import bases, hub
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
+from tinsmith.bases import catalog as bases
+from tinsmith.bases import hub
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
 from tinsmith.errors import ConfigError
 
 

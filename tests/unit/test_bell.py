@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.bell import Bell, Ringer
 from tinsmith.errors import ConfigError
+from tinsmith.ipc.bell import Bell, Ringer
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import pytest
 
 from tinsmith import crashpoints
-from tinsmith.blobs import Blobs, Digest, checkpoint_key, payload_key, result_key, snapshot_key
 from tinsmith.errors import ConfigError, CorruptError, NotFoundError, UserError
+from tinsmith.files.blobs import Blobs, Digest, checkpoint_key, payload_key, result_key, snapshot_key
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
 TENANT = TenantId("t1")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tinsmith import host_memory
 from tinsmith.config import Settings
+from tinsmith.machine import host_memory
 from tinsmith.training.budget import LOOK_EVERY, MARGIN, USEFUL_TOKENS, Budget
 from tinsmith.training.footprint import Footprint
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from tinsmith.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece
 from tinsmith.errors import CorruptError
+from tinsmith.files.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece
 from tinsmith.types import RunId, RunSpec, RunState, Targets
 
 SPEC = RunSpec(RunId("s:train:0"), "tinsmith/tiny", rank=4, seed=7, targets=Targets(mlp=False))

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tinsmith import __version__, cli
+from tinsmith import __version__
+from tinsmith.cli import main as cli
 from tinsmith.config import Settings
-from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError, ForbiddenError, NotFoundError, TinsmithError
+from tinsmith.files.datadir import DataDir, ServerInfo
 
 KEY = {
     "key_id": "k1",

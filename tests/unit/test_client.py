@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tinsmith.client import Client
+from tinsmith.cli.client import Client
 from tinsmith.errors import (
     AuthError,
     CapacityError,

@@ -29,7 +29,7 @@ from scripts.cookbook.recipe import Recipe
 from scripts.cookbook.recipes import ABSENT, RECIPES, missing, unlisted
 from scripts.cookbook.runner import Places, fill, run
 from scripts.cookbook.table import Row, render
-from tinsmith.bases import SHIPPED_PATH, describe, parse
+from tinsmith.bases.catalog import SHIPPED_PATH, describe, parse
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.cpu import HUGE_PAGES, OPENMP, math_env
+from tinsmith.machine.cpu import HUGE_PAGES, OPENMP, math_env
 
 
 @pytest.mark.parametrize(

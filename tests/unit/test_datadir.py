@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tinsmith.admin import ensure_admin_key
-from tinsmith.datadir import DataDir, ServerInfo
 from tinsmith.errors import ConfigError
+from tinsmith.files.datadir import DataDir, ServerInfo
 from tinsmith.store import open_store
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tinsmith.datadir import DataDir
+from tinsmith.files.datadir import DataDir
 with DataDir(Path(sys.argv[1])).locked(Path(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tinsmith import cli, doctor
+from tinsmith.cli import doctor
+from tinsmith.cli import main as cli
+from tinsmith.cli.doctor import Level
 from tinsmith.config import Settings
-from tinsmith.cpu import OPENMP
-from tinsmith.datadir import DataDir, ServerInfo
-from tinsmith.doctor import Level
+from tinsmith.files.datadir import DataDir, ServerInfo
+from tinsmith.machine.cpu import OPENMP
 from tinsmith.store import DATABASE_FILE, open_store
 
 TORCH: dict[str, Any] = {

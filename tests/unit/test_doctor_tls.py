@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tinsmith.cli.doctor import Check, Level, check_tls, examine
 from tinsmith.config import Settings
-from tinsmith.doctor import Check, Level, check_tls, examine
 
 NOW = datetime.now(UTC)
 
@@ -106,6 +106,6 @@ def test_without_tls_what_strangers_can_read_is_said(tmp_path: Path) -> None:
 
 
 def test_the_doctor_looks(ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinsmith.doctor.probe_torch", lambda settings: "not looked at")
+    monkeypatch.setattr("tinsmith.cli.doctor.probe_torch", lambda settings: "not looked at")
     names = [check.name for check in examine(papers(ca, tmp_path, days=-1, since=-9))]
     assert "TLS" in names

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tinsmith import cli
+from tinsmith.cli import main as cli
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import read_adapter, unpack
 from tinsmith.export.merge import merge
@@ -169,6 +169,10 @@ def test_a_tar_gives_its_two_files_and_nothing_else(adapter: Path, tmp_path: Pat
     (tmp_path / "b.tar").write_bytes(tar_of(adapter))
     with pytest.raises(UserError, match=r"lacks adapter_config\.json"):
         unpack(tmp_path / "b.tar", into)
+    (adapter / "model.safetensors").write_text("x")
+    (tmp_path / "full.tar").write_bytes(tar_of(adapter))
+    with pytest.raises(UserError, match="export it with --format hf"):
+        unpack(tmp_path / "full.tar", into)
     (tmp_path / "c.tar").write_bytes(b"no tar at all")
     with pytest.raises(UserError, match="not a tar"):
         unpack(tmp_path / "c.tar", into)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tinsmith.api import guesses
+from tinsmith.api import auth, guesses
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.guesses import Guesses, address_of
 from tinsmith.errors import AuthError, GuessingError
@@ -140,5 +140,30 @@ def test_a_revocation_while_a_key_is_looked_up_is_not_missed() -> None:
         with pytest.raises(AuthError):
             await asking
         assert cache.known("good") is None
+
+    asyncio.run(main())
+
+
+def test_a_key_in_use_is_looked_up_before_it_lapses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of requests would wait for it each second otherwise; one that was revoked meanwhile lapses."""
+
+    async def main() -> None:
+        keys = Keys()
+        await keys.cache.principal("good")
+        assert keys.cache.known("good") is not None
+        assert keys.num_looks == 1, "it has its time"
+        monkeypatch.setattr(auth, "RENEW_S", auth.TTL_S)  # so that any time is the time before it lapses
+        assert [keys.cache.known("good") is not None for _ in range(3)] == [True] * 3
+        while keys.cache._renewing:
+            await asyncio.sleep(0)
+        assert keys.num_looks == 2, "one look for all who ask meanwhile"
+        keys.cache._authenticate = nobody
+        assert keys.cache.known("good") is not None, "as of a moment ago"
+        while keys.cache._renewing:
+            await asyncio.sleep(0)
+        assert keys.cache.known("good") is None
+
+    async def nobody(secret: str) -> Principal | None:
+        return None
 
     asyncio.run(main())

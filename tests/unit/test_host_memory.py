@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith import host_memory
+from tinsmith.machine import host_memory
 
 MIB = 2**20
 GIB = 2**30
@@ -45,6 +45,12 @@ def test_a_container_of_version_2_and_those_around_it(root: Path) -> None:
     assert host_memory.available_bytes(root) == GIB
 
 
+def test_how_many_processes_the_system_killed_for_want_of_memory(root: Path) -> None:
+    assert host_memory.num_oom_kills(root) is None
+    write(root, "proc/vmstat", "pgfault 12345\noom_kill 3\n")
+    assert host_memory.num_oom_kills(root) == 3
+
+
 def test_a_container_of_version_1(root: Path) -> None:
     """Seen from inside, where the path of its group doesn't exist."""
     write(root, "proc/self/cgroup", "4:cpu,memory:/docker/abc\n1:cpu:/\n0::/\n")
@@ -64,7 +70,7 @@ def test_what_was_freed_and_kept_counts_as_free() -> None:
     """With the thresholds that `serve` sets: the process stays as large as it was, and may fill that again."""
     script = """
 import numpy
-from tinsmith import host_memory
+from tinsmith.machine import host_memory
 seen = []
 blocks = [numpy.ones(2**20) for _ in range(40)]
 for _ in range(2):
@@ -86,7 +92,7 @@ print(*seen, host_memory._kept_by_malloc(host_memory.ROOT)[1])
 def test_a_limit_of_the_process_itself() -> None:
     script = """
 import resource
-from tinsmith import host_memory
+from tinsmith.machine import host_memory
 limit = host_memory._status_bytes(host_memory.ROOT, "VmSize") + 64 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 print(host_memory.available_bytes())

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.errors import UnsupportedError, UserError
-from tinsmith.jsonform import MAX_SCHEMA_BYTES, json_grammar
 from tinsmith.sampling.grammar import Grammar, Grammars, Matcher
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.validate.jsonform import MAX_SCHEMA_BYTES, json_grammar
 
 INFO = describe(BaseRef(SHIPPED_NAME, SHIPPED_PATH))
 TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tinsmith import series
 from tinsmith.api.figures import by_tenant
 from tinsmith.config import METRICS_DIR
-from tinsmith.metrics import Counter, Counting, Gauge, Histogram, Meter, TenantLabels
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counter, Counting, Gauge, Histogram, Meter, TenantLabels
 from tinsmith.store.figures import Waiting
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tinsmith import series
-from tinsmith.metrics import Counting
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counting
 counting = Counting(series.TABLE, "worker-0", Path(sys.argv[1]))
 counting.start()
 series.OPS.add("sample", "done", by=3)
@@ -98,6 +98,15 @@ def test_a_place_goes_on_after_kill_9_with_the_same_files(shared: Path) -> None:
     assert found[("tinsmith_ops_total", ("sample", "done"))] == 9  # what was not flushed is lost, and nothing else
     assert ("tinsmith_kv_used_bytes", ("0",)) not in found  # the level of a process that is gone
     assert series.TENANT_TOKENS.kept("tenant") == {"alice"}
+
+
+def test_the_first_of_what_is_alerted_about_is_an_increase(shared: Path) -> None:
+    name = "tinsmith_failed_ops_total"
+    counting = Counting(series.TABLE, "worker-0", shared)
+    counting.start()
+    assert samples(counting.text())[name, ("internal",)] == 0
+    series.FAILED_OPS.add("internal")
+    assert samples(counting.text())[name, ("internal",)] == 1
 
 
 def test_a_successor_that_comes_early_counts_beside(shared: Path) -> None:

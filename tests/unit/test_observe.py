@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from tinsmith import observe
 from tinsmith.config import Settings
+from tinsmith.observe import logs as observe
 
 SECRET = "tml-abcdefgh12345678"
 

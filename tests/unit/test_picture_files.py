@@ -16,7 +16,7 @@ from transformers.image_utils import load_image
 
 from tests.paint import chunk, jpeg, painted, png, raw_png, saved
 from tinsmith.errors import TinsmithError, TooLargeError, UnsupportedError, UserError
-from tinsmith.picture_files import Bounds, Shape, Verified, check_whole, may_hold_pictures, read_rgb, shape_of
+from tinsmith.validate.picture_files import Bounds, Shape, Verified, check_whole, may_hold_pictures, read_rgb, shape_of
 
 BOUNDS = Bounds(max_bytes=1 << 20, max_pixels=1 << 20)
 

@@ -19,11 +19,11 @@ from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.models import Model
 from tinsmith.api.texts.pictures import File
 from tinsmith.api.texts.prompts import Chat, ChatPrompt, chat_prompt, count_tokens
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
+from tinsmith.bases.tokenizer import ChatTokenizer
+from tinsmith.bases.vision_files import read_vision
 from tinsmith.errors import UnsupportedError
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.types import BaseInfo
-from tinsmith.vision_files import read_vision
 from tinsmith.wire.images import Sight
 
 BEGIN, END, SOFT = "<start_of_image>", "<end_of_image>", "<image_soft_token>"

@@ -21,7 +21,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tinsmith.bases import SHIPPED_PATH, BaseRef, describe, tokenizer_files
+from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe, tokenizer_files
+from tinsmith.bases.vision_files import read_vision
 from tinsmith.errors import ConfigError
 from tinsmith.model.families import FAMILIES
 from tinsmith.pictures import (
@@ -35,7 +36,6 @@ from tinsmith.pictures import (
     placeholders,
     smart_resize,
 )
-from tinsmith.vision_files import read_vision
 
 IMAGE, X, Y, WHOLE = 7, 8, 9, 10
 TILE_TOKENS = {"<|patch|>": IMAGE, "<|tile_x_separator|>": X, "<|tile_y_separator|>": Y, "<|image|>": WHOLE}
@@ -225,8 +225,15 @@ def test_settings_that_contradict_the_model_are_refused(tmp_path: Path, processo
         read_vision(directory(tmp_path, added={"<|image_pad|>": 5}, processor=processor), QWEN_CONFIG)
 
 
+def test_another_scale_of_pixels_is_refused_where_the_processor_is_ours(tmp_path: Path) -> None:
+    processor = {"size": {"height": 336, "width": 336}, "rescale_factor": 0.5}
+    config = {"model_type": "llama4", "image_token_index": IMAGE, "vision_config": {"patch_size": 14}}
+    with pytest.raises(ConfigError, match="rescale_factor other than 1/255"):
+        read_vision(directory(tmp_path, added=TILE_TOKENS, processor=processor), config)
+
+
 def test_a_base_is_said_to_see_only_where_the_engine_can_show_it_pictures(tmp_path: Path) -> None:
-    for kind, model_type in (("see", "qwen3_vl"), ("blind", "llama4")):
+    for kind, model_type in (("see", "qwen3_vl"), ("blind", "idefics")):
         path = tmp_path / kind
         shutil.copytree(SHIPPED_PATH, path)
         config = json.loads((path / "config.json").read_text())

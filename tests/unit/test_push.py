@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner
 
 from tests.unit.test_export import LAYER, halves, write
-from tinsmith import cli, hub
+from tinsmith.bases import hub
+from tinsmith.cli import main as cli
 from tinsmith.errors import ConfigError
 
 SECRET = "hf_secretsecretsecret"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 
-from tinsmith.relay import Relay, RelayStream
+from tinsmith.ipc.relay import Relay, RelayStream
 
 
 def test_lines_come_out_in_order() -> None:

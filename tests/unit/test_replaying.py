@@ -60,8 +60,11 @@ def test_one_tape_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         [("2-0", False, 4, 0), ("1-0", False, 2, 1), ("3-0", False, 4, 0)],
         [("none-0", False, 0, 9)],
     )
-    message = pb.ForwardBackwardRequest.FromString(replaying.with_routes(services, ALICE, body, asked))
+    taken: list[int] = []
+    message = pb.ForwardBackwardRequest.FromString(replaying.with_routes(services, ALICE, body, asked, taken.append))
     found = decode_routes(message)
     assert sorted(found) == [0, 1]
     assert found[0][:, 0, 0].tolist() == [1, 1, 12, 12, 12, OWN_CHOICE, 11, OWN_CHOICE]
     assert found[1][:, 0, 1].tolist() == [1]
+    its, other = (routes.nbytes for routes in (found[0], found[1]))
+    assert taken == [its, other, len(body) + its + other], "counted before it is made"

@@ -126,18 +126,19 @@ def test_logits_that_are_not_finite_show():
 
 @pytest.mark.parametrize("vocab", [7, 211, 1024, 4001])
 def test_a_row_among_others_has_the_bits_of_one_alone(vocab):
+    """Whether all are drawn for at once, or in blocks, as with the largest vocabulary."""
     params = [
         SamplingParams(temperature=(1.0, 0.0, 0.7)[i % 3], top_k=(-1, 3)[i % 2], top_p=(1.0, 0.9)[i % 5 == 0])
-        for i in range(37)
+        for i in range(77)
     ]
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(37, vocab, generator=generator) * 3
-    uniforms = torch.rand(37, dtype=torch.float64, generator=generator)
+    logits = torch.randn(77, vocab, generator=generator) * 3
+    uniforms = torch.rand(77, dtype=torch.float64, generator=generator)
     warp = Warp.of(params, vocab, CPU)
     tokens, logprobs, norms = draw(logits, warp, uniforms)
     all_logprobs = warp.scaled(logits) - norms
     torch.testing.assert_close(all_logprobs, torch.log_softmax(warp.scaled(logits), -1), atol=5e-6, rtol=0)
-    for i in range(37):
+    for i in range(77):
         token, logprob, _ = draw(logits[i : i + 1], Warp.of(params[i : i + 1], vocab, CPU), uniforms[i : i + 1])
         assert torch.equal(token[0], tokens[i])
         assert torch.equal(logprob[0], logprobs[i])

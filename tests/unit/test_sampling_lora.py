@@ -9,7 +9,7 @@ import torch
 
 from tinsmith.model.lora import LoraWeights
 from tinsmith.sampling import lora as sampling_lora
-from tinsmith.sampling.lora import Adapter, DecodeLora, assign_slots, rank_class, tile_rows
+from tinsmith.sampling.lora import Adapter, DecodeLora, assign_slots, rank_class, stretches, tile_rows
 from tinsmith.sampling.stacked import Block, StackedGroup, blocks_of
 
 WIDTHS = {"layer": (32,), "group": (32, 16, 8), "uneven": (24, 16)}
@@ -44,6 +44,13 @@ def test_slots_are_kept_and_reused():
     assert assign_slots([a, b, c], [c, b]) == [2, 1]
     assert assign_slots([a, b, c], [d, c]) == [1, 2]
     assert assign_slots([a, None], [b, c, a, a]) == [1, 2, 0, 3]
+
+
+def test_rows_and_places_that_go_on_together_are_one_stretch():
+    assert stretches([0, 1, 2], [0, 1, 2]) == [(0, 0, 3)]
+    assert stretches([2, 0, 1], [0, 1, 2]) == [(0, 1, 2), (2, 0, 1)]
+    assert stretches([0, 1, 4], [0, 4, 5]) == [(0, 0, 1), (1, 4, 1), (4, 5, 1)]
+    assert stretches([], []) == []
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 9, 32])

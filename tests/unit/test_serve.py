@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.bases import parse
+from tinsmith.bases.catalog import parse
 from tinsmith.config import Settings
 from tinsmith.errors import ConfigError
-from tinsmith.placement import num_threads
-from tinsmith.serve import bind, child_specs, local_url, serve
+from tinsmith.serve.main import bind, child_specs, local_url, serve
+from tinsmith.serve.placement import num_threads
 
 
 def test_a_taken_port_is_refused_at_once() -> None:
@@ -50,8 +50,9 @@ def test_urls_can_be_reached() -> None:
 def test_children_get_all_that_was_decided(tmp_path: Path) -> None:
     settings = Settings(threads=3, port=1234)
     refs = [parse("a/b=" + str(parse("tinsmith/tiny").path)), parse("tinsmith/tiny")]
-    api, first, second = child_specs(settings, refs, tmp_path, listen_fd=8, parent_fd=9)
-    assert (api.pass_fds, first.pass_fds) == ((8, 9), (9,))
+    api, first, second = child_specs(settings, refs, tmp_path, listen_fd=8, parent_fd=9, heart_fd=7)
+    assert (api.pass_fds, first.pass_fds) == ((8, 9, 7), (9,))
+    assert api.argv[api.argv.index("--heart-fd") + 1] == "7"
     assert api.env["OMP_NUM_THREADS"] == "1"
     assert first.env["OMP_NUM_THREADS"] == first.env["TINSMITH_THREADS"] == "3"
     assert first.env["OMP_WAIT_POLICY"] == "PASSIVE"
@@ -64,7 +65,9 @@ def test_children_get_all_that_was_decided(tmp_path: Path) -> None:
 
 def test_a_sampler_of_its_own_shares_the_cores(tmp_path: Path) -> None:
     settings = Settings(threads=1, port=1234, separate_sampler=True, device="cpu", sampler_device="fake")
-    api, trainer, sampler = child_specs(settings, [parse("tinsmith/tiny")], tmp_path, listen_fd=8, parent_fd=9)
+    api, trainer, sampler = child_specs(
+        settings, [parse("tinsmith/tiny")], tmp_path, listen_fd=8, parent_fd=9, heart_fd=7
+    )
     assert (trainer.name, sampler.name) == ("worker tinsmith/tiny", "sampler tinsmith/tiny")
     assert [spec.argv[spec.argv.index("--role") + 1] for spec in (trainer, sampler)] == ["train", "sample"]
     assert [spec.argv[spec.argv.index("--slot") + 1] for spec in (trainer, sampler)] == ["0", "0-sample"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,16 +16,17 @@ from typing import Any
 import pytest
 
 from tests.service import is_alive, until
-from tinsmith.child import Child, ChildSpec
 from tinsmith.config import Settings, child_env
 from tinsmith.errors import ConfigError
-from tinsmith.supervisor import Backoff, Patience, Supervisor, describe_exit
+from tinsmith.ipc.heartbeat import Ear, Heart
+from tinsmith.serve.child import Child, ChildSpec
+from tinsmith.serve.supervisor import Backoff, Patience, Supervisor, describe_exit
 
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = """
 import os, subprocess, sys
 read, write = os.pipe()
-code = "import sys, time; from tinsmith import lifeline; lifeline.watch(int(sys.argv[1]));"
+code = "import sys, time; from tinsmith.ipc import lifeline; lifeline.watch(int(sys.argv[1]));"
 code += "print('up', flush=True); time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", code, str(read)], pass_fds=(read,), stdout=subprocess.PIPE)
 child.stdout.readline()
@@ -211,6 +213,22 @@ def test_a_stopped_child_is_found_by_its_silence_and_replaced(watch: Callable[..
     watched.stop()
 
 
+def test_children_hear_that_the_supervisor_lives_and_how_long_it_has_been_silent(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(Heart()) as heart:
+        ear = Ear(heart.inherited_fd, 60.0)
+        watched = watch(SLEEP, on_turn=heart.beat)
+        begun = time.monotonic()
+        until(lambda: time.monotonic() - begun > 1.5 and (ear.silent_s or 0.0) < 1.5, 20)
+        assert ear.trouble is None
+        watched.stop()
+        later = time.monotonic() + 61.5
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        assert "tinsmith serve" in (ear.trouble or "")
+    assert (Ear(None, 1.0).silent_s, Ear(None, 1.0).trouble) == (None, None)
+
+
 def test_a_child_that_only_starts_has_more_time(watch: Callable[..., Watched]) -> None:
     watched = watch(pulsing(SLEEP), patience=Patience(0.5, 3600.0))
     until(lambda: "up" in watched.lines, 20)
@@ -219,6 +237,74 @@ def test_a_child_that_only_starts_has_more_time(watch: Callable[..., Watched]) -
     watched.supervisor.children[0].process.heard_at -= 3600.0
     until(lambda: len(watched.pids) == 2, 20)
     watched.stop()
+
+
+def test_a_child_that_stops_while_it_loads_is_found(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(BEATING.replace('b"!"', 'b"."')), patience=Patience(0.5, 3600.0, loading_s=1.0))
+    (child,) = watched.supervisor.children
+    until(lambda: child.process is not None and child.process.was_heard, 20)
+    first = child.process.pid
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: len(watched.pids) == 2, 20)
+    assert not is_alive(first)
+    watched.stop()
+
+
+def test_a_child_that_is_stopped_before_its_first_sign_is_found(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(SLEEP), patience=Patience(0.5, 3600.0, loading_s=3600.0))
+    until(lambda: "up" in watched.lines, 20)
+    (first,) = watched.pids[-1]
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: len(watched.pids) == 2, 20)
+    assert not is_alive(first)
+    watched.stop()
+
+
+def test_a_child_that_stopped_while_it_starts_does_not_hold_up_the_end(watch: Callable[..., Watched]) -> None:
+    watched = watch(pulsing(SLEEP), patience=Patience(0.5, 3600.0), grace_s=3600.0)
+    until(lambda: "up" in watched.lines, 20)
+    (first,) = watched.pids[-1]
+    os.kill(first, signal.SIGSTOP)
+    watched.stop()
+    assert not is_alive(first)
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "oom_kills", "excused"),
+    [
+        (SLEEP, signal.SIGKILL, [7], True),
+        (SLEEP, signal.SIGKILL, [7, 8], False),
+        (SLEEP, signal.SIGKILL, [None], False),
+        (SLEEP, signal.SIGSEGV, [7], False),
+        (SLEEP, signal.SIGSTOP, [7], False),
+    ],
+    ids=["killed from outside", "out of memory", "unknown", "a fault of its own", "killed since it was silent"],
+)
+def test_a_death_by_somebodys_hand_is_told_from_others(
+    watch: Callable[..., Watched],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    number: signal.Signals,
+    oom_kills: list[int | None],
+    excused: bool,
+) -> None:
+    counts = iter(oom_kills)
+    last = [oom_kills[0]]
+
+    def num_oom_kills() -> int | None:
+        last[0] = next(counts, last[0])
+        return last[0]
+
+    monkeypatch.setattr("tinsmith.serve.supervisor.num_oom_kills", num_oom_kills)
+    deaths: list[bool] = []
+    watched = watch(
+        pulsing(code), patience=Patience(0.5, 3600.0), on_death=lambda name, is_excused: deaths.append(is_excused)
+    )
+    until(lambda: "up" in watched.lines, 20)
+    os.kill(watched.pids[-1][0], number)
+    until(lambda: bool(deaths), 20)
+    watched.stop()
+    assert deaths[0] is excused
 
 
 def test_a_successor_serves_before_the_first_one_is_told_to_finish(watch: Callable[..., Watched]) -> None:
@@ -234,7 +320,10 @@ def test_a_successor_serves_before_the_first_one_is_told_to_finish(watch: Callab
         return child.process is not before
 
     watched.supervisor.relieve()
-    until(is_relieved, 20)
+    deadline = time.monotonic() + 20
+    while not is_relieved():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
     assert both_ran
     assert child.process.is_serving
     until(lambda: not before.is_running and not child.leaving, 20)

@@ -10,8 +10,8 @@ import pytest
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.models import Model
 from tinsmith.api.texts.prompts import Chat, chat_prompt
-from tinsmith.bases import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.wire.images import BLIND
 
 MODEL = Model(SHIPPED_NAME, describe(BaseRef(SHIPPED_NAME, SHIPPED_PATH)))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinsmith.api.texts.written import ContradictionError, Search, Written
-from tinsmith.bases import SHIPPED_PATH
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.catalog import SHIPPED_PATH
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.types import SampledSequence
 
 TOKENIZER = ChatTokenizer.from_dir(SHIPPED_PATH)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tinsmith.bases import SHIPPED_PATH
+from tinsmith.bases.catalog import SHIPPED_PATH
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
-from tinsmith.tokenizer import ChatTokenizer
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"x": {}}}}}
 CALL = {"function": {"name": "add", "arguments": {"x": 1, "text": "ä <b>"}}}

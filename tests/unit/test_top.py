@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tinsmith import cli
+from tinsmith.cli import main as cli
 from tinsmith.errors import ConfigError, ForbiddenError
 from tinsmith.top.reading import Reading, frame, parse
 from tinsmith.top.view import Screen

@@ -14,7 +14,7 @@ from tinsmith.config import Settings
 from tinsmith.errors import TinsmithError, TooLargeError, UnsupportedError, UserError
 from tinsmith.sampling.logits import Warp
 from tinsmith.types import AdamParams, BaseInfo, Datum, LossSpec, SamplingParams, Targets
-from tinsmith.validate import check_adam, check_lora, check_metadata, check_sample, check_training, check_ttl
+from tinsmith.validate.requests import check_adam, check_lora, check_metadata, check_sample, check_training, check_ttl
 from tinsmith.wire.sampling import ParamsBody, SampleBody, SampleRequest, decode_sample
 from tinsmith.wire.training import TrainingRequest
 

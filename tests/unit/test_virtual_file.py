@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinsmith.virtual_file import READ_BYTES, Span, VirtualFile
+from tinsmith.files.virtual_file import READ_BYTES, Span, VirtualFile
 
 STORED = bytes(range(256)) * 40
 PIECE = st.one_of(

@@ -9,7 +9,7 @@ import pytest
 
 from tinsmith.api.brief import BRIEF_S
 from tinsmith.api.waiters import FEW, Awaited, Ended, Waiters
-from tinsmith.bell import Bell, Ringer
+from tinsmith.ipc.bell import Bell, Ringer
 from tinsmith.types import OpId
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.service import until
-from tinsmith.pulse import SERVING, STARTING, Pulse, Stethoscope, percent_read, reading
+from tinsmith.ipc.pulse import SERVING, STARTING, Pulse, Stethoscope, percent_read, reading
 from tinsmith.worker import watchdog as module
 from tinsmith.worker.watchdog import EXIT_HUNG, Watchdog, watch
 
@@ -62,6 +62,17 @@ def test_it_beats_and_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog.begin()
     thread.join(10)
     assert ended == [EXIT_HUNG]
+    ear.given()
+    ear.close()
+
+
+def test_the_first_beat_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 3600.0)
+    stop, ear = threading.Event(), Stethoscope()
+    thread = watch(Watchdog(), Pulse(ear.inherited_fd), stop, lambda: STARTING)
+    until(lambda: ear.hear() == STARTING, 10)
+    stop.set()
+    thread.join(10)
     ear.given()
     ear.close()
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.paint import IMAGE_TOKEN, VISION, jpeg, png, raw_png
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
-from tinsmith.picture_files import Bounds, Verified
 from tinsmith.pictures import placeholders
+from tinsmith.validate.picture_files import Bounds, Verified
 from tinsmith.wire import wire_pb2 as pb
 from tinsmith.wire.bounds import check_bounds
 from tinsmith.wire.images import Chunks, Looking, Sight

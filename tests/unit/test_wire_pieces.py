@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinsmith.errors import ConfigError
-from tinsmith.tokenline import TokenLine, TokenSender, line_path
+from tinsmith.ipc.tokenline import TokenLine, TokenSender, line_path
 from tinsmith.types import OpId, SampledSequence, SamplePiece
 from tinsmith.wire.media import WireError
 from tinsmith.wire.pieces import MAX_DATAGRAM_BYTES, pack_pieces, unpack_pieces

@@ -2,7 +2,10 @@
 
 import sys
 
-from tinsmith.api.main import main
+from tinsmith.machine import heap
+
+with heap.undisturbed():
+    from tinsmith.api.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -66,6 +66,7 @@ NEEDS: Mapping[str, Scope] = {
     "load_weights": Scope.FULL,
     "assign_project": Scope.FULL,
     "delete_checkpoint": Scope.FULL,
+    "delete_run": Scope.FULL,
     "set_checkpoint_ttl": Scope.FULL,
     "publish": Scope.FULL,
     "unpublish": Scope.FULL,

@@ -17,12 +17,12 @@ from uuid import uuid4
 from msgspec import Struct
 from structlog.contextvars import bind_contextvars
 
-from tinsmith import tracing
 from tinsmith.api.services import Services
-from tinsmith.blobs import payload_key
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, UserError
-from tinsmith.series import FAILED_OPS, OPS
+from tinsmith.files.blobs import payload_key
+from tinsmith.observe import tracing
+from tinsmith.observe.series import FAILED_OPS, OPS
 from tinsmith.store.quota_rules import SAVED_PARTS
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow, Principal
 from tinsmith.types import BlobKey, Failure, OpId, OpKind, RunId, SamplerId, TenantId
@@ -169,7 +169,7 @@ async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRo
     if not enqueued.row.state.is_final:
         if services.waiters.num_looks == looks_before:
             services.recent.opened(enqueued.row)
-        services.ring(enqueued.row.base_model)
+        services.ring(enqueued.row.base_model, enqueued.row if enqueued.is_new and draft.run is None else None)
     return enqueued.row
 
 

@@ -15,7 +15,6 @@ from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinsmith import tracing
 from tinsmith.api import (
     audit,
     billing,
@@ -60,6 +59,7 @@ from tinsmith.api.texts.room import Room
 from tinsmith.api.tokens import PREFIX, Tokens
 from tinsmith.api.waiters import Awaited, Ended
 from tinsmith.errors import UserError
+from tinsmith.observe import tracing
 from tinsmith.store.end_rows import EndsAfter
 from tinsmith.wire.media import JSON, encode_json
 
@@ -110,6 +110,7 @@ CLOSED = (
     endings.cancel_future,
     runs.list_runs,
     runs.get_run,
+    runs.delete_run,
     runs.list_run_checkpoints,
     runs.list_checkpoints,
     runs.delete_checkpoint,
@@ -247,7 +248,7 @@ def _watching(services: Services, room: Room) -> Callable[[Litestar], AbstractAs
         watching = services.waiters.watching(
             partial(services.work, look), services.recent, look, partial(services.work, services.store.ops.ended_since)
         )
-        async with watching, services.pressure.watching():
+        async with watching, services.pressure.watching(), services.telling.watching(services.work):
             with services.pieces.listening():
                 yield
                 await room.desk.settle()

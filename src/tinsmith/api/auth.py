@@ -30,6 +30,7 @@ from tinsmith.errors import AuthError, ForbiddenError, GuessingError
 from tinsmith.store.rows import Principal
 
 TTL_S = 1.0
+RENEW_S = 0.4  # before that is over: a look may take so long where much is asked
 GOOD_S = 3600.0  # for so long a good key is no guess
 MAX_REMEMBERED = 10_000
 
@@ -53,15 +54,28 @@ class KeyCache:
         self._guesses = guesses
         self._known: dict[bytes, tuple[Principal, float]] = {}
         self._asked: dict[bytes, asyncio.Future[Principal | None]] = {}
+        self._renewing: dict[bytes, asyncio.Future[Principal]] = {}
         self._were_good: OrderedDict[bytes, float] = OrderedDict()
         self._num_forgotten = 0
 
     def known(self, secret: str) -> Principal | None:
-        """Whose key this is, if it was good a moment ago."""
-        principal, until = self._known.get(_digest(secret), (None, 0.0))
-        if principal is None or until <= time.monotonic() or _has_expired(principal):
+        """Whose key this is, if it was good a moment ago. One that is used all the time is looked up again before that
+        moment is over, so that its requests never have to wait for it."""
+        digest = _digest(secret)
+        principal, until = self._known.get(digest, (None, 0.0))
+        left_s = until - time.monotonic()
+        if principal is None or left_s <= 0 or _has_expired(principal):
             return None
+        if left_s < RENEW_S and digest not in self._renewing:
+            self._renewing[digest] = asyncio.ensure_future(self._look_up(digest, secret, ""))
+            self._renewing[digest].add_done_callback(partial(self._renewed, digest))
         return principal
+
+    def _renewed(self, digest: bytes, asked: asyncio.Future[Principal]) -> None:
+        """What went wrong is told to who asks next."""
+        del self._renewing[digest]
+        if not asked.cancelled():
+            asked.exception()
 
     def was_good(self, secret: str) -> bool:
         """Whether it was within the hour."""
@@ -84,7 +98,11 @@ class KeyCache:
         known = self.known(secret)
         if known is not None:
             return known
-        digest, num_forgotten = _digest(secret), -1
+        return await self._look_up(_digest(secret), secret, address)
+
+    async def _look_up(self, digest: bytes, secret: str, address: str) -> Principal:
+        """Raises: as `principal`."""
+        num_forgotten = -1
         while num_forgotten != self._num_forgotten:  # else this may be the answer of before a revocation
             num_forgotten = self._num_forgotten
             principal = await self._ask_once(digest, secret, address)

@@ -19,7 +19,7 @@ from tinsmith.errors import TooLargeError, UserError
 from tinsmith.store.rows import Principal
 from tinsmith.store.usage_rows import StoredSpan, UsageKind, UsageRow
 from tinsmith.types import TenantId
-from tinsmith.validate import check_metadata
+from tinsmith.validate.requests import check_metadata
 
 HOUR_S = 3600
 MAX_HOURS = 14 * 24
@@ -42,7 +42,8 @@ class EventInfo(Struct, omit_defaults=True):
 
 
 class UsageEvent(Struct):
-    """One hour of one kind of use. training_run_id: the run that was trained, sampled or stored, if any."""
+    """One hour of one kind of use; a day, where it is old. training_run_id: the run that was trained, sampled or
+    stored, if any."""
 
     bucket_start: str
     bucket_end: str
@@ -127,7 +128,7 @@ def _usage(services: Services, principal: Principal, start: int, end: int) -> Us
     if len(rows) > MAX_EVENTS or len(spans) > MAX_EVENTS:
         raise TooLargeError(f"this window holds more than {MAX_EVENTS} events: ask for a shorter one")
     stored = storage_by_hour(spans, start, min(end, time.time()), MAX_EVENTS)
-    events = [_event(row.hour, row, _info(row)) for row in rows]
+    events = [_event(row.hour, row, _info(row), row.seconds) for row in rows]
     events += [_event(hour, span, EventInfo("storage", gigabyte_hours=amount)) for hour, span, amount in stored]
     events.sort(key=lambda event: (event.bucket_start, -(event.event_info.token_count or 0)))
     seen = {event.session_id for event in events}
@@ -180,10 +181,10 @@ def _info(row: UsageRow) -> EventInfo:
             return EventInfo("checkpoint", count=row.quantity)
 
 
-def _event(hour: int, row: UsageRow | StoredSpan, info: EventInfo) -> UsageEvent:
+def _event(hour: int, row: UsageRow | StoredSpan, info: EventInfo, seconds: int = HOUR_S) -> UsageEvent:
     return UsageEvent(
         bucket_start=iso_time(hour),
-        bucket_end=iso_time(hour + HOUR_S),
+        bucket_end=iso_time(hour + seconds),
         base_model=row.base_model,
         user_id=user_urn(row.tenant_id),
         user_name=row.tenant_name,

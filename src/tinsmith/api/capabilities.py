@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from litestar import Response, get
-from msgspec import Struct
+from litestar.params import FromQuery
+from msgspec import UNSET, Struct, UnsetType
 
 from tinsmith.api.auth import Call
 from tinsmith.api.errors import Problem
@@ -23,7 +24,10 @@ class Capabilities(Struct):
 
 
 class Health(Struct):
+    """warnings: what is wrong though everything is served; absent if nothing is."""
+
     status: str = "ok"
+    warnings: list[str] | UnsetType = UNSET
 
 
 @get("/get_server_capabilities")
@@ -33,12 +37,15 @@ async def get_server_capabilities(request: Call, services: ServicesDep) -> Capab
 
 
 @get("/healthz")
-async def healthz(services: ServicesDep) -> Response[Health | Problem]:
-    """200 once every base model is loaded, 503 until then; needs no key."""
+async def healthz(services: ServicesDep, supervised: FromQuery[bool] = False) -> Response[Health | Problem]:
+    """200 once every base model is loaded, 503 until then; needs no key. A supervisor that gives no sign of life stands
+    among the warnings; with `supervised`, for a check that starts the whole server again, the answer is 503 then."""
     ready = await services.work(services.ready_bases)
     missing = [name for name in services.bases if name not in ready]
-    if not missing:
-        return Response(Health())
-    detail = f"still being loaded: {', '.join(missing)}"
+    trouble = services.supervisor.trouble
+    if not missing and (trouble is None or not supervised):
+        return Response(Health(warnings=UNSET if trouble is None else [trouble]))
+    loading = [f"still being loaded: {', '.join(missing)}"] if missing else []
+    detail = "; ".join([*loading, *([] if trouble is None else [trouble])])
     problem = Problem(detail=detail, code=CapacityError.code, category=CapacityError.category)
     return Response(problem, status_code=503)

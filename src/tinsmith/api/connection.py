@@ -11,26 +11,33 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import re
 import resource
 import struct
 import termios
 from collections.abc import Coroutine
 from contextlib import suppress
 from enum import Enum
+from functools import lru_cache
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import h11
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tinsmith.api.answers import Answered, Refused
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
-from tinsmith.api.pressure import DEAF_S, WAITS_S
+from tinsmith.api.marks import request_id_of, security_headers
+from tinsmith.api.pressure import DEAF_S
 from tinsmith.api.stay import STAY, Stay
+from tinsmith.api.ticks import ticks_of
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.wire.media import JSON, encode_json
 
 HEADER_BYTES = 64 << 10
+HEADER_END = re.compile(rb"\n\r?\n")  # as h11 sees it
 READ_BYTES = 32 << 10  # at one time: a body in chunks of one byte takes h11 2 us a byte
 HEADER_S = 15.0
 REST_S = 30.0
@@ -38,7 +45,7 @@ UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 12_000
-PATIENT_S = 0.9 * min(WAITS_S)
+PATIENCE = 0.9  # of what a client was told to wait: it is on time then
 RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 
@@ -46,21 +53,10 @@ MAX_READ_OUT = 256  # stored files that are read out at one time, beside the con
 BETWEEN = {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}
 
 
-class Answered(Protocol):
-    """See `express.Answered`."""
-
-    @property
-    def closes(self) -> bool: ...
-
-    def to_bytes(self, dated: bytes, *, is_last: bool) -> bytes: ...
-
-
 class Lane(Protocol):
     """See `express.Express`."""
 
-    def refuse(self, data: bytes) -> Answered | None: ...
-
-    def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None: ...
+    def take(self, data: bytes, left_s: float = 0.0) -> Refused | Coroutine[Any, Any, Answered | None] | None: ...
 
 
 class Owed(Enum):
@@ -78,8 +74,10 @@ class Connection(H11Protocol):
         super().__init__(*args, **options)
         self._express = express
         self._express_task: asyncio.Task[None] | None = None
+        self._ticks = ticks_of(self.loop)
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False  # the next answer is the last one
+        self._has_been_parsed = False  # by h11, any of it
         self._lingers_until = self._refused_until = 0.0
         self._stay = Stay(self._cut)
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
@@ -122,32 +120,55 @@ class Connection(H11Protocol):
                 self.flow.pause_reading()
             return
         STAY.set(self._stay)  # what is begun from here on inherits it
-        is_between = self._is_between_requests()
-        refused = self._express.refuse(data) if is_between else None
-        if refused is not None:
-            self._unset_keepalive_if_required()
-            self._send(refused, is_last=False)
-            now = self.loop.time()
-            if now < self._refused_until:
-                self.flow.pause_reading()
-                self.loop.call_later(DEAF_S, self._listen)
-            self._refused_until = now + PATIENT_S
+        taken = self._express.take(data, self._left_s()) if self._is_between_requests() else None
+        if isinstance(taken, Refused):
+            self._turn_away(taken)
             return
-        answering = self._express.take(data) if is_between else None
-        if answering is None:
+        if taken is None:
+            self._has_been_parsed = True
+            if self._is_header_too_long(data):
+                self.send_400_response("")
+                return
             super().data_received(data)
             if self._is_leaving:
                 self.shutdown()
         else:
             self._unset_keepalive_if_required()
-            self._express_task = begin(self._answer(data, answering), self.loop)
+            self._express_task = begin(self._answer(data, taken), self.loop)
             if self._express_task is not None:
                 self.tasks.add(self._express_task)
                 self._express_task.add_done_callback(self.tasks.discard)
         self._watch()
 
+    def _left_s(self) -> float:
+        """Of the time that its client was told to wait when it was turned away."""
+        return max(0.0, self._refused_until - self.loop.time()) if self._refused_until else 0.0
+
+    def _turn_away(self, refused: Refused) -> None:
+        """One that came before its time has its place in the line already, and what is sent next is left unread for a
+        while."""
+        self._unset_keepalive_if_required()
+        self.transport.write(refused.to_bytes(self._dated()))
+        self._answered_until(refused.refusal.wait_s)
+        self._expect(None)
+        now = self.loop.time()
+        if self._refused_until > now:
+            self.flow.pause_reading()
+            self.loop.call_later(DEAF_S, self._listen)
+        else:
+            self._refused_until = now + PATIENCE * refused.refusal.wait_s
+
+    def _is_header_too_long(self, data: bytes) -> bool:
+        """h11 bounds a header by its size while it isn't whole; this bounds one that comes to be whole with `data`."""
+        if self.conn.their_state is not h11.IDLE:
+            return False
+        head = self.conn.trailing_data[0] + data
+        return len(head) > HEADER_BYTES and HEADER_END.search(head, 0, HEADER_BYTES) is None
+
     def _is_between_requests(self) -> bool:
-        return self.conn.states == BETWEEN and not self.conn.trailing_data[0] and not self.transport.is_closing()
+        if self.transport.is_closing():
+            return False
+        return not self._has_been_parsed or (self.conn.states == BETWEEN and not self.conn.trailing_data[0])
 
     async def _answer(self, data: bytes, answering: Coroutine[Any, Any, Answered | None]) -> None:
         answered = await answering
@@ -159,6 +180,7 @@ class Connection(H11Protocol):
             return
         self.flow.resume_reading()
         if answered is None:
+            self._has_been_parsed = True
             super().data_received(data)
             if self._is_leaving:
                 self.shutdown()
@@ -180,14 +202,22 @@ class Connection(H11Protocol):
         self.shutdown()
 
     def _send(self, answered: Answered, *, is_last: bool) -> None:
-        dated = b"".join(b"%s: %s\r\n" % header for header in self.server_state.default_headers)
-        self.transport.write(answered.to_bytes(dated, is_last=is_last))
+        self.transport.write(answered.to_bytes(self._dated(), is_last=is_last))
+        if is_last:
+            self.server_state.total_requests += 1
+        else:
+            self._answered_until()
+
+    def _dated(self) -> bytes:
+        """Headers of every answer, which uvicorn makes anew each second."""
+        return _lines(tuple(self.server_state.default_headers))
+
+    def _answered_until(self, wait_s: float = 0.0) -> None:
+        """The next request is awaited, for the usual time after the client was told to come."""
         self.server_state.total_requests += 1
-        if not is_last:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-            self._look_later()
+        seconds = self.timeout_keep_alive + wait_s
+        self.timeout_keep_alive_task = self._ticks.later(seconds, self.timeout_keep_alive_handler)  # type: ignore[assignment]
+        self._look_later()
 
     def _listen(self) -> None:
         """Read again, after a refusal."""
@@ -270,11 +300,19 @@ class Connection(H11Protocol):
     def _refuse(self, error: TinsmithError, status: int | None = None) -> None:
         """Answer outside of any request, and close."""
         body = encode_json(Problem(error.message, error.code, error.category))
-        headers = [("content-type", JSON), ("content-length", str(len(body))), ("connection", "close")]
+        status = status or status_of(error)
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", JSON.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", request_id_of(b"").encode()),
+            *security_headers(is_tls=self.scheme == "https"),
+            CLOSE_HEADER,
+        ]
         if status == 503:
-            headers.append(("retry-after", str(RETRY_AFTER_S)))
+            headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
         events = (
-            h11.Response(status_code=status or status_of(error), headers=headers),
+            h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()),
             h11.Data(data=body),
             h11.EndOfMessage(),
         )
@@ -283,6 +321,11 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
             self._look_later()
         self.transport.close()
+
+
+@lru_cache(maxsize=1)
+def _lines(headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 def most_connections() -> int:

@@ -16,7 +16,7 @@ from tinsmith.errors import UserError
 from tinsmith.store.files import ROW_BYTES
 from tinsmith.store.rows import NewCopy, Principal
 from tinsmith.types import SessionId
-from tinsmith.validate import check_ttl
+from tinsmith.validate.requests import check_ttl
 from tinsmith.wire.requests import CopyWeights
 
 TOKEN_HEADER = "x-tinker-weights-access-token"

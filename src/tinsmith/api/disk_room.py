@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
-from tinsmith.disk_use import DiskUse, free_bytes, measure, size
 from tinsmith.errors import StorageFullError
+from tinsmith.files.blobs import Blobs
 from tinsmith.store import Store
 from tinsmith.store.files import ROW_BYTES
 from tinsmith.types import TenantId
+from tinsmith.upkeep.disk_use import DiskUse, free_bytes, measure, size
 
 LOOK_S = 1.0
 MEASURE_PAUSE = 50  # between two measurements, times what one takes

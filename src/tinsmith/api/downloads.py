@@ -1,7 +1,7 @@
 """Checkpoints as files: signed links to them, and the route that follows the links.
 
 The archive of any checkpoint is a tar of a PEFT adapter; external checkpoints have a link for each file as well.
-Answers are streamed, a piece of the stored file at a time (see adapter_files.py), and can be resumed: `Range`,
+Answers are streamed, a piece of the stored file at a time (see files/adapter_files.py), and can be resumed: `Range`,
 `If-Range`, `ETag`. A download that has begun goes on to its end though the checkpoint be deleted meanwhile, but ends
 when the key is revoked that its link was made with.
 """
@@ -21,7 +21,6 @@ from litestar.params import FromPath, FromQuery
 from litestar.response import Stream
 from msgspec import Struct
 
-from tinsmith.adapter_files import Files, adapter_files, as_tar, external_files
 from tinsmith.api.auth import Call
 from tinsmith.api.errors import Problem
 from tinsmith.api.links import PATH, follow_link, make_link, parse_query, version_of
@@ -30,12 +29,13 @@ from tinsmith.api.paging import iso_time
 from tinsmith.api.places import CALLER
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.sharing import CHECKPOINT, hand_out
-from tinsmith.checkpoint_file import read_state_header
 from tinsmith.errors import BusyError, NotFoundError, UserError
+from tinsmith.files.adapter_files import Files, adapter_files, as_tar, external_files
+from tinsmith.files.checkpoint_file import read_state_header
+from tinsmith.files.virtual_file import VirtualFile
 from tinsmith.importing.state import NAME as STATE_FILE
 from tinsmith.store.rows import CheckpointRow
 from tinsmith.types import CheckpointKind, RunId
-from tinsmith.virtual_file import VirtualFile
 from tinsmith.wire.media import JSON
 from tinsmith.wire.paths import parse_kind
 

@@ -6,6 +6,7 @@ A poll tells which requests have ended and not how; their results are fetched wi
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from litestar import post
 from litestar.params import JSONBody
@@ -16,7 +17,7 @@ from tinsmith.api.pauses import ACTIVE
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UnsupportedError
 from tinsmith.store.end_rows import Ended, EndsAfter
-from tinsmith.store.rows import Principal
+from tinsmith.store.rows import OpRow, Principal
 from tinsmith.types import OpId, OpState, SamplerId
 from tinsmith.wire.requests import CLONE_SEQS, CancelFuture, RetrieveFutures
 
@@ -57,6 +58,7 @@ async def retrieve_futures(request: Call, services: ServicesDep, data: JSONBody[
     ended = await _ended(services, sampler_id, target.cloned_sampler_id, data.prev_cursor, hold_s)
     if not ended and hold_s > 0:
         paused = await services.work(_paused, services, sampler_id, target.cloned_sampler_id)
+        services.telling.name(paused)
         return Completions([Completion(op_id, "finished") for op_id in paused], data.prev_cursor)
     return Completions(
         completions=[_completion(end) for end in ended], cursor=ended[-1].num if ended else data.prev_cursor
@@ -94,7 +96,8 @@ def _hold_s(services: Services, data: RetrieveFutures) -> float:
 
 
 async def _ended(services: Services, sampler_id: SamplerId, clone: int, after: int, hold_s: float) -> list[Ended]:
-    """Wakes at every end of the sampler's requests, and goes on waiting if it was another client's."""
+    """Wakes at every end of the sampler's requests, and goes on waiting if it was another client's. Empty too when
+    there is news of why the oldest wait."""
     deadline = time.monotonic() + hold_s
     seqs = (clone * CLONE_SEQS, (clone + 1) * CLONE_SEQS)
     seen = after
@@ -106,8 +109,11 @@ async def _ended(services: Services, sampler_id: SamplerId, clone: int, after: i
             left_s = deadline - time.monotonic()
             if ended or left_s <= 0:
                 return ended
-            if last <= seen and not await services.waiters.hold(future, left_s):
-                return []
+            if last <= seen:
+                with services.telling.of_shared(mark, clone, partial(_oldest, services, sampler_id, clone), future):
+                    has_ended = await services.waiters.hold(future, left_s)
+                if not has_ended:
+                    return []
             seen = max(seen, last)
         finally:
             services.waiters.forget(mark, future)
@@ -118,8 +124,12 @@ def _paused(services: Services, sampler_id: SamplerId, clone: int) -> list[OpId]
 
     This answer can't say why they wait. A client that is told of them asks for each by retrieve_future, which can.
     """
-    oldest = services.store.endings.waiting(sampler_id, clone * CLONE_SEQS, (clone + 1) * CLONE_SEQS, FEW)
+    oldest = _oldest(services, sampler_id, clone)
     return [op.id for op in oldest if services.look_why_waiting(op).state != ACTIVE]
+
+
+def _oldest(services: Services, sampler_id: SamplerId, clone: int) -> list[OpRow]:
+    return services.store.endings.waiting(sampler_id, clone * CLONE_SEQS, (clone + 1) * CLONE_SEQS, FEW)
 
 
 def _completion(end: Ended) -> Completion:

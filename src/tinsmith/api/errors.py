@@ -30,7 +30,7 @@ from tinsmith.errors import (
     UserError,
     echo,
 )
-from tinsmith.series import REFUSED
+from tinsmith.observe.series import REFUSED
 
 log = structlog.get_logger("tinsmith.api")
 

@@ -9,19 +9,17 @@ that was not seen good within the hour, a body of another kind or size, a custom
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from http import HTTPStatus
-from itertools import cycle
+from math import ceil
 from typing import Any, TypeAlias
 
 import structlog
 import zstandard
 
-from tinsmith import tracing
 from tinsmith.api.access import NEEDS
 from tinsmith.api.admission import Draft, Promise, admit, attempt, refuse_when_full
+from tinsmith.api.answers import Answer, Answered, Refusal, Refused
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
 from tinsmith.api.errors import fault, lack_of, refusal
@@ -35,52 +33,22 @@ from tinsmith.api.pressure import FILLING, TOO_MUCH, WAITS_S
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
-from tinsmith.picture_files import may_hold_pictures
-from tinsmith.series import REFUSED
+from tinsmith.observe import tracing
+from tinsmith.observe.series import REFUSED
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
-from tinsmith.validate import CUSTOM
+from tinsmith.validate.picture_files import may_hold_pictures
+from tinsmith.validate.requests import CUSTOM
 from tinsmith.wire.bounds import read_address
 from tinsmith.wire.media import JSON, WireError, decode_json, encode_json
+from tinsmith.wire.named_pictures import may_name_pictures
 from tinsmith.wire.requests import RetrieveFuture, RunAddress
 from tinsmith.wire.results import failure_result
 
 SAMPLE_ID = b"req-"  # begins the id of a sequence that a provenance span names
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
 MAX_RUNS = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    body: bytes
-    media: str = JSON
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """An answer to a request, with the id that both bear. security: header lines of every answer."""
-
-    answer: Answer
-    request_id: str
-    security: bytes
-
-    @property
-    def closes(self) -> bool:
-        """The connection has to be closed after it."""
-        return self.answer.headers.get("connection") == "close"
-
-    def to_bytes(self, dated: bytes, *, is_last: bool) -> bytes:
-        """As it goes over the wire. dated: headers that the server adds to each; is_last: the connection is closed."""
-        answer = self.answer
-        headers = {**answer.headers, "connection": "close"} if is_last else answer.headers
-        extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = (
-            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\ncontent-type: {answer.media}\r\n"
-            f"content-length: {len(answer.body)}\r\n{extra}x-request-id: {self.request_id}\r\n"
-        )
-        return b"".join((head.encode("latin-1"), dated, self.security, b"\r\n", answer.body))
+TOO_MANY = 429
 
 
 Handler: TypeAlias = Callable[[Principal, PlainRequest], Awaitable[Answer | None]]
@@ -105,42 +73,42 @@ class Express:
         }
         headers = security_headers(is_tls=services.settings.has_tls)
         self._security = b"".join(b"%s: %s\r\n" % header for header in headers)
-        self._paths = frozenset(self._handlers)
-        self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._paths}
-        self._filling = frozenset(path.encode() for path in FILLING)
+        self._needs = {path: NEEDS[path.decode().rpartition("/")[2]] for path in self._handlers}
+        self._filling = {path.encode(): path for path in FILLING}
+        self._paths = frozenset(self._handlers.keys() | self._filling.keys())
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
-        status, refused, problem = refusal("", CapacityError(TOO_MUCH))
-        body = encode_json(problem)
-        waits = [refused | {"retry-after": str(wait_s)} for wait_s in WAITS_S]
-        self._too_much = cycle([Answer(status, body, headers=headers) for headers in waits])
+        self._refusals = [self._refusal(wait_s) for wait_s in range(max(WAITS_S) + 1)]
 
-    def refuse(self, data: bytes) -> Answered | None:
-        """The refusal of the request that `data` is, while too much is asked for; else None."""
-        if not self._services.pressure.is_high:
-            return None
-        request = read_plain(data, self._filling)
-        principal = None if request is None else self._keys.known(_secret_of(request))
-        if request is None or principal is None or not self._services.pressure.refuses(principal.tenant_id):
-            return None
-        REFUSED.add(CapacityError.code)
-        answer = next(self._too_much)
-        self._services.turned_away.note(principal.tenant_id, request.path.decode(), answer.status)
-        return Answered(answer, request_id_of(request.headers.get(b"x-request-id", b"")), self._security)
-
-    def take(self, data: bytes) -> Coroutine[Any, Any, Answered | None] | None:
-        """What answers the request that `data` is; None if it is none for this lane. It comes to None where that shows
-        later, and nothing has happened then."""
+    def take(self, data: bytes, left_s: float = 0.0) -> Refused | Coroutine[Any, Any, Answered | None] | None:
+        """What answers the request that `data` is, or its refusal while too much is asked for; None if it is none for
+        this lane. It comes to None where that shows later, and nothing has happened then. left_s: of what its
+        connection was told to wait."""
         request = read_plain(data, self._paths)
         if request is None:
             return None
         secret = _secret_of(request)
         principal = self._keys.known(secret)
         if principal is None:
-            return self._answered_later(request, secret) if self._keys.was_good(secret) else None
-        if not principal.scope.allows(self._needs[request.path]):
+            is_ours = request.path in self._handlers and self._keys.was_good(secret)
+            return self._answered_later(request, secret) if is_ours else None
+        if request.path in self._filling and self._services.pressure.refuses(principal.tenant_id):
+            return self._refused(request, principal, left_s)
+        if request.path not in self._handlers or not principal.scope.allows(self._needs[request.path]):
             return None
         self._services.underway.begin(principal.key_id)
         return self._answered(request, principal)
+
+    def _refused(self, request: PlainRequest, principal: Principal, left_s: float) -> Refused:
+        """Decided by the request's head alone; all of the answer but its id and the date is made beforehand."""
+        REFUSED.add(CapacityError.code)
+        self._services.turned_away.note(principal.tenant_id, self._filling[request.path], TOO_MANY)
+        wait_s = ceil(left_s) if left_s > 0 else self._services.pressure.wait_s()
+        return Refused(self._refusals[wait_s], request_id_of(request.headers.get(b"x-request-id", b"")))
+
+    def _refusal(self, wait_s: int) -> Refusal:
+        status, headers, problem = refusal("", CapacityError(TOO_MUCH))
+        answer = Answer(status, encode_json(problem), headers=headers | {"retry-after": str(wait_s)})
+        return Refusal.of(answer, self._security, wait_s)
 
     async def _answered_later(self, request: PlainRequest, secret: str) -> Answered | None:
         """Thousands may come at once after a pause: their key is looked up once, and none of them goes the long way."""
@@ -157,7 +125,8 @@ class Express:
         CALLER.set(principal.tenant_id)
         traced = tracing.request("POST", path, request.headers.get(b"traceparent", b""), request_id)
         marks = {"request_id": request_id, "tenant": principal.tenant_name, "tenant_id": principal.tenant_id}
-        with structlog.contextvars.bound_contextvars(**marks), traced as asked:
+        structlog.contextvars.bind_contextvars(**marks)  # ends with the context, which is this request's own
+        with traced as asked:
             try:
                 if path in FILLING:
                     with self._services.pressure.under_way(principal.tenant_id):
@@ -199,12 +168,14 @@ class Express:
             run = await self._run(principal, where)
             await refuse_when_full(self._services, principal.tenant_id, run.run_id, where.seq_id)
             draft = draft_on(run, OpKind.FORWARD_BACKWARD, where)
-            return await self._admit(principal, attempt(draft, partial(fill_training, self._services, principal, body)))
+            fill = partial(fill_training, self._services, principal, body, held.take)
+            return await self._admit(principal, attempt(draft, fill))
 
     def _may_need_files(self, body: bytes) -> bool:
         """Whether what it asks for may have to be looked up, or takes long to look at."""
         names_samples = self._services.settings.router_replay and SAMPLE_ID in body
-        return names_samples or CUSTOM.encode() in body or may_hold_pictures(body)
+        names_pictures = self._services.fetcher.is_on and may_name_pictures(body)
+        return names_samples or names_pictures or CUSTOM.encode() in body or may_hold_pictures(body)
 
     async def _optim_step(self, principal: Principal, request: PlainRequest) -> Answer | None:
         with _Held(self._budget, principal.tenant_id) as held:

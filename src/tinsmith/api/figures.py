@@ -12,15 +12,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tinsmith import __version__, series
+from tinsmith import __version__
 from tinsmith.config import Settings
-from tinsmith.datadir import DataDir, ServerInfo
-from tinsmith.metrics import OTHER, Counting, Series
+from tinsmith.files.datadir import DataDir, ServerInfo
+from tinsmith.ipc.heartbeat import Ear
+from tinsmith.observe import series
+from tinsmith.observe.metrics import OTHER, Counting, Series
 from tinsmith.store import Store
 from tinsmith.store.figures import Figures, Waiting
 from tinsmith.types import OpKind, RunStatus
@@ -38,9 +41,10 @@ class Watched:
         counting: Counting,
         num_polls: Callable[[], int],
         disk: Callable[[], Mapping[str, int]],
+        supervisor: Ear,
     ) -> None:
         """num_polls: that are open now. disk: bytes of the data directory by kind, as they are known."""
-        self._reader = _Reader(store, settings, num_polls, disk)
+        self._reader = _Reader(store, settings, num_polls, disk, supervisor)
         self._counting = counting
         self._lock = threading.Lock()
         self._text = b""
@@ -56,12 +60,18 @@ class Watched:
 
 class _Reader(Collector):
     def __init__(
-        self, store: Store, settings: Settings, num_polls: Callable[[], int], disk: Callable[[], Mapping[str, int]]
+        self,
+        store: Store,
+        settings: Settings,
+        num_polls: Callable[[], int],
+        disk: Callable[[], Mapping[str, int]],
+        supervisor: Ear,
     ) -> None:
         self._store = store
         self._settings = settings
         self._num_polls = num_polls
         self._disk = disk
+        self._supervisor = supervisor
         self._data_dir = DataDir(settings.data_dir)
 
     def describe(self) -> Iterable[Metric]:
@@ -75,12 +85,15 @@ class _Reader(Collector):
         figures = self._store.overview.figures()
         yield from _of_rows(figures, self._settings.metrics_tenants, now)
         yield _family(series.HELD_OPS, self._held(figures, now))
+        yield _family(series.QUEUE_OLDEST_FREE, self._oldest_free(figures, now))
         workers = [row for row in self._store.workers.list() if row.lease_until > 0]
         alive = {row.slot for row in workers if row.is_ready and row.lease_until > now}
         yield _family(
             series.WORKER_READY,
             {(row.slot, row.base_model, row.role.value): float(row.slot in alive) for row in workers},
         )
+        silent_s = self._supervisor.silent_s
+        yield _family(series.SUPERVISOR_SILENT, {} if silent_s is None else {(): silent_s})
         info = self._data_dir.left_info()
         if info is not None:
             yield from _of_processes(info)
@@ -97,6 +110,18 @@ class _Reader(Collector):
         for tenant_id, name in self._store.overview.tenant_names(held).items():
             shown[(name if name in named else OTHER,)] += held[tenant_id]
         return shown
+
+    def _oldest_free(self, figures: Figures, now: float) -> Mapping[tuple[str, ...], float]:
+        """Who has no request that a quota holds back waits for as long as its oldest."""
+        free_since = self._store.quotas.free_since(now)
+        names = self._store.overview.tenant_names(free_since)
+        since = {names[tenant_id]: at for tenant_id, at in free_since.items() if tenant_id in names}
+        waiting = [
+            replace(each, oldest_at=since[each.tenant] or now) if each.tenant in since else each
+            for each in figures.waiting
+        ]
+        _, oldest = by_tenant(waiting, self._settings.metrics_tenants, now)
+        return {(tenant,): seconds for tenant, seconds in oldest.items()}
 
 
 def _of_rows(figures: Figures, most_tenants: int, now: float) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ Large ones are read from their files as fast as the client takes them, so many o
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
@@ -20,10 +21,11 @@ from tinsmith.api.gaps import close_gap
 from tinsmith.api.outgo import PIECE_BYTES, closing_with
 from tinsmith.api.pauses import ACTIVE, Waiting
 from tinsmith.api.services import Services, ServicesDep
+from tinsmith.api.waiters import Ended
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.files.virtual_file import VirtualFile
 from tinsmith.store.rows import OpRow
 from tinsmith.types import BlobKey, Failure, OpId, OpState, TenantId
-from tinsmith.virtual_file import VirtualFile
 from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
 from tinsmith.wire.results import failure_result
@@ -74,7 +76,7 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
             services.recent.forget(op_id)
         services.polls.of_sample(op)
         if not op.state.is_final:
-            await services.waiters.hold(future, services.settings.poll_hold_s * (1 + random.random() / SPREAD))
+            await _hold(services, op, future)
             op = services.waiters.outcome(future) or op
             services.polls.of_sample(op)
             if not op.state.is_final:
@@ -84,9 +86,19 @@ async def come_to(services: Services, tenant_id: TenantId, op_id: OpId) -> OpRow
     return op
 
 
+async def _hold(services: Services, op: OpRow, future: asyncio.Future[Ended | bool]) -> None:
+    """Until it has ended, or there is news of why it waits, for as long as a poll may take. Who was told a moment ago
+    that it is paused asks why, and isn't held."""
+    if services.telling.is_asked_why(op.id):
+        return
+    with services.telling.of_poll(op, future):
+        await services.waiters.hold(future, services.settings.poll_hold_s * (1 + random.random() / SPREAD))
+
+
 async def try_again(services: Services, op: OpRow) -> bytes:
     """The body of the 408 for an op that isn't final yet."""
     why = await services.why_waiting(op)
+    services.telling.told(op.id, why)
     if why.missing_seq is not None and time.time() - op.created_at > services.settings.gap_timeout_s:
         await close_gap(services, op)
     return _try_again(op.id, why)

@@ -1,6 +1,7 @@
 """import_weights: an adapter or a run's state from elsewhere becomes checkpoints of the caller's.
 
-The body goes to a file without a name as it comes in, of at most what the base's largest adapter could need. It is
+The body goes to a file without a name as it comes in, of at most what the base's largest adapter could need, or a full
+run where these are offered. It is
 looked at there, one tensor after another, in a thread of its own; what comes of it is written like any checkpoint, and
 only then do its rows come to be. So an import that was answered is there whatever happens next, and one that wasn't
 leaves nothing but a file without a row, which the janitor takes away.
@@ -24,16 +25,17 @@ from tinsmith.api.copies import KEY_HEADER, MAX_KEY_CHARS
 from tinsmith.api.intake import hold_of
 from tinsmith.api.outgo import closing_with
 from tinsmith.api.services import Services, ServicesDep
-from tinsmith.blobs import BlobInfo, checkpoint_key
+from tinsmith.bases.layer_table import read_layers
+from tinsmith.bases.weight_table import Shapes, read_weights
 from tinsmith.errors import BusyError, TooLargeError, UserError
+from tinsmith.files.blobs import BlobInfo, checkpoint_key
 from tinsmith.importing.look import look
-from tinsmith.layer_table import read_layers
-from tinsmith.lora_fields import check_extras
 from tinsmith.store.copies import own_session_id
 from tinsmith.store.imports import DIGEST, NewImport
 from tinsmith.store.rows import NewCheckpoint, NewRun, Principal
-from tinsmith.types import BaseInfo, CheckpointKind, RunId, RunSpec
-from tinsmith.validate import check_lora, check_ttl
+from tinsmith.types import BaseInfo, CheckpointKind, RunId, RunSpec, Targets
+from tinsmith.validate.lora_fields import check_extras
+from tinsmith.validate.requests import check_lora, check_ttl
 from tinsmith.wire.paths import check_name
 
 PIECE_BYTES = 4 << 20  # written at one time
@@ -121,7 +123,8 @@ def _plan(
     base = services.base(base_model).info
     services.store.quotas.require_storage(principal, 1, time.time())
     largest = base.adapter_bytes(RunSpec(RunId(""), base.name, rank=services.settings.lora_max_rank))
-    at_most = EXPANSION * PARTS * largest + SPARE_BYTES
+    full = base.adapter_bytes(RunSpec(RunId(""), base.name, rank=0)) if services.settings.full_fine_tuning else 0
+    at_most = PARTS * max(EXPANSION * largest, full) + SPARE_BYTES
     return Plan(base, name, check_ttl(ttl_seconds, services.settings), project_id, request_key, at_most)
 
 
@@ -164,7 +167,8 @@ def _make(
         UserError: what was sent can't be carried, or doesn't fit the base.
     """
     layers = read_layers(services.settings.data_dir, plan.base.name)
-    found = look(body, num_bytes, layers, plan.base)
+    full_weights = partial(_full_weights, services, plan)
+    found = look(body, num_bytes, layers, plan.base, full_weights)
     for rank in (found.spec.rank, *dict(found.spec.options.ranks).values()):
         check_lora(rank, found.spec.seed, found.spec.targets, services.settings)
     check_extras(found.spec, plan.base)
@@ -175,6 +179,12 @@ def _make(
     kinds = (CheckpointKind.TRAINING, found.has_optimizer), (CheckpointKind.SAMPLER, False)
     checkpoints = [_checkpoint(run, kind, plan.name, stored, expires_at, has) for kind, has in kinds]
     return NewImport(run, checkpoints, principal, plan.project_id), found.has_optimizer
+
+
+def _full_weights(services: Services, plan: Plan) -> Shapes:
+    """Raises: UserError: full fine-tuning isn't offered."""
+    check_lora(0, None, Targets(), services.settings)
+    return read_weights(services.settings.data_dir, plan.base.name)
 
 
 def _run(principal: Principal, plan: Plan, like: RunSpec, digest: str) -> NewRun:

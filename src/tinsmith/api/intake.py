@@ -16,7 +16,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from tinsmith.api.pressure import COMPATIBLE, FILLING, Pressure
-from tinsmith.errors import CapacityError, RequestTimeoutError, UserError
+from tinsmith.errors import CapacityError, RequestTimeoutError, TooLargeError, UserError
 from tinsmith.types import TenantId
 
 IDLE_S = 30.0  # between two pieces of a body
@@ -44,7 +44,13 @@ class Budget:
 
         Raises:
             CapacityError: too much is held, by this tenant or by all; nothing was taken.
+            TooLargeError: the request alone would hold more than all together may.
         """
+        if own_bytes + num_bytes > self._max_bytes:
+            raise TooLargeError(
+                f"taken in, this request would hold {own_bytes + num_bytes} bytes, and all requests together may hold "
+                f"{self._max_bytes}: send fewer datums or tokens a request"
+            )
         with self._lock:
             tenant_bytes = self._held.get(tenant_id, 0)
             if tenant_bytes > own_bytes and tenant_bytes + num_bytes > self._max_tenant_bytes:

@@ -16,8 +16,8 @@ from tinsmith.api.auth import Call
 from tinsmith.api.body import read_body
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.training import refuse_finished_session, refuse_if_off
-from tinsmith.blobs import loss_key
 from tinsmith.errors import TooLargeError, UserError
+from tinsmith.files.blobs import loss_key
 from tinsmith.store.rows import NewLoss, NewOp, Principal
 from tinsmith.types import Failure, OpId, OpKind, SessionId
 from tinsmith.wire.custom_loss import decode_custom_loss

@@ -24,7 +24,7 @@ from typing import cast
 import structlog
 import uvicorn
 
-from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
+from tinsmith import crashpoints
 from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.express import Express
@@ -33,20 +33,24 @@ from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.unpolled import give_up_unpolled
 from tinsmith.api.waiters import Waiters
-from tinsmith.bases import describe, parse_all, tokenizer_files
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs
+from tinsmith.bases.catalog import describe, parse_all, tokenizer_files
 from tinsmith.config import Settings, metrics_dir
-from tinsmith.datadir import DataDir
 from tinsmith.errors import TinsmithError
-from tinsmith.janitor import sweeping
-from tinsmith.metrics import Counting
-from tinsmith.pulse import BEAT_S, Pulse
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.datadir import DataDir
+from tinsmith.ipc import lifeline
+from tinsmith.ipc.bell import Bell, Ringer
+from tinsmith.ipc.heartbeat import Ear
+from tinsmith.ipc.pulse import BEAT_S, STARTING, Pulse
+from tinsmith.ipc.tokenline import TokenLine, line_path
+from tinsmith.machine import heap
+from tinsmith.observe import logs, series, tracing
+from tinsmith.observe.metrics import Counting
 from tinsmith.signing import Signer
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
 from tinsmith.tls import Certificate
-from tinsmith.tokenline import TokenLine, line_path
+from tinsmith.upkeep.janitor import sweeping
 
 log = structlog.get_logger("tinsmith.api")
 
@@ -192,6 +196,7 @@ def serve_api(
     worker_bell_paths: Mapping[str, Sequence[Path]],
     counting: Counting,
     pulse: Pulse | None = None,
+    heart_fd: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until SIGUSR1: then what comes on connections that are open is answered still.
 
@@ -200,6 +205,7 @@ def serve_api(
         bell_path: where this process listens for workers' rings.
         worker_bell_paths: by base model, where its workers listen.
         counting: what this process counts, begun.
+        heart_fd: where the supervisor shows that it lives (`ipc/heartbeat.py`); None: there is none.
 
     Raises:
         ConfigError: a base's directory is missing or not a model's, or the address for metrics can't be used.
@@ -207,7 +213,11 @@ def serve_api(
     store = open_store(settings.data_dir, synchronous=settings.sqlite_synchronous, prices=Prices.of_settings(settings))
     try:
         with closing(Bell(bell_path)) as bell, closing(TokenLine(line_path(bell_path))) as line:
-            services = replace(build_services(settings, store, bell, worker_bell_paths, line), counting=counting)
+            services = replace(
+                build_services(settings, store, bell, worker_bell_paths, line),
+                counting=counting,
+                supervisor=Ear(heart_fd, settings.hang_timeout_s),
+            )
             try:
                 server = make_server(services, pulse)
                 heap.settle()
@@ -224,13 +234,17 @@ def serve_api(
 def _beside_the_janitor(services: Services, now: float) -> None:
     services.disk.measure(services.store, services.blobs)
     give_up_unpolled(services, now)
+    if services.supervisor.trouble is not None:
+        log.error(services.supervisor.trouble)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 after a clean stop, 2 if the settings or the data directory can't be used."""
     args = _arguments().parse_args(argv)
+    pulse = Pulse(args.pulse_fd)
+    pulse.beat(STARTING)
     settings = Settings.load()
-    observe.configure(settings, process="api")
+    logs.configure(settings, process="api")
     counting = Counting(series.TABLE, "api", metrics_dir())
     counting.start()
     crashpoints.arm_from(settings.crash_point)
@@ -243,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bells.setdefault(base, []).append(Path(path))
     try:
         tracing.start(settings, "api")
-        serve_api(settings, sock, args.bell, bells, counting, Pulse(args.pulse_fd))
+        serve_api(settings, sock, args.bell, bells, counting, pulse, args.heart_fd)
     except TinsmithError as error:
         log.error("the API can't start", error=error.message)
         return EXIT_UNUSABLE
@@ -261,4 +275,5 @@ def _arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parent-fd", type=int, help="pipe whose closing means that the parent has gone")
     parser.add_argument("--pulse-fd", type=int, help="pipe on which this process shows that it lives")
+    parser.add_argument("--heart-fd", type=int, help="file in which the parent shows that it lives")
     return parser

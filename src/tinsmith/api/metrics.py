@@ -18,7 +18,7 @@ from tinsmith.api.paging import iso_time
 from tinsmith.api.services import ServicesDep
 from tinsmith.config import LOOPBACK
 from tinsmith.errors import ConfigError
-from tinsmith.metrics import MEDIA
+from tinsmith.observe.metrics import MEDIA
 
 log = structlog.get_logger("tinsmith.api")
 

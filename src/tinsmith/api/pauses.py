@@ -21,11 +21,12 @@ ACTIVE, RATE_LIMIT, CAPACITY = "active", "paused_rate_limit", "paused_capacity"
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """state: one of the SDK's queue states. reason: shown to users. missing_seq: the first request of its run that has
-    not arrived, if it waits for that."""
+    not arrived, if it waits for that. cause: which quota of whom, if one holds it back."""
 
     state: str
     reason: str
     missing_seq: int | None = None
+    cause: str = ""
 
 
 def why_waiting(store: Store, pace: Pace, op: OpRow, session_timeout_s: float, *, is_ready: bool) -> Waiting:
@@ -48,7 +49,8 @@ def why_waiting(store: Store, pace: Pace, op: OpRow, session_timeout_s: float, *
         seconds_left = None
         if hold.quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS):
             seconds_left = pace.seconds_for(ahead.get(op.tenant_id, 0) + 1, places, op.base_model, op.tenant_id)
-        return Waiting(RATE_LIMIT, told(hold, now, session_timeout_s, seconds_left))
+        reason = told(hold, now, session_timeout_s, seconds_left)
+        return Waiting(RATE_LIMIT, reason, cause=f"{hold.quota} {hold.owner}")
     paused = store.quotas.paused([of for of in ahead if of != op.tenant_id], now)
     num = sum(count for of, count in ahead.items() if of not in paused)
     if num == 0:

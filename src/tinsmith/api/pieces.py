@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import structlog
 
 from tinsmith.errors import UserError
-from tinsmith.tokenline import TokenLine
+from tinsmith.ipc.tokenline import TokenLine
 from tinsmith.types import OpId, SamplePiece
 from tinsmith.wire.pieces import cut_sequence, unpack_pieces
 

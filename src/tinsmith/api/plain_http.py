@@ -9,7 +9,7 @@ the bytes go to that parser as they came.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 END = b"\r\n\r\n"
 MAX_BYTES = 32 << 10
@@ -20,8 +20,7 @@ LONG_WAY = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PlainRequest:
+class PlainRequest(NamedTuple):
     """headers: by lower-case name, each of which came once."""
 
     path: bytes
@@ -37,9 +36,9 @@ def read_plain(data: bytes, paths: frozenset[bytes]) -> PlainRequest | None:
     if not end or head.translate(None, VISIBLE):
         return None
     first, *lines = head.split(b"\r\n")
-    path, _, version = first[5:].partition(b" ")
+    path, version = first[5:-9], first[-9:]
     if (
-        version != b"HTTP/1.1"
+        version != b" HTTP/1.1"
         or path not in paths
         or head.count(b"\n") != len(lines)
         or head.count(b"\r") != len(lines)
@@ -48,12 +47,13 @@ def read_plain(data: bytes, paths: frozenset[bytes]) -> PlainRequest | None:
     headers: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not name or not colon or name.translate(None, TOKEN):
+        if not name or not colon:
             return None
-        name = name.lower()
-        if name in headers or (name in LONG_WAY and value.strip().lower() != b"keep-alive"):
-            return None
-        headers[name] = value.strip(b" \t")
+        headers[name.lower()] = value.strip(b" \t")
+    if len(headers) != len(lines) or b"".join(headers).translate(None, TOKEN):
+        return None
+    if any(headers[name].lower() != b"keep-alive" for name in LONG_WAY.intersection(headers)):
+        return None
     length = headers.get(b"content-length", b"")
     if not headers.get(b"host") or not length.isdigit() or len(length) > 5 or int(length) != len(body):
         return None

@@ -1,4 +1,4 @@
-"""Sample requests that name pictures instead of holding them: the named ones are fetched and put in their place.
+"""Requests that name pictures instead of holding them: the named ones are fetched and put in their place.
 
 The rewritten body is what is recorded, so a request that is carried out again sees the same bytes.
 """
@@ -14,8 +14,11 @@ from msgspec import Struct
 
 from tinsmith.api.fetching import Take
 from tinsmith.api.services import LIGHT_BYTES, Services
+from tinsmith.config import Settings
 from tinsmith.store.rows import Principal
+from tinsmith.wire.bounds import check_bounds
 from tinsmith.wire.media import WireError, decode_json, encode_json
+from tinsmith.wire.named_pictures import may_name_pictures, named_pictures, with_named_pictures
 from tinsmith.wire.sampling import POINTER
 
 
@@ -42,6 +45,28 @@ async def with_pictures(services: Services, principal: Principal, body: bytes, t
     named = [pointer.location for pointer in pointers.values()]
     files = await services.fetcher.fetch(principal.tenant_id, named, take)
     return await services.digest(principal, weight, _filled, request, pointers, files)
+
+
+async def with_training_pictures(services: Services, principal: Principal, body: bytes, take: Take) -> bytes:
+    """The same of a training request.
+
+    Raises:
+        UserError: it can't be read, or a picture can't be fetched.
+        TooLargeError: more or larger pictures than are taken.
+    """
+    if not services.fetcher.is_on or not may_name_pictures(body):
+        return body
+    weight = max(len(body), LIGHT_BYTES + 1)
+    named = await services.digest(principal, weight, _named, services.settings, body)
+    if not named:
+        return body
+    files = await services.fetcher.fetch(principal.tenant_id, named, take)
+    return await services.digest(principal, weight, with_named_pictures, body, files)
+
+
+def _named(settings: Settings, body: bytes) -> list[str]:
+    check_bounds(body, settings.max_request_tokens, settings.max_pictures, settings.max_picture_bytes)
+    return named_pictures(body)
 
 
 def _pointers(body: bytes) -> tuple[dict[str, Any], dict[int, Pointer]]:

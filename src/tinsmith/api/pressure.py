@@ -5,9 +5,9 @@ Delay", 2012): once the delay of the event loop, with the age of the oldest requ
 been below `TARGET_S` for `INTERVAL_S`, and until it has been for `RELAX_S` (longer where many are refused), requests
 that fill the queue are refused at the door, before their bodies are read or parsed: 429 and `Retry-After`. Those of
 tenants who have few under way pass; fewer where enough of theirs waits in the queue, so that what is accepted is what
-can be carried out. Polls, heartbeats and whatever gives results away are never refused. To refuse costs a tenth of what
-it takes to serve. A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`: what
-its client sends meanwhile waits on the client's side. For the event loop's own thread.
+can be carried out. Polls, heartbeats and whatever gives results away are never refused. To refuse costs a twentieth of
+what it takes to serve. A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
+what its client sends meanwhile waits on the client's side. For the event loop's own thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import cycle
 
 import structlog
 
@@ -34,8 +35,8 @@ STAY_S = 30.0  # and yet it is tried after so long
 DEAF_S = 1.0
 FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
 ENOUGH = 1024  # in the queue: some batches of the worker
-SINGLE = 16  # under way at once: who sends no more than these adds little, however much of his waits
 WAITS_S = (1, 2, 3)  # told in turn to those who are refused, so that they don't come back together
+SINGLE = 16  # under way at once: who sends no more than these adds little, however much of his waits
 TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
 FILLING = frozenset(
     f"/api/v1/{name}"
@@ -60,6 +61,7 @@ class Pressure:
         self._queued: Counter[TenantId] = Counter()  # as they were counted last, and those that came since
         self._calm_at = self._pressed_at = self._high_at = time.monotonic()
         self._num_before = 0  # refused when it was looked last whether they are many
+        self._waits_s = cycle(WAITS_S)
         self.is_high = False
         self.num_refused = 0
 
@@ -89,6 +91,10 @@ class Pressure:
                 self._queued[tenant_id] += 1
             if not self._under_way[tenant_id]:
                 del self._under_way[tenant_id]
+
+    def wait_s(self) -> int:
+        """What to tell one more who is refused: whole seconds after which to come back."""
+        return next(self._waits_s)
 
     def note(self, delay_s: float, now: float) -> None:
         """So long it takes at the moment."""

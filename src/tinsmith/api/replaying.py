@@ -1,12 +1,14 @@
 """Routes that the sampler recorded, added to the training requests that say where their tokens come from.
 
-They become part of the request's payload, so that whoever computes it, and computes it again, has the same.
+They become part of the request's payload, so that whoever computes it, and computes it again, has the same. What they
+take is counted with the bodies that are held (`intake`), before it is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -29,10 +31,13 @@ class Place:
     span: Span
 
 
-def with_routes(services: Services, principal: Principal, body: bytes, asked: TrainingRequest) -> bytes:
+def with_routes(
+    services: Services, principal: Principal, body: bytes, asked: TrainingRequest, take: Callable[[int], None]
+) -> bytes:
     """The body, with the routes of all positions whose samples recorded theirs. May block.
 
-    Of what was recorded, one sample request's is in memory at a time, however many are named.
+    Of what was recorded, one sample request's is in memory at a time, however many are named. `take` is told of bytes
+    before they are spent, and may refuse them.
 
     Raises:
         UserError: spans that fit neither the datum nor the sample, or routes that have expired.
@@ -49,19 +54,28 @@ def with_routes(services: Services, principal: Principal, body: bytes, asked: Tr
             start += span.length
     found: dict[int, RouteArray] = {}
     for op_id, its in places.items():
-        _copy_all(_tape(services, principal, op_id, its[0].index), its, asked, found)
-    return add_routes(body, found) if found else body
+        _copy_all(_tape(services, principal, op_id, its[0].index), its, asked, found, take)
+    if not found:
+        return body
+    take(len(body) + sum(routes.nbytes for routes in found.values()))
+    return add_routes(body, found)
 
 
 def _copy_all(
-    tape: RouteTape | None, places: Sequence[Place], asked: TrainingRequest, found: dict[int, RouteArray]
+    tape: RouteTape | None,
+    places: Sequence[Place],
+    asked: TrainingRequest,
+    found: dict[int, RouteArray],
+    take: Callable[[int], None],
 ) -> None:
     if tape is not None:
         for place in places:
-            _copy(tape, place, found, asked.data[place.index].num_tokens)
+            _copy(tape, place, found, asked.data[place.index].num_tokens, take)
 
 
-def _copy(tape: RouteTape, place: Place, found: dict[int, RouteArray], num_tokens: int) -> None:
+def _copy(
+    tape: RouteTape, place: Place, found: dict[int, RouteArray], num_tokens: int, take: Callable[[int], None]
+) -> None:
     """Into the routes of the place's datum, which may be the first of them."""
     index, span = place.index, place.span
     if place.number >= len(tape.sequences):
@@ -71,7 +85,9 @@ def _copy(tape: RouteTape, place: Place, found: dict[int, RouteArray], num_token
     if end > len(known) + span.is_sampled:
         raise UserError(f"datum {index}: {echo(span.sequence_id)} has no tokens {span.offset}..{end - 1}")
     if index not in found:
-        found[index] = np.full((num_tokens, *known.shape[1:]), OWN_CHOICE, np.int16)
+        shape = num_tokens, *known.shape[1:]
+        take(prod(shape) * np.dtype(np.int16).itemsize)
+        found[index] = np.full(shape, OWN_CHOICE, np.int16)
     routes = found[index]
     if routes.shape[1:] != known.shape[1:]:
         raise UserError(f"datum {index}: its samples were recorded on models of different shapes")

@@ -12,9 +12,11 @@ from msgspec import Struct
 from tinsmith.api.auth import Call
 from tinsmith.api.paging import AccessScope, Cursor, Limit, Offset, iso_time
 from tinsmith.api.services import Services, ServicesDep
+from tinsmith.observe import series
+from tinsmith.store.gone import DELETED
 from tinsmith.store.rows import CheckpointRow, Principal, RunRow
 from tinsmith.types import CheckpointKind, RunId, RunStatus
-from tinsmith.validate import check_ttl
+from tinsmith.validate.requests import check_ttl
 from tinsmith.wire.paths import parse_kind
 from tinsmith.wire.requests import SetTtl
 
@@ -78,6 +80,18 @@ async def get_run(
     request: Call, services: ServicesDep, run_id: FromPath[str], access_scope: AccessScope = "owned"
 ) -> TrainingRun:
     return await services.work(_run, services, request.user, RunId(run_id))
+
+
+@delete("/training_runs/{run_id:str}", status_code=204)
+async def delete_run(
+    request: Call, services: ServicesDep, run_id: FromPath[str], with_checkpoints: FromQuery[bool] = False
+) -> None:
+    """Delete a run whose requests have ended, with its state and its log. Refused while it has checkpoints, unless they
+    are to be deleted with it. What was sampled from it or made of its checkpoints stays, and so does what it cost."""
+    user = request.user
+    gone = services.store.gone
+    await services.write(gone.delete, user.tenant_id, RunId(run_id), with_checkpoints=with_checkpoints, by=user)
+    series.LET_GO.add(DELETED)
 
 
 @get("/training_runs/{run_id:str}/checkpoints")

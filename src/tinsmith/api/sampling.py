@@ -25,7 +25,7 @@ from tinsmith.api.training import refuse_finished_session
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.store.rows import NewSampler, OpRow, Principal
 from tinsmith.types import CheckpointKind, OpKind, SamplerId, SessionId, TenantId
-from tinsmith.validate import MAX_SEED, check_sample
+from tinsmith.validate.requests import MAX_SEED, check_sample
 from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import SampleMeta, to_meta
 from tinsmith.wire.requests import CreateSamplingSession, JoinSamplingSession, SamplerAddress

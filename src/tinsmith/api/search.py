@@ -17,7 +17,7 @@ from tinsmith.api.tokens import user_urn
 from tinsmith.store.rows import Principal, SessionRow
 from tinsmith.store.session_search import NO_PROJECT, FoundSession, SessionFilter
 from tinsmith.types import SessionId
-from tinsmith.validate import check_metadata
+from tinsmith.validate.requests import check_metadata
 
 Text = Annotated[str, Meta(max_length=512)]
 Reason = Literal["success", "errored", "interrupted"]

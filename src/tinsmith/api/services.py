@@ -10,6 +10,7 @@ tenant's at a time.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -38,21 +39,24 @@ from tinsmith.api.pressure import Pressure
 from tinsmith.api.queue_room import QueueRoom, room_for_samples, room_for_training
 from tinsmith.api.rates import Rate
 from tinsmith.api.recent import Recent
+from tinsmith.api.telling import Telling
 from tinsmith.api.together import Together
 from tinsmith.api.turned_away import TurnedAway
 from tinsmith.api.underway import Underway
 from tinsmith.api.waiters import Waiters
-from tinsmith.bell import Ringer
-from tinsmith.blobs import Blobs
-from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.errors import CapacityError, CorruptError, UserError
-from tinsmith.metrics import Counting
-from tinsmith.picture_files import Bounds, Verified
+from tinsmith.files.blobs import Blobs
+from tinsmith.ipc.bell import Ringer
+from tinsmith.ipc.heartbeat import Ear
+from tinsmith.ipc.notes import note_of
+from tinsmith.machine.clock import Clock
+from tinsmith.observe.metrics import Counting
 from tinsmith.signing import Signer
 from tinsmith.store import Store
 from tinsmith.store.rows import Enqueued, NewOp, OpRow, Principal
 from tinsmith.types import BaseInfo, OpId, TenantId
+from tinsmith.validate.picture_files import Bounds, Verified
 from tinsmith.wire.images import Sight
 
 T = TypeVar("T")
@@ -62,7 +66,8 @@ FEW = 4  # reads of a row that are carried out on the event loop together, each 
 TENANT_THREADS = 2  # of `NUM_THREADS`
 TENANT_WRITES = 2  # one that is written, and one to go on with
 LIGHT_BYTES = 128 << 10  # read within a few milliseconds
-TENANT_IMPORTS, MAX_IMPORTS = 1, 4  # uploads of weights at one time
+TENANT_IMPORTS, MAX_IMPORTS = 1, 16  # uploads of weights at one time
+NUM_IMPORTING = 4  # of those that are looked at and written at one time, each of another tenant
 MAX_TENANT_FILES = 32  # that are read out at one time, for results and for downloads
 
 
@@ -97,16 +102,17 @@ class Services:
     results_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     downloads_out: Places = field(default_factory=lambda: Places(MAX_TENANT_FILES, most_read_out()))
     imports_in: Places = field(default_factory=lambda: Places(TENANT_IMPORTS, MAX_IMPORTS))
-    importing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-import"))
+    importing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_IMPORTING, "api-import"))
     working: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_THREADS, "api-work"))
     digesting: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, NUM_DIGESTING, "api-digest"))
     turns: WeakValueDictionary[TenantId, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     writing: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "api-write"))
 
+    supervisor: Ear = field(default_factory=partial(Ear, None, math.inf))
     disk: DiskRoom = field(init=False)
     counting: Counting = field(default_factory=partial(Counting, (), "api", None))
     watched: Watched = field(init=False)
-    to_ring: set[str] = field(init=False, default_factory=set)
+    to_ring: dict[str, list[OpRow | None]] = field(init=False, default_factory=dict)
     arriving: Together[NewOp, Enqueued] = field(init=False)
     recent: Recent = field(init=False, default_factory=Recent)
     clock: Clock = field(init=False, default_factory=Clock)
@@ -120,6 +126,7 @@ class Services:
     fetcher: Fetcher = field(init=False)
     reading: Together[tuple[TenantId, OpId], OpRow] = field(init=False)
     placing: Together[OpRow, Waiting] = field(init=False)
+    telling: Telling = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "disk", DiskRoom(self.settings))
@@ -127,12 +134,14 @@ class Services:
         object.__setattr__(self, "fetcher", Fetcher(self.settings))
         object.__setattr__(self, "arriving", Together(self.writing, self._enqueue_all, self._enqueue_at_once))
         polls = partial(getattr, self.waiters, "num_waiting")
-        object.__setattr__(self, "watched", Watched(self.store, self.settings, self.counting, polls, self._disk_bytes))
+        watched = Watched(self.store, self.settings, self.counting, polls, self._disk_bytes, self.supervisor)
+        object.__setattr__(self, "watched", watched)
         object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s, self._count_queued))
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
         object.__setattr__(self, "placing", Together(self.working, self._why_all, self.look_why_waiting, FEW))
+        object.__setattr__(self, "telling", Telling(self.look_why_waiting))
 
     async def enqueue(self, new: NewOp) -> Enqueued:
         """Record a request, together with those that come at the same time; it is on disk when this returns.
@@ -224,17 +233,19 @@ class Services:
         bounds = Bounds(settings.max_picture_bytes, settings.max_picture_pixels)
         return Sight(info.name, info.vision, bounds, settings.max_pictures, self.verified)
 
-    def ring(self, base_model: str) -> None:
+    def ring(self, base_model: str, row: OpRow | None = None) -> None:
         """Hint to the base's workers that there's work: once, however many say so in this turn of the event loop, and
-        after what is answered in it, so that a worker that wakes up takes no processor from the answer."""
+        after what is answered in it, so that a worker that wakes up takes no processor from the answer. row: what has
+        come, if it is that alone."""
         if not self.to_ring:
             asyncio.get_running_loop().call_soon(self._ring_all)
-        self.to_ring.add(base_model)
+        self.to_ring.setdefault(base_model, []).append(row)
 
     def _ring_all(self) -> None:
-        for base_model in self.to_ring:
+        for base_model, rows in self.to_ring.items():
+            note = note_of(rows)
             for ringer in self.ringers.get(base_model, ()):
-                ringer.ring()
+                ringer.ring(note)
         self.to_ring.clear()
 
     def close(self) -> None:

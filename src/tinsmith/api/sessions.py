@@ -16,7 +16,7 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.errors import UserError
 from tinsmith.store.rows import Principal
 from tinsmith.types import SessionId
-from tinsmith.validate import check_metadata
+from tinsmith.validate.requests import check_metadata
 from tinsmith.wire.requests import AssignProject, CreateSession, FinishSession, SessionHeartbeat
 
 MAX_TEXT = 512

@@ -17,7 +17,7 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from tinsmith.api.services import ServedBase, Services, ServicesDep
-from tinsmith.bases import hub_names
+from tinsmith.bases.catalog import hub_names
 from tinsmith.errors import NotFoundError, TinsmithError
 from tinsmith.wire.media import JSON, encode_json
 

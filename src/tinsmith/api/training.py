@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,17 +17,20 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt, rejected
 from tinsmith.api.auth import Call
 from tinsmith.api.body import BodyTooLarge, read_body
 from tinsmith.api.gaps import refuse_far_ahead
+from tinsmith.api.intake import hold_of
+from tinsmith.api.pointers import with_training_pictures
 from tinsmith.api.replaying import with_routes
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
-from tinsmith.bases import hub_name
+from tinsmith.bases.catalog import hub_name
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
-from tinsmith.lora_fields import check_extras, extra_fields, read_extras
-from tinsmith.picture_files import may_hold_pictures
 from tinsmith.store.copies import UNTRAINABLE
 from tinsmith.store.rows import LossRow, NewRun, Principal, RunRow
 from tinsmith.types import BaseInfo, Failure, LossSpec, OpKind, RunId, RunSpec, RunStatus, SessionId, Targets
-from tinsmith.validate import (
+from tinsmith.validate.custom import check_custom_training, loss_id_of
+from tinsmith.validate.lora_fields import check_extras, extra_fields, read_extras
+from tinsmith.validate.picture_files import may_hold_pictures
+from tinsmith.validate.requests import (
     CUSTOM,
     MAX_SEED,
     check_adam,
@@ -36,7 +39,6 @@ from tinsmith.validate import (
     check_optimizer,
     check_training,
 )
-from tinsmith.validate_custom import check_custom_training, loss_id_of
 from tinsmith.wire.bounds import check_bounds, read_address
 from tinsmith.wire.custom_loss import decode_custom_loss
 from tinsmith.wire.media import PROTOBUF, WireError, decode_json
@@ -101,8 +103,14 @@ async def forward_backward(request: Call, services: ServicesDep) -> Promise:
     except BodyTooLarge as error:
         await _consume(services, request.user, error)
         raise
+    take = hold_of(request.scope).take
+    refusal = None
+    try:
+        body = await with_training_pictures(services, request.user, body, take)
+    except UserError as error:
+        refusal = error
     weight = max(len(body), LIGHT_BYTES + 1) if may_hold_pictures(body) else len(body)
-    draft = await services.digest(request.user, weight, _draft_training, services, request.user, body)
+    draft = await services.digest(request.user, weight, _draft_training, services, request.user, body, take, refusal)
     row = await admit(services, request.user, draft)
     return Promise(request_id=row.id, model_id=row.run_id)
 
@@ -207,7 +215,6 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
     check_optimizer((asked.optimizer_config or OptimizerConfig()).type)
     lora = asked.lora_config or LoraConfig()
     targets = Targets(attn=lora.train_attn, mlp=lora.train_mlp, unembed=lora.train_unembed)
-    check_lora(lora.rank, lora.seed, targets, services.settings)
     spec = RunSpec(
         run_id=RunId(str(draft.run_id)),
         base_model=asked.base_model,
@@ -216,28 +223,37 @@ def _fill_create(services: Services, principal: Principal, address: NewRunAddres
         targets=targets,
     )
     spec = read_extras(check_metadata(asked.user_metadata), services.settings.lora_max_rank).of_new_run(spec)
+    check_lora(lora.rank, lora.seed, spec.targets, services.settings)
     check_extras(spec, info)
     return with_spec(draft, CreateMeta(spec=spec), info, asked.user_metadata)
 
 
-def _draft_training(services: Services, principal: Principal, body: bytes) -> Draft:
+def _draft_training(
+    services: Services, principal: Principal, body: bytes, take: Callable[[int], None], refusal: UserError | None
+) -> Draft:
     address = read_address(body)
     if address is None:
         raise WireError("no forward_backward request: it needs a model_id and a seq_id of at least 1")
     draft = run_draft(services, principal, OpKind.FORWARD_BACKWARD, RunAddress(*address))
-    return attempt(draft, partial(fill_training, services, principal, body))
+    if refusal is not None and draft.failure is None:
+        return rejected(draft, refusal)
+    return attempt(draft, partial(fill_training, services, principal, body, take))
 
 
-def fill_training(services: Services, principal: Principal, body: bytes, draft: Draft) -> Draft:
-    """The draft of a training request with what the body asks for. A custom loss is looked up, which may block.
+def fill_training(
+    services: Services, principal: Principal, body: bytes, take: Callable[[int], None], draft: Draft
+) -> Draft:
+    """The draft of a training request with what the body asks for. A custom loss is looked up, which may block. `take`
+    is told of bytes that are held beside the body, before they are.
 
     Raises:
         UserError: it can't be carried out.
+        CapacityError: there is no room for what it needs beside the body now.
     """
     settings, info = services.settings, services.base(draft.base_model).info
     check_bounds(body, settings.max_request_tokens, settings.max_pictures, settings.max_picture_bytes)
     asked = decode_training(body, services.sight(info))
-    payload = with_routes(services, principal, body, asked) if settings.router_replay else body
+    payload = with_routes(services, principal, body, asked, take) if settings.router_replay else body
     filled = replace(draft, kind=asked.kind, cost_tokens=asked.num_tokens, payload=payload, media=PROTOBUF)
     if asked.loss.name != CUSTOM:
         check_training(asked, info, settings)

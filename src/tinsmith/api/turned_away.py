@@ -30,8 +30,8 @@ class TurnedAway:
     def note(self, tenant_id: TenantId, path: str, status: int) -> None:
         """A request of the tenant's was answered so."""
         if status in TO_RETRY and path in ON_RUNS:
-            self._at.pop(tenant_id, None)
             self._at[tenant_id] = time.monotonic()
+            self._at.move_to_end(tenant_id)
             if len(self._at) > MAX_TENANTS:
                 self._at.popitem(last=False)
 

@@ -3,8 +3,8 @@
 Polls register the op they wait for, or the sampler whose next op to end they wait for. The watcher looks at all of
 them at once, when the worker rings and every `scan_interval_s`: a lost ring costs a scan interval, never a result.
 (Where thousands wait, it looks at what has ended lately, and at all of them every few intervals.) It hands on the rows
-that it saw, which are final, and keeps none. Where few are awaited, a ring is answered by a look on the event loop
-itself, as long as such looks are brief.
+that it saw, which are final, and keeps none. A ring may bring the rows along, which were committed before; where few
+are awaited, one that doesn't is answered by a look on the event loop itself, as long as such looks are brief.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TypeAlias
 
 import structlog
@@ -20,8 +21,10 @@ import structlog
 from tinsmith.api.brief import Brief
 from tinsmith.api.recent import Recent
 from tinsmith.api.stay import STAY
-from tinsmith.bell import Bell
+from tinsmith.api.ticks import ticks_of
 from tinsmith.errors import UserError
+from tinsmith.ipc.bell import Bell
+from tinsmith.ipc.notes import rows_in
 from tinsmith.store.end_rows import EndsAfter
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId
@@ -37,6 +40,7 @@ FEW = 8  # rows of at most `inline_bytes` each, read in half a millisecond
 MANY = 256  # to look at each of 10,000 takes 15 ms
 MARGIN_S = 0.25  # from a time that is recorded to its commit, mostly; what takes longer is found by the next scan
 SCANNED = 1000  # of those that wait, in one interval
+LONG_S = 2.0  # a hold that may last a tenth of a second longer
 
 
 class Waiters:
@@ -91,7 +95,9 @@ class Waiters:
         Raises:
             UserError: the connection that asks for it was closed.
         """
-        timer = asyncio.get_running_loop().call_later(hold_s, _give_up, future)
+        loop = asyncio.get_running_loop()
+        give_up = partial(_give_up, future)
+        timer = ticks_of(loop).later(hold_s, give_up) if hold_s > LONG_S else loop.call_later(hold_s, give_up)
         stay = STAY.get()
         if stay is not None:
             stay.add(future)
@@ -152,7 +158,11 @@ class Waiters:
 
     def _on_bell(self, bell: Bell) -> None:
         bell.wait(0.0)
-        if not self._is_seen_at_once():
+        told = rows_in(bell.notes())
+        if told is not None:
+            self.num_looks += 1
+            self._hand_on({row.id: row for row in told})
+        elif not self._is_seen_at_once():
             self._rung.set()
 
     def _is_seen_at_once(self) -> bool:

@@ -9,7 +9,6 @@ from litestar import post
 from litestar.params import JSONBody
 from msgspec import Struct
 
-from tinsmith.age import check_recipients
 from tinsmith.api.admission import Draft, Promise, admit, attempt
 from tinsmith.api.auth import Call
 from tinsmith.api.body import read_body
@@ -18,10 +17,11 @@ from tinsmith.api.sharing import find_checkpoint
 from tinsmith.api.training import new_run_draft, refuse_finished_session, run_draft, with_spec
 from tinsmith.config import Settings
 from tinsmith.errors import UnsupportedError, UserError
-from tinsmith.lora_fields import read_extras, shape_text
+from tinsmith.files.age import check_recipients
 from tinsmith.store.rows import CheckpointRow, OpRow, Principal, RunRow
 from tinsmith.types import CheckpointKind, OpKind, RunId, RunSpec, SamplerId
-from tinsmith.validate import check_lora, check_metadata, check_optimizer, check_ttl
+from tinsmith.validate.lora_fields import read_extras, shape_text
+from tinsmith.validate.requests import check_lora, check_metadata, check_optimizer, check_ttl
 from tinsmith.wire.media import decode_json
 from tinsmith.wire.meta import CreateMeta, LoadMeta, SaveExternalMeta, SaveMeta, SaveSamplerMeta, to_meta
 from tinsmith.wire.paths import check_name
@@ -35,6 +35,8 @@ from tinsmith.wire.requests import (
     SaveWeightsForSampler,
     WeightsInfo,
 )
+
+MAX_SEALED_BYTES = 2 * 2**30  # of weights that are encrypted when they are saved
 
 
 class CheckpointInfo(Struct):
@@ -65,7 +67,8 @@ async def save_weights_for_sampler(request: Call, services: ServicesDep) -> Prom
 
 @post("/save_weights_external", status_code=200, request_max_body_size=None)
 async def save_weights_external(request: Call, services: ServicesDep) -> Promise:
-    """Save weights as files for other programs, a PEFT adapter; encrypted to age's public keys, if any are given."""
+    """Save weights as files for other programs, an adapter or a whole model; encrypted to age's public keys, if any are
+    given."""
     body = await read_body(request, services)
     draft = await services.work(_draft_save_external, services, request.user, body)
     return _promise(await admit(services, request.user, draft))
@@ -121,7 +124,6 @@ def _draft_save_sampler(services: Services, principal: Principal, body: bytes) -
 
 
 def _fill_save_sampler(settings: Settings, body: bytes, run: RunRow, draft: Draft) -> Draft:
-    _refuse_full(run, "sampled from")
     session_id = run.session_id
     asked = decode_json(body, SaveWeightsForSampler)
     if (asked.path is None) == (asked.sampling_session_seq_id is None):
@@ -145,29 +147,28 @@ def _fill_save_sampler(settings: Settings, body: bytes, run: RunRow, draft: Draf
 def _draft_save_external(services: Services, principal: Principal, body: bytes) -> Draft:
     draft = run_draft(services, principal, OpKind.SAVE_EXTERNAL, decode_json(body, RunAddress))
     run = services.store.runs.get(principal.tenant_id, RunId(str(draft.run_id)))
-    return attempt(draft, partial(_fill_save_external, services.settings, principal, body, run))
+    num_bytes = services.base(run.spec.base_model).info.adapter_bytes(run.spec)
+    return attempt(draft, partial(_fill_save_external, services.settings, principal, body, run, num_bytes))
 
 
-def _fill_save_external(settings: Settings, principal: Principal, body: bytes, run: RunRow, draft: Draft) -> Draft:
-    _refuse_full(run, "saved as an adapter's files")
+def _fill_save_external(
+    settings: Settings, principal: Principal, body: bytes, run: RunRow, num_bytes: int, draft: Draft
+) -> Draft:
     asked = decode_json(body, SaveWeightsExternal)
+    recipients = check_recipients(asked.age_encryption_recipients)
+    if recipients and num_bytes > MAX_SEALED_BYTES:
+        raise UnsupportedError(
+            f"{run.run_id} has {num_bytes} bytes of weights, and at most {MAX_SEALED_BYTES} are encrypted here, which "
+            "is done in memory: leave out age_encryption_recipients, and encrypt what you download"
+        )
     meta = SaveExternalMeta(
         name=check_name(asked.path),
         ttl_s=check_ttl(asked.ttl_seconds, settings),
-        recipients=check_recipients(asked.age_encryption_recipients),
+        recipients=recipients,
         actor=principal.tenant_name,
         actor_key_id=principal.key_id,
     )
     return replace(draft, meta=to_meta(meta))
-
-
-def _refuse_full(run: RunRow, what: str) -> None:
-    """Raises: UnsupportedError: it has no adapter."""
-    if run.spec.is_full:
-        raise UnsupportedError(
-            f"{run.run_id} trains all weights (rank 0), which can't be {what} here: use save_state, and "
-            "`tinsmith export --format hf` for a model that others serve"
-        )
 
 
 def _draft_load(services: Services, principal: Principal, body: bytes) -> Draft:

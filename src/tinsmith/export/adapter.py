@@ -15,12 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tinsmith.adapter_files import CONFIG, HEAD, OWN_HEAD, WEIGHTS
 from tinsmith.errors import UserError
+from tinsmith.files.adapter_files import CONFIG, FULL, HEAD, INNER, LEFT_OUT, OWN_HEAD, WEIGHTS
 from tinsmith.importing.names import expert_place, sort_keys
 from tinsmith.importing.peft_config import MAX_BYTES, PeftConfig, parse_config
 
 MAX_MEMBERS = 16
+LAYERS = "model.layers."
 PROJECTIONS = ("w1", "w3", "w2")  # gate, up and down of experts, as adapters name them
 
 
@@ -64,12 +65,17 @@ def read_adapter(directory: Path) -> Adapter:
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            told = (file.metadata() or {}).get(LEFT_OUT)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
     found = sort_keys(shapes)
     if found.whole:
         raise UserError(f"{path} holds {found.whole[0]}, a whole weight beside the adapter: merge it with peft itself")
-    names = {OWN_HEAD if module == HEAD else module: pair for module, pair in found.pairs.items()}
+    first = f"model.{told}layers." if told in INNER.values() else LAYERS
+    names = {
+        OWN_HEAD if module == HEAD else module.replace(LAYERS, first, 1) if module.startswith(LAYERS) else module: pair
+        for module, pair in found.pairs.items()
+    }
     return Adapter(path, names, shapes, _experts(names, shapes), config, settings)
 
 
@@ -77,7 +83,7 @@ def unpack(tar_path: Path, directory: Path) -> None:
     """The two files of an adapter's tar, and nothing else, into a directory.
 
     Raises:
-        UserError: it isn't such a tar.
+        UserError: it isn't such a tar, or that of a full run.
     """
     wanted = {CONFIG, WEIGHTS}
     try:
@@ -85,6 +91,8 @@ def unpack(tar_path: Path, directory: Path) -> None:
             for index, member in enumerate(tar):
                 if index >= MAX_MEMBERS:
                     raise UserError(f"{tar_path} holds more than an adapter")
+                if member.name == FULL:
+                    raise UserError("the run trains all weights, so it has no adapter: export it with --format hf")
                 source = tar.extractfile(member) if member.isreg() and member.name in wanted else None
                 if source is not None:
                     with source, (directory / member.name).open("wb") as target:

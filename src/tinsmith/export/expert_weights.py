@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tinsmith.bases import BLOCKS, SCALES
+from tinsmith.bases.catalog import BLOCKS, SCALES
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.importing.names import OWN_NAMES, expert_place

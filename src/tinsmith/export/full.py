@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinsmith.adapter_files import FULL
-from tinsmith.bases import BaseRef, describe, tokenizer_files
+from tinsmith.bases.catalog import BaseRef, describe, tokenizer_files
 from tinsmith.errors import ConfigError, UserError
+from tinsmith.files.adapter_files import FULL
 from tinsmith.model import load_model
 
 OF_THE_MODEL = {"config.json", "generation_config.json"}  # which transformers writes itself

@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tinsmith.adapter_files import OWN_HEAD, file_header
-from tinsmith.bases import QUANTISATION, is_quantised, text_model_type
+from tinsmith.bases.catalog import QUANTISATION, is_quantised, text_model_type
+from tinsmith.bases.weight_headers import WEIGHT_INDEX, read_header, weight_files
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
+from tinsmith.files.adapter_files import OWN_HEAD, file_header
 from tinsmith.model.weight_files import WeightFiles
-from tinsmith.weight_headers import WEIGHT_INDEX, read_header, weight_files
 
 HEAD_WEIGHT = f"{OWN_HEAD}.weight"
 EMBEDDING = "embed_tokens.weight"
@@ -156,6 +156,8 @@ def _changes(tensors: Sequence[_Tensor], adapter: Adapter, model_type: str) -> d
         found = found or [tensor for tensor in tensors if _is(tensor.name, f"{module.partition('.')[2]}.weight")]
         inner = f"language_model.model.{module.partition('language_model.')[2]}.weight"  # Gemma 3's, as it is stored
         found = found or [tensor for tensor in tensors if _is(tensor.name, inner)]
+        older = f"vision_tower.vision_model.{module.partition('vision_tower.')[2]}.weight"  # its tower's, on the hub
+        found = found or [tensor for tensor in tensors if _is(tensor.name, older)]
         if len(found) != 1:
             raise UserError(f"the base has {len(found) or 'no'} weights for {module}: the adapter is of another model")
         (tensor,) = found

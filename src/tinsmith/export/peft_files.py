@@ -6,7 +6,8 @@ engines name them by:
 * one by one: `experts.3.gate_proj.lora_A` [R, I] (Mixtral: `block_sparse_moe.experts.3.w1`). vLLM and SGLang load them,
   and `peft` 0.21 makes its own of them (`peft.utils.transformers_weight_conversion`). That takes every module of such a
   name for an expert's, also a shared expert's or a dense layer's; those are named as parameters (`target_parameters`),
-  which it leaves alone.
+  which it leaves alone. Of some models it fuses the weights and leaves the configuration as it is: there the fused
+  parameters are named, and modules are only modules.
 * all of a layer in one parameter: `peft`'s layout of parameters, which vLLM loads for gpt-oss and the like: A [E R, I],
   B [O, R E]. `experts.base_layer` is of gate and up together, whose A are put one under the other and whose B
   stand on a diagonal, so it has twice the rank and twice the alpha; `experts` is of down. Where the parameter is
@@ -28,14 +29,18 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from tinsmith.adapter_files import CONFIG, PREFIX, WEIGHTS, file_header
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.export.expert_weights import Layout, layouts
+from tinsmith.files.adapter_files import CONFIG, PREFIX, WEIGHTS, file_header
 
 Array = npt.NDArray[Any]
 _Factor: TypeAlias = "tuple[tuple[int, ...], Callable[[Any], Array]]"  # shape and how it is made
 WHOLE = r".*\.experts\.gate_up_proj"
+FUSED_PARAMETERS = frozenset({"experts.gate_up_proj", "experts.down_proj"})
+# model types of which peft 0.21 turns weights of single experts into fused ones, but not the configuration that belongs
+# to them: missing in `_MODEL_TO_CONVERSION_PATTERN`, or found there under a type that has no experts
+HALF_CONVERTED = frozenset({"qwen2_moe", "qwen3_5_moe_text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ def write_peft(adapter: Adapter, directory: Path, base: BaseShapes | None = None
 
     Raises:
         ConfigError: the adapter is of experts, and no base is given.
+        UnsupportedError: `peft` can't load adapters of such experts.
         UserError: the adapter is of another model.
     """
     if adapter.experts and base is None:
@@ -70,8 +76,14 @@ def write_peft(adapter: Adapter, directory: Path, base: BaseShapes | None = None
             "the adapter trains experts, which are named as the base has them: name its directory with --base"
         )
     found = {} if base is None else layouts(base.shapes, adapter, base.model_type)
+    is_whole = any(expert.module.startswith("model.language_model.") for expert in adapter.experts.values())
+    if base is not None and is_whole and base.model_type in HALF_CONVERTED and any(one.each for one in found.values()):
+        raise UnsupportedError(
+            "peft doesn't put the weights of single experts together for this base as a whole model with vision, and "
+            "would leave the adapter of its experts out: merge it with --format hf"
+        )
     outs = list(_outs(adapter, found))
-    (directory / CONFIG).write_text(json.dumps(_config(adapter, found, outs), indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(_config(adapter, found, outs, base), indent=2) + "\n", encoding="utf-8")
     with safe_open(adapter.path, framework="numpy") as source, (directory / WEIGHTS).open("wb") as target:
         target.write(_header(outs))
         for out in outs:
@@ -191,9 +203,11 @@ def _require_number(adapter: Adapter, expert: Expert, number: int) -> None:
         raise UserError(f"{expert.module} is of {max(counts)} experts, the base has {number}: it is another model")
 
 
-def _config(adapter: Adapter, found: Mapping[str, Layout], outs: list[_Out]) -> Mapping[str, Any]:
+def _config(
+    adapter: Adapter, found: Mapping[str, Layout], outs: list[_Out], base: BaseShapes | None
+) -> Mapping[str, Any]:
     settings = dict(adapter.settings)
-    if not adapter.experts:
+    if not adapter.experts or base is None:
         return settings
     ranks, alphas = dict(settings.get("rank_pattern") or {}), dict(settings.get("alpha_pattern") or {})
     _require_plain(adapter, ranks or alphas)
@@ -201,16 +215,18 @@ def _config(adapter: Adapter, found: Mapping[str, Layout], outs: list[_Out]) -> 
         settings |= {"use_rslora": False, "lora_alpha": adapter.config.alpha * math.sqrt(adapter.config.rank)}
     modules = [module for module in adapter.names if module not in adapter.experts]
     leaves = {module.rpartition(".")[2] for module in modules}
+    own = {out.name.split(".lora_")[0].rpartition(".")[2] for out in outs if ".experts." in out.name}
     parameters: set[str] = set()
-    if any(layout.whole for layout in found.values()):
-        parameters |= {"experts.gate_up_proj", "experts.down_proj"}
+    is_whole = any(layout.whole for layout in found.values())
+    if is_whole or base.model_type in HALF_CONVERTED:
+        parameters |= FUSED_PARAMETERS
         ranks[WHOLE] = 2 * adapter.config.rank
         alphas[WHOLE] = 2 * settings["lora_alpha"]
     else:
-        own = {out.name.split(".lora_")[0].rpartition(".")[2] for out in outs if ".experts." in out.name}
         parameters |= {
             f"{'.'.join(module.split('.')[-2:])}.weight" for module in modules if module.rpartition(".")[2] in own
         }
+    if not is_whole:
         leaves |= own
     if parameters:
         settings["target_parameters"] = sorted(parameters)

@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tinsmith.checkpoint_file import state_header
+from tinsmith.bases.layer_table import Layer, halves_in_order, rank_of, shapes_of
 from tinsmith.errors import UnsupportedError, UserError, echo
+from tinsmith.files.checkpoint_file import state_header
 from tinsmith.importing.archive import Stretch
 from tinsmith.importing.base_weights import require_base_weight
 from tinsmith.importing.experts import Mixture
@@ -22,8 +23,7 @@ from tinsmith.importing.names import Places, expert_place, sort_keys
 from tinsmith.importing.pairs import Pair, zeros
 from tinsmith.importing.peft_config import MAX_BYTES, NAME, PeftConfig, parse_config
 from tinsmith.importing.tensor_file import TensorFile
-from tinsmith.layer_table import Layer, halves_in_order, rank_of, shapes_of
-from tinsmith.lora_options import LoraOptions, Targets
+from tinsmith.lora_options import GROUPS, LoraOptions, Targets
 from tinsmith.types import BaseInfo, RunId, RunSpec
 
 WEIGHTS = "adapter_model.safetensors"
@@ -106,7 +106,7 @@ def _spec(layers: Sequence[Layer], pairs: Mapping[str, Pair], config: PeftConfig
         RunId(""),
         base.name,
         config.rank,
-        targets=Targets(attn="attn" in groups, mlp="mlp" in groups, unembed="unembed" in groups),
+        targets=Targets(**{group: group in groups for group in GROUPS}),
         alpha=config.alpha,
         options=LoraOptions(config.is_stabilised, tuple(sorted(ranks.items())), tuple(sorted(alphas.items()))),
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tinsmith.bases.weight_headers import weight_files
 from tinsmith.errors import UnsupportedError, echo
 from tinsmith.importing.tensor_file import TensorFile
 from tinsmith.types import BaseInfo
-from tinsmith.weight_headers import weight_files
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 TOLERANCE = 2**-8  # relative: of a base that was saved in bfloat16 and of one that was trained upon in float32

@@ -19,12 +19,12 @@ from functools import partial
 
 import numpy as np
 
+from tinsmith.bases.layer_table import Layer
 from tinsmith.errors import UserError, echo
 from tinsmith.importing.names import OWN_NAMES
 from tinsmith.importing.pairs import Pair
 from tinsmith.importing.peft_config import PeftConfig
 from tinsmith.importing.tensor_file import TensorFile
-from tinsmith.layer_table import Layer
 from tinsmith.types import FloatArray
 
 ONE = re.compile(r"(\d{1,6})\.(\w+)")

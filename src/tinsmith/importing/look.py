@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, Protocol
 
+from tinsmith.bases.layer_table import Layer
+from tinsmith.bases.weight_table import Shapes
 from tinsmith.errors import UserError
 from tinsmith.importing import adapter, peft_config, state
 from tinsmith.importing.archive import Stretch, files_in
-from tinsmith.layer_table import Layer
 from tinsmith.types import BaseInfo, RunSpec
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -32,18 +33,20 @@ class Foreign(Protocol):
         ...
 
 
-def look(file: BinaryIO, num_bytes: int, layers: Sequence[Layer], base: BaseInfo) -> Foreign:
-    """Look at the headers of what was sent.
+def look(
+    file: BinaryIO, num_bytes: int, layers: Sequence[Layer], base: BaseInfo, full_weights: Callable[[], Shapes]
+) -> Foreign:
+    """Look at the headers of what was sent. full_weights: tells the weights of a full run, if it is one's state.
 
     Raises:
         UserError: it is neither, can't be carried, or doesn't fit the base; the message says why.
     """
     file.seek(0)
     if file.read(9)[8:] == b"{":
-        return state.look_at_state(file, Stretch(0, num_bytes), layers)
+        return state.look_at_state(file, Stretch(0, num_bytes), layers, full_weights)
     files = _at_root(files_in(file, num_bytes))
     if state.NAME in files:
-        return state.look_at_state(file, files[state.NAME], layers)
+        return state.look_at_state(file, files[state.NAME], layers, full_weights)
     for name in (adapter.WEIGHTS, peft_config.NAME):
         if name not in files:
             pickle = next((f"; {pickle} is a pickle, which is not read" for pickle in PICKLES if pickle in files), "")

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tinsmith.bases.layer_table import HEAD, HEAD_STATE_NAME, Layer
 from tinsmith.errors import UnsupportedError, UserError, echo
-from tinsmith.layer_table import HEAD, HEAD_STATE_NAME, Layer
 
 HALF = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?(?:\.weight)?")
 WRAPPERS = frozenset({"base_model", "model", "language_model"})
@@ -26,6 +26,7 @@ KINDS = {
 }
 WHOLE = re.compile(r"(?:.+\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight")
 EXPERTS = "experts"
+TOWER, OLDER = "vision_tower", "vision_model"  # a module that transformers had in the tower before 5.0
 OWN_NAMES = {
     "w1": "w1", "w2": "w2", "w3": "w3", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
 }  # fmt: skip
@@ -70,6 +71,8 @@ def sort_keys(keys: Iterable[str]) -> Sorted:
 def place_of(module: str) -> str:
     """The module's place in the model, whatever wraps that."""
     parts = [part for part in module.split(".") if part not in WRAPPERS]
+    if TOWER in parts and OLDER in parts:
+        parts.remove(OLDER)
     place = ".".join(parts)
     return HEAD if place in (HEAD, HEAD_STATE_NAME.rpartition(".")[2]) else place
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinsmith.bases.layer_table import Layer
 from tinsmith.errors import UnsupportedError
-from tinsmith.layer_table import Layer
 from tinsmith.types import FloatArray
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
-from tinsmith.checkpoint_file import ENTRY, FORMAT, Label, state_header
-from tinsmith.errors import UnsupportedError, UserError, echo
+from tinsmith.bases.layer_table import Layer, shapes_of
+from tinsmith.bases.weight_table import Shapes
+from tinsmith.errors import UserError, echo
+from tinsmith.files.checkpoint_file import ENTRY, FORMAT, Label, state_header
 from tinsmith.importing.archive import Stretch
 from tinsmith.importing.tensor_file import TensorFile
-from tinsmith.layer_table import Layer, shapes_of
 from tinsmith.types import RunSpec
 
 NAME = "run_state.safetensors"
@@ -43,8 +44,14 @@ class ForeignState:
             yield np.ascontiguousarray(self.file.read(name)).reshape(-1).view(np.uint8).data
 
 
-def look_at_state(file: BinaryIO, place: Stretch, layers: Sequence[Layer]) -> ForeignState:
-    """Raises: UserError: it is no run's state, or one of another base; the message names the tensor."""
+def look_at_state(
+    file: BinaryIO, place: Stretch, layers: Sequence[Layer], full_weights: Callable[[], Shapes]
+) -> ForeignState:
+    """full_weights: tells the weights of a full run, if it is one.
+
+    Raises:
+        UserError: it is no run's state, or one of another base; the message names the tensor.
+    """
     found = TensorFile(file, NAME, place.offset, place.size)
     try:
         label = msgspec.json.decode(found.metadata[ENTRY], type=Label)
@@ -53,19 +60,17 @@ def look_at_state(file: BinaryIO, place: Stretch, layers: Sequence[Layer]) -> Fo
     if label.format != FORMAT:
         raise UserError(f"{NAME} has the format {echo(label.format)}, and {FORMAT!r} is read here: update the server")
     spec = label.spec
-    if spec.is_full:
-        raise UnsupportedError(f"{NAME} is of a run that trains all weights (rank 0), which can't be imported here")
     ranks, alphas = (spec.rank, *dict(spec.options.ranks).values()), (spec.alpha, *dict(spec.options.alphas).values())
-    are_good = all(rank >= 1 for rank in ranks) and all(math.isfinite(alpha) and alpha > 0 for alpha in alphas)
+    least = 0 if spec.is_full else 1
+    are_good = all(rank >= least for rank in ranks) and all(math.isfinite(alpha) and alpha > 0 for alpha in alphas)
     if not are_good or not 0 <= label.step <= MAX_STEP or not 0 <= spec.options.dropout < 1:
         raise UserError(f"{NAME}: its step, ranks, alphas and dropout are no numbers that a run can have")
-    names = _names(found, label.spec, layers)
+    names = _names(found, full_weights() if spec.is_full else shapes_of(layers, spec))
     return ForeignState(found, label.spec, label.step, names, any(name.startswith("m/") for name in names))
 
 
-def _names(file: TensorFile, spec: RunSpec, layers: Sequence[Layer]) -> Mapping[str, tuple[int, ...]]:
-    """The tensors in the order in which they lie here, with their shapes."""
-    wanted = shapes_of(layers, spec)
+def _names(file: TensorFile, wanted: Shapes) -> Shapes:
+    """The tensors in the order in which they lie here, with their shapes. wanted: of one part."""
     parts = {name.partition("/")[0] for name in file.tensors}
     if not wanted or parts not in ({"param"}, set(PARTS)):
         raise UserError(

@@ -5,7 +5,7 @@ from tinsmith.model.context import ExpertAdapters, GradContext, OwnRoutes, PassC
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.layout import RowLayout, init_row, shape_of
-from tinsmith.model.loading import load_base, load_model
+from tinsmith.model.loading import load_base, load_model, plain_shapes
 from tinsmith.model.routes import Routes
 from tinsmith.model.rows import MIN_ROWS, ROW_GRID, padded_rows
 
@@ -27,5 +27,6 @@ __all__ = [
     "load_model",
     "open_base",
     "padded_rows",
+    "plain_shapes",
     "shape_of",
 ]

@@ -9,7 +9,7 @@ Shape letters: T rows of a pass, D hidden size, V vocabulary; H, G heads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,17 +32,19 @@ from tinsmith.model.inspect import (
     apart_of,
     check_head,
     check_rope,
+    check_windows,
     decoder_of,
     describe_linears,
     find_linears,
 )
-from tinsmith.model.linear import GroupedLinear, LinearGroup, PassHolder
+from tinsmith.model.linear import LinearGroup, PassHolder, group_linears
 from tinsmith.model.lora import NO_ADAPTERS, LoraBackend
 from tinsmith.model.lora.choice import lora_for
 from tinsmith.model.recompute import open_layers
 from tinsmith.model.routers import ChoiceWatch, Router, replace_routers
 from tinsmith.model.routes import Routes
 from tinsmith.model.vision import Eyes, Scene, Sights, Span, open_eyes
+from tinsmith.model.vision.tower import tower_linears
 from tinsmith.model.vision.trial import Trial
 from tinsmith.pictures import Picture
 from tinsmith.types import BaseInfo, TokenArray
@@ -85,6 +87,8 @@ class BaseModel:
         self.eyes = eyes
         self._embedding: nn.Module = model.get_input_embeddings()
         self.lora: LoraBackend = lora_for(self.head.device, self.head.dtype)
+        if eyes is not None:
+            eyes.lora = self.lora
         self._groups = groups
         self._experts = experts
         self.router_weights = router_weights
@@ -92,6 +96,11 @@ class BaseModel:
         self.num_experts = experts[0].num_experts if experts else 0
         self.num_chosen = routers[0].num_chosen if routers else 0
         self._holder = holder
+
+    @property
+    def has_static_experts(self) -> bool:
+        """All its experts are; also where it has none. See `Experts.is_static`."""
+        return all(experts.is_static for experts in self._experts)
 
     @property
     def device(self) -> torch.device:
@@ -118,12 +127,12 @@ class BaseModel:
         return {**found, "joint experts": joint} if joint else dict(found)
 
     def embed(self, tokens_T: Tensor, sights: Sights | None = None) -> Tensor:
-        """[T, D], without autograd. Of rows that show a picture the token doesn't matter."""
+        """[T, D]; differentiated by what pictures show alone. Of rows that show one the token doesn't matter."""
         with torch.no_grad():
             if sights is None:
                 return cast(Tensor, self._embedding(tokens_T))
             embeds_TD: Tensor = self._embedding(tokens_T.index_fill(0, sights.rows_M, 0))
-            return embeds_TD.index_copy_(0, sights.rows_M, sights.features_MD)
+        return embeds_TD.index_copy_(0, sights.rows_M, sights.features_MD)
 
     def scene(self, tokens: TokenArray, pictures: Sequence[Picture]) -> Scene | None:
         """Where the pictures of a sequence are; None if it has none.
@@ -177,9 +186,17 @@ class BaseModel:
 
 @torch.no_grad()
 def open_base(
-    model: PreTrainedModel, info: BaseInfo, *, deterministic: bool = False, shares_factors: bool = True
+    model: PreTrainedModel,
+    info: BaseInfo,
+    *,
+    deterministic: bool = False,
+    shares_factors: bool = True,
+    is_known: bool = False,
 ) -> BaseModel:
     """Open a model that is in memory. It is changed, and shares its weights with the base.
+
+    is_known: a model of this very kind was opened before, with other weights: its logits aren't compared again, since
+        they need not be numbers once training has diverged.
 
     Raises:
         UnsupportedError: the architecture has parts that can't be hooked; they are named.
@@ -187,13 +204,16 @@ def open_base(
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     head = check_head(model)
     family = family_of(model.config)
-    eyes = open_eyes(model, info.vision, vision_of(model.config), info.path)
-    linears = find_linears(model, head, frozen_parts(model, family), apart_of(model))
+    kind = vision_of(model.config)
+    towers = () if kind is None else kind.towers
+    eyes = open_eyes(model, info.vision, kind, info.path, looks_alone=deterministic)
+    linears = find_linears(model, head, frozen_parts(model, family), (*apart_of(model), *towers))
+    of_tower = {} if eyes is None else tower_linears(model, towers)
     found = find_experts(model, family)
     check_rope(decoder_of(model))
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
     choosing = family.routers if family.expert_weights is not None else ()
-    with ChoiceWatch(model, choosing) as looking:
+    with ChoiceWatch(model, choosing) as looking, SiblingWatch(of_tower) as seeing:
         trial = None if eyes is None else Trial(model, eyes, info.vocab_size)
     with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
@@ -202,7 +222,9 @@ def open_base(
     infos = describe_linears(
         model, linears, head, watch.leads, describe_experts(found, family, shares_factors=shares_factors)
     )
-    groups = _group_linears(model, linears, watch.leads, holder)
+    groups = group_linears(model, linears, watch.leads, holder)
+    if eyes is not None:
+        infos += eyes.open_tower(of_tower, seeing.leads)
     replace_blocks(model, family, {group.name: group for group in groups}, holder, stable=deterministic)
     router_weights = [cast(Tensor, m.weight) for m in model.modules() if type(m).__name__ in family.routers]
     leads = {info.name: info.lead for info in infos}
@@ -215,27 +237,11 @@ def open_base(
     _hook_attention(model, holder)
     base = BaseModel(model, info, family, infos, groups, head, experts, router_weights, routers, holder, eyes)
     open_layers(base.backbone, base.num_layers, holder)
-    _check(base, groups, model, tokens_T, logits_TV, routing.choices)
+    _check(base, groups, model, tokens_T, None if is_known else logits_TV, routing.choices)
     if trial is not None:
         _check_trial(base, trial, model, looking.choices)
     base.num_forwards = 0
     return base
-
-
-def _group_linears(
-    model: PreTrainedModel, linears: dict[str, nn.Linear], leads: Mapping[str, str], holder: PassHolder
-) -> list[LinearGroup]:
-    """Put a GroupedLinear in the place of each linear layer; those with the same lead share one product. Empties
-    `linears`: no weight is held twice for longer than its group is made."""
-    members: dict[str, dict[str, nn.Linear]] = {}
-    for name in list(linears):
-        members.setdefault(leads[name], {})[name] = linears.pop(name)
-    groups = []
-    while members:
-        groups.append(LinearGroup(members.pop(next(iter(members))), holder))
-        for index, name in enumerate(groups[-1].names):
-            model.set_submodule(name, GroupedLinear(groups[-1], index))
-    return groups
 
 
 def _replace_others(model: PreTrainedModel, family: Family, holder: PassHolder) -> None:
@@ -297,11 +303,13 @@ class _CheckContext:
         self.choices = choices
         self.reach = reach
         self.layers: Counter[int] = Counter()
+        self.windows: dict[int, int | None] = {}
         self.groups: Counter[str] = Counter()
         self.mixtures: Counter[str] = Counter()
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
         self.layers[layer] += 1
+        self.windows[layer] = kind.window
         return block_attention(q_HTD[None], k_GTD[None], v_GTD[None], 0, kind, self.reach)[0].transpose(0, 1)
 
     def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
@@ -326,7 +334,7 @@ def _check(
     groups: Sequence[LinearGroup],
     model: PreTrainedModel,
     tokens_T: Tensor,
-    expected_TV: Tensor,
+    expected_TV: Tensor | None,
     choices: Sequence[Tensor],
 ) -> None:
     kind = type(model).__name__
@@ -337,6 +345,7 @@ def _check(
         raise UnsupportedError(
             f"{kind}: attention of its {base.num_layers} layers was reached as {dict(context.layers)}"
         )
+    check_windows(model, context.windows)
     wrong = {name for group in groups if context.groups[group.name] != 1 for name in group.names}
     wrong |= {name for group in groups for name in group.drop_parts()}
     if wrong:
@@ -344,12 +353,15 @@ def _check(
     unseen = sorted({info.lead.rpartition(".")[0] for info in base.linears if info.is_of_experts} - {*context.mixtures})
     if unseen:
         raise UnsupportedError(f"{kind}: experts that aren't called: {', '.join(unseen[:6])}")
-    _check_logits(base, model, h_TD, expected_TV, "it does something between hidden states and logits, or in attention")
+    if expected_TV is not None:
+        what = "it does something between hidden states and logits, or in attention"
+        _check_logits(base, model, h_TD, expected_TV, what)
 
 
 def _check_trial(base: BaseModel, trial: Trial, model: PreTrainedModel, choices: Sequence[Tensor]) -> None:
     """The same with a picture among the tokens."""
     assert base.eyes is not None, "who has no eyes has no trial"
+    base.eyes.rehearse(trial.picture)
     num = len(trial.tokens_T)
     positions_T = torch.from_numpy(trial.scene.positions(0, num)).to(base.device)
     context = _CheckContext(choices, reach_of(trial.scene.last_seen(0, num), base.device))

@@ -27,6 +27,34 @@ class ExpertAdapters(Protocol):
     def add_grads(self, group: str, x_NI: Tensor, kept: tuple[Tensor, ...], dy_NO: Tensor, dx_NI: Tensor) -> None: ...
 
 
+class LinearContext(Protocol):
+    """What linear layers ask of a pass over the base, or of a look at pictures."""
+
+    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
+        """Add the adapters' contribution to the base's output, in place: y += (x Aᵀ) Bᵀ · alpha / rank.
+
+        Called without autograd, with contiguous tensors. A group is one or more linear layers with the same input,
+        whose outputs lie side by side in y; `group` is the path of the first, such as
+        `model.layers.0.self_attn.q_proj`. The output head is not among them: its owner is whoever reads the logits.
+
+        Returns:
+            What `add_lora_grad` will want beside x; empty if it needn't be called.
+        """
+        ...
+
+
+class LinearGradContext(LinearContext, Protocol):
+    """The same where outputs are differentiated."""
+
+    def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
+        """Take the adapters' gradients, and add to dx, in place: dx += (dy B) A · alpha / rank.
+
+        Called in the backward pass, last group first, with what `add_lora` returned. A group may be computed twice
+        before (activation checkpointing): no activation is kept in the context.
+        """
+        ...
+
+
 class OwnRoutes:
     """Of contexts in which routers choose by themselves."""
 
@@ -34,7 +62,7 @@ class OwnRoutes:
         return experts_TK
 
 
-class PassContext(Protocol):
+class PassContext(LinearContext, Protocol):
     """One pass. The base hands it every attention and every linear layer, in the order of the model.
 
     The caller of `BaseModel.hidden` pads its rows to `padded_rows`; the context sees those rows too and may leave
@@ -66,18 +94,6 @@ class PassContext(Protocol):
         """
         ...
 
-    def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
-        """Add the adapters' contribution to the base's output, in place: y += (x Aᵀ) Bᵀ · alpha / rank.
-
-        Called without autograd, with contiguous tensors. A group is one or more linear layers with the same input,
-        whose outputs lie side by side in y; `group` is the path of the first, such as
-        `model.layers.0.self_attn.q_proj`. The output head is not among them: its owner is whoever reads the logits.
-
-        Returns:
-            What `add_lora_grad` will want beside x; empty if it needn't be called.
-        """
-        ...
-
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
         """The rows of the pass go to the experts of a layer, whose path is `name`, by these routes.
 
@@ -98,13 +114,5 @@ class PassContext(Protocol):
         ...
 
 
-class GradContext(PassContext, Protocol):
+class GradContext(PassContext, LinearGradContext, Protocol):
     """A pass whose hidden states are differentiated. With autograd on, the context must be of this kind."""
-
-    def add_lora_grad(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
-        """Take the adapters' gradients, and add to dx, in place: dx += (dy B) A · alpha / rank.
-
-        Called in the backward pass, last group first, with what `add_lora` returned. A group may be computed twice
-        before (activation checkpointing): no activation is kept in the context.
-        """
-        ...

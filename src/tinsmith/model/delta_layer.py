@@ -6,6 +6,7 @@ Shape letters: T rows of the pass, C channels before the convolution, H value he
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from tinsmith.model.linear import PassHolder
 from tinsmith.model.norm import RMSNorm
 
 
-class DeltaLayer(nn.Module):
+class DeltaLayer(nn.Module, ABC):
     """What is alike in all families; how rows are projected is each one's own."""
 
     def __init__(self, module: nn.Module, holder: PassHolder) -> None:
@@ -37,9 +38,9 @@ class DeltaLayer(nn.Module):
             if name not in ("conv1d", "norm"):
                 self.add_module(name, child)
 
+    @abstractmethod
     def project(self, x_1TI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Channels before the convolution [T, C], what gates the outcome [T, H · E], and the raw β and g, [T, H]."""
-        raise NotImplementedError
 
     def forward(
         self, hidden_states: Tensor, cache_params: object = None, attention_mask: Tensor | None = None, **extras: Any

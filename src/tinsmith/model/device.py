@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tinsmith.errors import ConfigError
+from tinsmith.machine import host_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,3 +31,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can still be taken, with what torch keeps of freed memory there; on the CPU what this
+    process can take. None where it isn't known."""
+    if device.type != "cuda":
+        return host_memory.available_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -138,9 +138,9 @@ class Experts(nn.Module):
         if not layout.is_concatenated:
             gate_up_EOI = _side_by_side(gate_up_EOI)
             gate_up_bias = None if gate_up_bias is None else _side_by_side(gate_up_bias)
-        is_grouped = gate_up_EOI.device.type == "cuda" and gate_up_EOI.dtype == torch.bfloat16
+        self.is_grouped = can_group(gate_up_EOI)
         gate_up, down = (
-            StackedMatrices(weight, bias, is_grouped=is_grouped)
+            StackedMatrices(weight, bias, is_grouped=self.is_grouped)
             for weight, bias in ((gate_up_EOI, gate_up_bias), (down_EOI, down_bias))
         )
         groups = tuple(dict.fromkeys(leads[f"{path}.{name}"] for name in ("w1", "w3")))
@@ -149,7 +149,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, D], int64 [T, K] and [T, K] -> [T, D]."""
-        routes = Routes.of(top_k_index, self.num_experts)
+        routes = Routes.of(top_k_index, self.num_experts, may_fill=not self.is_grouped)
         adapters = self._holder.context.experts(self.name, routes)
         x_ND = spread(hidden_states, routes)
         if self._weighs_inputs:
@@ -157,6 +157,12 @@ class Experts(nn.Module):
             top_k_weights = torch.ones_like(top_k_weights)
         inner_NI = self._gate(self.gate_up(x_ND, routes, adapters))
         return gather(self.down(inner_NI, routes, adapters), top_k_weights, routes)
+
+    @property
+    def is_static(self) -> bool:
+        """Nothing waits for how many rows an expert has, and no weight is made anew in each walk."""
+        products = (self.gate_up.matrices, self.down.matrices)
+        return self.is_grouped and not any(isinstance(matrices.weight_EOI, Stored) for matrices in products)
 
     @property
     def joint_bytes(self) -> int:
@@ -198,6 +204,11 @@ class _Product(torch.autograd.Function):
                 if own:
                     cast(ExpertAdapters, ctx.adapters).add_grads(group, x_NI, own, dy.contiguous(), sum_NI)
         return dx_NI, None, None, None, None
+
+
+def can_group(weight_EOI: Tensor) -> bool:
+    """Whether all experts of a layer are one product on the weight's device."""
+    return weight_EOI.device.type == "cuda" and weight_EOI.dtype == torch.bfloat16
 
 
 def find_experts(model: nn.Module, family: Family) -> dict[str, nn.Module]:

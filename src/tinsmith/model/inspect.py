@@ -14,7 +14,7 @@ from typing import Self, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinsmith.bases import ATTN_PARTS, GATES, MLP_PARTS
+from tinsmith.bases.catalog import ATTN_PARTS, GATES, MLP_PARTS
 from tinsmith.errors import UnsupportedError
 from tinsmith.types import Targets
 
@@ -27,7 +27,7 @@ STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 class LinearInfo:
     """A linear layer that can carry an adapter.
 
-    group: attn, mlp or unembed. lead: the first of the layers that share this one's input; itself, if none does.
+    group: see `lora_options.GROUPS`. lead: the first of the layers that share this one's input; itself, if none does.
     num_a, num_b: how many As and Bs an adapter has here; 0 for one of each, which isn't of experts. An A or B that is
     alone belongs to all experts. interleaves: of experts whose base has gate and up row by row in turn.
     """
@@ -51,14 +51,15 @@ class LinearInfo:
         return self.num_a > 0
 
     def is_targeted(self, targets: Targets) -> bool:
-        return {"attn": targets.attn, "mlp": targets.mlp, "unembed": targets.unembed}[self.group]
+        return self.group in targets.groups
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The layers that tokens go through, between the embedding and the head; some models call it otherwise than they
-    say."""
+    say, and Llama 4 with vision says the language model with its head."""
     found: object = model.get_decoder()  # type: ignore[no-untyped-call]
-    return cast(PreTrainedModel, model.get_submodule("model") if found is model else found)
+    inner = cast(PreTrainedModel, model.get_submodule("model") if found is model else found)
+    return decoder_of(inner) if hasattr(inner, HEAD) else inner
 
 
 def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
@@ -158,6 +159,25 @@ def check_rope(model: nn.Module) -> None:
                     f"{type(model).__name__}: {name} scales rope by {kind!r}, which depends on the other sequences of "
                     f"a pass; can be served: {', '.join(sorted(STATIC_ROPE))}"
                 )
+
+
+def check_windows(model: PreTrainedModel, windows: Mapping[int, int | None]) -> None:
+    """windows: the window that the attention of each layer asked for; None for one that sees everything before it.
+
+    A window longer than the tokens of the check at the start would be missed there.
+
+    Raises:
+        UnsupportedError: a layer has another by its configuration: it is made with masks alone, which aren't served.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    wanted = {"sliding_attention": getattr(config, "sliding_window", None), "full_attention": None}
+    wrong = [n for n, found in sorted(windows.items()) if n < len(kinds) and wanted.get(kinds[n], found) != found]
+    if wrong:
+        raise UnsupportedError(
+            f"{type(model).__name__}: sliding windows of its attention are made with masks alone, which isn't served: "
+            f"layer {wrong[0]} is {kinds[wrong[0]]} of {wanted[kinds[wrong[0]]]}, and asks for {windows[wrong[0]]}"
+        )
 
 
 def _is_in(name: str, paths: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ E experts, or 1 where they share a factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.checkpoint_file import one_piece
 from tinsmith.errors import UserError
+from tinsmith.files.checkpoint_file import one_piece
 from tinsmith.lora_options import DEFAULT_ALPHA, PLAIN, LoraOptions
 from tinsmith.model.inspect import HEAD, LinearInfo
 from tinsmith.model.lora.backend import ExpertWeights, LoraWeights
@@ -78,6 +78,15 @@ class Place:
         return (math.prod(self.a_shape) + math.prod(self.b_shape)) // self.rank * self.own_rank
 
 
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """What of a row is a group's, in its order: the shapes of A of all layers and of B of each; their scales."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    scales: tuple[float, ...]
+    is_of_experts: bool
+
+
 class RowLayout:
     """The places of one adapter's matrices in its row, for the layers that `targets` choose.
 
@@ -123,6 +132,8 @@ class RowLayout:
         self.groups: Mapping[str, Sequence[Place]] = {
             lead: [places[linear.name] for linear in group] for lead, group in groups.items()
         }
+        self._pieces = {lead: _pieces_of(places) for lead, places in self.groups.items()}
+        self._sizes = [math.prod(shape) for pieces in self._pieces.values() for shape in pieces.shapes]
         self.num_params = offset
         self.num_own = sum(place.num_own for place in places.values())
 
@@ -133,25 +144,26 @@ class RowLayout:
     def views(self, row_P: Tensor) -> dict[str, LoraWeights]:
         """By group, which is named for its first layer (`lm_head` for the head): views of the row. Without experts."""
         return {
-            lead: LoraWeights(self._joint_a(places, row_P)[0], *_bs(places, row_P))
-            for lead, places in self.groups.items()
-            if not places[0].linear.is_of_experts
+            lead: LoraWeights(matrices[0], matrices[1:], self._pieces[lead].scales)
+            for lead, matrices in self._matrices(row_P, of_experts=False)
         }
 
     def expert_views(self, row_P: Tensor) -> dict[str, ExpertWeights]:
         """The same for groups of experts."""
         return {
-            lead: ExpertWeights(self._joint_a(places, row_P), *_bs(places, row_P))
-            for lead, places in self.groups.items()
-            if places[0].linear.is_of_experts
+            lead: ExpertWeights(matrices[0], matrices[1:], self._pieces[lead].scales)
+            for lead, matrices in self._matrices(row_P, of_experts=True)
         }
 
-    def _joint_a(self, places: Sequence[Place], row_P: Tensor) -> Tensor:
-        """A of all layers of a group: [E, K, I], or [1, K, I] where the group isn't of experts."""
-        first, num_a = places[0], max(1, places[0].linear.num_a)
-        assert num_a == 1 or len(places) == 1, "layers side by side share their A among all experts"
-        shape = (num_a, len(places) * first.rank, first.linear.in_features)
-        return row_P[first.a_offset : first.a_offset + math.prod(shape)].view(shape)
+    def _matrices(self, row_P: Tensor, *, of_experts: bool) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Of each group A of all its layers and B of each. A row is cut at once: a pass makes views of many rows."""
+        if of_experts not in (pieces.is_of_experts for pieces in self._pieces.values()):
+            return
+        flat = iter(row_P.split_with_sizes(self._sizes))
+        for lead, pieces in self._pieces.items():
+            matrices = tuple(next(flat).view(shape) for shape in pieces.shapes)
+            if pieces.is_of_experts == of_experts:
+                yield lead, matrices
 
     def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
         """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
@@ -215,9 +227,13 @@ class RowLayout:
         return named
 
 
-def _bs(places: Sequence[Place], row_P: Tensor) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-    """B of each layer of a group, and their scales."""
-    return tuple(place.views(row_P)[1] for place in places), tuple(place.scale for place in places)
+def _pieces_of(places: Sequence[Place]) -> _Pieces:
+    first, scales = places[0], tuple(place.scale for place in places)
+    a_shape: tuple[int, ...] = (len(places) * first.rank, first.linear.in_features)
+    if first.linear.is_of_experts:
+        assert first.linear.num_a == 1 or len(places) == 1, "layers side by side share their A among all experts"
+        a_shape = (first.linear.num_a, *a_shape)
+    return _Pieces((a_shape, *(place.b_shape for place in places)), scales, first.linear.is_of_experts)
 
 
 def shape_of(spec: RunSpec) -> RunSpec:

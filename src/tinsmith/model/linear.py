@@ -8,22 +8,30 @@ Shape letters: T rows of the pass, I inputs, O outputs of all layers of a group 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from tinsmith.model.context import GradContext, PassContext
+from tinsmith.model.context import LinearContext, LinearGradContext, PassContext
 from tinsmith.model.frozen import FrozenMatrix
+
+
+class Holder(Protocol):
+    """Where linear layers find the context of what is running. anchor: an input by which a product is differentiated
+    although its x isn't, for its adapters' sake; it never gets a gradient."""
+
+    anchor: Tensor
+
+    @property
+    def context(self) -> LinearContext: ...
 
 
 class PassHolder:
     """Where the layers of one base find the context of the pass that is running.
 
     recomputes: decoder layers keep nothing but their input for backward, see `model.recompute`.
-    positions_T: of the pass's rows in their sequences, for layers that compute with them.
-    anchor: an input by which a product is differentiated although its x isn't, for its adapters' sake; it never gets a
-    gradient.
+    positions_T: of the pass's rows in their sequences, for layers that compute with them. anchor: see `Holder`.
     """
 
     def __init__(self) -> None:
@@ -56,10 +64,11 @@ class PassHolder:
 class LinearGroup:
     """y = x Wᵀ + b of layers with the same input, side by side, plus what the pass context adds for each adapter.
 
-    `name` is that of the first layer, its path in the model; `holder` is shared by all groups of one base.
+    `name` is that of the first layer, its path in the model; `holder` is shared by all groups of one base, or of its
+    vision tower.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], holder: PassHolder) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], holder: Holder) -> None:
         layers = list(linears.values())
         self.names = tuple(linears)
         self.name = self.names[0]
@@ -117,7 +126,7 @@ class _Product(torch.autograd.Function):
     that needs none."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, anchor: Tensor, group: LinearGroup, context: GradContext) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, anchor: Tensor, group: LinearGroup, context: LinearContext) -> Tensor:
         y_TO = group.matrix.times(x_TI, group.bias_O)
         kept = context.add_lora(group.name, x_TI, y_TO)
         ctx.group, ctx.context = group, context
@@ -134,8 +143,24 @@ class _Product(torch.autograd.Function):
         if ctx.saved_tensors:
             x_TI, *kept = ctx.saved_tensors
             sum_TI = torch.zeros_like(x_TI) if dx_TI is None else dx_TI  # the adapters add to it all the same
-            cast(GradContext, ctx.context).add_lora_grad(group.name, x_TI, tuple(kept), dy_TO, sum_TI)
+            cast(LinearGradContext, ctx.context).add_lora_grad(group.name, x_TI, tuple(kept), dy_TO, sum_TI)
         return dx_TI, None, None, None
+
+
+def group_linears(
+    model: nn.Module, linears: dict[str, nn.Linear], leads: Mapping[str, str], holder: Holder
+) -> list[LinearGroup]:
+    """Put a GroupedLinear in the place of each linear layer; those with the same lead share one product. Empties
+    `linears`: no weight is held twice for longer than its group is made."""
+    members: dict[str, dict[str, nn.Linear]] = {}
+    for name in list(linears):
+        members.setdefault(leads[name], {})[name] = linears.pop(name)
+    groups = []
+    while members:
+        groups.append(LinearGroup(members.pop(next(iter(members))), holder))
+        for index, name in enumerate(groups[-1].names):
+            model.set_submodule(name, GroupedLinear(groups[-1], index))
+    return groups
 
 
 def _side_by_side(layers: Sequence[nn.Linear]) -> Tensor | None:

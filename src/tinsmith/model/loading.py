@@ -63,6 +63,18 @@ def load_base(
     return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 
+def plain_shapes(info: BaseInfo) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of transformers' own model of the directory, by name, in its order. No weights are read.
+
+    Raises:
+        UserError, UnsupportedError: as `load_base`.
+    """
+    model_class, config = _class_of(_config_of(info))
+    with torch.device("meta"):
+        model = cast(Any, model_class)(config)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
 def load_model(
     info: BaseInfo,
     device: torch.device,
@@ -76,11 +88,7 @@ def load_model(
     Raises:
         UserError, UnsupportedError: as `load_base`.
     """
-    try:
-        config = read_config(info.path)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
-    model_class, config = _class_of(config)
+    model_class, config = _class_of(_config_of(info))
     files = WeightFiles(Path(info.path))
     source = _Source(files, Matrices(config, files), weights, progress)
     if hasattr(config, "quantization_config"):
@@ -109,6 +117,13 @@ def load_model(
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
     source.end()
     return cast(PreTrainedModel, model)
+
+
+def _config_of(info: BaseInfo) -> PretrainedConfig:
+    try:
+        return read_config(info.path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
 
 
 def _class_of(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:

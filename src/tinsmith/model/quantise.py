@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from tinsmith.bases import ATTN_PARTS, MLP_PARTS, OF_EXPERTS, ROUTERS, TOWER_PARTS
+from tinsmith.bases.catalog import ATTN_PARTS, MLP_PARTS, OF_EXPERTS, ROUTERS, TOWER_PARTS
 from tinsmith.errors import ConfigError, UnsupportedError
 from tinsmith.model.stored import Form, Stored, pack
 from tinsmith.model.weight_files import WeightFiles

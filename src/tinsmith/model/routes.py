@@ -2,7 +2,8 @@
 
 Sorting is done once for a layer: by expert, then by row, so that the rows of one sequence lie together within an
 expert, and a run's rows too. On the CPU each expert's rows are filled up as `padded_rows` says, so that the bits of a
-row's products don't depend on how many others chose the same expert; on a GPU there is no filler.
+row's products don't depend on how many others chose the same expert; on a GPU, and where all experts are one product,
+there is no filler, and nothing waits for the device.
 Shape letters: T rows of the pass, K experts of a row, E experts, P = T · K assignments, N slots (assignments and
 filler), S spans of rows, D width of a row.
 """
@@ -37,7 +38,7 @@ class Routes:
     shifts_E: Tensor
 
     @classmethod
-    def of(cls, experts_TK: Tensor, num_experts: int) -> Routes:
+    def of(cls, experts_TK: Tensor, num_experts: int, *, may_fill: bool = True) -> Routes:
         num_rows, num_each = experts_TK.shape
         device = experts_TK.device
         experts_P, order_P = experts_TK.reshape(-1).sort(stable=True)
@@ -45,7 +46,7 @@ class Routes:
         counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
         counts_E.scatter_add_(0, experts_P, torch.ones_like(experts_P))
         sizes_E, num_slots = counts_E, num_rows * num_each
-        if device.type == "cpu":
+        if may_fill and device.type == "cpu":
             sizes_E = torch.tensor([padded_rows(count) if count else 0 for count in counts_E.tolist()])
             num_slots = int(sizes_E.sum())
         ends_E = sizes_E.cumsum(0)

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinsmith.bases.weight_headers import WEIGHT_INDEX, weight_files
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.model.stored import Form, Stored
-from tinsmith.weight_headers import WEIGHT_INDEX, weight_files
 
 METHODS = ("fp8", "compressed-tensors", "mxfp4")
 FP8 = {"F8_E4M3": Form.E4M3, "F8_E5M2": Form.E5M2}

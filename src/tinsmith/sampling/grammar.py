@@ -16,8 +16,8 @@ import structlog
 from llguidance import LLMatcher, LLTokenizer
 
 from tinsmith.errors import TinsmithError
-from tinsmith.jsonform import grammar_of, refusal
 from tinsmith.types import BaseInfo
+from tinsmith.validate.jsonform import grammar_of, refusal
 
 log = structlog.get_logger("tinsmith.worker")
 

@@ -2,8 +2,9 @@
 
 A step of one model is some thousand small launches, each of which costs the host more than the GPU where few sequences
 are decoded; a replayed graph is one launch. A graph is kept for each bucket and each shape of the batch's adapters
-(`tiled_lora.TileShape`). What stays true: a graph is replayed only while all memory that it touches lies where it lay
-when it was captured; whatever can't be captured is computed without a graph, and the log says why.
+(`TiledLora.key`). What stays true: a graph is replayed only while all memory that it touches lies where it lay
+when it was captured, and if its first replay gave what the step gives without it; whatever can't be captured is
+computed without a graph, and the log says why.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tinsmith.model import BaseModel
 from tinsmith.model.lora.choice import has_triton
 from tinsmith.sampling.blocks import num_blocks
 from tinsmith.sampling.kv import KVCache
-from tinsmith.sampling.layers import LeanLayers
+from tinsmith.sampling.layers import MAX_ERROR, LeanLayers
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.sequence import Sequence
+from tinsmith.sampling.slot_lora import SlotShape
 from tinsmith.sampling.static_step import StaticStep
 from tinsmith.sampling.tiled_lora import RowLora, TiledLora, TileShape
 from tinsmith.types import IntArray
@@ -36,6 +38,8 @@ BUCKET_GRID = 8
 MAX_ROWS = 256  # a larger batch keeps the GPU busy without a graph
 MAX_GRAPHS = 64
 MAX_BYTES = 2 * 2**30
+Key = tuple[int, tuple[TileShape, SlotShape | None]]  # rows of the bucket, shape of the adapters
+
 WARM_UPS = 2  # kernels are compiled and workspaces taken before a capture, where neither may happen
 
 
@@ -96,7 +100,7 @@ class DecodeGraphs:
         self._step = step
         self._lora = lora
         self._capture = capture
-        self._graphs: OrderedDict[tuple[int, TileShape], Captured] = OrderedDict()
+        self._graphs: OrderedDict[Key, Captured] = OrderedDict()
         self._addresses: tuple[int, ...] = ()
         self._version = -1
         self._is_off = False
@@ -117,7 +121,7 @@ class DecodeGraphs:
             self._arrange()
         bucket = bucket_of(num)
         self._step.load(tokens, positions, rotary, bucket)
-        key = (bucket, self._lora.shape)
+        key = (bucket, self._lora.key)
         graph = self._graphs.get(key) or self._captured(key)
         if graph is None:
             return None
@@ -135,13 +139,14 @@ class DecodeGraphs:
             self._graphs.clear()
         self._addresses = addresses
 
-    def _captured(self, key: tuple[int, TileShape]) -> Captured | None:
+    def _captured(self, key: Key) -> Captured | None:
         if self.num_bytes >= MAX_BYTES:
             return None
-        bucket, shape = key
+        bucket, (shape, _) = key
         counted, started = self._base.num_forwards, time.perf_counter()
         try:
             graph = self._capture(lambda: self._step.compute(bucket))
+            self._check(graph, bucket)
         except Exception as error:
             self._is_off = True
             self._graphs.clear()
@@ -167,6 +172,16 @@ class DecodeGraphs:
                 graphs=len(self._graphs), mib=round(self.num_bytes / 2**20),
             )  # fmt: skip
         return graph
+
+    def _check(self, graph: Captured, bucket: int) -> None:
+        """Raises: UnsupportedError: a replay gives something else than the step that was captured."""
+        self._step.compute(bucket)
+        expected_TD = self._step.hidden_ND[:bucket].clone()
+        graph.replay()
+        is_finite = expected_TD.isfinite()  # weights that diverged are their owner's affair
+        error = torch.where(is_finite, self._step.hidden_ND[:bucket] - expected_TD, 0.0).abs().max()
+        if not error <= MAX_ERROR[self._base.dtype] * torch.where(is_finite, expected_TD, 0.0).abs().max():
+            raise UnsupportedError(f"a replay of {bucket} rows is off by {float(error):.1e}")
 
 
 def bucket_of(num_rows: int) -> int:
@@ -197,14 +212,16 @@ def decode_graphs(
         lacks = "the base model isn't on a GPU"
     elif capture is None and not has_triton():
         lacks = "triton is not installed"
-    elif layers is None:
-        lacks = "the model is walked through its own modules, which wait for the device"
-    if lacks is not None or layers is None or not isinstance(kv, PagedKV) or not isinstance(lora, TiledLora):
+    elif kv.states is not None:
+        lacks = "its layers keep a state of each sequence"
+    elif not base.has_static_experts:
+        lacks = "its experts are computed one by one or from fewer bits, which a captured step can't do"
+    if lacks is not None or not isinstance(kv, PagedKV) or not isinstance(lora, TiledLora):
         if mode == "on":
             raise UnsupportedError(f"--cuda-graphs on: {lacks}; start with --cuda-graphs auto")
         if base.device.type == "cuda":
             log.warning("decoding goes without CUDA graphs, which is slower for few sequences", because=lacks)
         return None
     max_blocks = min(kv.total, num_blocks(base.info.max_context)) + 1
-    step = StaticStep(base, layers.hidden, kv.pool, lora, MAX_ROWS, max_blocks)
+    step = StaticStep(base, (layers or base).hidden, kv.pool, lora, MAX_ROWS, max_blocks)
     return DecodeGraphs(base, kv, step, lora, capture or CudaCapture(base.device))

@@ -34,7 +34,7 @@ class Intake:
         """The chunks of this step. Memory of prompts that begin is taken."""
         stages = self._stages
         recomputes = stages.recomputes
-        asking = [*stages.begun, *recomputes, *stages.asking()]
+        asking = [*stages.begun, *recomputes, *stages.asking(self._settings.prefill_chunk_tokens)]
         if not asking:
             stages.refused.clear()
             return []

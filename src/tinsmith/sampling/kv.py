@@ -135,6 +135,7 @@ class Arena(Generic[Owner]):
         self.num_positions = num_blocks * BLOCK_TOKENS
         self.num_slots = 0
         self.owners: list[Owner] = []
+        self._slots: dict[Owner, int] = {}
         self.layers: list[Tensor] = [
             torch.zeros(2, 0, heads, self.num_positions, size, dtype=shape.dtype, device=shape.device)
             for heads, size in shape.heads
@@ -159,24 +160,29 @@ class Arena(Generic[Owner]):
             self.layers[index] = new
         self.num_slots = num_slots
 
-    def fill(self, slot: int, sources: Iterable[Tensor], num_tokens: int) -> None:
-        """Write a slot from one [2, G, >= num_tokens, D] per layer, and clear the positions after them."""
+    def take(self, owner: Owner, sources: Iterable[Tensor], num_tokens: int) -> None:
+        """Fill the next free slot from one [2, G, >= num_tokens, D] per layer, and clear the positions after them."""
+        slot = len(self.owners)
         for layer, source in zip(self.layers, sources, strict=True):
             layer[:, slot, :, :num_tokens] = source[:, :, :num_tokens]
             layer[:, slot, :, num_tokens:] = 0
+        self._slots[owner] = slot
+        self.owners.append(owner)
 
-    def slot(self, slot: int) -> list[Tensor]:
+    def slot(self, owner: Owner) -> list[Tensor]:
+        """Its keys and values of each layer: views."""
+        slot = self._slots[owner]
         return [layer[:, slot] for layer in self.layers]
 
     def remove(self, owner: Owner) -> None:
         """The last slot moves into the hole."""
-        hole = self.owners.index(owner)
-        last = len(self.owners) - 1
+        hole, last = self._slots.pop(owner), len(self.owners) - 1
+        moved = self.owners.pop()
         if hole != last:
             for layer in self.layers:
                 layer[:, hole] = layer[:, last]
-            self.owners[hole] = self.owners[last]
-        self.owners.pop()
+            self.owners[hole] = moved
+            self._slots[moved] = hole
 
 
 class KVCache(Generic[Owner]):
@@ -190,6 +196,7 @@ class KVCache(Generic[Owner]):
         self.states = SequenceStates[Owner](shape.states, shape.device) if shape.states else None
         self._arenas: dict[int, Arena[Owner]] = {}
         self._prompts: dict[Hashable, PromptKV] = {}
+        self._prompt_blocks = 0
 
     @property
     def arenas(self) -> Sequence[Arena[Owner]]:
@@ -198,10 +205,9 @@ class KVCache(Generic[Owner]):
 
     @property
     def num_allocated_blocks(self) -> int:
-        prompts = sum(num_blocks(prompt.num_tokens) for prompt in self._prompts.values())
         num_states = 0 if self.states is None else self.states.num_slots + len(self._prompts)
         arenas = sum(arena.num_allocated_blocks for arena in self._arenas.values())
-        return prompts + arenas + num_states * self.shape.state_blocks
+        return self._prompt_blocks + arenas + num_states * self.shape.state_blocks
 
     def num_shared(self, num_tokens: int) -> int:
         """Blocks of a prompt that its sequences have in common."""
@@ -211,22 +217,23 @@ class KVCache(Generic[Owner]):
         self._make_room(num_blocks(num_tokens))
         prompt = PromptKV(self.shape, num_tokens)
         self._prompts[owner] = prompt
+        self._prompt_blocks += num_blocks(num_tokens)
         return prompt
 
     def close_prompt(self, owner: Hashable) -> None:
-        self._prompts.pop(owner, None)
+        prompt = self._prompts.pop(owner, None)
+        if prompt is not None:
+            self._prompt_blocks -= num_blocks(prompt.num_tokens)
 
     def save(self, owner: Owner, size: int, start: int, end: int) -> Kept:
         """Positions start..end-1 of a sequence."""
         arena = self._arenas[size]
-        return Copies([layer[:, :, start:end].clone() for layer in arena.slot(arena.owners.index(owner))])
+        return Copies([layer[:, :, start:end].clone() for layer in arena.slot(owner)])
 
     def place(self, owner: Owner, prompt_owner: Hashable, size: int) -> None:
         """Give a new sequence a slot of `size` blocks that begins with an open prompt."""
         prompt = self._prompts[prompt_owner]
-        arena = self._arena_with_room(size)
-        arena.fill(len(arena.owners), prompt.layers, prompt.num_tokens)
-        arena.owners.append(owner)
+        self._arena_with_room(size).take(owner, prompt.layers, prompt.num_tokens)
         if self.states is not None:
             self.states.place(owner, prompt.states)
         self.version += 1
@@ -234,9 +241,7 @@ class KVCache(Generic[Owner]):
     def move(self, owner: Owner, size: int, new_size: int, num_tokens: int) -> None:
         """Move a sequence with `num_tokens` filled positions from class `size` to `new_size`."""
         old = self._arenas[size]
-        new = self._arena_with_room(new_size)
-        new.fill(len(new.owners), old.slot(old.owners.index(owner)), num_tokens)
-        new.owners.append(owner)
+        self._arena_with_room(new_size).take(owner, old.slot(owner), num_tokens)
         self._vacate(owner, size)
 
     def release(self, owner: Owner, size: int) -> None:

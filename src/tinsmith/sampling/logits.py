@@ -21,6 +21,8 @@ from torch import Tensor
 from tinsmith.types import SamplingParams
 
 PIECE = 1024  # tokens summed at once
+BLOCK_NUMBERS = 2**17  # of rows that are drawn for together on a CPU: what is made of them stays in a core's cache
+LEAST_BLOCK = 16  # rows
 MIN_TEMPERATURE = 1e-6  # smaller ones would overflow; they are computed at this one
 
 
@@ -54,6 +56,19 @@ class Warp:
             min_p=torch.tensor([params[row].min_p for row in truncated], dtype=torch.float32, device=device)[:, None],
         )
 
+    def rows(self, first: int, last: int) -> Warp:
+        """Of rows first..last-1."""
+        inside = (self.truncated >= first) & (self.truncated < last)
+        return Warp(
+            temperatures_B1=self.temperatures_B1[first:last],
+            has_temperature=self.has_temperature,
+            greedy=self.greedy[(self.greedy >= first) & (self.greedy < last)] - first,
+            truncated=self.truncated[inside] - first,
+            top_k=self.top_k[inside],
+            top_p=self.top_p[inside],
+            min_p=self.min_p[inside],
+        )
+
     def scaled(self, logits_BV: Tensor) -> Tensor:
         return logits_BV / self.temperatures_B1 if self.has_temperature else logits_BV
 
@@ -72,6 +87,22 @@ def draw(
         tokens int64 [B], their logprobs float32 [B], and what is to be taken off the scaled logits of each row to get
         all logprobs, float32 [B, 1]; NaN where the logits are not finite.
     """
+    num, vocab = logits_BV.shape
+    block = max(LEAST_BLOCK, BLOCK_NUMBERS // vocab)
+    if logits_BV.device.type != "cpu" or num < 2 * block:
+        return _draw(logits_BV, warp, uniforms_B, penalised_BV)
+    parts = []
+    for first in range(0, num, block):
+        own = slice(first, first + block)
+        penalised = None if penalised_BV is None else penalised_BV[own]
+        parts.append(_draw(logits_BV[own], warp.rows(first, first + block), uniforms_B[own], penalised))
+    tokens, logprobs, norms = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs), torch.cat(norms)
+
+
+def _draw(
+    logits_BV: Tensor, warp: Warp, uniforms_B: Tensor, penalised_BV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     scaled_BV = warp.scaled(logits_BV)
     largest_B1 = scaled_BV.amax(-1, keepdim=True)
     weights_BV = (scaled_BV - largest_B1).exp_()

@@ -13,42 +13,53 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from tinsmith.lora_options import VISION
 from tinsmith.model import RowLayout
 from tinsmith.model.lora import ExpertWeights, LoraWeights
 from tinsmith.model.lora.segments import add_adapter
+from tinsmith.model.vision import Lens
 from tinsmith.sampling.stacked import StackedGroup
 
 MIN_TILE = 4
 MAX_TILE = 16
 MIN_RANK = 8
+MAX_STRETCHES = 8  # with more of them, adding row by row is as fast
 KEPT_BYTES = 512 << 20  # of slots that no row uses, for adapters that come back
+NUMBERS = count()  # of lenses
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """A frozen snapshot. matrices: by group of layers with one input, in the base's dtype; experts: of groups of
-    experts; rank: the greatest; shape: equal of adapters whose stacks have the same groups and rank classes."""
+    experts; rank: the greatest; shape: equal of adapters whose stacks have the same groups and rank classes; lens: of
+    the vision tower."""
 
     rank: int
     shape: Hashable
     matrices: Mapping[str, LoraWeights]
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
+    lens: Lens | None = None
 
     @classmethod
     def of(cls, layout: RowLayout, row_P: Tensor) -> Adapter:
-        return cls.holding(layout.views(row_P), layout.expert_views(row_P))
+        matrices = layout.views(row_P)
+        of_tower = {name: matrices.pop(name) for name in [*matrices] if layout.groups[name][0].linear.group == VISION}
+        lens = Lens(of_tower, next(NUMBERS)) if of_tower else None
+        return cls.holding(matrices, layout.expert_views(row_P), lens)
 
     @classmethod
-    def holding(cls, matrices: Mapping[str, LoraWeights], experts: Mapping[str, ExpertWeights]) -> Adapter:
+    def holding(
+        cls, matrices: Mapping[str, LoraWeights], experts: Mapping[str, ExpertWeights], lens: Lens | None = None
+    ) -> Adapter:
         ranks = {name: weights.rank for name, weights in matrices.items()}
         shape = _interned(frozenset((name, rank_class(rank)) for name, rank in ranks.items()))
-        return cls(max(ranks.values(), default=0), shape, matrices, experts)
+        return cls(max(ranks.values(), default=0), shape, matrices, experts, lens)
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
         """y += (x Aᵀ) Bᵀ · scale, in place, if this group has an adapter; all rows belong to this adapter."""
@@ -91,6 +102,19 @@ def assign_slots(held: Sequence[Adapter | None], wanted: Sequence[Adapter]) -> l
     taken = set(assigned)
     free = (slot for slot in range(first, first + num) if slot not in taken)
     return [slot if slot >= 0 else next(free) for slot in assigned]
+
+
+def stretches(targets: Sequence[int], places: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Pairs of a row and its place, both counted up together: the first of each, and how many, in the order of rows."""
+    found: list[tuple[int, int, int]] = []
+    for target, place in sorted(zip(targets, places, strict=True)):
+        if found:
+            at, start, size = found[-1]
+            if target == at + size and place == start + size:
+                found[-1] = (at, start, size + 1)
+                continue
+        found.append((target, place, 1))
+    return found
 
 
 class AdapterStack:
@@ -140,6 +164,7 @@ class AdapterStack:
             targets.extend(tile)
         every_row = list(range(self._num_rows))
         self._is_plain = places == targets == every_row
+        self._stretches = stretches(targets, places)
         self._gather = torch.tensor(gather, device=device)
         self._places = None if places == every_row else torch.tensor(places, device=device)
         self._targets = torch.tensor(targets, device=device)
@@ -153,8 +178,9 @@ class AdapterStack:
         parts = group.times(x_NI.view(-1, self._tile, x_NI.shape[1]))
         for block, part_NO in zip(group.blocks, parts, strict=True):
             y_TC = y_TO if len(parts) == 1 else y_TO[:, slice(*block.columns)]
-            if self._is_plain:
-                y_TC[: self._num_rows] += part_NO
+            if len(self._stretches) <= MAX_STRETCHES:
+                for target, place, size in self._stretches:
+                    y_TC[target : target + size] += part_NO[place : place + size]
                 continue
             own_NO = part_NO if self._places is None else part_NO.index_select(0, self._places)
             y_TC.index_add_(0, self._targets, own_NO.to(y_TO.dtype))

@@ -30,7 +30,8 @@ class Prefill:
         self._segments = _segments(chunks)
         self.context = PrefillContext(self._segments, base.device, base.dtype, base.lora)
         self.spans = [
-            Span(c.prompt.scene, c.start, c.end, s.first) for c, s in zip(chunks, self._segments, strict=True)
+            Span(c.prompt.scene, c.start, c.end, s.first, None if s.adapter is None else s.adapter.lens)
+            for c, s in zip(chunks, self._segments, strict=True)
         ]
         self.tokens = np.concatenate([c.prompt.tokens[c.start : c.end] for c in chunks]).astype(np.int64)
         self.positions = joined([positions_of(c.prompt.scene, c.start, c.end) for c in chunks])

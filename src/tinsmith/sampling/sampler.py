@@ -143,6 +143,11 @@ class Sampler:
         return len(self._requests)
 
     @property
+    def num_running(self) -> int:
+        """Sequences that the next step decodes."""
+        return len(self._stages.running)
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         """(held by requests, all)."""
         block_bytes = self.memory.kv.shape.block_bytes

@@ -9,7 +9,7 @@ says, as seats fall free. Pure counting.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from tinsmith.sampling.sequence import Request, Sequence
@@ -60,22 +60,28 @@ class Seats:
     def in_turn(self, ready: Iterable[Request]) -> Iterator[Request]:
         """Who may begin a sequence next, until nobody may: of those whose tenant, by weight, then whose snapshot holds
         least, the first. Between two of them the caller says `take`, or `refuse` if there was another obstacle."""
-        heap: list[tuple[float, int, int, Request]] = [
-            (0, 0, order, request) for order, request in enumerate(ready) if request.num_unstarted
-        ]
-        for *_, request in heap:
-            self.note(request)
+        lines: dict[tuple[str, str | None], deque[tuple[int, Request]]] = {}
+        for order, request in enumerate(ready):
+            if request.num_unstarted:
+                self.note(request)
+                lines.setdefault(request.line, deque()).append((order, request))
+        heap = [(0.0, 0, line[0][0], line) for line in lines.values()]
         while heap:
-            by_tenant, by_line, order, request = heap[0]
+            by_tenant, by_line, order, line = heap[0]
+            request = line[0][1]
             held = self._held(request)
             if self.room(request.tenant) <= 0:
                 heapq.heappop(heap)
             elif held != (by_tenant, by_line):  # what is held never shrinks here, so others are before it at most
-                heapq.heapreplace(heap, (*held, order, request))
+                heapq.heapreplace(heap, (*held, order, line))
             else:
                 yield request
                 if request in self._refused or not request.num_unstarted:
-                    heapq.heappop(heap)
+                    line.popleft()
+                    if line:
+                        heapq.heapreplace(heap, (*held, line[0][0], line))
+                    else:
+                        heapq.heappop(heap)
 
     def refuse(self, request: Request) -> None:
         """It begins no more sequences for now."""

@@ -3,8 +3,8 @@
 With few rows an adapter costs its reading from memory. How matrices lie, and which operand goes first, decides between
 kernels that differ by a factor of two to six at one row (dev/LOG.md, "adapters at the speed of memory"). For tiles of
 one or two rows they lie as they were trained, A [K, I] and B [C, R]; u is A x with x as a column, and the rest u Bᵀ.
-For larger tiles they lie turned, [I, K] and [R, C]. A group's LoRA is two products, whatever the number of adapters:
-outputs are cut into pieces of one width, each of which belongs to one layer.
+For larger tiles they lie turned, [I, K] and [R, C], and so does a B of wide outputs for any. A group's LoRA is two
+products, whatever the number of adapters: outputs are cut into pieces of one width, each of which belongs to one layer.
 Shape letters: S slots, M rows of a tile, I inputs, O outputs of a layer, R rank (the rank class), L layers of a group,
 K = L · R or more, P pieces of a block, C columns of a piece, N = S · M.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from tinsmith.model.lora import LoraWeights
 
 COLUMN_GRID = 16
+WIDE = 2048  # outputs of a piece, from which on a turned B is read faster by one row as well
 
 
 def padded_columns(num_columns: int) -> int:
@@ -52,15 +53,15 @@ def blocks_of(widths: Sequence[int]) -> list[Block]:
 class StackedGroup:
     """All zero at first. Adapters' ranks may be less than `rank`, and their scale is in B.
 
-    a: [S, K, I], turned [S, I, K]. bs: of each block [S, P, C, R], turned [S, P, R, C]. pieces: of each block the
-    layers of its pieces, int64 [P]; None where they are all layers, once each.
+    a: [S, K, I], turned [S, I, K]. bs: of each block [S, P, C, R], turned [S, P, R, C]. turned: whether a is, and each
+    of bs. pieces: of each block the layers of its pieces, int64 [P]; None where they are all layers, once each.
     """
 
     rank: int
     num_layers: int
     blocks: Sequence[Block]
     pieces: Sequence[Tensor | None]
-    is_turned: bool
+    turned: tuple[bool, ...]
     a: Tensor
     bs: Sequence[Tensor]
 
@@ -69,18 +70,19 @@ class StackedGroup:
         """Room for adapters of the shapes of this one."""
         num_layers = len(weights.bs)
 
-        def room(*shape: int) -> Tensor:
-            lying = (*shape[:-2], shape[-1], shape[-2]) if is_turned else shape
+        def room(turn: bool, *shape: int) -> Tensor:
+            lying = (*shape[:-2], shape[-1], shape[-2]) if turn else shape
             return weights.a_KI.new_zeros(num_slots, *lying)
 
         blocks = blocks_of([len(b_OR) for b_OR in weights.bs])
+        turned = (is_turned, *(is_turned or block.width >= WIDE for block in blocks))
         pieces = [
             None if block.layers == tuple(range(num_layers)) else torch.tensor(block.layers, device=weights.a_KI.device)
             for block in blocks
         ]
-        a = room(padded_columns(num_layers * rank), weights.a_KI.shape[1])
-        bs = [room(len(block.layers), block.width, rank) for block in blocks]
-        return cls(rank, num_layers, blocks, pieces, is_turned, a, bs)
+        a = room(is_turned, padded_columns(num_layers * rank), weights.a_KI.shape[1])
+        bs = [room(turn, len(block.layers), block.width, rank) for turn, block in zip(turned[1:], blocks, strict=True)]
+        return cls(rank, num_layers, blocks, pieces, turned, a, bs)
 
     @property
     def stacks(self) -> Sequence[Tensor]:
@@ -92,7 +94,9 @@ class StackedGroup:
 
     def fill(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter into a slot."""
-        a_KI, *bs = (stack[slot].mT if self.is_turned else stack[slot] for stack in self.stacks)
+        a_KI, *bs = (
+            stack[slot].mT if turn else stack[slot] for turn, stack in zip(self.turned, self.stacks, strict=True)
+        )
         rank = weights.rank
         if rank < self.rank:
             for matrix in (a_KI, *bs):
@@ -107,17 +111,17 @@ class StackedGroup:
     def times(self, x_SMI: Tensor) -> list[Tensor]:
         """(x Aᵀ) Bᵀ with each slot's own adapter, for each block: [N, P · C]."""
         num, tile, _ = x_SMI.shape
-        if self.is_turned:
+        if self.turned[0]:
             u_SMK = torch.bmm(x_SMI, self.a)
         else:
             u_SKM = torch.bmm(self.a, x_SMI.mT)
             u_SMK = u_SKM.view(num, 1, -1) if tile == 1 else u_SKM.mT
         u_SMLR = u_SMK[:, :, : self.num_layers * self.rank].view(num, tile, self.num_layers, self.rank)
         parts = []
-        for pieces, b in zip(self.pieces, self.bs, strict=True):
+        for pieces, turn, b in zip(self.pieces, self.turned[1:], self.bs, strict=True):
             u_SMPR = u_SMLR if pieces is None else u_SMLR.index_select(2, pieces)
             u_NMR = u_SMPR.transpose(1, 2).reshape(-1, tile, self.rank)
-            y_NMC = torch.bmm(u_NMR, b.flatten(0, 1) if self.is_turned else b.flatten(0, 1).mT)
+            y_NMC = torch.bmm(u_NMR, b.flatten(0, 1) if turn else b.flatten(0, 1).mT)
             parts.append(y_NMC.view(num, -1, tile, y_NMC.shape[2]).transpose(1, 2).reshape(num * tile, -1))
         return parts
 

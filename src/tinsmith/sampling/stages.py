@@ -18,7 +18,8 @@ from tinsmith.sampling.preemption import Holder, PreemptionCounts, choose_victim
 from tinsmith.sampling.prefix import PrefixCache
 from tinsmith.sampling.sequence import Prompt, Recompute, Request, Sequence
 
-MAX_ASKING = 64  # of one line, of whom it is looked whether they may begin in this step
+MAX_ASKING = 64  # of one line, of whom it is looked whether they may begin in this step; more where more would fit
+ASKING_TOKENS = 8  # of a step's prompt tokens, for each of which one of a line is looked at
 MAX_LINES = 256  # likewise; a line whose turn it was goes to the end
 
 
@@ -55,10 +56,11 @@ class Stages:
     def wait(self, request: Request) -> None:
         self._waiting.setdefault(request.line, {})[request] = None
 
-    def asking(self) -> Iterator[Request]:
-        """The first that wait in each of the first lines."""
+    def asking(self, max_tokens: int) -> Iterator[Request]:
+        """The first that wait in each of the first lines, for a step that computes so many tokens of prompts."""
         lines = islice(self._waiting.values(), MAX_LINES)
-        return chain.from_iterable(islice(line, MAX_ASKING) for line in lines)
+        most = max(MAX_ASKING, max_tokens // ASKING_TOKENS)
+        return chain.from_iterable(islice(line, most) for line in lines)
 
     def begin(self, prompt: Prompt) -> None:
         """Its memory is open: prefill may compute it, from where nothing is known of it."""

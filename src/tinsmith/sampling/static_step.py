@@ -46,7 +46,7 @@ class StaticStep:
     def addresses(self) -> tuple[int, ...]:
         """Of all memory that a captured step reads or writes and that isn't the base's, nor its own."""
         own = (self._tokens_N, self._positions_N, self._rotary_N, self._tables_NB, self.hidden_ND)
-        return (*(t.data_ptr() for t in (*own, *self._pool.layers)), *self._lora.tables.addresses)
+        return (*(t.data_ptr() for t in (*own, *self._pool.layers)), *self._lora.addresses)
 
     def arrange(self, tables: Collection[Sequence[int]]) -> None:
         """Take a new batch: the blocks of each row's sequence."""
@@ -83,7 +83,7 @@ class StaticContext(OwnRoutes):
         return ()
 
     def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
-        raise AssertionError("a model with states is walked through its own modules, without graphs")
+        raise AssertionError("a model with states is decoded without graphs")
 
     def experts(self, name: str, routes: Routes) -> ExpertAdapters:
-        raise AssertionError("a model with experts is walked through its own modules, without graphs")
+        return self._lora.experts(routes)

@@ -12,16 +12,12 @@ Shape letters: see `tiled_lora`; W inputs or outputs that are taken at a time, K
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tinsmith.model.lora.dot import dot, precision_of
-from tinsmith.model.lora.tables import bands_of, column_blocks, to_device
+from tinsmith.model.lora.tables import output_blocks
 from tinsmith.sampling.tiled_lora import TILE_ROWS, UNIT, TileGroup, TileShape, TileTables
 
 TILE_PROGRAMS = 32  # tiles that are gone through side by side
@@ -46,7 +42,7 @@ def add_tiles(tables: TileTables, group: TileGroup, shape: TileShape, x_TI: Tens
         PRECISION=precision, BT=TILE_ROWS, BW=SUM_BLOCK, BN=SHRINK_BLOCK,
         num_warps=4, num_stages=4,
     )  # fmt: skip
-    blocks, num_blocks = _blocks(group.widths, x_TI.device)
+    blocks, num_blocks = output_blocks(group.widths, EXPAND_BLOCK, x_TI.device)
     _expand_tiles[(programs, num_blocks)](
         u_TK, tables.anchor, y_TO, tables.rows_TM, tables.count, places_LT, blocks, tables.capacity, num_blocks,
         u_TK.stride(0), y_TO.stride(0), PROGRAMS=programs, UNIT=unit, ALIGNED=shape.is_aligned, PRECISION=precision,
@@ -127,13 +123,3 @@ def _expand_tiles(
             is_cell = is_row[:, None] & is_w[None, :]
             base_TW = tl.load(out, mask=is_cell, other=0.0).to(tl.float32)
             tl.store(out, (base_TW + acc).to(y.dtype.element_ty), mask=is_cell)
-
-
-@lru_cache(maxsize=256)
-def _blocks(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """int32 [4, number]: layer, first column in it, its width, where it begins in y; for each block of columns."""
-    bands = bands_of(widths, 1)
-    layers, firsts = column_blocks(bands, EXPAND_BLOCK)
-    starts = [bands[layer].start for layer in layers]
-    table = np.array([layers, firsts, [widths[layer] for layer in layers], starts], np.int32)
-    return to_device(table, device), table.shape[1]

@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinsmith.model import BaseModel, LinearInfo
+from tinsmith.lora_options import VISION
+from tinsmith.model import BaseModel, ExpertAdapters, LinearInfo, Routes
 from tinsmith.model.lora.choice import has_triton
 from tinsmith.sampling.lora import Adapter, DecodeLora
+from tinsmith.sampling.slot_lora import SlotShape, slot_lora_for
 
 TILE_ROWS = 16
 MIN_CLASS = 16
@@ -95,12 +97,12 @@ class TileTables:
 
 
 class TiledLora:
-    """See `RowLora`."""
+    """See `RowLora`. slots: the same of experts, which are no part of `add`."""
 
-    def __init__(self, linears: Iterable[LinearInfo], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[LinearInfo], device: torch.device, dtype: torch.dtype) -> None:
         by_lead: dict[str, list[LinearInfo]] = {}
         for linear in linears:
-            if linear.is_of_experts:
+            if linear.is_of_experts or linear.group == VISION:
                 continue
             by_lead.setdefault(linear.lead, []).append(linear)
         self._groups = {
@@ -114,8 +116,25 @@ class TiledLora:
         anchor = torch.zeros(UNIT, dtype=dtype, device=device)
         self.tables = TileTables.make(len(self._groups), self._num_layers, FIRST_CAPACITY, anchor)
         self.shape = TileShape(0, is_aligned=True)
+        self.slots = slot_lora_for(linears, anchor)
+
+    @property
+    def key(self) -> tuple[TileShape, SlotShape | None]:
+        """What of a batch decides how kernels are launched."""
+        return self.shape, None if self.slots is None else self.slots.shape
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (*self.tables.addresses, *(() if self.slots is None else self.slots.tables.addresses))
+
+    def experts(self, routes: Routes) -> ExpertAdapters:
+        """One layer's part in one walk without filler among the slots."""
+        assert self.slots is not None, "made for a model with experts"
+        return self.slots.of(routes)
 
     def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
+        if self.slots is not None:
+            self.slots.arrange(adapters_B)
         self._tiles = tiles_of(adapters_B)
         held = {adapter for adapter, _ in self._tiles}
         self._places = {a: self._places[a] if a in self._places else self._place(a) for a in held}

@@ -8,6 +8,7 @@ doesn't exist.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tinsmith.errors import ConfigError
@@ -19,10 +20,12 @@ from tinsmith.store.database import CURE, Database, damage, errors_by_name
 from tinsmith.store.endings import Endings
 from tinsmith.store.figures import Overview
 from tinsmith.store.files import Files
+from tinsmith.store.gone import GoneRuns
 from tinsmith.store.imports import Imports
 from tinsmith.store.ledger import Ledger
 from tinsmith.store.loads import Loads
 from tinsmith.store.losses import Losses
+from tinsmith.store.mends import Mends
 from tinsmith.store.migrate import check_schema, upgrade
 from tinsmith.store.ops import Ops
 from tinsmith.store.places import Places
@@ -43,6 +46,7 @@ from tinsmith.store.weights import Weights
 from tinsmith.store.workers import Workers
 
 DATABASE_FILE = "tinsmith.db"
+FILES = "blobs"  # of the data directory: where the files lie that rows name
 
 
 class Store:
@@ -53,9 +57,11 @@ class Store:
         self.sessions = Sessions(database)
         self.routes = RecordedRoutes(database)
         self.runs = Runs(database)
+        self.gone = GoneRuns(database)
         self.ops = Ops(database, self.quotas)
         self.loads = Loads(database)
         self.replays = Replays(database)
+        self.mends = Mends(database)
         self.waiting = Waiting(database)
         self.weights = Weights(database)
         self.endings = Endings(database)
@@ -86,11 +92,13 @@ def open_store(data_dir: Path, *, synchronous: str = "FULL", prices: Prices = FR
     `prices`: of tokens, for quotas of money.
 
     Raises:
-        ConfigError: another value of `synchronous` than FULL and NORMAL, or the database is of a newer tinsmith.
+        ConfigError: another value of `synchronous` than FULL and NORMAL, or the database is of a newer tinsmith, or it
+            is lost: a new one would know none of the files that are there, and they would be taken for leftovers.
         CorruptError: the file is no database, or can't be read or written.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     path = data_dir / DATABASE_FILE
+    _refuse_lost(path)
     database = Database(path, synchronous=synchronous)
     with errors_by_name():
         upgrade(database, path.with_suffix(".lock"))
@@ -106,10 +114,21 @@ def open_as_it_is(path: Path) -> Store:
     """
     if not path.is_file():
         raise ConfigError(f"there is no database {path}")
+    _refuse_lost(path)
     database = Database(path)
     with errors_by_name():
         check_schema(database)
     return Store(database)
+
+
+def _refuse_lost(path: Path) -> None:
+    """Raises: ConfigError: there are files, and no database that names them."""
+    is_there = any(file.is_file() and file.stat().st_size for file in (path, path.with_name(f"{path.name}-wal")))
+    if not is_there and any(names for _, _, names in os.walk(path.parent / FILES)):
+        raise ConfigError(
+            f"{path} is missing or empty, and {path.parent / FILES} holds files that it named: put the database back, "
+            "or restore a backup into another directory; to begin anew, name another directory or move the files away"
+        )
 
 
 __all__ = ["CURE", "DATABASE_FILE", "Store", "damage", "open_as_it_is", "open_store"]

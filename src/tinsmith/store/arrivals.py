@@ -15,6 +15,7 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.store.endings import number_ends
+from tinsmith.store.gone import require_there
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import NEW_COLUMNS, WHOLE, born, to_columns, to_op
 from tinsmith.store.prepared import Prepared
@@ -26,7 +27,7 @@ from tinsmith.types import RunId
 WALK = 256
 
 _RUN = Prepared(
-    select(runs.c.head_seq, runs.c.max_seq, runs.c.lease_owner, runs.c.wants_worker)
+    select(runs.c.head_seq, runs.c.max_seq, runs.c.lease_owner, runs.c.wants_worker, runs.c.gone_at)
     .where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
     .with_for_update()
 )
@@ -68,7 +69,7 @@ def arrive(conn: Connection, new: NewOp, now: float) -> Enqueued:
 
     Raises:
         NotFoundError: its run or sampler is not the tenant's.
-        GoneError: it came before, and its result has expired.
+        GoneError: it came before, and its result has expired; or its run was let go.
     """
     if new.run_id is not None:
         return _arrive_in_run(conn, new, new.run_id, now)
@@ -97,6 +98,7 @@ def arrive_with_run(conn: Connection, run: NewRun, new: NewOp, now: float) -> En
             raise NotFoundError(f"no run {run.spec.run_id}")
         return Enqueued(op, is_new=False)
     if conn.execute(_HAS_RUN, {"run_id": run.spec.run_id}).first() is not None:
+        require_there(conn, run.spec.run_id)
         raise GoneError(f"run {run.spec.run_id} was made before, and the result of that has expired: take a new number")
     if new.failure is None:
         if session.finished_at is not None:
@@ -109,7 +111,9 @@ def _arrive_in_run(conn: Connection, new: NewOp, run_id: RunId, now: float) -> E
     run = _RUN.first(conn, {"run_id": run_id, "tenant_id": new.tenant_id})
     if run is None:
         raise NotFoundError(f"no training run {run_id}")
-    old_head, max_seq, lease_owner, wants_worker = run
+    old_head, max_seq, lease_owner, wants_worker, gone_at = run
+    if gone_at is not None:
+        require_there(conn, run_id)
     if new.seq_id <= max_seq:
         first = _OP_OF_RUN.first(conn, {"run_id": run_id, "seq_id": new.seq_id})
         if first is not None:

@@ -1,15 +1,16 @@
 """The audit log: who did what to what, written in the transaction of the act itself.
 
 An event is named `<resource>_<action>`; the resource decides which of the wire's kinds it is listed under. Details are
-short texts and never hold a secret. Entries are never changed and never deleted.
+short texts and never hold a secret. Entries are never changed, and go by their age alone, if at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import Connection, and_, bindparam, insert, or_, select
+from sqlalchemy import Connection, and_, bindparam, delete, insert, or_, select
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.store.database import Database
 from tinsmith.store.rows import Principal
 from tinsmith.store.schema import audit
@@ -21,6 +22,8 @@ SERVER = "server"  # the actor of what the server did by itself
 LIST_AT_MOST = 10_000
 
 _INSERT = insert(audit).inline()
+_OLD = select(audit.c.num).where(audit.c.at < bindparam("before")).order_by(audit.c.at).limit(bindparam("limit"))
+_TRIM = delete(audit).where(audit.c.num.in_(bindparam("nums", expanding=True)))
 _LIST = (
     select(audit.c.at, audit.c.event, audit.c.tenant_id, audit.c.details, audit.c.num)
     .where(
@@ -74,6 +77,17 @@ class Audit:
         rows = [AuditRow(at, event, of_tenant, details) for at, event, of_tenant, details, _ in found[:limit]]
         oldest = found[limit - 1] if len(found) > limit else None
         return AuditPage(rows[::-1], None if oldest is None else (oldest[0], oldest[4]))
+
+    def trim(self, before: float, limit: int) -> int:
+        """Drop entries older than `before` (unix seconds), the oldest first; how many. `limit`: there may be more."""
+        with self._database.read() as conn:
+            if conn.execute(_OLD, {"before": before, "limit": 1}).first() is None:
+                return 0
+        with self._database.write() as conn:
+            nums = list(conn.execute(_OLD, {"before": before, "limit": limit}).scalars())
+            conn.execute(_TRIM, {"nums": nums})
+            crash_point("audit.before_trim_commit")
+        return len(nums)
 
 
 def note(

@@ -21,6 +21,7 @@ from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.database import Database
+from tinsmith.store.gone import require_there
 from tinsmith.store.op_rows import born, to_columns
 from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun, Principal
 from tinsmith.store.runs import new_run_columns
@@ -67,7 +68,7 @@ class Copies:
 
         Raises:
             CapacityError: too many sessions were opened lately.
-            GoneError: the session has ended.
+            GoneError: the session has ended, or the copy that was made before was let go.
             NotFoundError: the session is not the tenant's, or the source has gone meanwhile.
             UserError: another run, or a copy of something else, has the place or the key.
         """
@@ -78,6 +79,7 @@ class Copies:
                 raise NotFoundError(f"no session {session_id}")
             run_id = RunId(f"{session_id}:train:{new.model_seq_id}")
             path = f"tinker://{run_id}/{new.source.kind}/{new.source.name}"
+            require_there(conn, run_id)
             if conn.execute(_TAKEN, {"run_id": run_id}).first() is not None:
                 _require_same(conn, new, run_id)
                 return path

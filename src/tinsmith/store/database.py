@@ -31,13 +31,16 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError, TakenError
-from tinsmith.series import COMMIT
+from tinsmith.observe.series import COMMIT
 from tinsmith.store.prepared import driver_of
 from tinsmith.store.turnstile import Turnstile
 
 BUSY_TIMEOUT_S = 10.0
 BUSY_POLL_S = 0.0002
-CURE = "look at the disk (is it failing?), stop the server, and restore tinsmith.db from a backup if it is damaged"
+CURE = (
+    "look at the disk (is it failing?) and stop the server; if the database is damaged, make a new data directory of a "
+    "backup (tinsmith restore)"
+)
 TAKEN = "the database is being written by another"
 SYNCHRONOUS = ("FULL", "NORMAL")
 

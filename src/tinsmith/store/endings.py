@@ -14,7 +14,7 @@ from itertools import count
 from sqlalchemy import Connection, bindparam, literal_column, select, update
 
 from tinsmith.errors import GoneError, UnsupportedError
-from tinsmith.series import OPS
+from tinsmith.observe.series import OPS
 from tinsmith.store.database import Database
 from tinsmith.store.end_rows import Ended, EndsAfter
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, bindparam, exists, literal_column, or_, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, exists, func, literal_column, or_, select, update
 
 from tinsmith.errors import FencedError
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import WorkerId
-from tinsmith.store.schema import ops, runs, samplers, workers
+from tinsmith.store.schema import ops, replays, runs, samplers, workers
 from tinsmith.types import RunId
+
+MAX_EXCUSED = 16  # of an op: who kills from outside again and again may be a guard of memory, and the op the reason
 
 # Literals, not parameters: a partial index is used only where its condition is in the text of the statement.
 IS_QUEUED: ColumnElement[bool] = ops.c.state == literal_column("'queued'")
@@ -27,6 +29,11 @@ WANTS_WORKER = or_(HAS_RUNNABLE, HAS_PROMISED)
 _INCARNATION = Prepared(select(workers.c.incarnation).where(workers.c.slot == bindparam("slot")).with_for_update())
 _OWNER = Prepared(select(runs.c.lease_owner).where(runs.c.run_id == bindparam("run_id")))
 _REQUEUE = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(state="queued", started_at=None)
+_EXCUSE = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(excused=ops.c.excused + 1)
+_OF_ITS_RUNS = (
+    select(ops.c.op_id).join(runs, runs.c.run_id == ops.c.run_id).where(runs.c.lease_owner == bindparam("slot"))
+)
+_EXCUSE_REPLAYS = update(replays).where(replays.c.op_id.in_(_OF_ITS_RUNS)).values(excused=replays.c.excused + 1)
 _FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=WANTS_WORKER)
 
 
@@ -48,7 +55,18 @@ def require_leased(conn: Connection, worker: WorkerId, run_ids: Collection[RunId
         raise FencedError(f"worker {worker.slot} doesn't hold {', '.join(sorted(lost))}")
 
 
-def dispossess(conn: Connection, slot: str) -> None:
-    """Free the slot's runs and queue its running ops again; what they had of `attempts` stays."""
+def blame(num_deaths: ColumnElement[int], excused: ColumnElement[int]) -> ColumnElement[int]:
+    """Of the deaths of workers under an op those that it may have caused; not all can be excused."""
+    return num_deaths - func.min(excused, literal_column(str(MAX_EXCUSED)))
+
+
+def dispossess(conn: Connection, slot: str, *, is_excused: bool = False) -> None:
+    """Free the slot's runs and queue its running ops again; what they had of `attempts` stays.
+
+    is_excused: what its worker was at has not ended it.
+    """
+    if is_excused:
+        conn.execute(_EXCUSE, {"slot": slot})
+        conn.execute(_EXCUSE_REPLAYS, {"slot": slot})
     conn.execute(_REQUEUE, {"slot": slot})
     conn.execute(_FREE, {"slot": slot})

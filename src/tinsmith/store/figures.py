@@ -36,6 +36,7 @@ _LATEST = (
         runs.c.last_request_at, _WAITING,
     )
     .join(tenants, tenants.c.tenant_id == runs.c.tenant_id)
+    .where(runs.c.gone_at.is_(None))
     .order_by(runs.c.last_request_at.desc())
     .limit(bindparam("limit"))
 )  # fmt: skip

@@ -15,6 +15,7 @@ from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import put_checkpoint
 from tinsmith.store.copies import open_ended, put_untrainable
 from tinsmith.store.database import Database
+from tinsmith.store.gone import require_there
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import NewCheckpoint, NewRun, Principal
 from tinsmith.store.schema import runs
@@ -50,6 +51,7 @@ class Imports:
         Raises:
             CapacityError: too many sessions were opened lately.
             UserError: something else has been imported under this key.
+            GoneError: what was imported under it before was let go.
             QuotaError: there is no room for it in a quota of the tenant or the key.
         """
         run = new.run
@@ -57,6 +59,7 @@ class Imports:
             values = {"run_id": run.spec.run_id, "tenant_id": run.tenant_id}
             there = conn.execute(_RUN, values).first()
             if there is not None:
+                require_there(conn, run.spec.run_id)
                 if there.user_metadata.get(DIGEST) != run.user_metadata[DIGEST]:
                     raise UserError("this X-Idempotency-Key has been used for something else: take a new one")
                 return False

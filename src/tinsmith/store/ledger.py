@@ -5,7 +5,9 @@ was recorded before counts for nothing, so a request is metered once however oft
 checkpoint: its size, from when, until when; `until` is its expiry while it lives, so nobody has to tick. Beside it go
 the tallies of the day and the month, of the tenant and of the key that opened the session, for their quotas.
 
-The functions work within the caller's transaction; `Ledger` reads.
+Hours that are long gone may be moved into days, which takes nothing from any sum over whole days.
+
+The functions work within the caller's transaction; `Ledger` reads, and moves.
 """
 
 from __future__ import annotations
@@ -14,18 +16,35 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
+from tinsmith.crashpoints import crash_point
+from tinsmith.errors import UserError
 from tinsmith.store.database import Database
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.quota_rules import day_of, month_of
 from tinsmith.store.rows import NewCheckpoint
-from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, spans, tallies, tenants, usage
+from tinsmith.store.schema import checkpoints, ops, runs, samplers, sessions, spans, tallies, tenants, usage, usage_days
 from tinsmith.store.usage_rows import StorageRow, StoredSpan, Usage, UsageKind, UsageRow
 from tinsmith.types import OpId, TenantId
 
 HOUR_S = 3600
+DAY_S = 24 * HOUR_S
+MOVED_AT_ONCE = 1000  # rows of one transaction
 NO_RUN = ""  # of a sampler over a plain base
 
 _OF_OP = Prepared(
@@ -41,6 +60,7 @@ _OF_OP = Prepared(
     .where(ops.c.op_id == bindparam("id"))
 )  # fmt: skip
 _KEY = ("hour", "tenant_id", "session_id", "run_id", "base_model", "kind")
+_DAY_KEY = ("day", *_KEY[1:])
 _TALLY_KEY = ("scope", "period", "kind")
 
 
@@ -63,6 +83,14 @@ def _adding(table: Table, key: Sequence[str]) -> Mapping[str, Prepared]:
 
 _ADD = _adding(usage, _KEY)
 _TALLY = _adding(tallies, _TALLY_KEY)
+_ADD_DAY = _adding(usage_days, _DAY_KEY)
+_OLD = (
+    select(*(usage.c[name] for name in _KEY), usage.c.quantity)
+    .where(usage.c.hour < bindparam("before"))
+    .order_by(usage.c.hour)
+    .limit(bindparam("limit"))
+)
+_MOVED = Prepared(delete(usage).where(*(usage.c[name] == bindparam(f"of_{name}") for name in _KEY)))
 _OPEN_SPAN = insert(spans).inline()
 _LIVE_SPAN = (
     (spans.c.run_id == bindparam("of_run"))
@@ -72,17 +100,37 @@ _LIVE_SPAN = (
 )
 _CLOSE_SPAN = update(spans).where(_LIVE_SPAN).values(until=bindparam("end"))
 _IS_VISIBLE = or_(bindparam("of_tenant").is_(None), tenants.c.tenant_id == bindparam("of_tenant"))
-_USAGE = (
-    select(
-        usage.c.hour, usage.c.tenant_id, tenants.c.name, usage.c.session_id, sessions.c.project_id,
-        sessions.c.user_metadata, usage.c.run_id, usage.c.base_model, usage.c.kind, usage.c.quantity,
+
+
+def _used(table: Table, begun: str, seconds: int) -> Select[Any]:
+    return (
+        select(
+            table.c[begun], literal_column(str(seconds)), table.c.tenant_id, tenants.c.name, table.c.session_id,
+            sessions.c.project_id, sessions.c.user_metadata, table.c.run_id, table.c.base_model, table.c.kind,
+            table.c.quantity,
+        )
+        .join(tenants, tenants.c.tenant_id == table.c.tenant_id)
+        .outerjoin(sessions, sessions.c.session_id == table.c.session_id)
+        .where(table.c[begun] >= bindparam("start"), table.c[begun] < bindparam("end"), _IS_VISIBLE)
+        .order_by(table.c[begun], table.c.quantity.desc(), table.c.run_id, table.c.kind)
+        .limit(bindparam("limit"))
+    )  # fmt: skip
+
+
+_USAGE = (_used(usage_days, "day", DAY_S), _used(usage, "hour", HOUR_S))
+_IS_CUT = (
+    select(usage_days.c.day)
+    .join(tenants, tenants.c.tenant_id == usage_days.c.tenant_id)
+    .where(
+        _IS_VISIBLE,
+        or_(
+            and_(usage_days.c.day < bindparam("start"), usage_days.c.day > bindparam("start") - DAY_S),
+            and_(usage_days.c.day < bindparam("end"), usage_days.c.day > bindparam("end") - DAY_S),
+        ),
     )
-    .join(tenants, tenants.c.tenant_id == usage.c.tenant_id)
-    .outerjoin(sessions, sessions.c.session_id == usage.c.session_id)
-    .where(usage.c.hour >= bindparam("start"), usage.c.hour < bindparam("end"), _IS_VISIBLE)
-    .order_by(usage.c.hour, usage.c.quantity.desc(), usage.c.run_id, usage.c.kind)
-    .limit(bindparam("limit"))
-)  # fmt: skip
+    .order_by(usage_days.c.day)
+    .limit(1)
+)
 _SPANS = (
     select(
         spans.c.tenant_id, tenants.c.name, runs.c.session_id, sessions.c.project_id, sessions.c.user_metadata,
@@ -122,10 +170,36 @@ class Ledger:
         self._database = database
 
     def usage(self, tenant_id: TenantId | None, start: int, end: int, limit: int) -> list[UsageRow]:
-        """Tokens and checkpoints of the hours from `start` until before `end`, by hour, then the largest first."""
+        """Tokens and checkpoints of the hours from `start` until before `end`, by hour, then the largest first.
+
+        Raises:
+            UserError: one of the two lies within a day of which the hours aren't kept any more.
+        """
         values = {"of_tenant": tenant_id, "start": start, "end": end, "limit": limit}
         with self._database.read() as conn:
-            return [_to_usage(row) for row in conn.execute(_USAGE, values)]
+            cut = conn.execute(_IS_CUT, values).scalar()
+            if cut is not None:
+                raise UserError(
+                    f"usage of {day_of(cut)} is kept by the day: let the window begin and end at midnight UTC"
+                )
+            return [_to_usage(row) for query in _USAGE for row in conn.execute(query, values)][:limit]
+
+    def move_old(self, before: float, limit: int = MOVED_AT_ONCE) -> int:
+        """Move rows of whole days that had ended by `before` (unix seconds) into days; how many rows of hours. `limit`:
+        there may be more."""
+        values = {"before": int(before // DAY_S) * DAY_S, "limit": limit}
+        with self._database.read() as conn:
+            if conn.execute(_OLD, {**values, "limit": 1}).first() is None:
+                return 0
+        with self._database.write() as conn:
+            rows = conn.execute(_OLD, values).all()
+            sums: Counter[tuple[Any, ...]] = Counter()
+            for row in rows:
+                sums[row.hour // DAY_S * DAY_S, *row[1:-1]] += row.quantity
+            _ADD_DAY[conn.dialect.name].run_many(conn, _rows(_DAY_KEY, sums))
+            _MOVED.run_many(conn, [{f"of_{name}": row._mapping[name] for name in _KEY} for row in rows])
+            crash_point("usage.before_move_commit")
+        return len(rows)
 
     def spans(self, tenant_id: TenantId | None, start: float, end: float, limit: int) -> list[StoredSpan]:
         """Checkpoints that were stored at some moment between the two."""
@@ -191,9 +265,10 @@ def end_span(conn: Connection, named: Mapping[str, Any], until: float | None, no
 
 
 def _to_usage(row: Any) -> UsageRow:
-    (hour, tenant_id, tenant_name, session_id, project_id, metadata, run_id, base_model, kind, quantity) = row
+    (hour, seconds, tenant_id, tenant_name, session_id, project_id, metadata, run_id, base_model, kind, quantity) = row
     return UsageRow(
         hour=hour,
+        seconds=seconds,
         tenant_id=tenant_id,
         tenant_name=tenant_name,
         session_id=session_id or None,

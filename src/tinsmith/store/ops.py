@@ -21,7 +21,7 @@ from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.database import Database
-from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, require_current
+from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, blame, require_current
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import IS_SPENT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
 from tinsmith.store.outcomes import record
@@ -58,6 +58,9 @@ _UNCLAIM = (
     update(ops)
     .where(ops.c.op_id.in_(bindparam("op_ids", expanding=True)), IS_RUNNING, ops.c.owner == bindparam("slot"))
     .values(state=OpState.QUEUED.value, attempts=ops.c.attempts - 1, started_at=None)
+)
+_BLAMES = select(ops.c.op_id, blame(ops.c.attempts, ops.c.excused)).where(
+    ops.c.op_id.in_(bindparam("op_ids", expanding=True))
 )
 _MADE_A_PROMISE = (ops.c.kind == OpKind.SAVE_SAMPLER.value) & exists().where(
     samplers.c.run_id == ops.c.run_id, samplers.c.promised_seq == ops.c.seq_id
@@ -240,6 +243,11 @@ class Ops:
         with self._database.write() as conn:
             require_current(conn, worker)
             conn.execute(_UNCLAIM, {"op_ids": list(op_ids), "slot": worker.slot})
+
+    def blames(self, op_ids: Collection[OpId]) -> dict[OpId, int]:
+        """Attempts of each op less those that somebody outside put an end to."""
+        with self._database.read() as conn:
+            return {row[0]: row[1] for row in conn.execute(_BLAMES, {"op_ids": list(op_ids)})}
 
     def final_among(self, op_ids: Collection[OpId]) -> set[OpId]:
         """Those of `op_ids` that have an outcome. Give at most some 10000 at once."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -138,6 +138,7 @@ class Quotas:
         self._limits: dict[TenantId, dict[str, dict[Quota, float]]] = {}
         self._limits_until = float("-inf")
         self._num_held: Mapping[TenantId, int] = {}
+        self._free_since: Mapping[TenantId, float] = {}
         self._count_until = float("-inf")
 
     def put(
@@ -278,10 +279,15 @@ class Quotas:
             rows = _WAITING.all(conn, {"tenant_ids": list(limited), "most": MAX_COUNTED})
             waiting = [_Waits(*row) for row in rows]
             gates = Gates(self._known, conn, limited, now)
-            held = [op.tenant_id for op in _in_turn(waiting) if gates.hold(to_request(op[:6])) is not None]
+            held, self._free_since = _apart(waiting, lambda op: gates.hold(to_request(op[:6])) is not None)
         self._num_held = Counter(held)
         self._count_until = time.monotonic() + COUNT_PAUSE * (time.thread_time() - started)
         return self._num_held
+
+    def free_since(self, now: float) -> Mapping[TenantId, float | None]:
+        """Of each tenant of whose requests `num_held` counts some: when the oldest came that no quota holds back, nor
+        one before it in its run; None: all wait for a quota. Unix seconds."""
+        return {tenant_id: self._free_since.get(tenant_id) for tenant_id in self.num_held(now)}
 
     def admissible(self, conn: Connection, op_ids: Sequence[OpId], now: float) -> Sequence[OpId]:
         """Those of the ops that may begin, in the caller's transaction, which claims them."""
@@ -346,6 +352,20 @@ class Quotas:
 def _now(busy: Mapping[Quota, float], quota: Quota) -> float:
     """What is computed now counts as used where it ends with it; not where it is yet to be known what it comes to."""
     return busy.get(quota, 0.0) if quota in (Quota.REQUESTS, Quota.QUEUED_TOKENS) else 0.0
+
+
+def _apart(
+    waiting: Sequence[_Waits], is_held: Callable[[_Waits], bool]
+) -> tuple[list[TenantId], dict[TenantId, float]]:
+    """(the tenant of each that is held back, when each tenant's oldest came that is not)."""
+    held: list[TenantId] = []
+    free_since: dict[TenantId, float] = {}
+    for op in _in_turn(waiting):
+        if is_held(op):
+            held.append(op.tenant_id)
+        else:
+            free_since[op.tenant_id] = min(op.created_at, free_since.get(op.tenant_id, op.created_at))
+    return held, free_since
 
 
 def _in_turn(waiting: Sequence[T]) -> list[T]:

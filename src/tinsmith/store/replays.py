@@ -11,7 +11,7 @@ from collections.abc import Collection
 from sqlalchemy import bindparam, delete, insert, select, update
 
 from tinsmith.store.database import Database
-from tinsmith.store.fences import require_current
+from tinsmith.store.fences import blame, require_current
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import WorkerId
 from tinsmith.store.schema import replays
@@ -20,7 +20,7 @@ from tinsmith.types import OpId
 _NEW = Prepared(insert(replays).values(op_id=bindparam("id"), num_begun=1))
 _AGAIN = Prepared(update(replays).where(replays.c.op_id == bindparam("id")).values(num_begun=replays.c.num_begun + 1))
 _END = Prepared(delete(replays).where(replays.c.op_id == bindparam("id")))
-_LIST = select(replays.c.op_id, replays.c.num_begun)
+_LIST = select(replays.c.op_id, blame(replays.c.num_begun, replays.c.excused).label("num_deaths"))
 
 
 class Replays:
@@ -50,9 +50,12 @@ class Replays:
             _END.run_many(conn, [{"id": op_id} for op_id in op_ids])
 
     def begun(self) -> dict[OpId, int]:
-        """How often each was begun and not ended: by as many workers that died, or by one that is at it."""
+        """How often each was begun and not ended: by as many workers that died, or by one that is at it.
+
+        Those that were killed from outside don't count.
+        """
         with self._database.read() as conn:
-            return {row.op_id: row.num_begun for row in conn.execute(_LIST)}
+            return {row.op_id: row.num_deaths for row in conn.execute(_LIST)}
 
     def forget(self) -> None:
         """Give each a new chance: the server was started anew, perhaps with another version or more memory."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from tinsmith.scopes import Scope
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import (
@@ -186,9 +188,8 @@ class NewOp:
     key_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OpRow:
-    """An op and, once it is final, its outcome.
+class OpRow(Struct, frozen=True, array_like=True):
+    """An op and, once it is final, its outcome. Several are made for each request: as a dataclass each would take 5 us.
 
     payload is None where the call says so (`runnable`), once it was forgotten, and when `payload_blob` has it.
     media and payload_bytes describe the payload; result_media and result_bytes the result.
@@ -322,12 +323,14 @@ class NewSampler:
 class SamplerWeights:
     """What a sampler samples from; blob None: the plain base.
 
-    is_promised: the file isn't written yet. is_lost: nor can it be, as its run's state can't be rebuilt.
+    is_promised: the file isn't written yet. is_lost: nor can it be, as its run's state can't be rebuilt. is_full: they
+    are those of a full run.
     """
 
     blob: BlobKey | None
     is_promised: bool
     is_lost: bool
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
-from sqlalchemy import Connection, bindparam, func, literal_column, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import NotFoundError
+from tinsmith.errors import FencedError, NotFoundError
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
+from tinsmith.store.gone import require_there
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import NewRun, RunRow, WorkerId
 from tinsmith.store.schema import ops, runs, sessions, workers
@@ -40,9 +41,13 @@ COLUMNS = (
 _GET = Prepared(
     select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
 )
-_IS_LISTED = (runs.c.tenant_id == bindparam("tenant_id")) & or_(
-    bindparam("project_id").is_(None),
-    runs.c.session_id.in_(select(sessions.c.session_id).where(sessions.c.project_id == bindparam("project_id"))),
+_IS_LISTED = and_(
+    runs.c.tenant_id == bindparam("tenant_id"),
+    runs.c.status != RunStatus.GONE.value,
+    or_(
+        bindparam("project_id").is_(None),
+        runs.c.session_id.in_(select(sessions.c.session_id).where(sessions.c.project_id == bindparam("project_id"))),
+    ),
 )
 _LIST = (
     select(*COLUMNS)
@@ -107,7 +112,11 @@ _RELEASE = (
     .where(runs.c.run_id.in_(bindparam("run_ids", expanding=True)), runs.c.lease_owner == bindparam("slot"))
     .values(lease_owner=None, wants_worker=WANTS_WORKER)
 )
-_SET_STATUS = update(runs).where(runs.c.run_id == bindparam("of_run")).values(status=bindparam("new_status"))
+_SET_STATUS = (
+    update(runs)
+    .where(runs.c.run_id == bindparam("of_run"), runs.c.status != RunStatus.GONE.value)
+    .values(status=bindparam("new_status"))
+)
 
 
 class Runs:
@@ -115,11 +124,31 @@ class Runs:
         self._database = database
 
     def get(self, tenant_id: TenantId, run_id: RunId) -> RunRow:
-        """Raises: NotFoundError: no such run of this tenant."""
+        """Raises:
+        NotFoundError: no such run of this tenant.
+        GoneError: it was let go; the message says when and why.
+        """
         with self._database.read() as conn:
             row = _GET.first(conn, {"run_id": run_id, "tenant_id": tenant_id})
+            if row is None:
+                raise NotFoundError(f"no training run {run_id}")
+            run = to_run(row)
+            if run.status is RunStatus.GONE:
+                require_there(conn, run_id)
+        return run
+
+    def get_held(self, worker: WorkerId, run_id: RunId) -> RunRow:
+        """A run that this worker's slot holds, whatever became of it.
+
+        Raises:
+            FencedError: the worker doesn't hold it.
+        """
+        with self._database.read() as conn:
+            row = conn.execute(
+                _HELD.where(runs.c.run_id == bindparam("one")), {"slot": worker.slot, "one": run_id}
+            ).first()
         if row is None:
-            raise NotFoundError(f"no training run {run_id}")
+            raise FencedError(f"worker {worker.slot} doesn't hold {run_id}")
         return to_run(row)
 
     def list(self, tenant_id: TenantId, limit: int, offset: int, project_id: str | None = None) -> tuple[RunRows, int]:
@@ -166,6 +195,7 @@ class Runs:
                 return []
             conn.execute(_REQUEUE, {"run_ids": run_ids})
             rows = conn.execute(_TAKE, {"run_ids": run_ids, "slot": worker.slot}).all()
+            crash_point("store.before_lease_commit")
         return sorted((to_run(row) for row in rows), key=lambda run: run.run_id)
 
     def release(self, worker: WorkerId, run_ids: Sequence[RunId]) -> None:
@@ -183,6 +213,7 @@ class Runs:
             values = {"run_ids": list(run_ids), "slot": worker.slot}
             conn.execute(_HAND_BACK, values)
             conn.execute(_RELEASE, values)
+            crash_point("store.before_release_commit")
 
     def held(self, worker: WorkerId) -> RunRows:
         """The runs that this worker's slot holds."""

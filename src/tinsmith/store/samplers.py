@@ -7,7 +7,7 @@ the weights of its newest inflight save.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
@@ -37,8 +37,9 @@ _RETARGET = (
     .where(samplers.c.run_id == bindparam("of_run"), samplers.c.is_inflight)
     .values(blob=bindparam("new_blob"), promised_seq=bindparam("new_promised_seq"))
 )
+_RANK = cast(Any, samplers.c.spec)["rank"].as_integer().label("rank")
 _WEIGHTS = (
-    select(samplers.c.sampler_id, samplers.c.blob, samplers.c.promised_seq, runs.c.status)
+    select(samplers.c.sampler_id, samplers.c.blob, samplers.c.promised_seq, _RANK, runs.c.status)
     .outerjoin(runs, runs.c.run_id == samplers.c.run_id)
     .where(samplers.c.sampler_id.in_(bindparam("sampler_ids", expanding=True)))
 )
@@ -104,6 +105,7 @@ class Samplers:
                 row.blob,
                 is_promised=row.promised_seq is not None,
                 is_lost=row.promised_seq is not None and row.status == RunStatus.CORRUPTED,
+                is_full=row.rank == 0,
             )
             for row in rows
         }

@@ -47,6 +47,7 @@ RUNNING = text("state = 'running'")
 LIVE = text("finished_at IS NULL")
 REOPENED = text("reopened_at IS NOT NULL")
 INFLIGHT = text("is_inflight = 1")
+GOING = text("gone_at IS NOT NULL AND cleared_at IS NULL")
 INFLIGHT_PG = text("is_inflight")
 FRESH_RESULT = text("finished_at IS NOT NULL AND is_expired = 0")
 FRESH_RESULT_PG = text("finished_at IS NOT NULL AND NOT is_expired")
@@ -138,11 +139,15 @@ runs = Table(
     Column("adapter_bytes", BigInteger, nullable=False, server_default="0"),
     Column("key_id", Text),  # for whose quotas it counts while it is open
     Column("reopened_at", Float),  # when a request of it was last begun after its session had ended
+    Column("gone_at", Float),  # when it was let go
+    Column("gone_why", Text),
+    Column("cleared_at", Float),  # when the last of it had been let go but for this row
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant_id", "created_at"),
     Index(None, "lease_owner"),
     Index(None, "wants_worker", "base_model"),
     Index("ix_runs_reopened", "tenant_id", "reopened_at", sqlite_where=REOPENED, postgresql_where=REOPENED),
+    Index("ix_runs_going", "gone_at", sqlite_where=GOING, postgresql_where=GOING),
 )
 
 ops = Table(
@@ -159,6 +164,7 @@ ops = Table(
     Column("state", Text, nullable=False),
     Column("cost_tokens", BigInteger, nullable=False),
     Column("attempts", Integer, nullable=False),
+    Column("excused", Integer, nullable=False, server_default="0"),  # attempts that somebody outside put an end to
     Column("owner", Text),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
@@ -198,6 +204,7 @@ replays = Table(  # finished ops that a worker has begun to compute again, and n
     metadata,
     Column("op_id", Text, primary_key=True),
     Column("num_begun", Integer, nullable=False),
+    Column("excused", Integer, nullable=False, server_default="0"),
 )
 
 samplers = Table(
@@ -273,6 +280,19 @@ usage = Table(  # the ledger: summed by hour, run and kind
     Column("base_model", Text, primary_key=True),
     Column("kind", Text, primary_key=True),
     Column("quantity", BigInteger, nullable=False),
+)
+
+usage_days = Table(  # what was moved here from `usage` when it was old, summed by day
+    "usage_days",
+    metadata,
+    Column("day", BigInteger, primary_key=True),  # unix seconds at which it began, in UTC
+    Column("tenant_id", Text, ForeignKey("tenants.tenant_id"), primary_key=True),
+    Column("session_id", Text, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+    Column("base_model", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("quantity", BigInteger, nullable=False),
+    Index(None, "session_id"),
 )
 
 quotas = Table(

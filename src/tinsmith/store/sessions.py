@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from sqlalchemy import JSON, Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy import JSON, Connection, bindparam, delete, exists, func, insert, or_, select, update
 
 from tinsmith.errors import ForbiddenError, GoneError, NotFoundError
 from tinsmith.scopes import Scope
@@ -21,9 +21,9 @@ from tinsmith.store.database import Database
 from tinsmith.store.endings import cancel_samples
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Principal, SessionRow
-from tinsmith.store.schema import custom_losses, keys, runs, samplers, sessions, usage
+from tinsmith.store.schema import custom_losses, keys, runs, samplers, sessions, usage, usage_days
 from tinsmith.store.session_bounds import require_room
-from tinsmith.types import RunId, SamplerId, SessionId, TenantId
+from tinsmith.types import RunId, RunStatus, SamplerId, SessionId, TenantId
 
 EMPTY_S = 3600.0  # a session that has ended is known for so long, though nothing of it is left
 EXPIRED = "expired"  # finish_reason of a session whose heartbeats stopped
@@ -75,7 +75,7 @@ _EMPTY = (
         sessions.c.created_at < bindparam("before"),
         *(
             ~exists().where(table.c.session_id == sessions.c.session_id)
-            for table in (runs, samplers, custom_losses, usage)
+            for table in (runs, samplers, custom_losses, usage, usage_days)
         ),
     )
     .limit(bindparam("limit"))
@@ -89,7 +89,11 @@ _LIST = (
     .offset(bindparam("offset"))
 )
 _COUNT = select(func.count()).select_from(sessions).where(_IS_TENANTS)
-_RUNS = select(runs.c.run_id).where(runs.c.session_id == bindparam("session_id")).order_by(runs.c.model_seq_id)
+_RUNS = (
+    select(runs.c.run_id)
+    .where(runs.c.session_id == bindparam("session_id"), runs.c.status != RunStatus.GONE.value)
+    .order_by(runs.c.model_seq_id)
+)
 _SAMPLERS = (
     select(samplers.c.sampler_id)
     .where(samplers.c.session_id == bindparam("session_id"))
@@ -102,7 +106,7 @@ _ENDED_AMONG = Prepared(
     .join(sessions, sessions.c.session_id == runs.c.session_id)
     .where(
         runs.c.run_id.in_(select(func.json_each(bindparam("run_ids", type_=JSON)).table_valued("value").c.value)),
-        sessions.c.finished_at.is_not(None),
+        or_(sessions.c.finished_at.is_not(None), runs.c.gone_at.is_not(None)),
     )
 )
 
@@ -260,7 +264,7 @@ class Sessions:
         return len(empty)
 
     def ended_among(self, run_ids: Collection[RunId]) -> set[RunId]:
-        """Those of the runs whose session has ended. Give at most some 10000 at once."""
+        """Those of the runs whose session has ended, or that were let go. Give at most some 10000 at once."""
         with self._database.read() as conn:
             return {run_id for (run_id,) in _ENDED_AMONG.all(conn, {"run_ids": [*run_ids]})}
 

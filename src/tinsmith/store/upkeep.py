@@ -17,8 +17,8 @@ from sqlalchemy import (
     Select,
     and_,
     bindparam,
+    exists,
     func,
-    literal,
     null,
     or_,
     select,
@@ -27,9 +27,11 @@ from sqlalchemy import (
 )
 
 from tinsmith.store.database import Database, copy_database
+from tinsmith.store.mends import odds
 from tinsmith.store.prepared import driver_of
+from tinsmith.store.row_checks import CHECKS, PATH, schema_faults
 from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers, sessions
-from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, OpState, TenantId
+from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, OpState, RunStatus, TenantId
 
 MOST_FAULTS = 1000  # of one kind
 _OPEN = (OpState.QUEUED.value, OpState.RUNNING.value)
@@ -72,10 +74,15 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """owner: the row; problem: what of it is at odds with others."""
+    """owner: the row; problem: what of it is at odds with others. is_mendable: `Mends.mend` makes it right.
+
+    is_of_schema: what other rows say can't be read without it.
+    """
 
     owner: str
     problem: str
+    is_mendable: bool = False
+    is_of_schema: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +123,11 @@ class Upkeep:
         with self._database.read() as conn:
             return set(conn.execute(select(dead_blobs.c.blob)).scalars())
 
-    def faults(self) -> list[RowFault]:
-        """What SQLite's own check finds, and rows that contradict one another; at most `MOST_FAULTS` of each kind."""
+    def faults(self, now: float) -> list[RowFault]:
+        """What SQLite's own check finds, what the schema lacks, and rows that contradict one another or can't be.
+
+        At most `MOST_FAULTS` of each kind. now: unix seconds.
+        """
         with self._database.read() as conn:
             found = [
                 RowFault("database", str(row[0]))
@@ -128,7 +138,11 @@ class Upkeep:
                 RowFault(f"{row[0]}, row {row[1]}", f"names a row of {row[2]} that is not there")
                 for row in conn.execute(text("PRAGMA foreign_key_check")).fetchmany(MOST_FAULTS)
             ]
-            for query, problem in _FAULTS:
+            lacking = [RowFault(table, problem, is_of_schema=True) for table, problem in schema_faults(conn)]
+            if lacking:
+                return found + lacking
+            found += [RowFault(odd.owner, odd.problem, is_mendable=True) for odd in odds(conn, now, MOST_FAULTS)]
+            for query, problem in (*_FAULTS, *CHECKS):
                 found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
         return found
 
@@ -187,8 +201,7 @@ def _named(
     return select(tenant, owner, blob, null() if size is None else size).where(blob.is_not(None))
 
 
-_PATH = literal("tinker://") + checkpoints.c.run_id + "/" + checkpoints.c.kind + "/" + checkpoints.c.name
-_CHECKPOINT = _named(checkpoints.c.tenant_id, _PATH, checkpoints.c.blob, checkpoints.c.size_bytes)
+_CHECKPOINT = _named(checkpoints.c.tenant_id, PATH, checkpoints.c.blob, checkpoints.c.size_bytes)
 _EXTERNAL = checkpoints.c.kind == CheckpointKind.EXTERNAL.value
 _NAMED: tuple[tuple[Select[Any], Naming, bool], ...] = (
     (_named(ops.c.tenant_id, ops.c.op_id, ops.c.payload_blob, ops.c.payload_bytes), Naming.PAYLOAD, False),
@@ -249,13 +262,14 @@ _FAULTS: tuple[tuple[Select[Any], str], ...] = (
         "it is of another tenant than its session",
     ),
     (
-        select(_PATH)
+        select(PATH)
         .join(runs, runs.c.run_id == checkpoints.c.run_id)
         .where(runs.c.tenant_id != checkpoints.c.tenant_id),
         "it is of another tenant than its run",
     ),
     (
         select(runs.c.run_id).where(
+            runs.c.gone_at.is_(None),
             or_(
                 runs.c.head_seq > runs.c.max_seq,
                 runs.c.snapshot_seq > runs.c.head_seq,
@@ -263,9 +277,32 @@ _FAULTS: tuple[tuple[Select[Any], str], ...] = (
                 runs.c.previous_seq > runs.c.snapshot_seq,
                 and_(runs.c.previous_seq >= 0, runs.c.previous_blob.is_(None)),
                 and_(runs.c.snapshot_seq >= 0, runs.c.snapshot_blob.is_(None)),
-            )
+            ),
         ),
         "its snapshot, its log and what was forgotten of it don't fit together",
+    ),
+    (
+        select(runs.c.run_id).where(
+            or_(
+                (runs.c.status == RunStatus.GONE.value) != runs.c.gone_at.is_not(None),
+                and_(
+                    runs.c.gone_at.is_not(None),
+                    or_(
+                        exists().where(checkpoints.c.run_id == runs.c.run_id).correlate(runs),
+                        exists().where(ops.c.run_id == runs.c.run_id, ops.c.state.in_(_OPEN)).correlate(runs),
+                    ),
+                ),
+                and_(
+                    runs.c.cleared_at.is_not(None),
+                    or_(
+                        runs.c.snapshot_blob.is_not(None),
+                        runs.c.previous_blob.is_not(None),
+                        exists().where(ops.c.run_id == runs.c.run_id).correlate(runs),
+                    ),
+                ),
+            )
+        ),
+        "it was let go, and something of it is left that should not be",
     ),
 )
 _SPARE = select(runs.c.previous_blob).where(

@@ -47,9 +47,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """One line of the ledger. hour: unix seconds at which it began. run_id None: a plain base was sampled."""
+    """One line of the ledger. hour: unix seconds at which it began; of seconds: an hour, or a day once it is old.
+    run_id None: a plain base was sampled."""
 
     hour: int
+    seconds: int
     tenant_id: TenantId
     tenant_name: str
     session_id: str | None

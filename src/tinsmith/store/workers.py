@@ -125,11 +125,14 @@ class Workers:
             if conn.execute(_LEAVE, {"of_slot": worker.slot, "mine": worker.incarnation}).rowcount:
                 dispossess(conn, worker.slot)
 
-    def vacate(self, slot: str) -> None:
-        """The slot's process is known to be dead: nothing is ready there, its runs are free, what it ran is queued."""
+    def vacate(self, slot: str, *, is_excused: bool = False) -> None:
+        """The slot's process is known to be dead: nothing is ready there, its runs are free, what it ran is queued.
+
+        is_excused: it was killed from outside, so what it ran is not suspected for that.
+        """
         with self._database.write() as conn:
             if conn.execute(_VACATE, {"of_slot": slot}).rowcount:
-                dispossess(conn, slot)
+                dispossess(conn, slot, is_excused=is_excused)
 
     def list(self) -> list[WorkerRow]:
         """All slots, those that were given up too (their `lease_until` is 0)."""

@@ -18,10 +18,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from tinsmith.client import Client, connect
+from tinsmith.cli.client import Client, connect
 from tinsmith.config import Settings, client_key
-from tinsmith.datadir import DataDir
 from tinsmith.errors import ConfigError, ForbiddenError, TinsmithError
+from tinsmith.files.datadir import DataDir
 from tinsmith.top.reading import Reading, frame, parse
 from tinsmith.top.view import Screen
 

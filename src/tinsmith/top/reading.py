@@ -14,8 +14,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tinsmith import series
-from tinsmith.metrics import Series
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Series
 
 TOKEN_KINDS = ("trained", "prefilled", "cached", "sampled")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from tinsmith import host_memory
 from tinsmith.config import Settings
+from tinsmith.model.device import free_bytes
 from tinsmith.training.footprint import Footprint
 from tinsmith.training.shortage import reclaim
 
@@ -76,12 +76,8 @@ class Budget:
 
     def free_bytes(self) -> int | None:
         """What passes can take here; None if it isn't known. Workers of other bases have equal shares of it."""
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-            return free + cached
-        free_host = host_memory.available_bytes()
-        return None if free_host is None else free_host // self._num_workers
+        free = free_bytes(self._device)
+        return free if free is None or self._device.type == "cuda" else free // self._num_workers
 
     def can_keep(self, num_tokens: int) -> bool:
         """Whether the activations of a sequence of so many tokens fit, with room to spare."""

@@ -23,19 +23,14 @@ from tinsmith.training.replay import Replay
 from tinsmith.training.varlen import Attention
 
 
-class TrainingContext:
-    """See `model.GradContext`.
+class LaneAdapters:
+    """The adapters of the lanes' rows in linear layers; see `model.context.LinearGradContext`.
 
     An op that is not complete in this pack may yet fail and be taken back, so its staging row is marked before its
     first gradient; it is the pack's last op, and its adapters are a pass of their own.
     """
 
-    def __init__(
-        self, lanes: Sequence[Lane], attention: Attention, backend: LoraBackend, *, deterministic: bool
-    ) -> None:
-        self._attention = attention
-        self._lengths = [(lane.end - lane.start, 0) for lane in lanes]
-        self._chunks: Chunks | None = None  # of layers that mix, made for the first
+    def __init__(self, lanes: Sequence[Lane], backend: LoraBackend, *, deterministic: bool) -> None:
         num_settled = next((i for i, lane in enumerate(lanes) if lane.op.num_left), len(lanes))
         self._unfinished: OpProgress | None = lanes[num_settled].op if num_settled < len(lanes) else None
         assert all(lane.op is self._unfinished for lane in lanes[num_settled:]), "a pack goes on after an op it cuts"
@@ -52,18 +47,8 @@ class TrainingContext:
         whole = [self._segments[:num_first]] + ([self._segments[num_first:]] if num_first is not None else [])
         self._parts = [[segment] for segment in self._segments] if deterministic else whole
         self._first_cut = len(self._parts) if num_first is None else num_first if deterministic else 1
-        self._loads = ExpertLoads(lanes)
-        self._replay = Replay(lanes)
         self._num_kept: dict[str, int] = {}
         self._is_backward = False
-
-    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
-        return self._attention.attend(q_HTD, k_GTD, v_GTD, kind)
-
-    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
-        if self._chunks is None:
-            self._chunks = Chunks(self._lengths, mixed_TC.device)
-        return mix(mixed_TC, g_TH, beta_TH, kind, self._chunks)
 
     def add_lora(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = self._settled.add(group, x_TI, y_TO)
@@ -86,17 +71,6 @@ class TrainingContext:
             self._unfinished.staging.mark(group)
             self._cut.add_grads(group, x_TI, rest, dy_TO, dx_TI)
 
-    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
-        self._loads.see(name, routes)
-        return ExpertLora(self._parts, name, routes, self._backend, self._before_expert_grads)
-
-    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
-        return self._replay.choose(router, experts_TK)
-
-    def book_loads(self) -> None:
-        """After the walk: tell each op how many of its tokens went to which experts."""
-        self._loads.book()
-
     def _before_expert_grads(self, group: str, part: int) -> None:
         self._begin_backward()
         if part >= self._first_cut:
@@ -109,6 +83,39 @@ class TrainingContext:
             self._is_backward = True
             for span, segment in zip(self._spans, self._segments, strict=True):
                 segment.live = _live_ranges(span)
+
+
+class TrainingContext(LaneAdapters):
+    """See `model.GradContext`."""
+
+    def __init__(
+        self, lanes: Sequence[Lane], attention: Attention, backend: LoraBackend, *, deterministic: bool
+    ) -> None:
+        super().__init__(lanes, backend, deterministic=deterministic)
+        self._attention = attention
+        self._lengths = [(lane.end - lane.start, 0) for lane in lanes]
+        self._chunks: Chunks | None = None  # of layers that mix, made for the first
+        self._loads = ExpertLoads(lanes)
+        self._replay = Replay(lanes)
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, kind: AttentionKind) -> Tensor:
+        return self._attention.attend(q_HTD, k_GTD, v_GTD, kind)
+
+    def mix(self, layer: int, mixed_TC: Tensor, g_TH: Tensor, beta_TH: Tensor, kind: DeltaKind) -> Tensor:
+        if self._chunks is None:
+            self._chunks = Chunks(self._lengths, mixed_TC.device)
+        return mix(mixed_TC, g_TH, beta_TH, kind, self._chunks)
+
+    def experts(self, name: str, routes: Routes) -> ExpertAdapters:
+        self._loads.see(name, routes)
+        return ExpertLora(self._parts, name, routes, self._backend, self._before_expert_grads)
+
+    def choose(self, router: int, experts_TK: Tensor) -> Tensor:
+        return self._replay.choose(router, experts_TK)
+
+    def book_loads(self) -> None:
+        """After the walk: tell each op how many of its tokens went to which experts."""
+        self._loads.book()
 
 
 def _spans(lanes: Iterable[Lane], *, may_merge: bool) -> list[list[Lane]]:

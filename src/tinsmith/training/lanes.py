@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.model.lora.tables import to_device
-from tinsmith.model.vision import Scene
+from tinsmith.model.vision import Scene, Sight
 from tinsmith.training.load_metrics import load_metrics, replay_metrics
 from tinsmith.training.losses import OpLoss
 from tinsmith.training.packing import DatumRef
@@ -74,7 +74,8 @@ class OpProgress:
 @dataclass(slots=True)
 class Lane:
     """One datum in a pack: rows start..end. is_live: some coefficient of its loss isn't zero, so it has gradients.
-    scene: of its pictures, if it has any."""
+    scene: of its pictures, if it has any. seen: what they show through the run's own adapter of the tower, if it has
+    one; leaves of the graph."""
 
     op: OpProgress
     ref: DatumRef
@@ -82,6 +83,7 @@ class Lane:
     end: int
     is_live: bool = False
     scene: Scene | None = None
+    seen: Sight | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property

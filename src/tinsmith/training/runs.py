@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.errors import UserError
-from tinsmith.lora_fields import shape_text
 from tinsmith.model import RowLayout, init_row, shape_of
 from tinsmith.types import FloatArray, RunSpec, RunState
+from tinsmith.validate.lora_fields import shape_text
 
 PARTS = ("param", "grad", "m", "v")
 BYTES_PER_PARAM = 4 * len(PARTS)

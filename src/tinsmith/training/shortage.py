@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tinsmith import host_memory
 from tinsmith.errors import NoMemoryError
+from tinsmith.machine import host_memory
 
 # what torch, the C++ library, oneDNN and cuBLAS say as a plain RuntimeError
 PHRASES = (

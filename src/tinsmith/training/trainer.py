@@ -11,7 +11,8 @@ from tinsmith.engine import TrainingPass
 from tinsmith.model import BaseModel, RowLayout, shape_of
 from tinsmith.training.budget import Budget
 from tinsmith.training.footprint import measure
-from tinsmith.training.full import FullModel, FullPass, JointPass
+from tinsmith.training.full import FullPass, JointPass
+from tinsmith.training.full_model import FullModel
 from tinsmith.training.heads import chunk_tokens, make_head
 from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
@@ -33,7 +34,7 @@ class Trainer:
         self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
         self._layouts: dict[RunSpec, RowLayout] = {}
-        self._full = FullModel(base.info, base.device, self.budget.free_bytes)
+        self.full = FullModel(base.info, base.device, self.budget.free_bytes)
         self.num_bytes = 0  # what the runs may take at most, between passes
 
     def start(self) -> None:
@@ -48,17 +49,20 @@ class Trainer:
     def create_run(self, spec: RunSpec) -> None:
         with memory_for("a new run"):
             slot = None if spec.is_full else RunSlot.fresh(spec, self._layout(spec), self._base.device)
-            self._put(self._full.fresh(spec) if slot is None else slot)
+            self._put(self.full.fresh(spec) if slot is None else slot)
 
     def run_bytes(self, spec: RunSpec) -> int:
         """With the copy that passes compute with, where that isn't float32; if full, with gradients in the making."""
         if spec.is_full:
-            return self._full.needed_bytes
+            return self.full.needed_bytes
         copy = 0 if self._base.dtype == torch.float32 else self._base.dtype.itemsize
         return self._layout(spec).num_params * (BYTES_PER_PARAM + copy)
 
     def import_run(self, spec: RunSpec, state: RunState, *, may_keep: bool = False) -> None:
         with memory_for("the run's state"):
+            if spec.is_full and not self.has_run(spec.run_id):
+                stays = may_keep and self._base.device.type == "cpu"
+                self.full.require_room(sum(tensor.nbytes for tensor in state.tensors.values()) if stays else 0)
             self._put(RunSlot.restored(spec, self._layout(spec), state, self._base.device, may_keep=may_keep))
 
     def export_run(self, run_id: RunId, parts: Sequence[str] = PARTS, *, copy: bool = True) -> RunState:
@@ -66,7 +70,10 @@ class Trainer:
 
     def copy_weights(self, run_id: RunId) -> Weights:
         """The run's weights as they are now, where they are."""
-        return self._slots[run_id].copy_weights()
+        if self._slots[run_id].spec.is_full:
+            self.full.require_copy()
+        with memory_for("a copy of the run's weights"):
+            return self._slots[run_id].copy_weights()
 
     def drop_run(self, run_id: RunId) -> None:
         slot = self._slots.pop(run_id, None)
@@ -99,7 +106,7 @@ class Trainer:
         places: dict[int, tuple[int, int]] = {}
         for number, (run_id, indices) in enumerate(by_run.items()):
             own = [items[index] for index in indices]
-            passes.append(self._shared_pass(own) if run_id is None else FullPass(self._full, self._slots[run_id], own))
+            passes.append(self._shared_pass(own) if run_id is None else FullPass(self.full, self._slots[run_id], own))
             places |= {index: (number, place) for place, index in enumerate(indices)}
         return JointPass(passes, [places[index] for index in range(len(items))])
 
@@ -117,7 +124,7 @@ class Trainer:
 
     def _layout(self, spec: RunSpec) -> RowLayout:
         if spec.is_full:
-            return self._full.layout()
+            return self.full.layout()
         key = shape_of(spec)
         if key not in self._layouts:
             self._layouts[key] = RowLayout.of(self._base.linears, spec, self._base.dtype)

@@ -27,6 +27,7 @@ from tinsmith.training.packing import DatumRef, list_data, num_fitting
 from tinsmith.training.replay import misfit
 from tinsmith.training.runs import RunSlot, Staging
 from tinsmith.training.shortage import is_out_of_memory, reclaim
+from tinsmith.training.tower import look_back
 from tinsmith.training.walk import walk
 from tinsmith.types import Failure, RunId, TrainItem, TrainResult
 
@@ -210,6 +211,8 @@ class TorchPass:
             dh_TD = self._head.run(h_TD.detach(), lanes)
         if any(lane.is_live for lane in lanes):
             torch.autograd.backward(h_TD, dh_TD)
+            if self._base.eyes is not None:
+                look_back(self._base.eyes, lanes, deterministic=self._deterministic)
         return stats
 
     def _take(self, refs: Sequence[DatumRef]) -> list[Lane]:

@@ -16,6 +16,7 @@ from tinsmith.model.lora.tables import to_device
 from tinsmith.model.vision import Span, joined, positions_of
 from tinsmith.training.context import TrainingContext
 from tinsmith.training.lanes import Lane
+from tinsmith.training.tower import look
 from tinsmith.training.varlen import attention_for
 
 
@@ -23,15 +24,20 @@ def walk(base: BaseModel, lanes: Sequence[Lane], *, backward: bool, recompute: b
     """Hidden states [T, D]; the lanes' rows lie end to end from row 0.
 
     Args:
-        backward: autograd follows; backward from the result adds the adapters' gradients of live lanes.
+        backward: autograd follows; backward from the result adds the adapters' gradients of live lanes, but for those
+            of the vision tower, which `tower.look_back` adds after it.
         recompute: with activation checkpointing.
         deterministic: each datum is a segment of its adapter by itself.
 
     Raises:
         UserError: a picture can't be read.
     """
-    spans = [Span(lane.scene, 0, lane.ref.num_tokens, lane.start) for lane in lanes]
-    sights = base.eyes.sights(spans) if base.eyes is not None else None
+    sights = None
+    if base.eyes is not None:
+        look(base.eyes, lanes, backward=backward, deterministic=deterministic)
+        spans = [Span(lane.scene, 0, lane.ref.num_tokens, lane.start, seen=lane.seen) for lane in lanes]
+        with torch.set_grad_enabled(backward):
+            sights = base.eyes.sights(spans)
     num_tokens = lanes[-1].end
     num_filler = padded_rows(num_tokens) - num_tokens  # rows of a sequence that nobody asked for
     lengths = [lane.ref.num_tokens for lane in lanes] + [num_filler] * (num_filler > 0)

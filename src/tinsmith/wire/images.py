@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinsmith.errors import TooLargeError, UnsupportedError, UserError
-from tinsmith.picture_files import ADMITTED, Bounds, Verified, check_whole, shape_of
 from tinsmith.pictures import Picture, PictureSizeError, VisionInfo, placeholders
 from tinsmith.types import TokenArray
+from tinsmith.validate.picture_files import ADMITTED, Bounds, Verified, check_whole, is_address, shape_of
 
 REQUEST_PICTURES = 8  # of the largest size, as many pixels may all pictures of a request have
 
@@ -93,6 +93,11 @@ class Chunks:
         sight = self._looking.sight
         if sight.vision is None:
             raise blind(sight.base)
+        if is_address(data):
+            raise UnsupportedError(
+                "it is an address: pictures are fetched for training, where the server names locations for it "
+                "(--picture-locations); in a prompt send an image_asset_pointer, else the picture itself"
+            )
         shape = shape_of(data, sight.bounds)
         if kind not in (None, shape.kind):
             raise UserError(

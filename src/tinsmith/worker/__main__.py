@@ -2,6 +2,9 @@
 
 import sys
 
-from tinsmith.worker.main import main
+from tinsmith.machine import heap
+
+with heap.undisturbed():
+    from tinsmith.worker.main import main
 
 sys.exit(main())

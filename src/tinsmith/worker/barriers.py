@@ -13,13 +13,13 @@ from collections.abc import Set as AbstractSet
 
 import structlog
 
-from tinsmith import series
-from tinsmith.adapter_files import pack_external
-from tinsmith.blobs import BlobInfo, Blobs, checkpoint_key, stem
-from tinsmith.checkpoint_file import read_state, state_pieces
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import NotFoundError, TinsmithError, UserError
+from tinsmith.files.adapter_files import pack_external
+from tinsmith.files.blobs import BlobInfo, Blobs, checkpoint_key, stem
+from tinsmith.files.checkpoint_file import read_state, state_pieces
+from tinsmith.observe import series
 from tinsmith.store import Store
 from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
 from tinsmith.types import BlobKey, CheckpointKind, Failure, OpId, OpKind, OptimItem, Role, RunState, SamplerId
@@ -277,7 +277,7 @@ class Barriers:
                 message = f"the checkpoint could not be written ({type(info).__name__}): mend the disk, save again"
                 self._settle(failed(op, Failure("storage", "server", message)))
                 return
-            if op.kind is OpKind.SAVE_SAMPLER:
+            if op.kind is OpKind.SAVE_SAMPLER and not run.spec.is_full:
                 self._engine.add_adapter(stem(info.key), state)
             self._settle(outcome(info))
 

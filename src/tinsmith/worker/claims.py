@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tinsmith.bell import Ringer
 from tinsmith.errors import TinsmithError
+from tinsmith.ipc.bell import PLAIN, Ringer
 from tinsmith.scheduler import Batch
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
@@ -35,8 +35,8 @@ class Rings:
     def __init__(self, api: Ringer, wake: Callable[[], None], queue: QueueView) -> None:
         self._api, self._wake, self._queue = api, wake, queue
 
-    def ring(self) -> None:
-        self._api.ring()
+    def ring(self, note: bytes = PLAIN) -> None:
+        self._api.ring(note)
         if self._queue.has_held:
             self._wake()
 
@@ -55,8 +55,14 @@ class Claims:
             self._store.replays.begin(self._me, replays)
         claimed = self.take_queued([c.op_id for c in batch.ops if not c.is_replay])
         poison = TinsmithError(POISON).as_failure()
-        poisoned = [failed(op, poison) for op in claimed if op.attempts > MAX_ATTEMPTS]
-        rows = {op.id: op for op in claimed if op.attempts <= MAX_ATTEMPTS}
+        often = [op.id for op in claimed if op.attempts > MAX_ATTEMPTS]
+        guilty = (
+            {op_id for op_id, count in self._store.ops.blames(often).items() if count > MAX_ATTEMPTS}
+            if often
+            else set()
+        )
+        poisoned = [failed(op, poison) for op in claimed if op.id in guilty]
+        rows = {op.id: op for op in claimed if op.id not in guilty}
         rows |= {
             c.op_id: self._runs.replayed_op(c.run_id, c.seq_id)
             for c in batch.ops

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
-from tinsmith.blobs import Blobs
 from tinsmith.errors import CorruptError
+from tinsmith.files.blobs import Blobs
 from tinsmith.loss_graph import LossGraph
 from tinsmith.store.rows import OpRow
 from tinsmith.types import AdamParams, BaseInfo, BlobKey, SampleItem, TrainItem
-from tinsmith.validate import CUSTOM
+from tinsmith.validate.requests import CUSTOM
 from tinsmith.wire.custom_loss import decode_custom_loss
 from tinsmith.wire.images import Sight
 from tinsmith.wire.meta import LossMeta, SampleMeta, read_meta

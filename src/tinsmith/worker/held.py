@@ -26,6 +26,7 @@ class HeldRun:
     debt: of the ops that changed the state in memory since the snapshot.
     is_fallen_back: its newest snapshot is damaged; `snapshot` is the one before, or None if the log is whole.
     given_up: why its state can't be had from its log and files.
+    write_s: processor time of writing its last snapshot, 0 before the first.
     retry_s, not_before: pause after a snapshot that failed, and its end on the monotonic clock.
     """
 
@@ -41,6 +42,7 @@ class HeldRun:
     is_snapshotting: bool = False
     is_fallen_back: bool = False
     given_up: Failure | None = None
+    write_s: float = 0.0
     retry_s: float = 0.0
     not_before: float = float("-inf")
     used_at: float = field(default_factory=time.monotonic)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import structlog
 
-from tinsmith import series
-from tinsmith.pulse import SERVING, reading
+from tinsmith.ipc.pulse import SERVING, reading
+from tinsmith.observe import series
 
 log = structlog.get_logger("tinsmith.worker")
 

@@ -16,15 +16,16 @@ from math import ceil
 
 import structlog
 
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs
 from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.errors import CapacityError, CorruptError, FencedError
+from tinsmith.files.blobs import Blobs
+from tinsmith.ipc.bell import Bell, Ringer
+from tinsmith.ipc.notes import rows_in
+from tinsmith.ipc.tokenline import TokenSender
 from tinsmith.scheduler import Batch, Limits, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.tokenline import TokenSender
 from tinsmith.types import OpId, OpKind, Role, RunId
 from tinsmith.worker.accounts import Accounts, candidate_of
 from tinsmith.worker.barriers import Barriers
@@ -133,7 +134,7 @@ class Worker:
                     continue
                 self._watchdog.rest()
                 if self._bell.wait(self._settings.scan_interval_s):
-                    self._must_look = True
+                    self._hear()
             self._watchdog.begin()
             self.close()
             self._watchdog.rest()
@@ -145,7 +146,9 @@ class Worker:
         self._watchdog.begin()
         self._recorder.check()
         worked = self._writer.drain()
-        if self._is_rung() or worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
+        if self._is_rung():
+            self._hear()
+        if worked or time.monotonic() - self._looked_at > self._settings.scan_interval_s:
             self._must_look = True
         batch = (
             self._look()
@@ -196,6 +199,13 @@ class Worker:
             self._heard_at = time.monotonic()
             self._drop_cancelled()
         return is_rung
+
+    def _hear(self) -> None:
+        """After a ring: look, unless it told of all that has come, and nothing more has to be known to begin."""
+        told = rows_in(self._bell.notes())
+        if told is None or not all(map(self.runs.is_next, told)) or not self._queue.has_told(told):
+            self._must_look = True
+        self._must_plan = True
 
     def _drop_cancelled(self) -> None:
         used = self._samples.drop_cancelled()

@@ -14,20 +14,24 @@ from pathlib import Path
 
 import structlog
 
-from tinsmith import crashpoints, heap, lifeline, observe, series, tracing
-from tinsmith.bases import BaseRef, describe, parse
-from tinsmith.bell import Bell, Ringer
-from tinsmith.blobs import Blobs
+from tinsmith import crashpoints
+from tinsmith.bases.catalog import BaseRef, describe, parse
+from tinsmith.bases.layer_table import write_layers
+from tinsmith.bases.weight_table import write_weights
 from tinsmith.config import Settings, metrics_dir
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError, TinsmithError, UserError
-from tinsmith.layer_table import write_layers
-from tinsmith.metrics import Counting
-from tinsmith.pulse import Pulse
+from tinsmith.files.blobs import Blobs
+from tinsmith.ipc import lifeline
+from tinsmith.ipc.bell import Bell, Ringer
+from tinsmith.ipc.pulse import Pulse
+from tinsmith.ipc.tokenline import TokenSender, line_path
+from tinsmith.machine import heap
+from tinsmith.observe import logs, series, tracing
+from tinsmith.observe.metrics import Counting
 from tinsmith.store import Store, open_store
 from tinsmith.store.quota_rules import Prices
 from tinsmith.store.rows import WorkerId
-from tinsmith.tokenline import TokenSender, line_path
 from tinsmith.types import BaseInfo, Role
 from tinsmith.worker.busy import Busy
 from tinsmith.worker.loading import Loading
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _arguments().parse_args(argv)
     settings = Settings.load()
-    observe.configure(settings, process=f"worker {args.slot}")
+    logs.configure(settings, process=f"worker {args.slot}")
     counting = Counting(series.TABLE, f"worker-{args.slot}", metrics_dir())
     counting.start()
     crashpoints.arm_from(settings.crash_point)
@@ -117,9 +121,12 @@ def _serve(
     started = time.monotonic()
     engine = make_engine(describe(base), settings, role, loading.tell)
     write_layers(settings.data_dir, base.name, engine.layers)
+    if settings.full_fine_tuning:
+        write_weights(settings.data_dir, base.name, engine.full_weights)
     heap.settle()
     store.workers.set_ready(me)
     loading.is_done = True
+    pulse.beat(loading.sign())  # at once: one that is stopped now would count as loading
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
@@ -138,7 +145,8 @@ def make_engine(
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
     leave_out_unused(settings.device, settings.base_weights)
-    made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
+    with heap.undisturbed():
+        made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
     if settings.device == "fake":
         fake: Engine = made(info, settings.pass_max_tokens)
         return fake

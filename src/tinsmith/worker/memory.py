@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from tinsmith import host_memory
+from tinsmith.machine import host_memory
 
 TRIM_INTERVAL_S = 5.0
 

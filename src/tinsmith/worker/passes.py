@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tinsmith import series, tracing
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine, TrainingPass
 from tinsmith.errors import TinsmithError
 from tinsmith.fair_queueing import Fluid
+from tinsmith.observe import series, tracing
 from tinsmith.scheduler import Candidate
 from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
@@ -142,7 +142,9 @@ class Passes:
         return frozenset(op.run_id for op in self.ops if op.run_id is not None)
 
     def begin(self, ops: Sequence[OpRow], replays: set[OpId], *, is_suspect: bool) -> None:
-        """A pass over claimed ops, and over replays; those that can't be read fail with it."""
+        """A pass over claimed ops, and over replays; those that can't be read fail with it. Each full run has one of
+        its own, so that nobody waits for it, or is charged for its time.
+        """
         refused: list[Outcome] = []
         ready: list[tuple[OpRow, TrainItem]] = []
         for op in ops:
@@ -157,14 +159,28 @@ class Passes:
         for op, item in ready:
             self._accounts.charge_pass(op, item.work)
         self._note_begin([(op, item) for op, item in ready if op.id not in replays])
-        training = self._engine.start_pass([item for _, item in ready])
-        one = OpenPass(ops, replays, ready, refused, training, is_suspect, speed=self._speed)
-        level = min(map(self._had, self._open), default=self._now)
-        for tenant in one.tenants:
-            self._given[tenant] = max(self._given.get(tenant, 0.0), level)
-        self._open.insert(0, one)
-        weights = {tenant: self._accounts.weight(tenant) for tenant in self.tenants}
-        self._fluid.enter(one.tenants, self.tenants, weights)
+        lost = [op for op in ops if op.id not in {op.id for op, _ in ready}]
+        begun: list[OpenPass] = []
+        for own in self._apart(ready) or [[]]:
+            of_it = [op for op, _ in own] + (lost if not begun else [])
+            training = self._engine.start_pass([item for _, item in own])
+            told = refused if not begun else []
+            begun.append(OpenPass(of_it, replays, own, told, training, is_suspect, speed=self._speed))
+        for one in begun:
+            level = min(map(self._had, self._open), default=self._now)
+            for tenant in one.tenants:
+                self._given[tenant] = max(self._given.get(tenant, 0.0), level)
+            self._open.insert(0, one)
+            weights = {tenant: self._accounts.weight(tenant) for tenant in self.tenants}
+            self._fluid.enter(one.tenants, self.tenants, weights)
+
+    def _apart(self, ready: Sequence[tuple[OpRow, TrainItem]]) -> list[list[tuple[OpRow, TrainItem]]]:
+        """Those of adapters together, those of each full run by themselves."""
+        groups: dict[RunId | None, list[tuple[OpRow, TrainItem]]] = {}
+        for op, item in ready:
+            is_full = self._runs[item.run_id].row.spec.is_full
+            groups.setdefault(item.run_id if is_full else None, []).append((op, item))
+        return list(groups.values())
 
     def _note_begin(self, ready: Sequence[tuple[OpRow, TrainItem]]) -> None:
         now = time.time()

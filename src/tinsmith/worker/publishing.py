@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from tinsmith.blobs import BlobInfo, Blobs
-from tinsmith.checkpoint_file import state_pieces
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
+from tinsmith.files.blobs import BlobInfo, Blobs
+from tinsmith.files.checkpoint_file import state_pieces
 from tinsmith.store import Store
 from tinsmith.store.rows import WorkerId
 from tinsmith.types import BlobKey, RunState

@@ -74,6 +74,15 @@ class QueueView:
         self._offered = None
         self.distrust()
 
+    def has_told(self, ops: Sequence[OpRow]) -> bool:
+        """These have come, each the next of its run. False: a look is due, or they wait for what nobody told of."""
+        is_old = time.monotonic() - self._read_at > self._scan_interval_s
+        if is_old or self._held or any(op.tenant_id in self._parked for op in ops):
+            return False
+        self._ops.update((op.id, op) for op in ops)
+        self._offered = None
+        return True
+
     def look(self) -> None:
         """See what has come, and what of it may begin."""
         self._see()

@@ -17,9 +17,9 @@ from functools import partial
 
 import structlog
 
-from tinsmith.blobs import Blobs
-from tinsmith.checkpoint_file import read_state
 from tinsmith.errors import CorruptError, NotFoundError, TinsmithError
+from tinsmith.files.blobs import Blobs
+from tinsmith.files.checkpoint_file import read_state
 from tinsmith.types import BlobKey, FloatArray, RunState
 
 log = structlog.get_logger("tinsmith.worker")

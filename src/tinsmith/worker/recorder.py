@@ -25,14 +25,17 @@ from dataclasses import replace
 from typing import Protocol
 
 import structlog
+from msgspec.structs import replace as replace_in
 
-from tinsmith.blobs import Blobs, result_key, routes_key
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, CorruptError
+from tinsmith.files.blobs import Blobs, result_key, routes_key
+from tinsmith.ipc.bell import PLAIN
+from tinsmith.ipc.notes import note_of
 from tinsmith.store import Store
-from tinsmith.store.rows import Finished, WorkerId
+from tinsmith.store.rows import Finished, OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import OpId
+from tinsmith.types import OpId, OpKind
 from tinsmith.worker.outcomes import Outcome
 
 log = structlog.get_logger("tinsmith.worker")
@@ -44,13 +47,14 @@ MAX_WAITING_BYTES = 64 * 2**20  # of their results; a single one may be larger
 MAX_GROUP = 256  # outcomes in a transaction
 MAX_GROUP_BYTES = 8 * 2**20
 SWITCH_S = 0.001  # how long this thread waits before it is given the interpreter, some ten times a transaction
+TOLD = (OpKind.FORWARD, OpKind.FORWARD_BACKWARD, OpKind.OPTIM_STEP)
 MOST_HELD_S = 0.02  # until it is recorded though the loop isn't computing
 
 
 class Rings(Protocol):
     """Whoever wants to know that outcomes were recorded."""
 
-    def ring(self) -> None: ...
+    def ring(self, note: bytes) -> None: ...
 
 
 class _Storage:
@@ -84,9 +88,11 @@ class _Storage:
     def _write(self, outcomes: Sequence[Outcome]) -> None:
         finished = [self._spill(outcome) for outcome in outcomes]
         crash_point("recorder.after_result_files")
-        self._store.ops.finish(self._me, finished, time.time())
+        now = time.time()
+        new = self._store.ops.finish(self._me, finished, now)
+        told = [_ended(outcome.op, each, now) for outcome, each in zip(outcomes, finished, strict=True)]
         crash_point("recorder.before_ring")
-        self._api.ring()
+        self._api.ring(note_of(told) if len(new) == len(finished) else PLAIN)
 
     def _spill(self, outcome: Outcome) -> Finished:
         finished = outcome.finished
@@ -110,6 +116,16 @@ class _Storage:
                     raise
                 log.error("outcomes can't be recorded; trying again", error=str(error))
                 time.sleep(STORAGE_RETRY_S)
+
+
+def _ended(op: OpRow, finished: Finished, now: float) -> OpRow | None:
+    """The row as it was recorded; None where more was recorded than its outcome, or that is in a file."""
+    if op.kind not in TOLD or finished.result_blob is not None:
+        return None
+    return replace_in(
+        op, state=finished.state, finished_at=now, failure=finished.failure, result=finished.result,
+        result_media=finished.media, result_bytes=finished.result_bytes,
+    )  # fmt: skip
 
 
 class Recorder:

@@ -27,6 +27,7 @@ MAX_NEW_RUNS = 8  # brought into memory by one batch
 READ_AHEAD_RUNS = 16  # whose states are looked for before there is room for them
 MAX_LEAVING = 4  # states that wait to be written, when runs leave memory
 MIN_STAY_S = 1.0  # a run that has work stays so long after it was used, though others wait for its place
+TURN_S = 5.0  # but once others have waited so long, one that has been here as long goes, however busy it is
 ENDED_CHECK_S = 5.0  # between two looks for runs of sessions that have ended
 IDLE_CHECK_S = 30.0  # the same of runs that are not in memory
 RETRY_S = 1.0  # after a state could not be written
@@ -42,10 +43,11 @@ class Residency:
         let_go: Callable[[HeldRun], None],
         go_without: Callable[[HeldRun, TinsmithError], bool],
         ended_among: Callable[[Collection[RunId]], AbstractSet[RunId]],
+        gone_among: Callable[[Collection[RunId]], AbstractSet[RunId]],
     ) -> None:
         """`let_go` is told of each run that has left. `go_without`: a run's snapshot can't be read; whether the run has
         taken another way, for which it has to be looked at anew. `ended_among` tells of which runs the sessions have
-        ended."""
+        ended, or that were let go; `gone_among` of the latter alone."""
         self._engine = engine
         self._snapshots = snapshots
         self._ahead = ahead
@@ -55,12 +57,15 @@ class Residency:
         self._go_without = go_without
         self._memory = FreeMemory()
         self._resident: OrderedDict[RunId, HeldRun] = OrderedDict()  # the longest unused first
+        self._came_at: dict[RunId, float] = {}  # of the resident ones
+        self._waits_since: dict[RunId, float] = {}  # of those with work that there is no room for
         self._leaving: dict[RunId, bool] = {}  # whether it leaves although it has work
         self.num_coming = 0  # runs with work whose state is being read, or for which there is no room
         self._num_waiting = 0  # runs with work that there is no room for
         self._bytes_waiting = 0
         self._not_before = 0.0
         self._ended_among = ended_among
+        self._gone_among = gone_among
         self._asked_at = self._asked_idle_at = float("-inf")
 
     def __len__(self) -> int:
@@ -69,6 +74,7 @@ class Residency:
     def used(self, held: HeldRun) -> None:
         """Its state is in the engine, and was just looked at or changed."""
         held.used_at = time.monotonic()
+        self._came_at.setdefault(held.row.run_id, held.used_at)
         self._resident[held.row.run_id] = held
         self._resident.move_to_end(held.row.run_id)
 
@@ -76,6 +82,7 @@ class Residency:
         """Forget its tensors, whatever they are worth."""
         self._engine.drop_run(run_id)
         self._resident.pop(run_id, None)
+        self._came_at.pop(run_id, None)
         self._leaving.pop(run_id, None)
 
     def choose(
@@ -91,6 +98,7 @@ class Residency:
         room, room_bytes = self._max_runs - len(self._resident), self._max_bytes - self._engine.runs_bytes
         waiting = [c for c in absent if c.run_id not in coming]
         self.num_coming = 0
+        waits_since: dict[RunId, float] = {}
         for run_id in newcomers(waiting, READ_AHEAD_RUNS, trained):
             run = held[run_id]
             is_ready = run.snapshot is None or self._ahead.want(run.snapshot)
@@ -102,11 +110,13 @@ class Residency:
             room -= 1
             room_bytes -= size
             if not fits:
+                waits_since[run_id] = self._waits_since.get(run_id, time.monotonic())
                 self._num_waiting += 1
                 self._bytes_waiting += size
             elif is_ready:
                 coming.add(run_id)
             self.num_coming += run_id not in coming
+        self._waits_since = waits_since
         return [
             c
             for c in candidates
@@ -129,20 +139,31 @@ class Residency:
                 self._leave(held, is_forced=False)
         if not self._num_waiting or self._leaving:
             return
-        for held in list(self._resident.values()):
-            if time.monotonic() - held.used_at < MIN_STAY_S:
-                return
+        for held in self._in_turn():
             if held.row.run_id not in computing and self._leave(held, is_forced=True):
                 return
 
+    def _in_turn(self) -> list[HeldRun]:
+        """Those that may be sent away though they have work, in that order: the longest unused, and where others have
+        waited long, those that have been here longest."""
+        now = time.monotonic()
+        unused = [held for held in self._resident.values() if now - held.used_at >= MIN_STAY_S]
+        if min(self._waits_since.values(), default=now) > now - TURN_S:
+            return unused
+        longest = sorted(self._resident, key=self._came_at.__getitem__)
+        return unused + [self._resident[run_id] for run_id in longest if now - self._came_at[run_id] >= TURN_S]
+
     def _let_ended_go(self, busy: AbstractSet[RunId]) -> None:
-        """Whose session has ended, and who has nothing left to do, keeps no place in memory."""
+        """Whose session has ended, and who has nothing left to do, keeps no place in memory. Of a run that was let go
+        nothing is written any more, so it goes though the disk be full."""
         if not self._resident or time.monotonic() - self._asked_at < ENDED_CHECK_S:
             return
         self._asked_at = time.monotonic()
-        for run_id in self._ended_among(self._resident.keys()):
+        ended = self._ended_among(self._resident.keys())
+        gone = self._gone_among(ended) if ended else ended
+        for run_id in ended:
             if run_id not in busy:
-                self._leave(self._resident[run_id], is_forced=False)
+                self._leave(self._resident[run_id], is_forced=False, is_kept=run_id not in gone)
 
     @property
     def leaving(self) -> AbstractSet[RunId]:
@@ -170,12 +191,15 @@ class Residency:
         is_heavy = self._engine.runs_bytes - leaving + self._bytes_waiting > self._max_bytes
         return max(over, int(is_heavy and left > 0))
 
-    def _leave(self, held: HeldRun, *, is_forced: bool) -> bool:
-        """Begin a run's way out; at once, if nothing of it has to be written. False: it can't leave now."""
+    def _leave(self, held: HeldRun, *, is_forced: bool, is_kept: bool = True) -> bool:
+        """Begin a run's way out; at once, if nothing of it has to be written. False: it can't leave now.
+
+        is_kept: its state is wanted again.
+        """
         run_id = held.row.run_id
         if run_id in self._leaving or held.num_saves or held.is_snapshotting or held.replays:
             return False
-        if held.given_up is None and held.debt_bytes:  # without any, it is made again as fast as it is read
+        if is_kept and held.given_up is None and held.debt_bytes:  # without any, it is made again as fast as it is read
             if len(self._leaving) >= MAX_LEAVING or not self._snapshots.can_start(held):
                 return False
             self._leaving[run_id] = is_forced

@@ -15,14 +15,14 @@ from dataclasses import replace
 
 import structlog
 
-from tinsmith import series
-from tinsmith.blobs import Blobs
-from tinsmith.clock import Clock
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, NoMemoryError, NotFoundError, TinsmithError, UserError
 from tinsmith.fair_queueing import Standing
+from tinsmith.files.blobs import Blobs
+from tinsmith.machine.clock import Clock
+from tinsmith.observe import series
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
@@ -70,8 +70,9 @@ class HeldRuns:
         self._lease_s = settings.lease_s
         self._snapshots = Snapshots(me, store, blobs, engine, settings, writer, recorder, self._on_disk)
         self.residency = Residency(
-            engine, self._snapshots, ahead, settings, self._let_go, self._fall_back, store.sessions.ended_among
-        )
+            engine, self._snapshots, ahead, settings, self._let_go, self._fall_back, store.sessions.ended_among,
+            store.gone.among,
+        )  # fmt: skip
         self._held: dict[RunId, HeldRun] = {}
         self._replaying: dict[RunId, HeldRun] = {}  # those with replays to come
         self._deaths: dict[OpId, int] = {}  # of workers that computed these finished ops again
@@ -101,6 +102,11 @@ class HeldRuns:
         """See `Residency.choose`. Of runs that aren't held, or that wait for memory, there is none."""
         held = [c for c in candidates if c.run_id is None or self._may_run(c.run_id)]
         return self.residency.choose(held, self._held, trained)
+
+    def is_next(self, op: OpRow) -> bool:
+        """Whether a request that has just come is the next of a run that is held here, all before it being computed."""
+        held = None if op.run_id is None else self._held.get(op.run_id)
+        return held is not None and held.given_up is None and not held.replays and op.seq_id == held.applied_seq + 1
 
     def _may_run(self, run_id: RunId) -> bool:
         return run_id in self._held and not self.postponed.is_waiting(run_id)
@@ -244,12 +250,12 @@ class HeldRuns:
             self.residency.drop(run_id)
             held = self._held[run_id]
             if held.given_up is None:
-                self._adopt(self._store.runs.get(held.row.tenant_id, run_id))
+                self._adopt(self._store.runs.get_held(self._me, run_id))
 
     def snapshot_due(self) -> None:
         """Start a snapshot of each run whose debt has grown past the settings."""
         for run_id, held in list(self._in_debt.items()):
-            if not self._snapshots.is_over(held) or held.given_up is not None:
+            if not self._snapshots.is_over(held, len(self.residency)) or held.given_up is not None:
                 del self._in_debt[run_id]
             elif self._snapshots.may_copy(held):
                 self._snapshots.start(held)
@@ -288,8 +294,9 @@ class HeldRuns:
         since = {run_id: self._held[run_id].held_since for run_id in may_go}
         for run_id in self.rebalancing.choose(may_go, since):
             log.info("run given to another worker", run_id=run_id, tenant_id=self._held[run_id].row.tenant_id)
+            crash_point("give.after_choice")
             if run_id in self._idle:
-                self._release([run_id])
+                self._give_back(run_id)
             else:
                 self._giving.add(run_id)
                 self.residency.send_away(self._held[run_id])
@@ -300,11 +307,19 @@ class HeldRuns:
         run_id = held.row.run_id
         self._in_debt.pop(run_id, None)
         crash_point("run.after_eviction")
-        if held.debt_ops or run_id in self._giving:
+        if run_id in self._giving:
             self._giving.discard(run_id)
+            self._give_back(run_id)
+        elif held.debt_ops:
             self._release([run_id])
         else:
             self._idle[run_id] = held
+
+    def _give_back(self, run_id: RunId) -> None:
+        """A run that is given to another worker, and whose state is on disk."""
+        crash_point("give.on_disk")
+        self._release([run_id])
+        crash_point("give.after_release")
 
     def _release(self, run_ids: Sequence[RunId]) -> None:
         if not run_ids:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import structlog
 from google.protobuf.message import EncodeError
 
-from tinsmith import series
-from tinsmith.blobs import Blobs, stem
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, TinsmithError, UserError
+from tinsmith.files.blobs import Blobs, stem
+from tinsmith.observe import series
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, SamplerWeights
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import Array, BlobKey, Failure, OpId, SampleResult, TenantId
+from tinsmith.types import Array, BlobKey, Failure, OpId, SampleResult, SamplerId, TenantId
 from tinsmith.wire.media import PROTOBUF
 from tinsmith.wire.meta import SampleMeta, read_meta
 from tinsmith.wire.sampling import encode_sample_result
 from tinsmith.worker.accounts import Accounts
 from tinsmith.worker.decode import Payloads
+from tinsmith.worker.full_turns import FullTurns
 from tinsmith.worker.outcomes import Outcome, computed, failed
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.readahead import ReadAhead
@@ -64,6 +65,7 @@ class Samples:
         self._resident: dict[OpId, OpRow] = {}
         self._prompt_tokens: dict[OpId, int] = {}
         self._held_bytes: Counter[TenantId] = Counter()  # of their payloads
+        self._full_turns = FullTurns()
 
     @property
     def resident(self) -> Collection[OpRow]:
@@ -88,27 +90,36 @@ class Samples:
             counts[op.tenant_id] += 1
         chosen: set[int] = set()
         new_bytes: dict[BlobKey, int] = {}
+        turns.sort()
         held = self._held_bytes.copy()
-        for _, index in sorted(turns):
+        wanted = [(ops[i].tenant_id, stem(blob)) for _, i in turns if (blob := _full_blob(ops[i], weights))]
+        num_places = self._engine.num_full_places if wanted else 0
+        full = self._full_turns.choose(wanted, self._engine.full_snapshots, num_places, time.monotonic())
+        for _, index in turns:
             op = ops[index]
             if not _has_room(held, op):
                 continue
             sampler_id = op.sampler_id
             found = weights.get(sampler_id) if sampler_id is not None else None
-            if found is None or self._is_ready(found, new_bytes):
+            if found is None or self._is_ready(found, new_bytes, full):
                 chosen.add(index)
                 held[op.tenant_id] += op.payload_bytes
         self.num_coming = len(ops) - len(chosen)
         return [op for index, op in enumerate(ops) if index in chosen]
 
-    def _is_ready(self, found: SamplerWeights, new_bytes: dict[BlobKey, int]) -> bool:
-        """new_bytes: the files that are to be taken in with the requests chosen so far; this one's is added."""
+    def _is_ready(self, found: SamplerWeights, new_bytes: dict[BlobKey, int], full: Collection[str]) -> bool:
+        """new_bytes: the files that are to be taken in with the requests chosen so far; this one's is added. full: the
+        snapshots of full runs that may be sampled from now."""
+        if found.is_full and found.blob is not None and stem(found.blob) not in full and not found.is_lost:
+            return False
         if found.blob is None or self._engine.has_adapter(stem(found.blob)) or found.blob in new_bytes:
             return True
         if found.is_promised:
             return found.is_lost or self._publisher.holds(found.blob)
         if not self._ahead.want(found.blob):
             return False
+        if found.is_full:
+            return True
         try:
             size = self._blobs.size(found.blob)
         except TinsmithError:
@@ -209,6 +220,12 @@ class Samples:
                 )
             self._engine.add_adapter(key, self._ahead.take(sampler.blob), may_keep=True)
         return key
+
+
+def _full_blob(op: OpRow, weights: Mapping[SamplerId, SamplerWeights]) -> BlobKey | None:
+    """The snapshot of a full run that a request is for."""
+    found = None if op.sampler_id is None else weights.get(op.sampler_id)
+    return found.blob if found is not None and found.is_full else None
 
 
 def _has_room(held: Counter[TenantId], op: OpRow) -> bool:

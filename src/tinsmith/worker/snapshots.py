@@ -7,6 +7,10 @@ What stays true:
 * Payloads are forgotten only after a snapshot later than the one that covers them is recorded, and the snapshot before
   the newest is kept: a run whose newest is damaged is computed again from that one.
 * Of runs that go on, few copies wait to be written; the others stay in debt meanwhile.
+
+The more runs are in memory, the sooner each is snapshotted, so that they owe together what one alone may: their next
+worker pays for all of them. No sooner, though, than the computing was worth `WORTH` times the
+processor time of writing.
 """
 
 from __future__ import annotations
@@ -14,16 +18,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
-from tinsmith import series, tracing
-from tinsmith.blobs import BlobInfo, Blobs, snapshot_key
-from tinsmith.checkpoint_file import state_pieces
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
 from tinsmith.engine import Engine
 from tinsmith.errors import FencedError
+from tinsmith.files.blobs import BlobInfo, Blobs, snapshot_key
+from tinsmith.files.checkpoint_file import state_pieces
+from tinsmith.observe import series, tracing
 from tinsmith.store import Store
 from tinsmith.store.rows import RunRow, WorkerId
 from tinsmith.store.snapshots import Recorded
@@ -36,7 +41,22 @@ log = structlog.get_logger("tinsmith.worker")
 
 
 MAX_COPIES = 4  # states that wait to be written, when passes go on beside
+WORTH = 50.0
 LEFT_BY_OTHERS = re.compile(r"(\d+)-[0-9a-f]+\.[0-9a-f]+")  # see `snapshot_key`; the first number is the seq
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A snapshot whose file and row are on disk, and the processor time that both took."""
+
+    blob: BlobInfo
+    cpu_s: float
+
+
+def most_debt_s(settings_s: float, num_resident: int, write_s: float) -> float:
+    """Seconds of computing that a run may owe: its part of `settings_s`, which all runs in memory share, or all of that
+    where a snapshot, which takes `write_s` of processor time, would come too often. Pure."""
+    return min(settings_s, max(settings_s / max(1, num_resident), WORTH * write_s))
 
 
 class Snapshots:
@@ -61,12 +81,19 @@ class Snapshots:
         self._recorder = recorder
         self._on_disk = on_disk
         self._num_copies = 0
+        self._write_s = 0.0  # processor time of the last one
 
-    def is_over(self, held: HeldRun) -> bool:
-        """Its debt is past the settings, or its newest snapshot is damaged and a new one can take its place."""
+    def is_over(self, held: HeldRun, num_resident: int) -> bool:
+        """Its debt is past the settings, or its newest snapshot is damaged and a new one can take its place.
+
+        num_resident: runs in memory, which share the seconds that all may owe.
+        """
         is_bare = held.is_fallen_back and held.debt_ops > 0
-        settings = self._settings
-        return is_bare or held.debt_bytes >= settings.snapshot_debt_bytes or held.debt_s >= settings.snapshot_debt_s
+        return (
+            is_bare
+            or held.debt_bytes >= self._settings.snapshot_debt_bytes
+            or held.debt_s >= most_debt_s(self._settings.snapshot_debt_s, num_resident, held.write_s or self._write_s)
+        )
 
     def can_start(self, held: HeldRun) -> bool:
         settled = not (held.num_saves or held.is_snapshotting or held.replays)
@@ -90,21 +117,22 @@ class Snapshots:
         self._num_copies += not is_still
         mark = self._recorder.mark()
 
-        def recorded(stored: BlobInfo | BaseException | None) -> None:
+        def recorded(written: Written | BaseException | None) -> None:
             held.is_snapshotting = False
             self._num_copies -= not is_still
-            if isinstance(stored, BlobInfo):
+            if isinstance(written, Written):
+                held.write_s = self._write_s = written.cpu_s
                 held.debt_ops -= debt_ops
                 held.debt_bytes -= debt_bytes
                 held.debt_s -= debt_s
-                held.snapshot, held.snapshot_seq = stored.key, seq
+                held.snapshot, held.snapshot_seq = written.blob.key, seq
                 held.is_fallen_back, held.retry_s = False, 0.0
-                self._on_disk(stored.key, state)
-            elif stored is None:
+                self._on_disk(written.blob.key, state)
+            elif written is None:
                 held.snapshot_failed()
             else:
                 pause = held.snapshot_failed()
-                error = f"{type(stored).__name__}: {stored}"
+                error = f"{type(written).__name__}: {written}"
                 series.SNAPSHOT_FAILURES.add()
                 log.error(
                     "snapshot failed; the log is kept", **_about(held.row), seq_id=seq, again_in_s=pause, error=error
@@ -114,10 +142,10 @@ class Snapshots:
 
     def _write(
         self, row: RunRow, seq: int, key: BlobKey, state: RunState, mark: int, is_newest_damaged: bool
-    ) -> BlobInfo | None:
+    ) -> Written | None:
         """The file and its record, in the writer's thread. None: the run has another holder now."""
         run_id = row.run_id
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         crash_point("snapshot.before_file")
         stored = self._blobs.put(key, state_pieces(state))
         crash_point("snapshot.after_file")
@@ -137,7 +165,7 @@ class Snapshots:
         series.SNAPSHOT_BYTES.add(by=stored.size)
         tracing.snapshot(run_id, row.tenant_id, time.time() - seconds, time.time(), stored.size)
         log.info("run snapshotted", **_about(row), seq_id=seq, bytes=stored.size, payloads_dropped=num_dropped)
-        return stored
+        return Written(stored, time.thread_time() - cpu_started)
 
     def _delete_old(self, run_id: RunId, seq: int, key: BlobKey, recorded: Recorded) -> int:
         """What the recorded snapshot takes out of use, and what dead writers of this run left; how many payloads.

@@ -6,7 +6,7 @@ A piece counts as told once its datagram was delivered, so that the listener nev
 from __future__ import annotations
 
 from tinsmith.engine import Engine
-from tinsmith.tokenline import TokenSender
+from tinsmith.ipc.tokenline import TokenSender
 from tinsmith.types import OpId
 from tinsmith.wire.pieces import pack_pieces
 

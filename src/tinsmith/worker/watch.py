@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tinsmith import series, tracing
 from tinsmith.engine import Engine
-from tinsmith.metrics import TenantLabels
+from tinsmith.observe import series, tracing
+from tinsmith.observe.metrics import TenantLabels
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import structlog
 
-from tinsmith.pulse import BEAT_S, Pulse
+from tinsmith.ipc.pulse import BEAT_S, Pulse
 
 log = structlog.get_logger("tinsmith.worker")
 
@@ -56,6 +56,7 @@ def watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, sign: Callabl
 
 
 def _watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, sign: Callable[[], bytes]) -> None:
+    pulse.beat(sign())
     while not stop.wait(BEAT_S):
         pulse.beat(sign())
         if watchdog.is_overdue:

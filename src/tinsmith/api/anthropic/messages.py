@@ -27,9 +27,9 @@ from tinsmith.api.texts.prompts import chat_prompt, check_length, count_tokens
 from tinsmith.api.texts.room import Room, RoomDep
 from tinsmith.api.texts.toolcalls import ToolCall
 from tinsmith.errors import TinsmithError
-from tinsmith.jsonform import json_grammar
 from tinsmith.store.rows import Principal
 from tinsmith.types import SamplePiece, SampleResult
+from tinsmith.validate.jsonform import json_grammar
 from tinsmith.wire.media import JSON, encode_json
 
 CALL_PREFIX = "toolu_"

@@ -22,10 +22,10 @@ from tinsmith.api.services import Services
 from tinsmith.api.texts.fields import FieldError
 from tinsmith.api.texts.models import Model, Seats
 from tinsmith.errors import CapacityError, TinsmithError, UserError
-from tinsmith.picture_files import kind_of
 from tinsmith.pictures import Picture
 from tinsmith.store.rows import OpRow, Principal
 from tinsmith.types import Failure, OpId, OpKind, OpState, SamplePiece, SampleResult
+from tinsmith.validate.picture_files import kind_of
 from tinsmith.wire.media import encode_json
 from tinsmith.wire.sampling import decode_sample_result
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tinsmith.api.texts.toolcalls import ToolCall, ToolReader
 from tinsmith.api.texts.written import Ending, Written
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.types import SampledSequence, SamplePiece
 from tinsmith.wire.pieces import cut_sequence
 

@@ -14,9 +14,9 @@ import structlog
 from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.models import Model
 from tinsmith.api.texts.pictures import File
+from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.pictures import Picture
-from tinsmith.tokenizer import ChatTokenizer
 from tinsmith.types import BaseInfo
 from tinsmith.wire.images import Chunks, Looking, Sight, blind
 

@@ -15,7 +15,7 @@ from tinsmith.api.texts.models import Model
 from tinsmith.api.texts.prompts import Tokenizers
 from tinsmith.api.texts.toolcalls import ToolReader
 from tinsmith.api.texts.written import Written
-from tinsmith.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tinsmith.bases.tokenizer import REPLACEMENT, ChatTokenizer
 from tinsmith.errors import TinsmithError
-from tinsmith.tokenizer import REPLACEMENT, ChatTokenizer
 from tinsmith.types import SampledSequence
 
 MAX_OVERLAP = 8  # tokens decoded again to the left of new ones, so that spaces and characters join as in the whole

@@ -17,7 +17,7 @@ def final_logits(config: PretrainedConfig) -> FinalLogits:
 
 def look(model: nn.Module, pixels: Pixels) -> Sight:
     found = cast(Any, model).get_image_features(pixels["pixel_values"], return_dict=True)
-    return Sight(found.pooler_output[0])
+    return Sight(found.pooler_output.flatten(0, 1))
 
 
 def inputs(tokens: Tensor, is_picture: Tensor, pixels: Pixels) -> dict[str, Any]:

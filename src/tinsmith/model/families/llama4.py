@@ -1,5 +1,5 @@
-"""Llama 4's language model: attention in chunks in most layers, without positions in every fourth; experts chosen by
-sigmoids that weigh what goes in, beside an MLP for all tokens, in all or in every second layer.
+"""Llama 4: attention in chunks in most layers, without positions in every fourth; experts chosen by sigmoids that weigh
+what goes in, beside an MLP for all tokens, in all or in every second layer. It sees a picture as tiles, and as a whole.
 
 Shape letters: T rows of the pass, H and G query and key/value heads, E head size, D hidden size, K experts of a row.
 """
@@ -16,6 +16,8 @@ from tinsmith.model.activation import stable_sigmoid
 from tinsmith.model.attention import AttentionKind
 from tinsmith.model.families.family import ExpertLayout, Family
 from tinsmith.model.linear import PassHolder
+from tinsmith.model.vision.kind import Pixels, Sight, VisionKind
+from tinsmith.model.vision.tiles import Tiles
 
 
 class Llama4Attention(nn.Module):
@@ -89,6 +91,26 @@ def _turned(x_THE: Tensor, turns_T1: Tensor) -> Tensor:
     return torch.stack([re * cos - im * sin, re * sin + im * cos], -1).flatten(-2).type_as(x_THE)
 
 
+def look(model: nn.Module, pixels: Pixels) -> Sight:
+    """Tile by tile; four neighbouring patches become one embedding."""
+    own = cast(Any, model)
+    pixel_values = pixels["pixel_values"].to(own.vision_model.dtype)
+    found = own.get_image_features(pixel_values, return_dict=True)
+    return Sight(own.multi_modal_projector(found.last_hidden_state.flatten(0, 1)))
+
+
+def inputs(tokens: Tensor, is_picture: Tensor, pixels: Pixels) -> dict[str, Any]:
+    return {"input_ids": tokens, "pixel_values": pixels["pixel_values"]}
+
+
+VISION = VisionKind(
+    model_types=("llama4",),
+    towers=("vision_model", "multi_modal_projector"),
+    look=look,
+    inputs=inputs,
+    processor=Tiles,
+)
+
 FAMILY = Family(
     title="Llama 4",
     model_types=("llama4_text",),
@@ -98,4 +120,5 @@ FAMILY = Family(
     routers=("Llama4Router",),
     routers_choose=False,
     stand_ins={"Llama4TextAttention": Llama4Attention, "Llama4TextMoe": Llama4Mixture},
+    vision=VISION,
 )

@@ -5,6 +5,7 @@ What it makes of a picture, arXiv 2511.21631, section 2: rows and columns of pat
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tinsmith.model.families.family import Family
@@ -13,7 +14,7 @@ from tinsmith.model.vision.kind import Pixels, Sight, VisionKind
 
 def look(model: nn.Module, pixels: Pixels) -> Sight:
     found = cast(Any, model).get_image_features(pixels["pixel_values"], pixels["image_grid_thw"], return_dict=True)
-    return Sight(found.pooler_output[0], tuple(feature[0] for feature in found.deepstack_features))
+    return Sight(torch.cat(found.pooler_output), tuple(map(torch.cat, found.deepstack_features)))
 
 
 def inputs(tokens: Tensor, is_picture: Tensor, pixels: Pixels) -> dict[str, Any]:

@@ -1,66 +1,205 @@
 """The CPU's backend: segment by segment, in place. Nothing is padded, and no product is made of more than it needs.
 
-With many short segments, views of tensors cost as much as the products: rows and columns are split once a group.
-Shape letters: T rows of the pass, N rows of a segment, I inputs, O outputs of a group and O_l of a layer, R rank,
-K = layers · R.
+With many short segments a view or an allocation costs as much as a product. So rows and columns are cut for all
+segments at once, and what is computed of them lies in one tensor.
+Shape letters: T rows of the pass, N rows of a segment, M rows of all segments of a crowd, or of their live ranges, I
+inputs, O outputs of a group and O_l of a layer, R rank, L layers of a group, K = L · R.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from tinsmith.model.lora.backend import LoraWeights, Segment
 
+ROW_GRID = 16  # numbers: rows of u begin at multiples of 64 bytes, so that bits don't depend on which rows they are
 
-class SegmentsLora:
-    """See `LoraPass`."""
+Range = tuple[int, int]
+
+
+class _Cut:
+    """Ranges of rows, ascending and disjoint, that are cut out of many tensors."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self.end = 0
+        self._sizes: list[int] = []
+        self._places: list[int] = []
+        for start, end in ranges:
+            if start > self.end:
+                self._sizes.append(start - self.end)
+            self._places.append(len(self._sizes))
+            self._sizes.append(end - start)
+            self.end = end
+
+    def rows(self, tensor: Tensor) -> Sequence[Tensor]:
+        return self._of(tensor, 0)
+
+    def columns(self, tensor: Tensor) -> Sequence[Tensor]:
+        return self._of(tensor, 1)
+
+    def _of(self, tensor: Tensor, dim: int) -> Sequence[Tensor]:
+        """A view for each range."""
+        parts = tensor.narrow(dim, 0, self.end).split_with_sizes(self._sizes, dim)
+        return parts if len(parts) == len(self._places) else [parts[place] for place in self._places]
+
+
+@dataclass(slots=True)
+class _Live:
+    """The live ranges of some segments: the segment of each, and where they are in the pass, in u, and end to end."""
+
+    owners: list[int]
+    in_pass: _Cut
+    in_u: _Cut
+    alone: _Cut
+
+
+class _Rows:
+    """Where the rows of some segments are: in the pass, and in u, which holds them end to end."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        bounds = [0, *(bound for segment in segments for bound in (segment.start, segment.end))]
-        self._sizes = [end - start for start, end in pairwise(bounds)]  # a gap, a segment, a gap, ...
+        self.in_pass = _Cut([(segment.start, segment.end) for segment in segments])
+        self._ends = list(accumulate(segment.end - segment.start for segment in segments))
+        self.in_u = _end_to_end(self._ends)
+        self._live: _Live | None = None
+
+    @property
+    def live(self) -> _Live:
+        if self._live is None:
+            found = [(index, span) for index, segment in enumerate(self._segments) for span in segment.live]
+            shifts = [end - segment.end for end, segment in zip(self._ends, self._segments, strict=True)]
+            in_u = [(start + shifts[index], end + shifts[index]) for index, (start, end) in found]
+            alone = _end_to_end(list(accumulate(end - start for _, (start, end) in found)))
+            owners, spans = [index for index, _ in found], [span for _, span in found]
+            self._live = _Live(owners, _Cut(spans), _Cut(in_u), alone)
+        return self._live
+
+
+def _end_to_end(ends: Sequence[int]) -> _Cut:
+    return _Cut(list(zip([0, *ends], ends, strict=False)))
+
+
+class _Crowd:
+    """Segments whose matrices in a group have the same shapes."""
+
+    def __init__(self, group: str, segments: Sequence[Segment], rows: _Rows) -> None:
+        self.rows = rows
+        self.weights = [segment.weights[group] for segment in segments]
+        self.grads = [segment.grads[group] for segment in segments if segment.grads is not None]
+        self.scales = [weights.scale for weights in self.weights]  # None where layers have different ones
+        self._rank, self._widths = self.weights[0].rank, [len(b_OR) for b_OR in self.weights[0].bs]
+
+    def empty_u(self, like: Tensor, num_rows: int) -> Tensor:
+        """[M, K]."""
+        num_columns = self._rank * len(self._widths)
+        grid = -(-num_columns // ROW_GRID) * ROW_GRID
+        u_MK = like.new_empty(num_rows, grid)
+        return u_MK if grid == num_columns else u_MK[:, :num_columns]
+
+    def by_layer(self, u_MK: Tensor) -> Sequence[Tensor]:
+        return (u_MK,) if len(self._widths) == 1 else u_MK.split_with_sizes([self._rank] * len(self._widths), 1)
+
+    def outputs_by_layer(self, y_TO: Tensor) -> Sequence[Tensor]:
+        return (y_TO,) if len(self._widths) == 1 else y_TO.split_with_sizes(self._widths, 1)
+
+
+class SegmentsLora:
+    """See `LoraPass`. Segments' `live` ranges are looked at in the first call of `add_grads`."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._crowds: dict[str, list[_Crowd]] = {}
+        self._rows: dict[tuple[int, ...], _Rows] = {}
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
-        for segment, x_NI, y_NO in zip(self._segments, self._rows(x_TI), self._rows(y_TO), strict=True):
-            weights = segment.weights.get(group)
-            if weights is None:
-                continue
-            u_NK = add_adapter(weights, x_NI, y_NO)
-            if segment.grads is not None:
-                kept.append(u_NK)
+        for crowd in self._of(group):
+            u_MK = _shrunk(crowd, x_TI)
+            _expand(crowd, u_MK, y_TO)
+            if crowd.grads:
+                kept.append(u_MK)
         return tuple(kept)
 
     def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            x_TI[segment.start : segment.end] @ segment.weights[group].a_KI.T
-            for segment in self._segments
-            if segment.grads is not None and group in segment.weights
-        )
+        return tuple(_shrunk(crowd, x_TI) for crowd in self._of(group) if crowd.grads)
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
-        held = iter(kept)
-        rows = zip(self._rows(x_TI), self._rows(dy_TO), self._rows(dx_TI), strict=True)
-        for segment, (x_NI, dy_NO, dx_NI) in zip(self._segments, rows, strict=True):
-            weights = segment.weights.get(group)
-            if weights is None or segment.grads is None:
-                continue
-            grads, u_NK, first = segment.grads[group], next(held), segment.start
-            for start, end in segment.live:
-                if end - start == len(u_NK):
-                    add_adapter_grads(weights, grads, x_NI, u_NK, dy_NO, dx_NI)
-                else:
-                    own = slice(start - first, end - first)
-                    add_adapter_grads(weights, grads, x_NI[own], u_NK[own], dy_NO[own], dx_NI[own])
+        crowds = [crowd for crowd in self._of(group) if crowd.grads]
+        for crowd, u_MK in zip(crowds, kept, strict=True):
+            if crowd.rows.live.owners:
+                _add_input_grads(crowd, _add_output_grads(crowd, u_MK, dy_TO), x_TI, dx_TI)
 
-    def _rows(self, tensor: Tensor) -> Sequence[Tensor]:
-        """The rows of each segment, as views."""
-        used = sum(self._sizes)
-        return torch.split(tensor[:used], self._sizes)[1::2]
+    def _of(self, group: str) -> list[_Crowd]:
+        crowds = self._crowds.get(group)
+        if crowds is None:
+            alike: dict[tuple[int, bool], list[int]] = {}
+            for index, segment in enumerate(self._segments):
+                weights = segment.weights.get(group)
+                if weights is not None:
+                    alike.setdefault((weights.rank, segment.grads is None), []).append(index)
+            crowds = self._crowds[group] = [self._crowd(group, tuple(indices)) for indices in alike.values()]
+        return crowds
+
+    def _crowd(self, group: str, indices: tuple[int, ...]) -> _Crowd:
+        segments = [self._segments[index] for index in indices]
+        if indices not in self._rows:
+            self._rows[indices] = _Rows(segments)
+        return _Crowd(group, segments, self._rows[indices])
+
+
+def _shrunk(crowd: _Crowd, x_TI: Tensor) -> Tensor:
+    """u = x Aᵀ, [M, K]."""
+    own = crowd.rows
+    u_MK = crowd.empty_u(x_TI, own.in_u.end)
+    rows = zip(crowd.weights, own.in_pass.rows(x_TI), own.in_u.rows(u_MK), strict=True)
+    for weights, x_NI, u_NK in rows:
+        torch.mm(x_NI, weights.a_KI.T, out=u_NK)
+    return u_MK
+
+
+def _expand(crowd: _Crowd, u_MK: Tensor, y_TO: Tensor) -> None:
+    """y += scale · u Bᵀ, in place."""
+    for layer, (u_MR, y_TOl) in enumerate(zip(crowd.by_layer(u_MK), crowd.outputs_by_layer(y_TO), strict=True)):
+        rows = zip(crowd.weights, crowd.rows.in_u.rows(u_MR), crowd.rows.in_pass.rows(y_TOl), strict=True)
+        for weights, u_NR, y_NOl in rows:
+            y_NOl.addmm_(u_NR, weights.bs[layer].T, alpha=weights.scales[layer])
+
+
+def _add_output_grads(crowd: _Crowd, u_MK: Tensor, dy_TO: Tensor) -> Tensor:
+    """dB += scale · dyᵀ u; g = dy B of the live rows, [M, K], times the scales where layers have different ones."""
+    live = crowd.rows.live
+    g_MK = crowd.empty_u(u_MK, live.alone.end)
+    layers = zip(crowd.by_layer(u_MK), crowd.by_layer(g_MK), crowd.outputs_by_layer(dy_TO), strict=True)
+    for layer, (u_MR, g_MR, dy_TOl) in enumerate(layers):
+        dys, turned = live.in_pass.rows(dy_TOl), live.in_pass.columns(dy_TOl.T)
+        rows = zip(live.owners, live.in_u.rows(u_MR), live.alone.rows(g_MR), dys, turned, strict=True)
+        for owner, u_NR, g_NR, dy_NOl, dy_OlN in rows:
+            weights = crowd.weights[owner]
+            scale = weights.scales[layer]
+            torch.mm(dy_NOl, weights.bs[layer], out=g_NR)
+            if crowd.scales[owner] is None:
+                g_NR.mul_(scale)
+            crowd.grads[owner].bs[layer].addmm_(dy_OlN, u_NR, alpha=scale)
+    return g_MK
+
+
+def _add_input_grads(crowd: _Crowd, g_MK: Tensor, x_TI: Tensor, dx_TI: Tensor) -> None:
+    """dx += scale · g A, dA += scale · gᵀ x."""
+    live = crowd.rows.live
+    rows = zip(
+        live.owners, live.alone.rows(g_MK), live.alone.columns(g_MK.T), live.in_pass.rows(x_TI),
+        live.in_pass.rows(dx_TI), strict=True,
+    )  # fmt: skip
+    for owner, g_NK, g_KN, x_NI, dx_NI in rows:
+        scale = crowd.scales[owner]
+        left = 1.0 if scale is None else scale
+        dx_NI.addmm_(g_NK, crowd.weights[owner].a_KI, alpha=left)
+        crowd.grads[owner].a_KI.addmm_(g_KN, x_NI, alpha=left)
 
 
 def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor) -> Tensor:
@@ -99,5 +238,5 @@ def _by_layer(weights: LoraWeights, y_NO: Tensor, u_NK: Tensor) -> Iterator[tupl
     """Of each layer: its columns of y, its B, its columns of u."""
     if len(weights.bs) == 1:
         return iter([(y_NO, weights.bs[0], u_NK)])
-    ys = torch.split(y_NO, [len(b_OR) for b_OR in weights.bs], 1)
-    return zip(ys, weights.bs, torch.split(u_NK, weights.rank, 1), strict=True)
+    ys = y_NO.split_with_sizes([b_OR.shape[0] for b_OR in weights.bs], 1)
+    return zip(ys, weights.bs, u_NK.split_with_sizes([weights.rank] * len(weights.bs), 1), strict=True)

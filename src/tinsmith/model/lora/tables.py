@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -131,3 +132,14 @@ def to_device(table: Table, device: torch.device) -> Tensor:
     """Without waiting for the device, where it is one to wait for."""
     host = torch.from_numpy(table)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+@lru_cache(maxsize=256)
+def output_blocks(widths: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, int]:
+    """int32 [4, number]: layer, first column in it, its width, where it begins in y; for each `block` columns of
+    layers of these widths, side by side in y. And how many there are."""
+    bands = bands_of(widths, 1)
+    layers, firsts = column_blocks(bands, block)
+    starts = [bands[layer].start for layer in layers]
+    table = np.array([layers, firsts, [widths[layer] for layer in layers], starts], np.int32)
+    return to_device(table, device), table.shape[1]

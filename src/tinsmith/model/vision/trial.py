@@ -34,7 +34,10 @@ class Trial:
         eyes.measure(self.picture)
         self.tokens_T = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
         is_picture = (self.tokens_T == eyes.info.image_token).long()
-        pixels = {name: value.to(model.device) for name, value in eyes.pixels(self.picture).items()}
+        pixels = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in eyes.pixels(self.picture).items()
+        }
         given = eyes.kind.inputs(self.tokens_T[None], is_picture[None], pixels)
         self.logits_TV: Tensor = model(**given, use_cache=False).logits[0]
 

@@ -1,0 +1,1 @@
+"""What the process needs to know of its machine: processor, memory, heap, clock."""

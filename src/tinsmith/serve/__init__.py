@@ -1,0 +1,1 @@
+"""`tinsmith serve`: which processes there are, and keeping them alive."""

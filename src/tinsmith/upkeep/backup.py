@@ -1,0 +1,297 @@
+"""Copies a data directory that may be in use, and makes a data directory from such a copy.
+
+A backup is a directory: the database, every file that its rows name, the keys of the server, and `backup.json`, which
+is written last. What stays true:
+
+* It shows one moment: what the database of that moment names is in it, whatever was deleted while it was made. Files
+  are held by hard links first, so a janitor at work takes nothing away.
+* Every file is read and checked against its digest on the way, in both directions.
+* A backup that was begun and not finished has no `backup.json`, and isn't restored from. Made again over an earlier
+  one, it reads what is there, copies what is new or was damaged there, and drops what nobody names any more.
+* Restoring needs an empty directory, in which the database appears last: what was cut off can be restored again.
+* A damaged backup is refused, unless what is damaged is to be left out: then all else of it comes back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from msgspec import Struct
+
+from tinsmith import __version__
+from tinsmith.crashpoints import crash_point
+from tinsmith.errors import ConfigError, CorruptError
+from tinsmith.files.blobs import CHECKED_BYTES, Blobs, sync_directory
+from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
+from tinsmith.types import BlobKey
+
+MANIFEST = "backup.json"
+FORMAT = 1
+KEY_FILES = ("signing.key", "admin.key")
+BLOBS = "blobs"
+STAGING = ".backup-"
+RESTORING = ".restore-"
+MOST_NAMED = 10
+PART = ".part"
+LOCKS = ("serve.lock", "tinsmith.lock", "tinsmith.turn")  # left where a backup was verified and repaired
+
+Progress = Callable[[int, int], None]
+
+
+class Manifest(Struct):
+    """made_at: unix seconds; version: of tinsmith; num_bytes: of the files, without the database."""
+
+    format: int
+    version: str
+    made_at: float
+    num_files: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """num_new: files that were not there before. damaged: what of the source could not be copied, and why."""
+
+    num_files: int
+    num_bytes: int
+    num_new: int
+    damaged: tuple[str, ...]
+
+
+def silent(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied:
+    """Copy `data_dir`, whether it is served or not, into `target`: a new directory, or an earlier backup.
+
+    What is damaged at the source is left out and named in the answer; the backup is still whole but for that.
+
+    Args:
+        progress: told the bytes of files that are in the backup by now, and those there will be.
+
+    Raises:
+        ConfigError: there's no database in `data_dir`, or `target` is neither new, empty nor a backup.
+        OSError: a disk is full, or the file system has no hard links.
+    """
+    if not (data_dir / DATABASE_FILE).is_file():
+        raise ConfigError(f"{data_dir} is no data directory: it has no {DATABASE_FILE}")
+    if target.resolve().is_relative_to(data_dir.resolve()):
+        raise ConfigError(f"{target} lies in the data directory itself; name a place outside of it")
+    _claim(target)
+    source, copy = Blobs(data_dir / BLOBS), Blobs(target / BLOBS)
+    database = target / (DATABASE_FILE + PART)
+    with _held(data_dir, source) as held, closing(open_as_it_is(data_dir / DATABASE_FILE)) as store:
+        missing: set[BlobKey] = set()
+        named = store.upkeep.copy(
+            database, lambda named: missing.update(key for key in named if not held.hold(key, source))
+        )
+        copied = _copy_files(held, copy, named - missing, progress)
+    (target / MANIFEST).unlink(missing_ok=True)
+    database.replace(target / DATABASE_FILE)
+    for name in KEY_FILES:
+        if (data_dir / name).is_file():
+            _copy_private(data_dir / name, target / name)
+    for file in copy.files():
+        if file.key not in named:
+            copy.discard(file)
+    lost = tuple(f"the file {key} is missing" for key in sorted(missing))
+    crash_point("backup.before_manifest")
+    made = Manifest(FORMAT, __version__, time.time(), copied.num_files, copied.num_bytes)
+    _write_private(target / MANIFEST, msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+    return Copied(copied.num_files, copied.num_bytes, copied.num_new, lost + copied.damaged)
+
+
+def restore(
+    backup: Path, data_dir: Path, progress: Progress = silent, *, is_leaving_out_damaged: bool = False
+) -> Copied:
+    """Make the data directory `data_dir`, which must be new or empty, from a backup.
+
+    Args:
+        is_leaving_out_damaged: restore what is whole, and name the rest in the answer.
+
+    Raises:
+        ConfigError: `backup` is none, or unfinished, or of a newer tinsmith; or `data_dir` is not empty.
+        CorruptError: a file of the backup is damaged or missing.
+        OSError: the disk is full.
+    """
+    read_manifest(backup)
+    if data_dir.exists() and not data_dir.is_dir():
+        raise ConfigError(f"{data_dir} is a file: name a new directory")
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in data_dir.glob(f"{RESTORING}*"):
+        shutil.rmtree(left)
+    if any(data_dir.iterdir()):
+        raise ConfigError(f"{data_dir} is not empty: name a new directory, and start the server with it")
+    made = data_dir / f"{RESTORING}{secrets.token_hex(4)}"
+    made.mkdir(mode=0o700)
+    try:
+        with (made / DATABASE_FILE).open("wb") as file:
+            with (backup / DATABASE_FILE).open("rb") as copied_from:
+                shutil.copyfileobj(copied_from, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with closing(open_store(made)) as store:  # one of an older tinsmith is brought to this schema
+            now = time.time()
+            faults = store.upkeep.faults(now)
+            lacking = tuple(f"{fault.owner}: {fault.problem}" for fault in faults if fault.is_of_schema)
+            if lacking:
+                raise CorruptError(f"{backup} is damaged: {'; '.join(lacking[:MOST_NAMED])}. Restore an earlier backup")
+            if store.mends.mend(now):
+                faults = store.upkeep.faults(now)
+            damaged = tuple(f"{fault.owner}: {fault.problem}" for fault in faults)
+            if damaged and not is_leaving_out_damaged:
+                raise _refusal(backup, damaged)
+            named = {reference.blob for reference in store.upkeep.references()}
+        copied = _copy_files(Blobs(backup / BLOBS), Blobs(made / BLOBS), named, progress)
+        if copied.damaged and not is_leaving_out_damaged:
+            raise _refusal(backup, copied.damaged)
+        for name in KEY_FILES:
+            if (backup / name).is_file():
+                _copy_private(backup / name, made / name)
+        for name in (BLOBS, *KEY_FILES, DATABASE_FILE):
+            with suppress(FileNotFoundError):
+                (made / name).rename(data_dir / name)
+                crash_point("restore.half_moved")
+        sync_directory(data_dir)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return replace(copied, damaged=damaged + copied.damaged)
+
+
+def _refusal(backup: Path, damaged: tuple[str, ...]) -> CorruptError:
+    return CorruptError(
+        f"{backup} is damaged: {'; '.join(damaged[:MOST_NAMED])}. Restore an earlier backup, or all that is whole of "
+        "this one with --leave-out-damaged"
+    )
+
+
+def read_manifest(backup: Path) -> Manifest:
+    """Raises: ConfigError: it is no whole backup, or one of a newer tinsmith."""
+    try:
+        manifest = msgspec.json.decode((backup / MANIFEST).read_bytes(), type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{backup} is no backup, or was not finished: it has no {MANIFEST}") from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{backup / MANIFEST} can't be read: {error}") from None
+    if manifest.format > FORMAT:
+        raise ConfigError(f"{backup} was made by tinsmith {manifest.version}; upgrade tinsmith")
+    return manifest
+
+
+def _claim(target: Path) -> None:
+    """Make the directory, or see that what is in it may be written over."""
+    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = (MANIFEST, DATABASE_FILE, *KEY_FILES)
+    known = {BLOBS, *own, *(name + PART for name in own), *LOCKS}
+    strange = sorted(path.name for path in target.iterdir() if path.name not in known)
+    if strange:
+        raise ConfigError(f"{target} is no backup ({strange[0]} is in it); name a new directory, or an earlier backup")
+
+
+@contextmanager
+def _held(data_dir: Path, source: Blobs) -> Iterator[Blobs]:
+    """All files that are there now, held by links in a directory beside them for as long as the block runs."""
+    for left in data_dir.glob(f"{STAGING}*"):
+        with suppress(BlockingIOError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = data_dir / f"{STAGING}{secrets.token_hex(4)}"
+    staging.mkdir(mode=0o700)
+    held = Blobs(staging)
+    try:
+        with _locked(staging):
+            _hold_all(source, held)
+            yield held
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _hold_all(source: Blobs, held: Blobs) -> None:
+    try:
+        for file in source.files():
+            if not file.is_unfinished:
+                held.hold(file.key, source)
+    except OSError as error:
+        raise ConfigError(
+            f"files can't be held by hard links here ({error.strerror}): stop the server and copy the whole directory"
+        ) from None
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises: BlockingIOError: another process has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _copy_files(source: Blobs, target: Blobs, named: set[BlobKey], progress: Progress) -> Copied:
+    sizes = {key: source.size(key) for key in sorted(named) if source.exists(key)}
+    damaged = [f"the file {key} is missing" for key in sorted(named - sizes.keys())]
+    total, num_files, num_bytes, num_new = sum(sizes.values()), 0, 0, 0
+    for key, size in sizes.items():
+        if not _is_there(target, key, size):
+            trouble = _copy_file(source, target, key)
+            if trouble is not None:
+                damaged.append(trouble)
+                continue
+            num_new += 1
+            crash_point("backup.half_copied")
+        num_files, num_bytes = num_files + 1, num_bytes + size
+        progress(num_bytes, total)
+    return Copied(num_files, num_bytes, num_new, tuple(damaged))
+
+
+def _is_there(target: Blobs, key: BlobKey, size: int) -> bool:
+    """Whether it was copied before, and what is there is still what was copied. Reads it whole."""
+    if not target.exists(key) or target.size(key) != size:
+        return False
+    try:
+        target.open_checked(key).close()
+    except (CorruptError, OSError):
+        return False
+    return True
+
+
+def _copy_file(source: Blobs, target: Blobs, key: BlobKey) -> str | None:
+    """What is wrong with the file, which isn't in `target` then; None: nothing."""
+    with source.open(key) as file:
+        stored = target.put(BlobKey(key.rpartition(".")[0]), _pieces(file))
+    if stored.key == key:
+        return None
+    target.delete(stored.key)
+    return f"the file {key} was changed on the disk"
+
+
+def _pieces(file: BinaryIO) -> Iterator[memoryview]:
+    while piece := file.read(CHECKED_BYTES):
+        yield memoryview(piece)
+
+
+def _copy_private(source: Path, target: Path) -> None:
+    _write_private(target, source.read_bytes())
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """On disk, for its owner's eyes alone."""
+    part = path.with_name(path.name + PART)
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_directory(path.parent)

@@ -1,0 +1,1 @@
+"""Pure checks of what clients ask for, before anything of it is stored."""

@@ -1,0 +1,90 @@
+"""Under overload: what a connection is told that is refused, and what becomes of one that comes before its time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract.standing import standing
+from tinsmith.api import auth, connection
+from tinsmith.api.pressure import WAITS_S, Pressure
+
+STEP = b'{"model_id": "nobody", "seq_id": 1, "adam_params": {}}'
+
+
+class Caller:
+    def __init__(self, url: str, key: str) -> None:
+        host, _, port = url.removeprefix("http://").partition("/")[0].partition(":")
+        self.sock = socket.create_connection((host, int(port)), timeout=30)
+        self._key = key
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def send(self, path: str = "optim_step", body: bytes = STEP) -> None:
+        head = f"POST /api/v1/{path} HTTP/1.1\r\nhost: x\r\nx-api-key: {self._key}\r\n"
+        rest = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        self.sock.sendall((head + rest).encode() + body)
+
+    def read(self) -> tuple[int, dict[str, str], Any]:
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self.sock.recv(65536)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        while len(body) < int(headers["content-length"]):
+            body += self.sock.recv(65536)
+        return int(first.split(" ")[1]), headers, json.loads(body)
+
+    def ask(self, path: str = "optim_step", body: bytes = STEP) -> tuple[int, dict[str, str], Any]:
+        self.send(path, body)
+        return self.read()
+
+
+def test_without_a_good_key_nothing_is_told_but_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is asked for; and a poll is answered."""
+    with standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
+        assert caller.ask()[0] == 404, "the key is known from here on"
+        monkeypatch.setattr(auth, "TTL_S", 60.0)
+        monkeypatch.setattr(Pressure, "note", high)
+        monkeypatch.setattr(Pressure, "refuses", lambda self, tenant_id: True)
+        while caller.ask()[0] != 429:
+            time.sleep(0.02)
+        for key in ("tml-unknown", ""):
+            with closing(Caller(url, key)) as stranger:
+                assert stranger.ask()[0] == 401
+        with closing(Caller(url, house.key)) as poller:
+            assert poller.ask("retrieve_future", b'{"request_id": "req-unknown"}')[0] == 410
+
+
+def high(self: Pressure, delay_s: float, now: float) -> None:
+    self.is_high = True
+
+
+def test_it_is_told_when_to_come_and_is_not_read_for_a_while_if_it_comes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
+        assert caller.ask()[0] == 404, "the key is known from here on"
+        monkeypatch.setattr(auth, "TTL_S", 60.0)  # of a key that is taken to be good: others go the long way
+        monkeypatch.setattr(connection, "DEAF_S", 3.0)
+        monkeypatch.setattr(Pressure, "note", high)
+        monkeypatch.setattr(Pressure, "refuses", lambda self, tenant_id: True)
+        while (refused := caller.ask())[0] != 429 or int(refused[1]["retry-after"]) > max(WAITS_S):
+            time.sleep(0.02)  # the first ones may go the long way
+        assert refused[2]["code"] == "capacity"
+        told = int(refused[1]["retry-after"])
+        assert int(caller.ask()[1]["retry-after"]) <= told
+        caller.sock.settimeout(0.5)
+        caller.send()
+        with pytest.raises(TimeoutError):
+            caller.read()
+        caller.sock.settimeout(30)
+        assert caller.read()[0] == 429, "it is read again after a while"
