@@ -120,7 +120,10 @@ class Telling:
         while True:
             await asyncio.sleep(rest_s)
             await self._is_held.wait()
-            await asyncio.sleep(max(LEAST_S, min(line.due for line in self._lines.values()) - time.monotonic()))
+            soonest = min(
+                (line.due for line in self._lines.values()), default=0.0
+            )  # none: it was held but for a moment
+            await asyncio.sleep(max(LEAST_S, soonest - time.monotonic()))
             rest_s = 0.0
             now = time.monotonic()
             due = sorted((line for line in self._lines.values() if line.due <= now), key=lambda line: line.due)
