@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import pytest
 
-from tinsmith.api.pressure import BUSY, ENOUGH, FEW, INTERVAL_S, RELAX_S, SINGLE, STAY_S, TARGET_S, Pressure
+from tinsmith.api import pressure as pressure_module
+from tinsmith.api.backlog import ENOUGH, LONG_S, PACE_OVER_S, Backlog
+from tinsmith.api.pressure import (
+    BUSY,
+    CONTENDED,
+    FEW,
+    INTERVAL_S,
+    OVER,
+    RELAX_S,
+    SINGLE,
+    STAY_S,
+    TARGET_S,
+    Pressure,
+)
 from tinsmith.errors import CapacityError
 from tinsmith.types import TenantId
 
 CROWD, QUIET = TenantId("crowd"), TenantId("quiet")
+
+
+def backlog(queued: Mapping[TenantId, int], ended: Mapping[TenantId, int]) -> Backlog:
+    async def count(tenant_id: TenantId) -> int:
+        return queued.get(tenant_id, 0)
+
+    async def ended_since(since: float) -> Mapping[TenantId, int]:
+        return ended
+
+    return Backlog(count, ended_since)
 
 
 def pressed() -> Pressure:
@@ -48,11 +73,8 @@ def test_who_has_much_in_the_queue_is_refused_until_it_is_carried_out() -> None:
     """What was accepted counts until it was seen to be gone; without that, more is accepted than can be done."""
     queued = {CROWD: 0}
 
-    async def count(tenant_id: TenantId) -> int:
-        return queued[tenant_id]
-
     async def main() -> None:
-        pressure = Pressure(lambda: 2 * TARGET_S, count)
+        pressure = Pressure(lambda: 2 * TARGET_S, backlog(queued, {}))
         async with pressure.watching():
             while not pressure.is_high:
                 await asyncio.sleep(0.01)
@@ -100,3 +122,62 @@ def test_it_is_over_once_it_was_calm_for_a_while_and_later_where_many_are_refuse
         if not pressure.is_high:
             break
     assert not pressure.is_high, "it is tried after a while whatever they ask"
+
+
+def test_where_cores_are_short_whose_backlog_is_long_is_refused_until_nobody_is() -> None:
+    paces = {CROWD: int(3 * ENOUGH * PACE_OVER_S / LONG_S)}  # so 3 * ENOUGH take `LONG_S`
+    queued = {CROWD: 2 * ENOUGH, QUIET: ENOUGH + 1}
+    waiting = backlog(queued, paces)
+    pressure = Pressure(lambda: 0.0, waiting)
+    asyncio.run(waiting.look([CROWD, QUIET]))
+    now = time.monotonic()
+    assert not pressure.refuses(QUIET), "nobody takes a core from anybody"
+    for _ in range(OVER):
+        pressure.note_contended(4 * CONTENDED, now)
+    assert pressure.is_crowded
+    assert not pressure.is_high
+    assert pressure.refuses(QUIET), "nothing of its ends, and much waits"
+    assert not pressure.refuses(CROWD), "it goes fast"
+    queued[CROWD] = 4 * ENOUGH
+    asyncio.run(waiting.look([CROWD]))
+    assert pressure.refuses(CROWD)
+    for _ in range(5 * OVER):
+        pressure.note_contended(0.0, now + RELAX_S / 2)
+    assert pressure.is_crowded, "somebody was refused just now"
+    pressure.note_contended(0.0, now + 2 * RELAX_S)
+    assert not pressure.is_crowded
+    assert not pressure.refuses(CROWD)
+
+
+def test_what_comes_counts_before_it_is_counted() -> None:
+    queued = {CROWD: ENOUGH - 1}
+    waiting = backlog(queued, {})
+    pressure = Pressure(lambda: 0.0, waiting)
+    asyncio.run(waiting.look([CROWD]))
+    for _ in range(OVER):
+        pressure.note_contended(1.0, time.monotonic())
+    with pressure.under_way(CROWD):
+        assert not pressure.refuses(CROWD)
+    assert pressure.refuses(CROWD)
+
+
+def test_where_cores_are_short_what_comes_is_let_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    dozes: list[float] = []
+    monkeypatch.setattr(pressure_module, "_doze", dozes.append)
+    shares = {"now": 1.0}
+
+    async def main() -> None:
+        pressure = Pressure(lambda: 0.0, None, lambda: lambda: shares["now"])
+        async with pressure.watching():
+            while len(dozes) < 3:
+                await asyncio.sleep(0.01)
+            assert pressure.is_crowded
+            shares["now"] = 0.0
+            while pressure.is_crowded:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)
+            dozes.clear()
+            await asyncio.sleep(0.2)
+            assert not dozes
+
+    asyncio.run(asyncio.wait_for(main(), 20))

@@ -29,7 +29,7 @@ from tinsmith.api.intake import Budget
 from tinsmith.api.marks import log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
-from tinsmith.api.pressure import FILLING, TOO_MUCH, WAITS_S
+from tinsmith.api.pressure import FILLING, MAX_WAIT_S, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
@@ -77,7 +77,7 @@ class Express:
         self._filling = {path.encode(): path for path in FILLING}
         self._paths = frozenset(self._handlers.keys() | self._filling.keys())
         self._runs: dict[tuple[TenantId, RunId], RunRow] = {}
-        self._refusals = [self._refusal(wait_s) for wait_s in range(max(WAITS_S) + 1)]
+        self._refusals = [self._refusal(wait_s) for wait_s in range(MAX_WAIT_S + 1)]
 
     def take(self, data: bytes, left_s: float = 0.0) -> Refused | Coroutine[Any, Any, Answered | None] | None:
         """What answers the request that `data` is, or its refusal while too much is asked for; None if it is none for

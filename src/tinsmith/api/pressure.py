@@ -6,7 +6,15 @@ been below `TARGET_S` for `INTERVAL_S`, and until it has been for `RELAX_S` (lon
 that fill the queue are refused at the door, before their bodies are read or parsed: 429 and `Retry-After`. Those of
 tenants who have few under way pass; fewer where enough of theirs waits in the queue, so that what is accepted is what
 can be carried out. Polls, heartbeats and whatever gives results away are never refused. To refuse costs a twentieth of
-what it takes to serve. A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
+what it takes to serve.
+
+Where requests come faster than they are carried out, and taking them in keeps a core from those who carry them out
+(this thread stands ready for `CONTENDED` of the time and waits for one), tenants whose backlog is long already are
+refused as well, until none was for `RELAX_S`: taken in, theirs would wait all the same, and make all others slower.
+Meanwhile the event loop dozes between short bursts, as a thread that is woken for each request by itself takes twice
+the time for them.
+
+A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
 what its client sends meanwhile waits on the client's side. For the event loop's own thread.
 """
 
@@ -15,13 +23,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from itertools import cycle
+from itertools import count, cycle
 
 import structlog
 
+from tinsmith.api.backlog import Backlog
 from tinsmith.errors import CapacityError
+from tinsmith.machine.contention import Contention
 from tinsmith.types import TenantId
 
 log = structlog.get_logger("tinsmith.api")
@@ -34,8 +44,12 @@ BUSY = 300  # refusals in that time, which say that letting all in would bring i
 STAY_S = 30.0  # and yet it is tried after so long
 DEAF_S = 1.0
 FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
-ENOUGH = 1024  # in the queue: some batches of the worker
+CONTENDED = 0.1
+OVER = 20  # looks, over which that is measured
+AWAKE_S, DOZE_S = 0.005, 0.025  # in turns, while taking in keeps a core from others
+APART = 5  # looks, while the queue alone is what matters
 WAITS_S = (1, 2, 3)  # told in turn to those who are refused, so that they don't come back together
+MAX_WAIT_S = max(WAITS_S) + 1  # by one more where what waits is long
 SINGLE = 16  # under way at once: who sends no more than these adds little, however much of his waits
 TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
 FILLING = frozenset(
@@ -51,27 +65,48 @@ COMPATIBLE = frozenset({"/oai/api/v1/chat/completions", "/oai/api/v1/completions
 
 class Pressure:
     def __init__(
-        self, oldest_s: Callable[[], float], count_queued: Callable[[TenantId], Awaitable[int]] | None = None
+        self,
+        oldest_s: Callable[[], float],
+        backlog: Backlog | None = None,
+        contended: Callable[[], Callable[[], float]] = lambda: Contention().share,
     ) -> None:
-        """`oldest_s`: how long the oldest request has waited to be recorded. `count_queued`: how many of a tenant's
-        wait to be carried out; looked up while there is too much."""
+        """`oldest_s`: how long the oldest request has waited to be recorded. `backlog`: of all tenants. `contended`:
+        begins to measure what share of the time the event loop waits for a core."""
         self._oldest_s = oldest_s
-        self._count_queued = count_queued
+        self._backlog = backlog
+        self._contended = contended
         self._under_way: Counter[TenantId] = Counter()
-        self._queued: Counter[TenantId] = Counter()  # as they were counted last, and those that came since
         self._calm_at = self._pressed_at = self._high_at = time.monotonic()
         self._num_before = 0  # refused when it was looked last whether they are many
         self._waits_s = cycle(WAITS_S)
+        self._share = 0.0
+        self._crowded_until = 0.0
         self.is_high = False
         self.num_refused = 0
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether taking requests in keeps a core from those who carry them out."""
+        return self._crowded_until > 0.0
+
     def refuses(self, tenant_id: TenantId) -> bool:
         """Whether there is too much of this tenant's now; it is counted as refused then."""
-        under_way = self._under_way[tenant_id]
-        has_enough = under_way >= SINGLE and self._queued[tenant_id] >= ENOUGH
-        is_refused = self.is_high and (under_way >= FEW or has_enough)
+        if not (self.is_high or self.is_crowded):
+            return False
+        is_refused = (self.is_high and self._is_much(tenant_id)) or (self.is_crowded and self._is_long(tenant_id))
         self.num_refused += is_refused
         return is_refused
+
+    def _is_much(self, tenant_id: TenantId) -> bool:
+        under_way = self._under_way[tenant_id]
+        has_enough = self._backlog is not None and self._backlog.has_enough(tenant_id)
+        return under_way >= FEW or (under_way >= SINGLE and has_enough)
+
+    def _is_long(self, tenant_id: TenantId) -> bool:
+        if self._backlog is None or not self._backlog.is_long(tenant_id):
+            return False
+        self._crowded_until = time.monotonic() + RELAX_S
+        return True
 
     @contextmanager
     def under_way(self, tenant_id: TenantId) -> Iterator[None]:
@@ -87,14 +122,14 @@ class Pressure:
             yield
         finally:
             self._under_way[tenant_id] -= 1
-            if self.is_high and self._count_queued is not None:
-                self._queued[tenant_id] += 1
+            if self._backlog is not None and (self.is_high or self.is_crowded):
+                self._backlog.came(tenant_id)
             if not self._under_way[tenant_id]:
                 del self._under_way[tenant_id]
 
     def wait_s(self) -> int:
         """What to tell one more who is refused: whole seconds after which to come back."""
-        return next(self._waits_s)
+        return next(self._waits_s) + self.is_crowded
 
     def note(self, delay_s: float, now: float) -> None:
         """So long it takes at the moment."""
@@ -108,7 +143,21 @@ class Pressure:
             log.warning("overloaded" if self.is_high else "no longer overloaded", refused=self.num_refused)
             self.num_refused = self.num_refused if self.is_high else 0
             self._high_at, self._num_before = now, 0
-            self._queued.clear()
+            self._forget()
+
+    def note_contended(self, share: float, now: float) -> None:
+        """Of the time since the last look, this thread stood ready for that share and waited for a core."""
+        self._share += (share - self._share) / OVER
+        if self._share > CONTENDED:
+            self._crowded_until = max(self._crowded_until, now + INTERVAL_S)
+        elif self.is_crowded and now > self._crowded_until:
+            self._crowded_until = 0.0
+            self._forget()
+
+    def _forget(self) -> None:
+        """What waits, once nobody keeps count of it."""
+        if self._backlog is not None and not (self.is_high or self.is_crowded):
+            self._backlog.clear()
 
     def _may_relax(self, now: float) -> bool:
         if now - self._pressed_at < RELAX_S:
@@ -122,20 +171,39 @@ class Pressure:
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Look from time to time."""
-        task = asyncio.create_task(self._watch(), name="pressure")
+        tasks = [
+            asyncio.create_task(self._watch(), name="pressure"),
+            asyncio.create_task(self._gather(), name="gather"),
+        ]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _gather(self) -> None:
+        """Where cores are short, let what comes come together."""
+        while True:
+            await asyncio.sleep(AWAKE_S if self.is_crowded else LOOK_S)
+            if self.is_crowded:
+                _doze(DOZE_S)
 
     async def _watch(self) -> None:
-        while True:
+        contended = self._contended()
+        for number in count():
             due = time.monotonic() + LOOK_S
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
             self.note(now - due + self._oldest_s(), now)
-            if self.is_high and self._count_queued is not None:
-                for tenant_id in self._under_way.keys() | self._queued.keys():
-                    self._queued[tenant_id] = await self._count_queued(tenant_id)
+            self.note_contended(contended(), now)
+            is_due = self.is_high or (self.is_crowded and number % APART == 0)
+            if is_due and self._backlog is not None:
+                await self._backlog.look(self._under_way)
+
+
+def _doze(seconds: float) -> None:
+    """Nothing runs on the event loop meanwhile, on purpose."""
+    time.sleep(seconds)

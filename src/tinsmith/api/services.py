@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from weakref import WeakValueDictionary
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from tinsmith.api.backlog import Backlog
 from tinsmith.api.connection import most_read_out
 from tinsmith.api.disk_room import DiskRoom
 from tinsmith.api.fetching import Fetcher
@@ -136,7 +138,9 @@ class Services:
         polls = partial(getattr, self.waiters, "num_waiting")
         watched = Watched(self.store, self.settings, self.counting, polls, self._disk_bytes, self.supervisor)
         object.__setattr__(self, "watched", watched)
-        object.__setattr__(self, "pressure", Pressure(lambda: self.arriving.oldest_s, self._count_queued))
+        object.__setattr__(
+            self, "pressure", Pressure(lambda: self.arriving.oldest_s, Backlog(self._count_queued, self._ended_since))
+        )
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
         object.__setattr__(self, "reading", Together(self.working, self.store.ops.get_all, self._get_at_once, FEW))
@@ -165,6 +169,12 @@ class Services:
     async def _count_queued(self, tenant_id: TenantId) -> int:
         samples = await self.work(self.store.loads.samples, tenant_id)
         return samples.requests + (await self.work(self.store.loads.training, tenant_id)).requests
+
+    async def _ended_since(self, since: float) -> Mapping[TenantId, int]:
+        ended: Counter[TenantId] = Counter()
+        for (_, tenant_id), num in (await self.work(self.store.places.ended_since, since)).items():
+            ended[tenant_id] += num
+        return ended
 
     def _disk_bytes(self) -> Mapping[str, int]:
         """By kind, as they were measured last."""

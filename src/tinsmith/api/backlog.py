@@ -1,0 +1,55 @@
+"""What of each tenant waits to be carried out, and how fast that goes: as it was a moment ago, and what came since.
+
+It is looked up only while there is reason to. For the event loop's own thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+from tinsmith.types import TenantId
+
+ENOUGH = 1024  # requests: some batches of the worker
+LONG_S = 5.0  # longer than anybody who was refused stays away
+PACE_OVER_S = 5.0
+PACE_TTL_S = 1.0
+
+Count = Callable[[TenantId], Awaitable[int]]
+EndedSince = Callable[[float], Awaitable[Mapping[TenantId, int]]]
+
+
+class Backlog:
+    def __init__(self, count: Count, ended_since: EndedSince) -> None:
+        """count: how many of a tenant's wait. ended_since: how many have ended since then (unix seconds)."""
+        self._count = count
+        self._ended_since = ended_since
+        self._waiting: Counter[TenantId] = Counter()
+        self._ended: Mapping[TenantId, int] = {}
+        self._pace_until = 0.0
+
+    def came(self, tenant_id: TenantId) -> None:
+        """One more."""
+        self._waiting[tenant_id] += 1
+
+    def has_enough(self, tenant_id: TenantId) -> bool:
+        """Whether the worker won't run out of this tenant's for a while."""
+        return self._waiting[tenant_id] >= ENOUGH
+
+    def is_long(self, tenant_id: TenantId) -> bool:
+        """Whether it has enough, and it takes longer than `LONG_S` at the pace of what of it ended of late."""
+        if not self.has_enough(tenant_id):
+            return False
+        return self._waiting[tenant_id] > self._ended.get(tenant_id, 0) * LONG_S / PACE_OVER_S
+
+    async def look(self, tenant_ids: Iterable[TenantId]) -> None:
+        """Count what waits of these, and of those that had something waiting."""
+        if time.monotonic() > self._pace_until:
+            self._ended = await self._ended_since(time.time() - PACE_OVER_S)
+            self._pace_until = time.monotonic() + PACE_TTL_S
+        for tenant_id in set(tenant_ids) | self._waiting.keys():
+            self._waiting[tenant_id] = await self._count(tenant_id)
+
+    def clear(self) -> None:
+        self._waiting.clear()
