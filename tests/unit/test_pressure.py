@@ -161,17 +161,25 @@ def test_what_comes_counts_before_it_is_counted() -> None:
     assert pressure.refuses(CROWD)
 
 
-def test_where_cores_are_short_what_comes_is_let_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_cores_are_short_and_backlogs_long_what_comes_is_let_come_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dozes: list[float] = []
     monkeypatch.setattr(pressure_module, "_doze", dozes.append)
     shares = {"now": 1.0}
 
     async def main() -> None:
-        pressure = Pressure(lambda: 0.0, None, lambda: lambda: shares["now"])
+        pressure = Pressure(lambda: 0.0, backlog({CROWD: ENOUGH}, {}), lambda: lambda: shares["now"])
         async with pressure.watching():
-            while len(dozes) < 3:
-                await asyncio.sleep(0.01)
-            assert pressure.is_crowded
+            with pressure.under_way(CROWD):
+                while not pressure.is_crowded:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                assert not dozes, "nobody was refused"
+                while not pressure.refuses(CROWD):
+                    await asyncio.sleep(0.01)
+                while len(dozes) < 3:
+                    await asyncio.sleep(0.01)
             shares["now"] = 0.0
             while pressure.is_crowded:
                 await asyncio.sleep(0.01)

@@ -11,7 +11,7 @@ what it takes to serve.
 Where requests come faster than they are carried out, and taking them in keeps a core from those who carry them out
 (this thread stands ready for `CONTENDED` of the time and waits for one), tenants whose backlog is long already are
 refused as well, until none was for `RELAX_S`: taken in, theirs would wait all the same, and make all others slower.
-Meanwhile the event loop dozes between short bursts, as a thread that is woken for each request by itself takes twice
+While some are, the event loop dozes between short bursts, as a thread that is woken for each request by itself takes twice
 the time for them.
 
 A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
@@ -46,7 +46,7 @@ DEAF_S = 1.0
 FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
 CONTENDED = 0.1
 OVER = 20  # looks, over which that is measured
-AWAKE_S, DOZE_S = 0.005, 0.025  # in turns, while taking in keeps a core from others
+AWAKE_S, DOZE_S = 0.005, 0.025  # in turns
 APART = 5  # looks, while the queue alone is what matters
 WAITS_S = (1, 2, 3)  # told in turn to those who are refused, so that they don't come back together
 MAX_WAIT_S = max(WAITS_S) + 1  # by one more where what waits is long
@@ -81,6 +81,7 @@ class Pressure:
         self._waits_s = cycle(WAITS_S)
         self._share = 0.0
         self._crowded_until = 0.0
+        self._long_until = 0.0
         self.is_high = False
         self.num_refused = 0
 
@@ -105,7 +106,7 @@ class Pressure:
     def _is_long(self, tenant_id: TenantId) -> bool:
         if self._backlog is None or not self._backlog.is_long(tenant_id):
             return False
-        self._crowded_until = time.monotonic() + RELAX_S
+        self._crowded_until = self._long_until = time.monotonic() + RELAX_S
         return True
 
     @contextmanager
@@ -185,11 +186,12 @@ class Pressure:
                     await task
 
     async def _gather(self) -> None:
-        """Where cores are short, let what comes come together."""
+        """Where cores are short and what was accepted takes long, let what comes come together."""
         while True:
-            await asyncio.sleep(AWAKE_S if self.is_crowded else LOOK_S)
-            if self.is_crowded:
+            is_long = self.is_crowded and time.monotonic() < self._long_until
+            if is_long:
                 _doze(DOZE_S)
+            await asyncio.sleep(AWAKE_S if is_long else LOOK_S)
 
     async def _watch(self) -> None:
         contended = self._contended()
