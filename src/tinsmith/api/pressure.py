@@ -11,8 +11,8 @@ what it takes to serve.
 Where requests come faster than they are carried out, and taking them in keeps a core from those who carry them out
 (this thread stands ready for `CONTENDED` of the time and waits for one), tenants whose backlog is long already are
 refused as well, until none was for `RELAX_S`: taken in, theirs would wait all the same, and make all others slower.
-While some are, the event loop dozes between short bursts, as a thread that is woken for each request by itself takes twice
-the time for them.
+While some are, the event loop dozes between short bursts, as a thread that is woken for each request by itself takes
+twice the time for them.
 
 A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
 what its client sends meanwhile waits on the client's side. For the event loop's own thread.
