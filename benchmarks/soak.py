@@ -10,7 +10,10 @@ leak doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=f
 more requests.
 
 With `--tenants` (`make soak`) they come and go, each with a key, a session and a run of its own for a while, and every
-minute a process is killed: the API process, a worker, both. Memory counts once a process is a while old. Besides, files
+minute a process is killed: the API process, a worker, both. All together they make `--steps` training steps a minute,
+fewer than they could: what is in memory and in files for a minute follows the pace, and on a machine that does other
+work as well the pace would change. How much of it was kept is printed; below `MIN_KEPT` the readings say little, and
+the verdict is that. Memory counts once a process is a while old. Besides, files
 that have an end (payloads, results, samplers' weights) must be flat, and so must the database: a minute after a request
 has ended nobody can ask for it, and its row goes, with the logs of runs that rest. No request may be open for longer
 than `STUCK_S`, and clients without any retries of their own must see no error. What stays for good is allowed for: some
@@ -36,7 +39,6 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,8 @@ KILL_EVERY_S = 60.0
 VISIT_S = (10.0, 60.0)
 SETTLE_S = 15.0  # before the memory of a new process counts
 STUCK_S = 60.0
+MIN_KEPT = 0.8
+CATCH_UP_S = 30.0  # what a client is behind by that much, it makes good
 ENDING = ("payloads", "results", "checkpoints")  # areas of files that have an end, as nothing is saved by name
 FLAGS = (
     "--max-resident-runs", "48", "--max-resident-adapters", "24", "--prefix-cache-mib", "4", "--kv-cache-mib", "64",
@@ -76,11 +80,12 @@ def main() -> None:
         stop = threading.Event()
         done: Counter[str] = Counter()
         client = tinker.ServiceClient()
-        target: Callable[..., None] = visits if args.tenants else drive
         drivers = [
             threading.Thread(
-                target=target,
-                args=(server if args.tenants else client, seed, stop, done),
+                target=visits if args.tenants else drive,
+                args=(server, seed, stop, done, 60 * args.runs / args.steps)
+                if args.tenants
+                else (client, seed, stop, done),
                 name=f"run {seed}",
                 daemon=True,
             )
@@ -104,6 +109,10 @@ def main() -> None:
         print(f"\n{dict(done)}\n")
         verdicts = [report(name, values) for name, values in readings.items()]
         is_flat = all(verdicts)
+        if args.tenants:
+            kept = done["steps"] / (args.steps * args.minutes)
+            print(f"{kept:.2f} of the steps that were due{'' if kept >= MIN_KEPT else ': **too few to tell**'}")
+            is_flat = is_flat and kept >= MIN_KEPT
         trouble = {what: n for what, n in done.items() if n and (what == "errors" or what.startswith("stuck"))}
         print(f"\nmemory, files and database are {'flat' if is_flat else '**not flat**'}; trouble: {trouble or 'none'}")
     raise SystemExit(0 if is_flat and not trouble else 1)
@@ -127,9 +136,11 @@ def drive(client: Any, seed: int, stop: threading.Event, done: Counter[str]) -> 
             print(f"run {seed}: {error!r}", flush=True)
 
 
-def visits(server: Server, seed: int, stop: threading.Event, done: Counter[str]) -> None:
-    """One tenant after another, until `stop`: each has a key, trains and samples for a while, and ends its session."""
+def visits(server: Server, seed: int, stop: threading.Event, done: Counter[str], interval_s: float) -> None:
+    """One tenant after another, until `stop`: each has a key, trains and samples for a while, a step every `interval_s`
+    as far as it can, and ends its session."""
     rng = np.random.default_rng(seed)
+    due = time.monotonic() + rng.uniform(0, interval_s)
     for number in count():
         if stop.is_set():
             return
@@ -146,7 +157,8 @@ def visits(server: Server, seed: int, stop: threading.Event, done: Counter[str])
                     if step % SAMPLE_EVERY == 0:
                         sample(run, rng, None)
                         done["samples"] += 1
-                    if stop.is_set() or time.monotonic() > until:
+                    due = max(due + interval_s, time.monotonic() - CATCH_UP_S)
+                    if stop.wait(max(0.0, due - time.monotonic())) or time.monotonic() > until:
                         break
             done["tenants"] += 1
         except tinker.TinkerError as error:
@@ -305,6 +317,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--runs", type=int, default=64)
+    parser.add_argument("--steps", type=float, default=160.0, help="a minute, of all tenants together")
     parser.add_argument("--tenants", action="store_true", help="tenants that come and go, and a kill every minute")
     parser.add_argument(
         "--flag", action="append", default=[], help="one more flag of the server, such as --flag=--threads=1"
