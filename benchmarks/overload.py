@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = {
-    "fake": Case("the API as the bottleneck", "fake", 5632, (64, 256, 512), 2.0),
+    "fake": Case("the API as the bottleneck", "fake", 5632, (64, 256, 512), 6.0),
     "real": Case("the engine as the bottleneck", "cpu", 1024, (32, 64, 128), 16.0),
 }
 
