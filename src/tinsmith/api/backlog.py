@@ -6,7 +6,7 @@ It is looked up only while there is reason to. For the event loop's own thread.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tinsmith.types import TenantId
@@ -15,6 +15,7 @@ ENOUGH = 1024  # requests: some batches of the worker
 LONG_S = 5.0  # longer than anybody who was refused stays away
 PACE_OVER_S = 5.0
 PACE_TTL_S = 1.0
+LEAST_PACE = 4.0  # a second: among what was refused may be what all the others wait for
 
 Count = Callable[[TenantId], Awaitable[int]]
 EndedSince = Callable[[float], Awaitable[Mapping[TenantId, int]]]
@@ -27,29 +28,39 @@ class Backlog:
         self._ended_since = ended_since
         self._waiting: Counter[TenantId] = Counter()
         self._ended: Mapping[TenantId, int] = {}
+        self._spare: defaultdict[TenantId, float] = defaultdict(float)  # that may come, though it is long
+        self._looked_at = time.monotonic()
         self._pace_until = 0.0
 
     def came(self, tenant_id: TenantId) -> None:
         """One more."""
         self._waiting[tenant_id] += 1
+        self._spare[tenant_id] -= 1
 
     def has_enough(self, tenant_id: TenantId) -> bool:
         """Whether the worker won't run out of this tenant's for a while."""
         return self._waiting[tenant_id] >= ENOUGH
 
     def is_long(self, tenant_id: TenantId) -> bool:
-        """Whether it has enough, and it takes longer than `LONG_S` at the pace of what of it ended of late."""
-        if not self.has_enough(tenant_id):
+        """Whether it has enough, which takes longer than `LONG_S` at the pace of what of it ended of late, and as much
+        came since the last look as ends in that time. If nothing of it ends at all, it is not for want of a core."""
+        num_ended = self._ended.get(tenant_id, 0)
+        if not num_ended or not self.has_enough(tenant_id):
             return False
-        return self._waiting[tenant_id] > self._ended.get(tenant_id, 0) * LONG_S / PACE_OVER_S
+        return self._waiting[tenant_id] > num_ended * LONG_S / PACE_OVER_S and self._spare[tenant_id] <= 0
 
     async def look(self, tenant_ids: Iterable[TenantId]) -> None:
         """Count what waits of these, and of those that had something waiting."""
         if time.monotonic() > self._pace_until:
             self._ended = await self._ended_since(time.time() - PACE_OVER_S)
             self._pace_until = time.monotonic() + PACE_TTL_S
+        now = time.monotonic()
+        since_s, self._looked_at = min(1.0, now - self._looked_at), now
         for tenant_id in set(tenant_ids) | self._waiting.keys():
             self._waiting[tenant_id] = await self._count(tenant_id)
+            pace = max(LEAST_PACE, self._ended.get(tenant_id, 0) / PACE_OVER_S)
+            self._spare[tenant_id] = pace * since_s
 
     def clear(self) -> None:
         self._waiting.clear()
+        self._spare.clear()

@@ -10,7 +10,8 @@ what it takes to serve.
 
 Where requests come faster than they are carried out, and taking them in keeps a core from those who carry them out
 (this thread stands ready for `CONTENDED` of the time and waits for one), tenants whose backlog is long already are
-refused as well, until none was for `RELAX_S`: taken in, theirs would wait all the same, and make all others slower.
+refused as well, but for as many as end meanwhile, until none was for `RELAX_S` or `STAY_S` have passed: taken in,
+theirs would wait all the same, and make all others slower.
 While some are, the event loop dozes between short bursts, as a thread that is woken for each request by itself takes
 twice the time for them.
 
@@ -80,7 +81,7 @@ class Pressure:
         self._num_before = 0  # refused when it was looked last whether they are many
         self._waits_s = cycle(WAITS_S)
         self._share = 0.0
-        self._crowded_until = 0.0
+        self._crowded_until = self._contended_at = 0.0
         self._long_until = 0.0
         self.is_high = False
         self.num_refused = 0
@@ -106,7 +107,8 @@ class Pressure:
     def _is_long(self, tenant_id: TenantId) -> bool:
         if self._backlog is None or not self._backlog.is_long(tenant_id):
             return False
-        self._crowded_until = self._long_until = time.monotonic() + RELAX_S
+        self._long_until = time.monotonic() + RELAX_S
+        self._crowded_until = max(self._crowded_until, min(self._long_until, self._contended_at + STAY_S))
         return True
 
     @contextmanager
@@ -150,6 +152,7 @@ class Pressure:
         """Of the time since the last look, this thread stood ready for that share and waited for a core."""
         self._share += (share - self._share) / OVER
         if self._share > CONTENDED:
+            self._contended_at = now
             self._crowded_until = max(self._crowded_until, now + INTERVAL_S)
         elif self.is_crowded and now > self._crowded_until:
             self._crowded_until = 0.0
