@@ -60,8 +60,11 @@ class Client:
         return bytes(answer)
 
     def promise(self, request: bytes) -> bytes:
-        """Send a request that is carried out later; its id."""
+        """Send a request that is carried out later, again while the server has too much to do; its id."""
         answer = self.ask(request)
+        while answer[9:12] == b"429":
+            time.sleep(1.0)
+            answer = self.ask(request)
         if answer[9:12] != b"200":
             raise SystemExit(f"refused: {answer!r}")
         begin = answer.index(MARK) + len(MARK)

@@ -97,3 +97,19 @@ def test_queued_samples_are_counted_for_their_tenant(world: Any) -> None:
     world.store.endings.cancel(world.tenant, ids[1], 1.0)
     assert world.store.loads.samples(world.tenant).requests == 1
     assert world.store.loads.samples(TenantId("nobody")).requests == 0
+
+
+def test_what_waits_for_a_worker_alone_is_told_from_what_waits_for_a_request_to_come(world: Any) -> None:
+    sampler = world.sampler()
+    world.sample(sampler, 0)
+    run, other = world.run(), world.run(1)
+    for seq in (1, 2, 4, 5):
+        world.put(run, seq)
+    world.put(other, 2)
+    ready = {"sample": 1, "creations": 2, "before the gap": 2}
+    assert world.store.loads.ready(world.tenant) == sum(ready.values())
+    world.put(run, 3)
+    assert world.store.loads.ready(world.tenant) == sum(ready.values()) + 3
+    world.work_off()
+    assert world.store.loads.ready(world.tenant) == 0, "nothing of the other run can begin"
+    assert world.store.loads.ready(TenantId("nobody")) == 0

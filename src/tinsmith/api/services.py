@@ -139,7 +139,7 @@ class Services:
         watched = Watched(self.store, self.settings, self.counting, polls, self._disk_bytes, self.supervisor)
         object.__setattr__(self, "watched", watched)
         object.__setattr__(
-            self, "pressure", Pressure(lambda: self.arriving.oldest_s, Backlog(self._count_queued, self._ended_since))
+            self, "pressure", Pressure(lambda: self.arriving.oldest_s, Backlog(self._count_ready, self._ended_since))
         )
         object.__setattr__(self, "sample_room", room_for_samples(self.settings, self.store.loads.samples))
         object.__setattr__(self, "training_room", room_for_training(self.settings, self.store.loads.training))
@@ -166,9 +166,8 @@ class Services:
             return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
 
-    async def _count_queued(self, tenant_id: TenantId) -> int:
-        samples = await self.work(self.store.loads.samples, tenant_id)
-        return samples.requests + (await self.work(self.store.loads.training, tenant_id)).requests
+    async def _count_ready(self, tenant_id: TenantId) -> int:
+        return await self.work(self.store.loads.ready, tenant_id)
 
     async def _ended_since(self, since: float) -> Mapping[TenantId, int]:
         ended: Counter[TenantId] = Counter()

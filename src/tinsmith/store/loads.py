@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import bindparam, exists, func, select
+from sqlalchemy import bindparam, exists, func, or_, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import HAS_RUNNABLE, IS_QUEUED
@@ -17,6 +17,15 @@ _OF_TENANT = select(func.count(), func.coalesce(func.sum(ops.c.payload_bytes), 0
 )
 _SAMPLES = Prepared(_OF_TENANT.where(ops.c.kind == "sample"))
 _TRAINING = Prepared(_OF_TENANT.where(ops.c.kind != "sample"))
+_READY = Prepared(
+    select(func.count())
+    .select_from(ops.outerjoin(runs, runs.c.run_id == ops.c.run_id))
+    .where(
+        IS_QUEUED,
+        ops.c.tenant_id == bindparam("tenant_id"),
+        or_(ops.c.run_id.is_(None), ops.c.seq_id <= runs.c.head_seq),
+    )
+)
 _HAS_COME = exists().where(ops.c.run_id == runs.c.run_id, ops.c.seq_id == bindparam("seq_id")).correlate(runs)
 _STANDING = Prepared(
     select(runs.c.head_seq, runs.c.max_seq, HAS_RUNNABLE, _HAS_COME).where(runs.c.run_id == bindparam("run_id"))
@@ -49,6 +58,11 @@ class Loads:
         """Its requests on runs that no worker has taken yet, those to make runs among them."""
         with self._database.read() as conn:
             return Load(*_TRAINING.all(conn, {"tenant_id": tenant_id})[0])
+
+    def ready(self, tenant_id: TenantId) -> int:
+        """How many of all these wait for a worker and not for a request of their run that has not come."""
+        with self._database.read() as conn:
+            return int(_READY.all(conn, {"tenant_id": tenant_id})[0][0])
 
     def is_awaited(self, run_id: RunId, seq_id: int) -> bool:
         """Whether room for the request `seq_id` adds nothing, or nothing of the run can begin without it: it has come
