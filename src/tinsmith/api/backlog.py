@@ -23,7 +23,8 @@ EndedSince = Callable[[float], Awaitable[Mapping[TenantId, int]]]
 
 class Backlog:
     def __init__(self, count: Count, ended_since: EndedSince) -> None:
-        """count: how many of a tenant's wait for a worker alone. ended_since: how many have ended since then (unix seconds)."""
+        """count: how many of a tenant's wait for a worker alone. ended_since: how many have ended since then, unix
+        seconds."""
         self._count = count
         self._ended_since = ended_since
         self._waiting: Counter[TenantId] = Counter()
