@@ -1,6 +1,8 @@
 """Runs the battery of the families and writes what it found to docs/reference/models.md.
 
-python scripts/make_models_page.py
+python scripts/make_models_page.py [KIND ...]
+
+With names of `tests/families/configs.py` those alone are run, and the other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -52,20 +54,31 @@ and MLP, and transformers' attention interface. The server checks at its start t
 the untouched one, and refuses it with the names of the parts that it can't carry.
 
 """
+CAPTION = (
+    "The largest differences: log-probabilities from `transformers` and `peft` in float64, gradients by the norm",
+    "of each tensor, the sampler from the trainer. Of mixtures of experts, adapters are merged into the weights",
+    "of `transformers` in place of `peft`, which has no adapters of which experts share a factor. The tower's are",
+    "[adapters that pictures go through](../how-to/lora-options.md#the-vision-tower).",
+)
 
 
-def main() -> int:
+def main(kinds: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     from tests.families.configs import TITLES  # noqa: PLC0415  the path is only known here
 
+    if unknown := set(kinds) - TITLES.keys():
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; tests/families/configs.py names them all")
+    tried = {kind: title for kind, title in TITLES.items() if not kinds or kind in kinds}
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "tests/families", f"--junitxml={report}", "-o"]
+        command = [sys.executable, "-m", "pytest", "-q", "tests/families", f"--junitxml={report}"]
+        command += ["-k", " or ".join(kinds)] if kinds else []
         env = {**os.environ, "TINSMITH_TEST_ALL_FORMS": "1", "TINSMITH_TEST_TOWER": "1"}
-        done = subprocess.run([*command, "junit_family=xunit1"], cwd=ROOT, check=False, env=env)
+        done = subprocess.run([*command, "-o", "junit_family=xunit1"], cwd=ROOT, check=False, env=env)
         cases = ET.parse(report).getroot().iter("testcase")
-        passed, noted = read(cases, tuple(TITLES))
-    PAGE.write_text(HEAD + page(TITLES, passed, noted), encoding="utf-8")
+        passed, noted = read(cases, tuple(tried))
+    known = PAGE.read_text(encoding="utf-8").split(CAPTION[0]) if kinds else ["", ""]
+    PAGE.write_text(HEAD + page(TITLES, rows_of(tried, passed, noted), known), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return done.returncode
 
@@ -95,26 +108,37 @@ def read(cases: object, kinds: tuple[str, ...]) -> tuple[dict[tuple[str, str], b
     return passed, noted
 
 
-def page(titles: dict[str, str], passed: dict[tuple[str, str], bool], noted: dict[tuple[str, str], float]) -> str:
-    lines = [f"| family | {' | '.join(FEATURES)} | quantised |", "|---" * (len(FEATURES) + 2) + "|"]
-    for kind, title in titles.items():
+def rows_of(
+    titles: dict[str, str], passed: dict[tuple[str, str], bool], noted: dict[tuple[str, str], float]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """By kind the rows of both tables, from the second cell on."""
+    features, differences = {}, {}
+    for kind in titles:
         cells = ["yes" if passed.get((kind, feature)) else "no" for feature in FEATURES]
         cells.append(", ".join(name for form, name in FORMS.items() if passed.get((kind, form))) or "no")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "The largest differences: log-probabilities from `transformers` and `peft` in float64, gradients by the norm",
-        "of each tensor, the sampler from the trainer. Of mixtures of experts, adapters are merged into the weights",
-        "of `transformers` in place of `peft`, which has no adapters of which experts share a factor. The tower's are",
-        "[adapters that pictures go through](../how-to/lora-options.md#the-vision-tower).",
-        "",
-    ]
-    lines += [f"| family | {' | '.join(DIFFERENCES)} |", "|---" * (len(DIFFERENCES) + 1) + "|"]
-    for kind, title in titles.items():
-        cells = [f"{noted[kind, what]:.1e}" if (kind, what) in noted else "" for what in DIFFERENCES]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        features[kind] = " | ".join(cells)
+        differences[kind] = " | ".join(
+            f"{noted[kind, what]:.1e}" if (kind, what) in noted else "" for what in DIFFERENCES
+        )
+    return features, differences
+
+
+def page(titles: dict[str, str], rows: tuple[dict[str, str], dict[str, str]], known: list[str]) -> str:
+    """known: the page as it is, before and after the caption: its rows stay where `rows` has none."""
+    features, differences = (
+        [f"| {title} | {own[kind]} |" if kind in own else row_in(old, title) for kind, title in titles.items()]
+        for own, old in zip(rows, known, strict=True)
+    )
+    lines = [f"| family | {' | '.join(FEATURES)} | quantised |", "|---" * (len(FEATURES) + 2) + "|", *features]
+    lines += ["", *CAPTION, ""]
+    lines += [f"| family | {' | '.join(DIFFERENCES)} |", "|---" * (len(DIFFERENCES) + 1) + "|", *differences]
     return "\n".join(lines) + "\n"
 
 
+def row_in(old: str, title: str) -> str:
+    found = [line for line in old.splitlines() if line.startswith(f"| {title} |")]
+    return found[0] if found else sys.exit(f"the page has no row of {title} yet: name it too")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -103,7 +103,7 @@ TITLES = {
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "glm4_moe_lite": "GLM-4.7-Flash",
-    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "kimi_k2": "Kimi-K2",
+    "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "moonlight": "Moonlight", "kimi_k2": "Kimi-K2",
     "llama4": "Llama 4 (text)", "llama4_vl": "Llama 4",
     "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3", "qwen3_vl_moe": "Qwen3-VL-MoE",
     "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
@@ -119,6 +119,11 @@ KIMI_K2: dict[str, Any] = {
 KIMI_K2_ROPE = {
     "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
+}  # fmt: skip
+# queries straight from the hidden states; values wider than keys, where the other two have narrower ones
+MOONLIGHT: dict[str, Any] = {
+    **KIMI_K2, "q_lora_rank": None, "v_head_dim": 28, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 
 # two of three layers keep a state
@@ -139,20 +144,23 @@ HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_fac
 MROPE = {**HALF_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 # config.json of families whose directories on the hub have another than transformers writes
+HUB_DEEPSEEK: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+    "rope_theta": 50_000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True,
+    "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "pretraining_tp": 1,
+    "attention_dropout": 0.0, "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32",
+    "transformers_version": "4.48.3",
+}  # fmt: skip
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_k2": {
-        **KIMI_K2,
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModel": "modeling_deepseek.DeepseekV3Model",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-        },
-        "model_type": "kimi_k2", "rope_theta": 50_000.0, "rope_scaling": {**KIMI_K2_ROPE, "type": "yarn"},
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True, "aux_loss_alpha": 0.001, "ep_size": 1,
-        "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "attention_dropout": 0.0,
-        "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32", "transformers_version": "4.48.3",
+        **KIMI_K2, **HUB_DEEPSEEK, "model_type": "kimi_k2", "rope_scaling": {**KIMI_K2_ROPE, "type": "yarn"},
     },
+    "moonlight": {**MOONLIGHT, **HUB_DEEPSEEK, "model_type": "deepseek_v3"},
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
@@ -200,6 +208,12 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
             moe_intermediate_size=48, n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.7,
             rope_parameters=YARN,
+        ),
+    ),
+    "moonlight": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **MOONLIGHT, rope_parameters={"rope_type": "default", "rope_theta": 50_000.0}, num_nextn_predict_layers=0,
         ),
     ),
     "kimi_k2": (

@@ -274,8 +274,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out.
 
-    Values may be narrower than keys (MLA, arXiv 2405.04434, section 2.1): they get columns of zeros, since attention
-    and caches are made for one head size.
+    Values may be narrower or wider than keys (MLA, arXiv 2405.04434, section 2.1): what is narrower gets columns of
+    zeros, which change no score, since attention and caches are made for one head size.
     """
     strange = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
     if attention_mask is not None or dropout or strange:
@@ -290,9 +290,11 @@ def _attend(
         extras.get("s_aux"),
     )
     context = cast(PassHolder, getattr(module, HOLDER)).context
-    size, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-    wide = F.pad(value, (0, missing)) if missing > 0 else value
-    out_THD = context.attend(cast(int, module.layer_idx), query[0], key[0], wide[0], kind)
+    size = value.shape[-1]
+    width = max(size, query.shape[-1])
+    q_HTD, k_GTD, v_GTD = (x[0] if x.shape[-1] == width else F.pad(x[0], (0, width - x.shape[-1])) for x in
+                           (query, key, value))  # fmt: skip
+    out_THD = context.attend(cast(int, module.layer_idx), q_HTD, k_GTD, v_GTD, kind)
     return out_THD[None, ..., :size], None
 
 
