@@ -46,8 +46,18 @@ in which the family itself was trained and sampled, within the same bounds (`mak
 
 Two things are not as in every directory of a family. The norms of Qwen3.5 and Qwen3-Next have an epsilon of 1e-4
 here: with their own 1e-6, random weights make outcomes that nearly vanish, and a norm of those magnifies the last bits
-(their delta rule has tests of its own, with 1e-6). Phi-3 and Phi-4 are those without `longrope`, which is refused by
-name, as are Phi-2 and Phi-3.5-MoE.
+(their delta rule has tests of its own, with 1e-6). Phi-2 and Phi-3.5-MoE are refused by name.
+
+Phi-3.5-mini, Phi-4-mini and the 128k forms of Phi-3 scale rope by `longrope`: there are factors for sequences up to
+the length that a model was first trained at (`original_max_position_embeddings`), and others for longer ones.
+`transformers` takes the one or the other for each call, and computes the keys of a sampled sequence anew once it
+crosses that length, so that its first tokens were drawn with other numbers than it ends with. A server of tinsmith
+takes one for all sequences, as vLLM does with its `max_model_len`: the long factors, unless `--max-context-tokens` is
+at most that length. So what is sampled has the trainer's log-probabilities on both sides of it. A sequence has those
+of `transformers` where that would take the same factors: with `--max-context-tokens 4096` every one of Phi-4-mini,
+without it those longer than 4096 tokens (the rows named `long`). Train and serve an adapter with the same setting,
+and for short sequences with `--max-context-tokens 4096` if it is to run in `transformers`; another engine's own limit
+should be likewise.
 
 An architecture that isn't named here is served if it is made of parts that are known: `nn.Linear` layers in attention
 and MLP, and transformers' attention interface. The server checks at its start that the opened model gives the logits of

@@ -47,6 +47,13 @@ class Settings(DoorSettings):
         "a restart, on the same hardware, versions and number of threads; a worker that can't keep this doesn't start.",
         group="engine",
     )
+    max_context_tokens: int = setting(
+        0,
+        "Longest sequence of a base model, prompt and answer together; 0: what its config.json says, which is also "
+        "the most. Where rope is scaled by longrope, it decides which factors all sequences get.",
+        unit="tokens",
+        group="engine",
+    )
     pass_max_tokens: int = setting(
         0,
         "Most tokens in one forward and backward; 0 finds it from the memory that is free.",

@@ -100,7 +100,9 @@ QWEN_MARKS = {
 # what people call them
 TITLES = {
     "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral",
-    "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
+    "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4",
+    "phi4_mini": "Phi-4-mini, Phi-3.5-mini", "phi4_mini_long": "Phi-4-mini, Phi-3.5-mini (long)",
+    "olmo2": "OLMo 2", "olmo3": "OLMo 3",
     "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "moonlight": "Moonlight", "kimi_k2": "Kimi-K2",
@@ -125,6 +127,17 @@ MOONLIGHT: dict[str, Any] = {
     **KIMI_K2, "q_lora_rank": None, "v_head_dim": 28, "n_routed_experts": 8, "n_shared_experts": 2,
     "num_experts_per_tok": 3, "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+
+PHI4_MINI: dict[str, Any] = {
+    **COMMON, "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "sliding_window": 262_144,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.25, 1.4, 1.7, 2.0], "long_factor": [1.0, 1.5, 2.5, 6.0, 17.0, 40.0],
+}  # fmt: skip
+# the longest sequence where it is less than a configuration says: with phi4_mini's, short factors hold for all. In
+# phi4_mini_long the long ones do, and in transformers too: no sequence of the battery is as short as its first length
+CONTEXTS = {"phi4_mini": 256}
 
 # two of three layers keep a state
 QWEN_NEXT: dict[str, Any] = {
@@ -161,6 +174,17 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
         **KIMI_K2, **HUB_DEEPSEEK, "model_type": "kimi_k2", "rope_scaling": {**KIMI_K2_ROPE, "type": "yarn"},
     },
     "moonlight": {**MOONLIGHT, **HUB_DEEPSEEK, "model_type": "deepseek_v3"},
+    "phi4_mini": {
+        **PHI4_MINI, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rope_theta": 10_000.0,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+            "AutoTokenizer": "Xenova/gpt-4o",
+        },
+        "rope_scaling": {**LONGROPE, "type": "longrope"}, "attention_bias": False, "attention_dropout": 0.0,
+        "embd_pdrop": 0.0, "full_attn_mod": 1, "hidden_act": "silu", "interpolate_factor": 1, "lm_head_bias": False,
+        "mlp_bias": False, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
+        "transformers_version": "4.45.0", "use_cache": True,
+    },
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
@@ -268,6 +292,16 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
         ),
     ),
     "phi3": (Phi3ForCausalLM, Phi3Config(**COMMON, sliding_window=17)),
+    "phi4_mini": (
+        Phi3ForCausalLM, Phi3Config(**PHI4_MINI, rope_parameters={**LONGROPE, "rope_type": "longrope"}),
+    ),
+    "phi4_mini_long": (
+        Phi3ForCausalLM,
+        Phi3Config(
+            **{**PHI4_MINI, "original_max_position_embeddings": 4},
+            rope_parameters={**LONGROPE, "rope_type": "longrope"},
+        ),
+    ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config(**COMMON)),
     "olmo3": (Olmo3ForCausalLM, Olmo3Config(**COMMON, sliding_window=12, layer_types=ONE_OF_TWO)),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**COMMON, no_rope_layers=[1, 0])),

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from tests.families.configs import CONFIGS, HUB_CONFIGS, PROCESSORS
+from tests.families.configs import CONFIGS, CONTEXTS, HUB_CONFIGS, PROCESSORS
 from tests.families.twin import plain_model
 from tinsmith.bases.vision_files import read_vision
 from tinsmith.model import BaseModel, load_base
@@ -80,7 +80,8 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         path = Path(directories[kind])
         vision = read_vision(path, json.loads((path / "config.json").read_text())) if kind in PROCESSORS else None
         text = config.get_text_config()
-        info = BaseInfo(kind, str(path), kind, text.vocab_size, text.max_position_embeddings, (), vision=vision)
+        max_context = CONTEXTS.get(kind, text.max_position_embeddings)
+        info = BaseInfo(kind, str(path), kind, text.vocab_size, max_context, (), vision=vision)
         return load_base(
             info,
             device=torch.device(device),

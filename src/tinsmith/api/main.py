@@ -150,7 +150,8 @@ def build_services(
     shares_factors = settings.expert_adapters == "shared"
     for ref in parse_all(settings.base_model):
         files = {file.name: file for file in tokenizer_files(ref.directory)}
-        bases[ref.name] = ServedBase(info=describe(ref, shares_factors=shares_factors), tokenizer_files=files)
+        info = describe(ref, shares_factors=shares_factors, max_context=settings.max_context_tokens)
+        bases[ref.name] = ServedBase(info=info, tokenizer_files=files)
     return Services(
         settings=settings,
         store=store,

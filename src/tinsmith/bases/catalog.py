@@ -149,11 +149,11 @@ def hub_names(names: Iterable[str]) -> dict[str, str]:
     return known
 
 
-def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
+def describe(ref: BaseRef, *, shares_factors: bool = True, max_context: int = 0) -> BaseInfo:
     """What clients and checks have to know of a base, from its config.json and generation_config.json.
 
     `arch` is the config's model_type. The end tokens are those of generation_config, else of config. shares_factors:
-    adapters of experts do (`--expert-adapters`).
+    adapters of experts do (`--expert-adapters`). max_context: what `--max-context-tokens` says; 0: as the config does.
 
     Raises:
         ConfigError: a file is missing, not JSON, or lacks a field.
@@ -165,7 +165,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     vision = read_vision(path, config) if config.get("model_type") in SHOWN else None
     try:
-        vocab_size, max_context = int(inner["vocab_size"]), int(inner["max_position_embeddings"])
+        vocab_size, own_context = int(inner["vocab_size"]), int(inner["max_position_embeddings"])
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             f"{path / 'config.json'}: vocab_size and max_position_embeddings are needed, as in a causal language model"
@@ -176,7 +176,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True) -> BaseInfo:
         path=str(path),
         arch=str(config.get("model_type", "")),
         vocab_size=vocab_size,
-        max_context=max_context,
+        max_context=min(own_context, max_context or own_context),
         eos_tokens=_ids(inner.get("eos_token_id") if eos is None else eos),
         is_head_tied=_is_head_tied(path),
         num_params=num_params(path),

@@ -165,7 +165,7 @@ def check_bases(settings: Settings) -> tuple[list[catalog.BaseRef], list[Check]]
             rows.append(Check("base model", Level.OK, f"{ref.name}: fetched from the hub at the first start"))
             continue
         try:
-            info = catalog.describe(ref)
+            info = catalog.describe(ref, max_context=settings.max_context_tokens)
             params = catalog.num_params(ref.path)
         except ConfigError as error:
             rows.append(Check("base model", Level.FAIL, error.message, f"repair or replace {ref.path}"))

@@ -26,6 +26,7 @@ from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
+from tinsmith.model.longrope import settle_longrope
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
 from tinsmith.model.stored import Stored
 from tinsmith.model.weight_files import WeightFiles
@@ -83,7 +84,8 @@ def load_model(
     weights: str = DEQUANTISED,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """transformers' own model of the directory, on the device; as `load_base`, but for `weights`.
+    """transformers' own model of the directory, on the device; as `load_base`, but for `weights`. Its rotary
+    frequencies are those for `info.max_context`, see `longrope`.
 
     Raises:
         UserError, UnsupportedError: as `load_base`.
@@ -116,6 +118,7 @@ def load_model(
     if lacking:
         raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
     source.end()
+    settle_longrope(model, info.max_context)
     return cast(PreTrainedModel, model)
 
 

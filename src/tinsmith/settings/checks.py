@@ -21,9 +21,10 @@ POSITIVE = (
     "full_snapshots", "max_pictures", "max_picture_bytes", "max_picture_pixels", "picture_fetch_s",
 )  # fmt: skip
 MAY_BE_ZERO = (
-    "prefix_cache_mib", "picture_cache_mib", "pass_max_tokens", "loss_chunk_tokens", "price_training", "price_prefill",
-    "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib", "max_tenant_disk_mib",
-    "min_free_disk_mib", "pass_timeout_s", "metrics_tenants", "run_ttl_s", "audit_ttl_s", "usage_hours_s",
+    "prefix_cache_mib", "picture_cache_mib", "max_context_tokens", "pass_max_tokens", "loss_chunk_tokens",
+    "price_training", "price_prefill", "price_prefill_cached", "price_sample", "unpolled_sample_s", "max_disk_mib",
+    "max_tenant_disk_mib", "min_free_disk_mib", "pass_timeout_s", "metrics_tenants", "run_ttl_s", "audit_ttl_s",
+    "usage_hours_s",
 )  # fmt: skip
 DAY_S = 86400.0
 AT_LEAST = {"run_ttl_s": DAY_S, "audit_ttl_s": 30 * DAY_S, "usage_hours_s": 31 * DAY_S}  # unless 0

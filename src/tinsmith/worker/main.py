@@ -119,7 +119,8 @@ def _serve(
     )
     renewing.start()
     started = time.monotonic()
-    engine = make_engine(describe(base), settings, role, loading.tell)
+    info = describe(base, max_context=settings.max_context_tokens)
+    engine = make_engine(info, settings, role, loading.tell)
     write_layers(settings.data_dir, base.name, engine.layers)
     if settings.full_fine_tuning:
         write_weights(settings.data_dir, base.name, engine.full_weights)
