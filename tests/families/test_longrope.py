@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import Phi3Config, Phi3ForCausalLM, PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
@@ -140,3 +141,10 @@ def test_an_embedding_that_changes_more_than_frequencies_is_refused_beyond_the_f
     with pytest.raises(UnsupportedError, match=f"rotary changes more .*--max-context-tokens {FIRST}"):
         settle_longrope(module, FIRST + 1)
     settle_longrope(torch.nn.ModuleDict({"rotary": PhimoeRotaryEmbedding(config)}), FIRST)
+
+
+def test_the_log_says_which_factors_short_sequences_get(directory: Path) -> None:
+    for max_context, lines in ((FIRST, 0), (FIRST + 1, 1)):
+        with capture_logs() as said:
+            opened(directory, max_context)
+        assert len([line for line in said if f"--max-context-tokens {FIRST}" in line["event"]]) == lines

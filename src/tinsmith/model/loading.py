@@ -26,7 +26,7 @@ from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
-from tinsmith.model.longrope import settle_longrope
+from tinsmith.model.longrope import settle_longrope, tell_longrope
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
 from tinsmith.model.stored import Stored
 from tinsmith.model.weight_files import WeightFiles
@@ -61,6 +61,7 @@ def load_base(
             are named.
     """
     model = load_model(info, device, dtype, weights=weights, progress=progress)
+    tell_longrope(model, info.name, info.max_context)
     return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 

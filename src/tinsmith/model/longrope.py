@@ -57,12 +57,19 @@ def _settle(name: str, module: nn.Module, max_context: int) -> None:
             f"{name} changes more than frequencies with the length of a sequence, which isn't served beyond "
             f"{first_length} tokens: serve it with --max-context-tokens {first_length}"
         )
-    if is_long:
-        log.info(
-            "LongRoPE: all sequences get the frequencies of long ones, since longer ones are taken; with "
-            f"--max-context-tokens {first_length} all get those of short ones",
-            max_context=max_context,
-        )
+
+
+def tell_longrope(model: nn.Module, base: str, max_context: int) -> None:
+    """To the log, where sequences of a base get other frequencies than they had alone."""
+    for module in model.modules():
+        rope: Any = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        if rope.get("rope_type") == LONGROPE and max_context > rope["original_max_position_embeddings"]:
+            log.info(
+                "LongRoPE: short sequences get the frequencies of long ones, since those are taken too; with "
+                f"--max-context-tokens {rope['original_max_position_embeddings']} all get those of short ones",
+                base=base,
+            )
+            return
 
 
 def _turns(module: nn.Module, places: tuple[int, ...]) -> Tensor:
