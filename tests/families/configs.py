@@ -85,6 +85,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+LATE_WINDOWS = {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}  # from the second layer on
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 IMAGE = 207  # the placeholder of models with vision
@@ -99,7 +100,8 @@ QWEN_MARKS = {
 
 # what people call them
 TITLES = {
-    "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral",
+    "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen2_windows": "Qwen2.5 (windows)",
+    "qwen3": "Qwen3", "qwen3_windows": "Qwen3 (windows)", "mistral": "Mistral", "ministral": "Ministral",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4",
     "phi4_mini": "Phi-4-mini, Phi-3.5-mini", "phi4_mini_long": "Phi-4-mini, Phi-3.5-mini (long)",
     "olmo2": "OLMo 2", "olmo3": "OLMo 3",
@@ -191,6 +193,8 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON, rope_parameters=YARN, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
+    "qwen2_windows": (Qwen2ForCausalLM, Qwen2Config(**COMMON, **LATE_WINDOWS, rope_parameters=YARN)),
+    "qwen3_windows": (Qwen3ForCausalLM, Qwen3Config(**COMMON, **LATE_WINDOWS, head_dim=16)),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
         Qwen3MoeConfig(
