@@ -30,6 +30,11 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path / name for name in names)
 
 
+def file_bytes(path: Path) -> int:
+    """Of the files that hold a directory's weights. Raises: ConfigError: the index can't be read."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
 def read_header(file: Path) -> dict[str, Any]:
     """What a safetensors file says of its tensors: 8 bytes of header length (little-endian), then that much JSON.
 

@@ -31,6 +31,7 @@ from tinsmith import __version__
 from tinsmith.admin import ensure_admin_key
 from tinsmith.bases.catalog import BaseRef, describe, parse_all
 from tinsmith.bases.hub import fetch
+from tinsmith.bases.weight_headers import file_bytes
 from tinsmith.cli.client import Client
 from tinsmith.config import METRICS_DIR, Settings, child_env
 from tinsmith.errors import ConfigError, TinsmithError
@@ -40,6 +41,7 @@ from tinsmith.ipc.relay import Relay, RelayStream
 from tinsmith.machine.cpu import math_env
 from tinsmith.observe import logs
 from tinsmith.serve.child import ChildSpec
+from tinsmith.serve.loading_bars import LoadingBars
 from tinsmith.serve.placement import num_threads, places
 from tinsmith.serve.supervisor import Patience, Supervisor, available_cores
 from tinsmith.store import open_store
@@ -125,6 +127,7 @@ class _Serving:
         self._read_fd, self._write_fd = os.pipe()
         self._heart = Heart()
         self._places = places(settings, refs)
+        self._file_bytes = {place.child_name: file_bytes(place.ref.directory) for place in self._places}
         self._supervisor = Supervisor(
             child_specs(settings, refs, sockets, listener.fileno(), self._read_fd, self._heart.inherited_fd),
             on_line=self._on_line,
@@ -208,23 +211,15 @@ class _Serving:
     def _say_when_ready(self) -> None:
         client = Client(local_url(self._settings), certificate=self._settings.tls_certificate)
         names = ", ".join(ref.name for ref in self._refs)
-        with self._err.status(f"loading {names}") if self._err.is_terminal else contextlib.nullcontext() as line:
+        with LoadingBars(self._err, self._file_bytes) as bars:
             while not client.is_ready():
-                if line is not None:
-                    line.update(f"loading {self._progress() or names}")
+                for child in self._supervisor.children[1:]:
+                    process = child.process
+                    if process is not None:
+                        bars.show(child.spec.name, process.percent_read, is_serving=process.is_serving)
                 if self._ended.wait(READY_POLL_S):
                     return
         self._out.print(f"ready after {time.monotonic() - self._started:.1f} s: {names}")
-
-    def _progress(self) -> str:
-        """Of each worker that reads its base's weights, how far it is."""
-        workers = self._supervisor.children[1:]
-        shares = [
-            (place.ref.name, child.process.percent_read)
-            for place, child in zip(self._places, workers, strict=True)
-            if child.process is not None
-        ]
-        return ", ".join(f"{name}: {percent} % read" for name, percent in shares if percent is not None)
 
     def _on_line(self, name: str, line: str) -> None:
         if self._settings.log_format == "text":
@@ -236,7 +231,7 @@ class _Serving:
 
     def _write_line(self, line: str) -> None:
         if self._err.is_terminal:
-            self._err.print(line)  # above the spinner
+            self._err.print(line)  # above the bars
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -15,7 +15,7 @@ from tinsmith.observe import series
 
 log = structlog.get_logger("tinsmith.worker")
 
-SAY_EVERY_S = 5.0
+SAY_APART_S, SAY_WITHIN_S = 5.0, 60.0  # between lines of the log, where a further tenth was read and where none was
 COUNT_EVERY_S = 0.5
 
 
@@ -26,6 +26,7 @@ class Loading:
         self._clock = clock
         self._began = self._said = clock()
         self._share = 0.0
+        self._tenths_said = 0
         self.is_done = False
 
     def tell(self, done: int, total: int) -> None:
@@ -34,8 +35,9 @@ class Loading:
         series.BASE_READ.set(self._share, self._slot)
         series.BASE_READ.publish(COUNT_EVERY_S)
         now = self._clock()
-        if now - self._said >= SAY_EVERY_S:
-            self._said = now
+        tenths = 10 * done // max(1, total)
+        if now - self._said >= (SAY_APART_S if tenths > self._tenths_said else SAY_WITHIN_S):
+            self._said, self._tenths_said = now, tenths
             seconds = round(now - self._began, 1)
             log.info(f"reading the base's weights: {self._share:.0%}", base=self._base, bytes=done, seconds=seconds)
 
