@@ -47,6 +47,7 @@ in which the family itself was trained and sampled, within the same bounds (`mak
 Two things are not as in every directory of a family. The norms of Qwen3.5 and Qwen3-Next have an epsilon of 1e-4
 here: with their own 1e-6, random weights make outcomes that nearly vanish, and a norm of those magnifies the last bits
 (their delta rule has tests of its own, with 1e-6). Phi-2 and Phi-3.5-MoE are refused by name.
+The text of Mistral Small 3 and Ministral 3 is served from directories with vision (`mistral3`), without pictures.
 The rows of Qwen named `windows` have `use_sliding_window` set, and layers without windows before `max_window_layers`.
 
 Phi-3.5-mini, Phi-4-mini and the 128k forms of Phi-3 scale rope by `longrope`: there are factors for sequences up to

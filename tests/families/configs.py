@@ -12,6 +12,10 @@ from transformers import (
     Cohere2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -34,6 +38,10 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MinistralConfig,
     MinistralForCausalLM,
     MistralConfig,
@@ -66,6 +74,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -86,6 +96,10 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 LATE_WINDOWS = {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}  # from the second layer on
+SCALED_YARN = {  # queries grow with the position
+    **YARN, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+THETA = {"rope_type": "default", "rope_theta": 10_000.0}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
 AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 IMAGE = 207  # the placeholder of models with vision
@@ -102,6 +116,7 @@ QWEN_MARKS = {
 TITLES = {
     "llama": "Llama 3.x", "qwen2": "Qwen2.5", "qwen2_windows": "Qwen2.5 (windows)",
     "qwen3": "Qwen3", "qwen3_windows": "Qwen3 (windows)", "mistral": "Mistral", "ministral": "Ministral",
+    "ministral3": "Ministral 3",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4",
     "phi4_mini": "Phi-4-mini, Phi-3.5-mini", "phi4_mini_long": "Phi-4-mini, Phi-3.5-mini (long)",
     "olmo2": "OLMo 2", "olmo3": "OLMo 3",
@@ -112,6 +127,7 @@ TITLES = {
     "qwen3_vl": "Qwen3-VL", "gemma3_vl": "Gemma 3", "qwen3_vl_moe": "Qwen3-VL-MoE",
     "qwen3_next": "Qwen3-Next", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
     "qwen2_moe": "Qwen2-MoE", "olmoe": "OLMoE", "granite": "Granite 3", "cohere2": "Cohere2",
+    "minimax_m2": "MiniMax-M2", "exaone4": "EXAONE 4", "seed_oss": "Seed-OSS", "ernie4_5": "ERNIE 4.5",
 }  # fmt: skip
 
 KIMI_K2: dict[str, Any] = {
@@ -130,6 +146,9 @@ MOONLIGHT: dict[str, Any] = {
     "num_experts_per_tok": 3, "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 
+MINIMAX_M2: dict[str, Any] = {
+    **COMMON, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 3,
+}  # fmt: skip
 PHI4_MINI: dict[str, Any] = {
     **COMMON, "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "sliding_window": 262_144,
     "original_max_position_embeddings": 256,
@@ -157,37 +176,6 @@ QWEN_EXPERTS: dict[str, Any] = {
 }  # fmt: skip
 HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 MROPE = {**HALF_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-
-# config.json of families whose directories on the hub have another than transformers writes
-HUB_DEEPSEEK: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-        "AutoModel": "modeling_deepseek.DeepseekV3Model",
-        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-    },
-    "rope_theta": 50_000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True,
-    "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "pretraining_tp": 1,
-    "attention_dropout": 0.0, "tie_word_embeddings": False, "use_cache": True, "torch_dtype": "float32",
-    "transformers_version": "4.48.3",
-}  # fmt: skip
-HUB_CONFIGS: dict[str, dict[str, Any]] = {
-    "kimi_k2": {
-        **KIMI_K2, **HUB_DEEPSEEK, "model_type": "kimi_k2", "rope_scaling": {**KIMI_K2_ROPE, "type": "yarn"},
-    },
-    "moonlight": {**MOONLIGHT, **HUB_DEEPSEEK, "model_type": "deepseek_v3"},
-    "phi4_mini": {
-        **PHI4_MINI, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rope_theta": 10_000.0,
-        "auto_map": {
-            "AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
-            "AutoTokenizer": "Xenova/gpt-4o",
-        },
-        "rope_scaling": {**LONGROPE, "type": "longrope"}, "attention_bias": False, "attention_dropout": 0.0,
-        "embd_pdrop": 0.0, "full_attn_mod": 1, "hidden_act": "silu", "interpolate_factor": 1, "lm_head_bias": False,
-        "mlp_bias": False, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
-        "transformers_version": "4.45.0", "use_cache": True,
-    },
-}  # fmt: skip
 
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE)),
@@ -277,10 +265,31 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
         Cohere2ForCausalLM,
         Cohere2Config(**COMMON, sliding_window=12, logit_scale=0.4, layer_types=ONE_OF_TWO),
     ),
+    "minimax_m2": (
+        MiniMaxM2ForCausalLM,
+        MiniMaxM2Config(**MINIMAX_M2, rope_parameters=THETA),
+    ),
+    "exaone4": (
+        Exaone4ForCausalLM,
+        Exaone4Config(
+            **COMMON, head_dim=16, sliding_window=12, layer_types=ONE_OF_TWO, rope_parameters=LLAMA3_ROPE,
+        ),
+    ),
+    "seed_oss": (
+        SeedOssForCausalLM,
+        SeedOssConfig(**COMMON, head_dim=24, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    ),
+    "ernie4_5": (
+        Ernie4_5ForCausalLM, Ernie4_5Config(**COMMON, head_dim=16, use_bias=True, tie_word_embeddings=True),
+    ),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=13)),
     "ministral": (
         MinistralForCausalLM,
         MinistralConfig(**COMMON, head_dim=24, sliding_window=9, layer_types=ONE_OF_TWO),
+    ),
+    "ministral3": (
+        Ministral3ForCausalLM,
+        Ministral3Config(**COMMON, head_dim=16, rope_parameters=SCALED_YARN),
     ),
     "gemma2": (
         Gemma2ForCausalLM,

@@ -15,7 +15,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from tests.families.configs import CONFIGS, CONTEXTS, HUB_CONFIGS, PROCESSORS
+from tests.families.configs import CONFIGS, CONTEXTS, PROCESSORS
+from tests.families.hub_configs import HUB_CONFIGS
 from tests.families.twin import plain_model
 from tinsmith.bases.vision_files import read_vision
 from tinsmith.model import BaseModel, load_base

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import DeepseekV3Config
 
-from tests.families.configs import HUB_CONFIGS
+from tests.families.hub_configs import HUB_CONFIGS
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.directory import read_config
 

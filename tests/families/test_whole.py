@@ -13,7 +13,16 @@ import torch
 import transformers
 from peft import PeftModel
 
-from tests.families.configs import MROPE, QWEN_EXPERTS, QWEN_MARKS, QWEN_NEXT, QWEN_TOWER
+from tests.families.configs import (
+    COMMON,
+    IMAGE,
+    MROPE,
+    QWEN_EXPERTS,
+    QWEN_MARKS,
+    QWEN_NEXT,
+    QWEN_TOWER,
+    SCALED_YARN,
+)
 from tests.families.test_battery import data_of, write_adapter
 from tests.families.test_import import imported, tar_of_directory
 from tests.numerics.lab import item, make_trainer, run_pass, spec
@@ -26,18 +35,34 @@ from tinsmith.model import BaseModel, load_base
 from tinsmith.types import RunId, RunState
 
 TOWER = {name: value for name, value in QWEN_TOWER.items() if name != "deepstack_visual_indexes"}
-TEXTS: Mapping[str, tuple[str, dict[str, Any], float]] = {
-    "Qwen3.5": ("Qwen3_5", {**QWEN_NEXT, "rope_parameters": MROPE}, 1e-5),
-    "Qwen3.5-MoE": ("Qwen3_5Moe", {**QWEN_NEXT, **QWEN_EXPERTS, "rope_parameters": MROPE}, 1e-4),
-}
+QWEN: dict[str, Any] = {"vision_config": TOWER, **QWEN_MARKS}
+MISTRAL: dict[str, Any] = {
+    "vision_config": {
+        "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "head_dim": 16, "image_size": 32, "patch_size": 4,
+    },
+    "image_token_index": IMAGE,
+}  # fmt: skip
+TEXTS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
+    "Qwen3.5": ("Qwen3_5", {**QWEN_NEXT, "rope_parameters": MROPE}, QWEN, 1e-5),
+    "Qwen3.5-MoE": ("Qwen3_5Moe", {**QWEN_NEXT, **QWEN_EXPERTS, "rope_parameters": MROPE}, QWEN, 1e-4),
+    "Mistral Small 3": (
+        "Mistral3", {**COMMON, "model_type": "mistral", "head_dim": 24}, {**MISTRAL, "tie_word_embeddings": False},
+        1e-5,
+    ),
+    "Ministral 3": (
+        "Mistral3", {**COMMON, "model_type": "ministral3", "head_dim": 16, "rope_parameters": SCALED_YARN}, MISTRAL,
+        1e-5,
+    ),
+}  # fmt: skip
 PLAIN = {"dtype": torch.float64, "attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 @pytest.fixture(params=TEXTS)
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, float]:
     """The directory, the class of the whole model, and how far numbers may differ."""
-    stem, text, bound = TEXTS[request.param]
-    made = getattr(transformers, f"{stem}Config")(text_config=text, vision_config=TOWER, **QWEN_MARKS)
+    stem, text, others, bound = TEXTS[request.param]
+    made = getattr(transformers, f"{stem}Config")(text_config=text, **others)
     model_class = getattr(transformers, f"{stem}ForConditionalGeneration")
     torch.manual_seed(3)
     model = model_class(made)
@@ -50,7 +75,7 @@ def whole(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, fl
 
 
 @pytest.mark.filterwarnings(
-    "ignore:The following (rank|alpha)_pattern keys", "ignore::FutureWarning"
+    "ignore:The following (rank|alpha)_pattern keys", "ignore::FutureWarning", "ignore:Model has `tie_word_embeddings"
 )  # peft looks at modules alone
 def test_what_is_exported_is_the_whole_models(whole: tuple[Path, Any, float], tmp_path: Path) -> None:
     path, model_class, bound = whole

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from tests.families.configs import CONFIGS, HUB_CONFIGS
+from tests.families.configs import CONFIGS
+from tests.families.hub_configs import HUB_CONFIGS
 from tests.numerics.lab import reader_of
 from tinsmith.model import BaseModel
 from tinsmith.model.layout import HEAD_STATE_NAME

@@ -36,11 +36,14 @@ class Router(nn.Module):
         self._is_even = is_even
         self.num_chosen = cast(int, router.top_k)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """[..., D] -> what the router gives of each row: with `weigh` logits [T, E], weights [T, K], experts [T, K]."""
+    def forward(self, hidden_states: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """[..., D] -> what the router gives of each row: with `weigh` logits [T, E], weights [T, K], experts [T, K].
+
+        given: what else a router is called with, such as a bias for the choice; nothing of a row.
+        """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         missing = max(0, EVEN_ROWS - len(x_TD)) if self._is_even else 0
-        found = self.router(F.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD)
+        found = self.router(F.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD, *given)
         parts = tuple(part[: len(x_TD)] for part in found)
         if self._weigh is None:
             return parts
