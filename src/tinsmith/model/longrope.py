@@ -55,7 +55,7 @@ def _settle(name: str, module: nn.Module, max_context: int) -> None:
     if not torch.allclose(expected, found, rtol=0.0, atol=MAX_ERROR):
         raise UnsupportedError(
             f"{name} changes more than frequencies with the length of a sequence, which isn't served beyond "
-            f"{first_length} tokens: serve it with --max-context-tokens {first_length}"
+            f"{first_length} tokens; if its other parts can be, then with --max-context-tokens {first_length}"
         )
 
 
