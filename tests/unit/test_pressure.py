@@ -30,8 +30,8 @@ CROWD, QUIET, STUCK = TenantId("crowd"), TenantId("quiet"), TenantId("stuck")
 
 
 def backlog(queued: Mapping[TenantId, int], ended: Mapping[TenantId, int]) -> Backlog:
-    async def count(tenant_id: TenantId) -> int:
-        return queued.get(tenant_id, 0)
+    async def count() -> Mapping[TenantId, int]:
+        return queued
 
     async def ended_since(since: float) -> Mapping[TenantId, int]:
         return ended
@@ -131,7 +131,7 @@ def test_where_cores_are_short_whose_backlog_is_long_is_refused_until_nobody_is(
     pressure = Pressure(lambda: 0.0, waiting)
 
     def look() -> None:
-        asyncio.run(waiting.look(queued))
+        asyncio.run(waiting.look())
         for tenant_id in queued:
             use_up(waiting, tenant_id)
 
@@ -159,7 +159,7 @@ def test_where_cores_are_short_whose_backlog_is_long_is_refused_until_nobody_is(
 def test_refusals_alone_do_not_keep_it_up() -> None:
     waiting = backlog({CROWD: 2 * ENOUGH}, {CROWD: 1})
     pressure = Pressure(lambda: 0.0, waiting)
-    asyncio.run(waiting.look([CROWD]))
+    asyncio.run(waiting.look())
     use_up(waiting, CROWD)
     long_ago = time.monotonic() - STAY_S - 1.0
     for _ in range(OVER):
@@ -179,11 +179,11 @@ def test_as_many_come_in_as_end_and_some_in_any_case() -> None:
     async def main() -> None:
         for _ in range(OVER):
             pressure.note_contended(1.0, time.monotonic())
-        await waiting.look([CROWD, QUIET])
+        await waiting.look()
         for tenant_id in (CROWD, QUIET):
             use_up(waiting, tenant_id)
         await asyncio.sleep(0.5)
-        await waiting.look([CROWD, QUIET])
+        await waiting.look()
 
     asyncio.run(main())
     assert 40 <= let_in(pressure, CROWD) <= 110
@@ -207,7 +207,7 @@ def let_in(pressure: Pressure, tenant_id: TenantId) -> int:
 def test_what_comes_counts_before_it_is_counted() -> None:
     waiting = backlog({CROWD: ENOUGH - 1}, {CROWD: 1})
     pressure = Pressure(lambda: 0.0, waiting)
-    asyncio.run(waiting.look([CROWD]))
+    asyncio.run(waiting.look())
     for _ in range(OVER):
         pressure.note_contended(1.0, time.monotonic())
     assert 1 <= let_in(pressure, CROWD) <= 1 + LEAST_PACE

@@ -5,9 +5,10 @@ It is looked up only while there is reason to. For the event loop's own thread.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 
 from tinsmith.types import TenantId
 
@@ -15,22 +16,24 @@ ENOUGH = 1024  # requests: some batches of the worker
 LONG_S = 5.0  # longer than anybody who was refused stays away
 PACE_OVER_S = 5.0
 PACE_TTL_S = 1.0
+REST = 20  # times as long as a look took, until the next one
 LEAST_PACE = 4.0  # a second: among what was refused may be what all the others wait for
 
-Count = Callable[[TenantId], Awaitable[int]]
+Count = Callable[[], Awaitable[Mapping[TenantId, int]]]
 EndedSince = Callable[[float], Awaitable[Mapping[TenantId, int]]]
 
 
 class Backlog:
     def __init__(self, count: Count, ended_since: EndedSince) -> None:
-        """count: how many of a tenant's wait for a worker alone. ended_since: how many have ended since then, unix
+        """count: how many of each tenant's wait for a worker alone. ended_since: how many have ended since then, unix
         seconds."""
         self._count = count
         self._ended_since = ended_since
         self._waiting: Counter[TenantId] = Counter()
         self._ended: Mapping[TenantId, int] = {}
-        self._spare: defaultdict[TenantId, float] = defaultdict(float)  # that may come, though it is long
+        self._spare: Counter[TenantId] = Counter()  # that may come, though it is long
         self._looked_at = time.monotonic()
+        self._next_at = 0.0
         self._pace_until = 0.0
 
     def came(self, tenant_id: TenantId) -> None:
@@ -50,17 +53,19 @@ class Backlog:
             return False
         return self._waiting[tenant_id] > num_ended * LONG_S / PACE_OVER_S and self._spare[tenant_id] <= 0
 
-    async def look(self, tenant_ids: Iterable[TenantId]) -> None:
-        """Count what waits of these, and of those that had something waiting."""
-        if time.monotonic() > self._pace_until:
-            self._ended = await self._ended_since(time.time() - PACE_OVER_S)
-            self._pace_until = time.monotonic() + PACE_TTL_S
+    async def look(self) -> None:
+        """Count anew, unless that takes so long that it is too soon."""
         now = time.monotonic()
+        if now < self._next_at:
+            return
+        if now > self._pace_until:
+            self._ended = await self._ended_since(time.time() - PACE_OVER_S)
+            self._pace_until = now + PACE_TTL_S
+        self._waiting = Counter(await self._count())
         since_s, self._looked_at = min(1.0, now - self._looked_at), now
-        for tenant_id in set(tenant_ids) | self._waiting.keys():
-            self._waiting[tenant_id] = await self._count(tenant_id)
-            pace = max(LEAST_PACE, self._ended.get(tenant_id, 0) / PACE_OVER_S)
-            self._spare[tenant_id] = pace * since_s
+        paces = {tenant_id: self._ended.get(tenant_id, 0) / PACE_OVER_S for tenant_id in self._waiting}
+        self._spare = Counter({of: math.ceil(max(LEAST_PACE, pace) * since_s) for of, pace in paces.items()})
+        self._next_at = time.monotonic() + REST * (time.monotonic() - now)
 
     def clear(self) -> None:
         self._waiting.clear()

@@ -206,7 +206,7 @@ class Pressure:
             self.note_contended(contended(), now)
             is_due = self.is_high or (self.is_crowded and number % APART == 0)
             if is_due and self._backlog is not None:
-                await self._backlog.look(self._under_way)
+                await self._backlog.look()
 
 
 def _doze(seconds: float) -> None:

@@ -166,8 +166,8 @@ class Services:
             return self.look_why_waiting(op)
         return await self.placing.ask(op.tenant_id, op)
 
-    async def _count_ready(self, tenant_id: TenantId) -> int:
-        return await self.work(self.store.loads.ready, tenant_id)
+    async def _count_ready(self) -> Mapping[TenantId, int]:
+        return await self.work(self.store.loads.ready)
 
     async def _ended_since(self, since: float) -> Mapping[TenantId, int]:
         ended: Counter[TenantId] = Counter()

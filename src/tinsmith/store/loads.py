@@ -18,13 +18,10 @@ _OF_TENANT = select(func.count(), func.coalesce(func.sum(ops.c.payload_bytes), 0
 _SAMPLES = Prepared(_OF_TENANT.where(ops.c.kind == "sample"))
 _TRAINING = Prepared(_OF_TENANT.where(ops.c.kind != "sample"))
 _READY = Prepared(
-    select(func.count())
+    select(ops.c.tenant_id, func.count())
     .select_from(ops.outerjoin(runs, runs.c.run_id == ops.c.run_id))
-    .where(
-        IS_QUEUED,
-        ops.c.tenant_id == bindparam("tenant_id"),
-        or_(ops.c.run_id.is_(None), ops.c.seq_id <= runs.c.head_seq),
-    )
+    .where(IS_QUEUED, or_(ops.c.run_id.is_(None), ops.c.seq_id <= runs.c.head_seq))
+    .group_by(ops.c.tenant_id)
 )
 _HAS_COME = exists().where(ops.c.run_id == runs.c.run_id, ops.c.seq_id == bindparam("seq_id")).correlate(runs)
 _STANDING = Prepared(
@@ -59,10 +56,10 @@ class Loads:
         with self._database.read() as conn:
             return Load(*_TRAINING.all(conn, {"tenant_id": tenant_id})[0])
 
-    def ready(self, tenant_id: TenantId) -> int:
-        """How many of all these wait for a worker and not for a request of their run that has not come."""
+    def ready(self) -> dict[TenantId, int]:
+        """How many requests of each tenant wait for a worker and not for one of their run that has not come."""
         with self._database.read() as conn:
-            return int(_READY.all(conn, {"tenant_id": tenant_id})[0][0])
+            return dict(_READY.all(conn, {}))
 
     def is_awaited(self, run_id: RunId, seq_id: int) -> bool:
         """Whether room for the request `seq_id` adds nothing, or nothing of the run can begin without it: it has come
