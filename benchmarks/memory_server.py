@@ -1,8 +1,9 @@
 """A server that answers passes, steps and polls from memory, and hands every other call on to a real one.
 
-It checks nothing, keeps nothing and computes nothing: what a client needs with it is what the client itself costs.
+It checks nothing, keeps nothing and computes nothing: what a client needs with it is what the client itself costs. With
+a file it writes to that before it acknowledges a pass or a step, and waits for the disk: what durability alone costs.
 
-    python benchmarks/memory_server.py URL RESULTS RUN
+    python benchmarks/memory_server.py URL RESULTS RUN [--sync FILE]
 """
 
 from __future__ import annotations
@@ -10,13 +11,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import urllib.error
 import urllib.request
 from itertools import count
+from pathlib import Path
 
 POLL = b"/api/v1/retrieve_future"
 POSTS = {b"/api/v1/forward_backward": b"p", b"/api/v1/optim_step": b"o"}
 PASSED_ON = ("x-api-key", "content-type", "content-encoding")
+SYNC_BYTES = 32 << 10  # what our server's database writes for a request
+FILE_BYTES = 128 * SYNC_BYTES  # written over and over, as its log is
+
+
+class SyncedFile:
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.pwrite(self._fd, bytes(FILE_BYTES), 0)
+        os.fsync(self._fd)
+        self._at = 0
+
+    def append(self) -> None:
+        """It is on disk when this returns."""
+        os.pwrite(self._fd, bytes(SYNC_BYTES), self._at)
+        os.fdatasync(self._fd)
+        self._at = (self._at + SYNC_BYTES) % FILE_BYTES
 
 
 class Memory:
@@ -25,13 +44,15 @@ class Memory:
     The letters are no hexadecimal digits, with which the real server's ids begin.
     """
 
-    def __init__(self, url: str, results: dict[bytes, tuple[str, bytes]], run: str) -> None:
-        self._url, self._results, self._run = url, results, run
+    def __init__(self, url: str, results: dict[bytes, tuple[str, bytes]], run: str, log: SyncedFile | None) -> None:
+        self._url, self._results, self._run, self._log = url, results, run, log
         self._numbers = count()
 
     def answer(self, path: bytes, body: bytes) -> tuple[str, bytes] | None:
         letter = POSTS.get(path)
         if letter is not None:
+            if self._log is not None:
+                self._log.append()
             request_id = f"req-{letter.decode()}{next(self._numbers):031x}"
             return "application/json", f'{{"request_id":"{request_id}","model_id":"{self._run}"}}'.encode()
         if path == POLL:
@@ -92,9 +113,11 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("results", help="JSON: by letter, [media type, result in hexadecimal digits]")
     parser.add_argument("run")
+    parser.add_argument("--sync", type=Path, default=None, help="file that is written before a POST is answered")
     args = parser.parse_args()
+    log = None if args.sync is None else SyncedFile(args.sync)
     results = {k.encode(): (media, bytes.fromhex(body)) for k, (media, body) in json.loads(args.results).items()}
-    asyncio.run(serve(Memory(args.url, results, args.run)))
+    asyncio.run(serve(Memory(args.url, results, args.run, log)))
 
 
 if __name__ == "__main__":

@@ -183,6 +183,8 @@ class Shares:
         if not stayed:
             self._tenants.rest()
             self._fluid.rest()
+        if not active and not stayed:
+            return self._nobody(busy)
         self._lines = {tenant: level for tenant, level in self._lines.items() if tenant in stayed}
         self._tenants.enter(tenants, stayed & tenants, busy)
         self._enter_fluid(tenants, tenants - stayed, busy)
@@ -196,6 +198,14 @@ class Shares:
             tags.update((line, level.tags[line]) for line in mine)
         due = {tenant: number for tenant, number in self._due.items() if tenant in tenants}
         return Standing({t: self._tenants.tags[t] for t in tenants}, tags, self._weights, self._waiting, due)
+
+    def _nobody(self, busy: AbstractSet[TenantId]) -> Standing:
+        """What `enter` comes to where no line has anything and none has waited: most of the looks at an idle queue."""
+        self._lines, self._fresh, self._due = {}, frozenset(), {}
+        self._tenants.enter(frozenset(), frozenset(), busy)
+        self._fluid.enter((), busy, self._weights)
+        self._num_due += 1
+        return Standing(weights=self._weights)
 
     def _enter_fluid(
         self, tenants: AbstractSet[TenantId], comers: AbstractSet[TenantId], busy: AbstractSet[TenantId]

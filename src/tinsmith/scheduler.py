@@ -189,6 +189,8 @@ def _fair(
     tenant may have; who has had them stands aside and doesn't wait.
     """
     lines = {line_of(queue[0]): queue for queue in queues if queue}
+    if not lines:
+        return [], Turn()
     own: dict[TenantId, list[tuple[float, bool, int, Line, int]]] = defaultdict(list)
     for number, line in enumerate(lines):
         own[line.tenant_id].append((standing.lines.get(line, 0.0), line not in standing.waiting, number, line, 0))

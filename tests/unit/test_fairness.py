@@ -16,7 +16,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tinsmith.fair_queueing import Line, Shares, line_of
+from tinsmith.fair_queueing import Line, Shares, Turn, line_of
 from tinsmith.scheduler import Batch, Candidate, Limits, newcomers, plan
 from tinsmith.types import OpId, OpKind, RunId, SamplerId, TenantId
 
@@ -462,3 +462,21 @@ def test_who_asks_anew_whenever_it_is_answered_keeps_the_pace_of_a_fluid_server(
         begun |= {op.tenant_id for op in batch.passes} - {one}
         gone = {op.op_id for op in batch.passes}
         queues = [[op for op in queue if op.op_id not in gone] for queue in queues]
+
+
+def test_a_look_at_nothing_levels_all_who_come_after_it() -> None:
+    """What was waited for, and what was had, counts until nobody has anything."""
+    ann, bob = Line(TenantId("ann"), "a"), Line(TenantId("bob"), "b")
+    op = Candidate(OpId("x"), ann.tenant_id, RunId(ann.name), OpKind.FORWARD_BACKWARD, 1, 10)
+    kept, rested = Shares(), Shares()
+    for shares in (kept, rested):
+        shares.enter([ann, bob])
+        shares.took(Turn(0.0, {}, frozenset({ann, bob}), frozenset({ann, bob})))
+        shares.charge(op, 10)
+    assert kept.enter([ann, bob]).tenants == {ann.tenant_id: 10.0, bob.tenant_id: 0.0}
+    nobody = rested.enter([])
+    assert (nobody.tenants, nobody.lines, nobody.waiting, nobody.due) == ({}, {}, frozenset(), {})
+    level = rested.enter([ann, bob])
+    assert len(set(level.tenants.values())) == 1, "both start level"
+    assert level.waiting == frozenset(), "nobody has waited"
+    assert level.due.keys() == {ann.tenant_id, bob.tenant_id}

@@ -63,3 +63,14 @@ def test_only_as_many_close_as_others_wait() -> None:
     closed = {"a", "b", "c"} - turns.choose(wanted, held, 1, TURN_S)
     assert len(closed) == 1
     assert {"a", "b", "c"} - turns.choose(wanted, held, 1, 2 * TURN_S) == closed
+
+
+def test_nothing_is_left_of_those_who_gave_up() -> None:
+    """Who waited, left while nothing was open, and comes again begins to wait anew."""
+    turns = FullTurns()
+    both = [(ANN, "a"), (BOB, "b")]
+    assert turns.choose(both, {}, 1, 0.0) == {"a"}
+    assert turns.choose([], {}, 1, TURN_S) == frozenset()
+    assert turns.choose(both[:1], {}, 1, TURN_S) == {"a"}
+    assert turns.choose(both, {"a": True}, 0, TURN_S + 0.1) == {"a"}
+    assert turns.choose(both, {"a": True}, 0, 2 * TURN_S - 0.1) == {"a"}, "b waits for less than a turn now"

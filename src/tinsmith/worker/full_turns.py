@@ -35,6 +35,9 @@ class FullTurns:
             num_places: how many more can be opened, if all go that aren't used.
             now: on any clock, in seconds.
         """
+        if not wanted and not held:
+            self._forget()
+            return frozenset()
         asked = {key: tenant for tenant, key in wanted}
         self._note(asked, held, now)
         chosen = {key for key in asked if key in held and key not in self._closed}
@@ -46,6 +49,11 @@ class FullTurns:
         in_use = {key for key, is_busy in held.items() if is_busy or key in chosen}
         self._close(sum(now - self._since[key] >= TURN_S for key in left), in_use, now)
         return frozenset(chosen - self._closed) | frozenset(coming)
+
+    def _forget(self) -> None:
+        """Nobody waits and nothing is open."""
+        self._since, self._opened, self._tenants, self._served = {}, {}, {}, {}
+        self._closed.clear()
 
     def _note(self, asked: Mapping[str, TenantId], held: Mapping[str, bool], now: float) -> None:
         """Who has come in, who has gone, and who waits since when."""

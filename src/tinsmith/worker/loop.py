@@ -228,7 +228,8 @@ class Worker:
         self._busy = frozenset(c.run_id for c in waiting if c.run_id is not None)
         candidates = self._passes.beside(waiting)
         trained, sampled = self._accounts.enter(candidates, self._passes.tenants, self._samples.tenants)
-        batch = plan(self.runs.choose(candidates, trained), self._limits(), trained, sampled)
+        chosen = self.runs.choose(candidates, trained)
+        batch = plan(chosen, self._limits(), trained, sampled) if chosen else None
         self._accounts.took(batch)
         return batch
 

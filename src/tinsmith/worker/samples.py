@@ -82,6 +82,10 @@ class Samples:
         Together with those that are there they stay within `MAX_BYTES`, and no tenant takes all of it.
         The others' weights are read meanwhile, each tenant's oldest first; for unwritten ones, their run is computed.
         """
+        if not ops:
+            self._full_turns.choose((), self._engine.full_snapshots, 0, time.monotonic())
+            self.num_coming = 0
+            return []
         weights = self._store.samplers.weights({op.sampler_id for op in ops if op.sampler_id is not None})
         counts: Counter[TenantId] = Counter()
         turns: list[tuple[int, int]] = []
