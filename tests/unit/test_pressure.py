@@ -242,3 +242,29 @@ def test_where_cores_are_short_and_backlogs_long_what_comes_is_let_come_together
             assert not dozes
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_failing_look_at_what_waits_ends_nothing() -> None:
+    """Else one busy database would leave a server overloaded for good."""
+    looks = 0
+
+    async def count() -> Mapping[TenantId, int]:
+        raise AssertionError("the first look has failed before")
+
+    async def ended_since(since: float) -> Mapping[TenantId, int]:
+        nonlocal looks
+        looks += 1
+        raise CapacityError("the database was busy")
+
+    async def main() -> None:
+        age_s = 2 * TARGET_S
+        pressure = Pressure(lambda: age_s, Backlog(count, ended_since))
+        async with pressure.watching():
+            while looks < 3:
+                await asyncio.sleep(0.01)
+            assert pressure.is_high
+            age_s = 0.0
+            while pressure.is_high:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(main(), 20))

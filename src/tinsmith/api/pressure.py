@@ -206,7 +206,10 @@ class Pressure:
             self.note_contended(contended(), now)
             is_due = self.is_high or (self.is_crowded and number % APART == 0)
             if is_due and self._backlog is not None:
-                await self._backlog.look()
+                try:
+                    await self._backlog.look()
+                except Exception:  # part of the HTTP edge: what was counted before stands, and the state can still end
+                    log.exception("counting what waits failed; trying again")
 
 
 def _doze(seconds: float) -> None:
