@@ -208,6 +208,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                         "sum by (kind) (increase(tinsmith_replayed_ops_total{#}[$__rate_interval]))",
                     ),
                     ("snapshots not written", "sum(increase(tinsmith_snapshot_failures_total{#}[$__rate_interval]))"),
+                    ("snapshots damaged", "sum(increase(tinsmith_damaged_snapshots_total{#}[$__rate_interval]))"),
                     ("runs given up", "sum(increase(tinsmith_corrupted_runs_total{#}[$__rate_interval]))"),
                     (
                         "restarts of {{process}}",

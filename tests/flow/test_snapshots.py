@@ -16,6 +16,7 @@ import structlog
 
 from tests.flow.house import House, settle, train
 from tinsmith.files.blobs import snapshot_key
+from tinsmith.observe import series
 from tinsmith.store.upkeep import Naming
 from tinsmith.types import OpState, RunId, RunStatus, SamplerId
 from tinsmith.upkeep.verify import verify
@@ -85,8 +86,10 @@ def live(house: House, run: RunId, steps: int) -> None:
 
 @pytest.mark.parametrize("harm", [flip, tear, Path.unlink])
 def test_without_its_newest_snapshot_a_run_goes_on_from_the_one_before(
-    build: Callable[..., House], logged: list[Any], harm: Callable[[Path], Any]
+    build: Callable[..., House], logged: list[Any], harm: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(series.DAMAGED, "add", lambda: counted.append("damaged"))
     house = build(snapshot_debt_bytes=1, inline_bytes=10)
     run, other = house.create_run(), house.create_run(seed=2)
     live(house, run, 4)
@@ -109,6 +112,7 @@ def test_without_its_newest_snapshot_a_run_goes_on_from_the_one_before(
     assert loud["event"].startswith("snapshot damaged")
     assert (loud["run_id"], loud["snapshot"], loud["above"]) == (run, before.snapshot_blob, before.previous_seq)
     assert loud["replays"] > 0
+    assert counted == ["damaged"]
 
     report = verify(house.store, house.blobs)
     assert report.findings == []

@@ -70,6 +70,10 @@ SNAPSHOT_SECONDS = Histogram(
 SNAPSHOT_BYTES = Counter("tinsmith_snapshot_written_bytes_total", "Bytes of snapshots written.")
 SNAPSHOT_FAILURES = Counter("tinsmith_snapshot_failures_total", "Snapshots that could not be written; the log is kept.")
 REPLAYED = Counter("tinsmith_replayed_ops_total", "Requests computed again after a worker's end.", "kind")
+DAMAGED = Counter(
+    "tinsmith_damaged_snapshots_total",
+    "Snapshots that were found damaged or gone, and whose runs went on from the one before or from their log.",
+)
 CORRUPTED = Counter("tinsmith_corrupted_runs_total", "Runs given up because their log or files were damaged.")
 LET_GO = Counter("tinsmith_let_go_runs_total", "Runs deleted by their owners, or let go for their age.", "why")
 LET_GO_BYTES = Counter("tinsmith_let_go_snapshot_bytes_total", "Bytes of these runs' snapshots.")

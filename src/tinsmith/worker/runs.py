@@ -384,6 +384,7 @@ class HeldRuns:
             run_id=row.run_id, tenant_id=row.tenant_id, snapshot=row.snapshot_blob, error=trouble.message,
             previous=row.previous_blob, above=row.previous_seq, replays=len(spare.replays),
         )  # fmt: skip
+        series.DAMAGED.add()
         if held.snapshot is not None:
             self._ahead.drop(held.snapshot)
         self._hold(spare)
