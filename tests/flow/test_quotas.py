@@ -136,6 +136,58 @@ def test_a_crowd_that_waits_for_tomorrow_is_judged_once_in_a_while(
     assert [op.id for op in view.ops] == [op.id for op in ops]
 
 
+@pytest.mark.parametrize("why", ["runs", "storage_bytes", "key"])
+def test_what_waits_for_long_slows_nothing_else_of_its_tenant(
+    house: House, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """A run that waits for its place, a save that waits for room, a key whose day is used up: the others' requests are
+    seen as soon as they come, and not only when all is read again."""
+    worker, run, other = house.worker(), house.create_run(), house.create_run()
+    spent, _ = house.store.tenants.create_key(house.tenant, "spent")
+    settle(worker)
+    house.key_id = spent.key_id
+    if why == "runs":
+        limit(house, runs=2)
+        made: list[OpRow] = []
+        monkeypatch.setattr(house, "acknowledged", made.append)
+        house.create_run()
+        held = list(made)
+    elif why == "storage_bytes":
+        with house.store._database.write() as conn:
+            conn.exec_driver_sql("UPDATE runs SET adapter_bytes = 100")
+        limit(house, storage_bytes=0)
+        held = [house.save(other, 1, "kept"), house.optim_step(other, 2)]
+    else:
+        limit(house, key=spent.key_id, tokens_per_day=0)
+        held = [house.forward_backward(other, 1, [1, 2]), house.optim_step(other, 2)]
+    house.key_id = None
+    settle(worker)
+    assert set(states(house, held)) == {OpState.QUEUED}
+    view = worker._queue
+    view.look()
+    view._scan_interval_s = 3600.0
+    ops = [house.forward_backward(run, 1, [1, 2])]
+    assert not view.has_told(ops), "what comes is judged first"
+    view.look()
+    assert [op.id for op in view.ops] == [op.id for op in ops]
+    late = house.forward_backward(other, 3, [1, 2]) if why != "runs" else None
+    judged: list[str] = []
+    held_back = house.store.quotas.held_back
+    monkeypatch.setattr(
+        house.store.quotas, "held_back", lambda ops, now: judged.extend(op.id for op in ops) or held_back(ops, now)
+    )
+    view.look()
+    assert judged == [op.id for op in ops], "what waits for long is left alone"
+    settle(worker)
+    assert states(house, ops) == [OpState.DONE]
+    assert set(states(house, held)) == {OpState.QUEUED}
+    limit(house, runs=None, storage_bytes=None)
+    limit(house, key=spent.key_id, tokens_per_day=None)
+    view._scan_interval_s = 0.0
+    settle(worker)
+    assert set(states(house, [*held, *([late] if late else [])])) == {OpState.DONE}
+
+
 def test_what_was_used_is_remembered_by_the_next_worker(house: House, clock: Clock) -> None:
     limit(house, tokens_per_day=3)
     run = house.create_run()

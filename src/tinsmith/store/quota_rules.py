@@ -41,6 +41,7 @@ class Quota(StrEnum):
 
 OF_A_PERIOD = (Quota.TOKENS_PER_DAY, Quota.USD_PER_MONTH)
 OF_RUNS = (Quota.RUNS, Quota.ADAPTER_BYTES)
+OF_COMPUTING = (Quota.REQUESTS, Quota.QUEUED_TOKENS, Quota.TOKENS_PER_DAY)  # of which nearly every request takes part
 
 Limits: TypeAlias = Mapping[Quota, float]
 

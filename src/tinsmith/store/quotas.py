@@ -27,6 +27,7 @@ from tinsmith.store.quota_gates import Gates, Known, Scope, request_of, to_reque
 from tinsmith.store.quota_rules import (
     FREE,
     MEANINGS,
+    OF_COMPUTING,
     SAVED_PARTS,
     Hold,
     Limits,
@@ -96,10 +97,12 @@ class QuotaUse:
 
 @dataclass(frozen=True, slots=True)
 class HeldBack:
-    """Waiting ops that a quota holds back. for_long: tenants for whom that doesn't change by the end of a request."""
+    """Waiting ops that a quota holds back. for_long: those for whom that doesn't change by the end of a request.
+    shut: tenants who may compute next to nothing for as long."""
 
     op_ids: Set[OpId] = frozenset()
-    for_long: Set[TenantId] = frozenset()
+    for_long: Set[OpId] = frozenset()
+    shut: Set[TenantId] = frozenset()
 
 
 NOTHING_HELD = HeldBack()
@@ -255,7 +258,8 @@ class Quotas:
         if not mine:
             return NOTHING_HELD
         op_ids: set[OpId] = set()
-        tenant_ids: set[TenantId] = set()
+        for_long: set[OpId] = set()
+        shut: set[TenantId] = set()
         with self._database.read() as conn:
             gates = Gates(self._known, conn, limited, now)
             for op in _in_turn(mine):
@@ -263,8 +267,10 @@ class Quotas:
                 if hold is not None:
                     op_ids.add(op.id)
                     if hold.is_lasting:
-                        tenant_ids.add(op.tenant_id)
-        return HeldBack(op_ids, tenant_ids)
+                        for_long.add(op.id)
+                    if hold.is_lasting and hold.owner == "tenant" and hold.quota in OF_COMPUTING:
+                        shut.add(op.tenant_id)
+        return HeldBack(op_ids, for_long, shut)
 
     def num_held(self, now: float) -> Mapping[TenantId, int]:
         """How many waiting requests quotas hold back, of at most `MAX_COUNTED` of those who have quotas.

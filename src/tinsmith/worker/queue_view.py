@@ -5,19 +5,19 @@ never miss one for long. Hence it is read anew as a whole whenever something may
 arriving, and in any case every `scan_interval_s`.
 
 Ops that a quota holds back are kept out of sight, with what comes after them in their run. Each look judges anew, so
-they come back when the quota allows it; those of a tenant whose budget is used up are left alone until all is read
-again, so that they cost the others nothing.
+they come back when the quota allows it; those that no request's end lets go are left alone until all is read again, so
+that they cost the others nothing, and so is what comes of a tenant whose budget is used up. What else comes of their
+tenant is seen at once: a run that waits for its place slows down none of its siblings.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from collections.abc import Set as AbstractSet
 
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId, OpKind, Role, TenantId
+from tinsmith.types import OpId, OpKind, Role, RunId, TenantId
 
 LOOK_AT_MOST = 4096
 
@@ -33,7 +33,9 @@ class QueueView:
         self._newest = 0
         self._read_at = float("-inf")
         self._held: set[OpId] = set()
-        self._parked: AbstractSet[TenantId] = frozenset()
+        self._shut: set[TenantId] = set()  # of whom nothing is looked at until all is read again
+        self._parked: set[TenantId] = set()  # of whom some ops are left alone as long
+        self._parked_runs: set[RunId] = set()  # those of these ops
         self._offered: list[OpRow] | None = None  # all but those; None: not made yet
 
     @property
@@ -87,11 +89,19 @@ class QueueView:
         """See what has come, and what of it may begin."""
         self._see()
         held = self._store.quotas.held_back(self._ops.values(), time.time())
-        self._parked |= held.for_long
-        for op_id in [op_id for op_id in held.op_ids if self._ops[op_id].tenant_id in self._parked]:
-            del self._ops[op_id]
+        self._shut |= held.shut
+        for op_id in held.op_ids:
+            op = self._ops[op_id]
+            if op_id in held.for_long or op.tenant_id in self._shut:
+                self._park(op)
         self._held = {op_id for op_id in held.op_ids if op_id in self._ops}
         self._offered = None
+
+    def _park(self, op: OpRow) -> None:
+        del self._ops[op.id]
+        self._parked.add(op.tenant_id)
+        if op.run_id is not None:
+            self._parked_runs.add(op.run_id)
 
     def _see(self) -> None:
         if time.monotonic() - self._read_at > self._scan_interval_s:
@@ -102,11 +112,14 @@ class QueueView:
             self._read()
             return
         self._newest = look.newest
-        self._ops.update((op.id, op) for op in look.ops if op.tenant_id not in self._parked)
+        self._ops.update(
+            (op.id, op) for op in look.ops if op.tenant_id not in self._shut and op.run_id not in self._parked_runs
+        )
 
     def _read(self) -> None:
         look = self._store.waiting.all(self._me, self._base, LOOK_AT_MOST, self._role)
-        self._parked = frozenset()
+        for parked in (self._shut, self._parked, self._parked_runs):
+            parked.clear()
         self._ops = {op.id: op for op in (self._uncrowded(look.ops) if look.is_cut else look.ops)}
         self._newest = look.newest
         self._read_at = float("-inf") if look.has_early or look.is_cut else time.monotonic()
