@@ -34,6 +34,8 @@ def offences(text: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name.partition(".")[0] in NO_MODULES]
         elif isinstance(node, ast.ImportFrom):
             found += [str(node.module)] if (node.module or "").partition(".")[0] in NO_MODULES else []
+            of_module = NO_ATTRIBUTES.get(node.module or "", set())
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in of_module]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found += [f"{node.value.id}.{node.attr}"] if node.attr in NO_ATTRIBUTES.get(node.value.id, ()) else []
         if isinstance(node, ast.Call):
@@ -41,12 +43,22 @@ def offences(text: str) -> list[str]:
                 found.append(f"{node.func.id}()")
             if isinstance(node.func, ast.Attribute) and node.func.attr in NO_METHODS:
                 found.append(f".{node.func.attr}()")
+            if getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module" and not is_known(node):
+                found.append("import_module()")
             found += [
                 f"{keyword.arg}={keyword.value.value}"
                 for keyword in node.keywords
                 if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in NO_ARGUMENTS
             ]
     return found
+
+
+def is_known(call: ast.Call) -> bool:
+    """Whether what it imports is a module that the source names, or one of a package that it names."""
+    (name,) = call.args
+    if isinstance(name, ast.JoinedStr):
+        name = name.values[0]
+    return isinstance(name, ast.Constant) and str(name.value).startswith(("tinsmith.", "torch"))
 
 
 def test_no_way_from_bytes_to_code() -> None:
@@ -59,7 +71,9 @@ def test_the_walk_sees_it() -> None:
     for text in (
         "import pickle", "from marshal import loads", "eval('1')", "exec(x)", "torch.load(f)", "np.load(f)",
         "os.system(x)", "subprocess.run(x, shell=True)", "np.fromfile(f, allow_pickle=True)", "tar.extractall(p)",
-        "__import__('x')", "AutoModel.from_pretrained(x, trust_remote_code=True)", "httpx.get(u, verify=False)",
+        "__import__('x')", "importlib.import_module(x)", "from importlib import import_module; import_module(f'{x}.y')",
+        "from os import system", "from numpy import load",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "httpx.get(u, verify=False)",
     ):  # fmt: skip
         assert offences(text), text
 
