@@ -104,6 +104,11 @@ def test_kinds_of_requests_take_what_they_leave_behind() -> None:
             "in about 2 min",
         ),
         (
+            Hold(Quota.TOKENS_PER_DAY, 0, 0),
+            "the quota tokens_per_day of this tenant is 0, which pauses all that takes part of it; goes on when an "
+            "administrator raises it",
+        ),
+        (
             Hold(Quota.RUNS, 3, 3),
             "3 runs of this tenant are open, of 3 (quota runs); goes on when a session with runs ends, by itself "
             "10 min after its client has gone, or 1 min after the last request of a run whose session had ended",

@@ -220,6 +220,11 @@ def freed_at(quota: Quota, now: float) -> datetime | None:
 def told(hold: Hold, now: float, session_timeout_s: float, seconds_left: float | None = None) -> str:
     """A hold in words, with how long it lasts. seconds_left: until the request's turn comes at the present pace."""
     whose, quota = hold.owner, f"quota {hold.quota}"
+    if hold.limit <= 0:
+        return (
+            f"the {quota} of this {whose} is 0, which pauses all that takes part of it; goes on when an administrator "
+            "raises it"
+        )
     soon = "" if seconds_left is None else f", in about {duration(seconds_left)}"
     match hold.quota:
         case Quota.REQUESTS:
