@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +95,19 @@ def test_a_deleted_checkpoint_stays_while_a_load_needs_it(house: House) -> None:
     worker.close()
     sweep(house.store, house.blobs, house.settings, time.time() + DAY)
     assert not house.blobs.exists(blob)
+
+
+def test_what_a_killed_backup_held_goes_and_one_under_way_keeps_its_files(house: House) -> None:
+    held = {name: house.root / f".backup-{name}" for name in ("killed", "working", "young")}
+    for staging in held.values():
+        staging.mkdir()
+        (staging / "file").write_bytes(b"x")
+    for name in ("killed", "working"):
+        os.utime(held[name], (time.time() - 7200, time.time() - 7200))
+    descriptor = os.open(held["working"], os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        sweep(house.store, house.blobs, house.settings, time.time())
+    finally:
+        os.close(descriptor)
+    assert [name for name, staging in held.items() if staging.exists()] == ["working", "young"]

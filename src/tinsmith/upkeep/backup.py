@@ -15,6 +15,7 @@ is written last. What stays true:
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import secrets
 import shutil
@@ -199,12 +200,20 @@ def _claim(target: Path) -> None:
         raise ConfigError(f"{target} is no backup ({strange[0]} is in it); name a new directory, or an earlier backup")
 
 
+def drop_abandoned(data_dir: Path, before: float = math.inf) -> None:
+    """Let go of files that backups held which were killed before that time (unix seconds). One under way isn't touched:
+    it has its lock by the time that it is some seconds old."""
+    for left in data_dir.glob(f"{STAGING}*"):
+        with suppress(BlockingIOError, FileNotFoundError):
+            if left.stat().st_mtime < before:
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def _held(data_dir: Path, source: Blobs) -> Iterator[Blobs]:
     """All files that are there now, held by links in a directory beside them for as long as the block runs."""
-    for left in data_dir.glob(f"{STAGING}*"):
-        with suppress(BlockingIOError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+    drop_abandoned(data_dir)
     staging = data_dir / f"{STAGING}{secrets.token_hex(4)}"
     staging.mkdir(mode=0o700)
     held = Blobs(staging)

@@ -26,6 +26,7 @@ from tinsmith.machine.clock import Clock
 from tinsmith.store import Store
 from tinsmith.store.sessions import EMPTY_S
 from tinsmith.types import BlobKey
+from tinsmith.upkeep.backup import drop_abandoned
 from tinsmith.upkeep.cooling import Cooling
 from tinsmith.upkeep.letting_go import sweep_old
 
@@ -92,7 +93,10 @@ def sweep(
     store.quotas.forget(now)
     if can_tell_age:
         sweep_old(store, settings, now, seeks_idle=seeks_idle)
-    num_files = blobs.sweep(now - LEFTOVER_AFTER_S) if can_tell_age else 0
+    num_files = 0
+    if can_tell_age:
+        num_files += blobs.sweep(now - LEFTOVER_AFTER_S)
+        drop_abandoned(settings.data_dir, now - LEFTOVER_AFTER_S)
     while dead := store.checkpoints.collect(now):
         crash_point("janitor.before_delete")
         for key in dead:
