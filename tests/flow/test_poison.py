@@ -12,6 +12,8 @@ import pytest
 
 from tests.flow.house import House, settle, train
 from tinsmith.fake_engine import FakeEngine
+from tinsmith.files.datadir import ServerInfo
+from tinsmith.serve.main import excuse_left
 from tinsmith.store.fences import MAX_EXCUSED
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpId, OpState, RunStatus
@@ -162,6 +164,32 @@ def test_a_replay_during_which_workers_are_killed_from_outside_is_tried_on(
     monkeypatch.undo()
     settle(house.worker())
     assert {house.get(op).state for op in more} == {OpState.DONE}
+
+
+@pytest.mark.parametrize(
+    ("num_ends", "oom_kills", "state"),
+    [(12, None, OpState.DONE), (12, 7, OpState.DONE), (12, 8, OpState.FAILED), (30, 7, OpState.FAILED)],
+    ids=["in haste", "killed", "out of memory", "again and again"],
+)
+def test_the_end_of_the_whole_server_is_nobodys_fault(
+    build: Callable[..., House],
+    monkeypatch: pytest.MonkeyPatch,
+    num_ends: int,
+    oom_kills: int | None,
+    state: OpState,
+) -> None:
+    house = build("house")
+    op = house.forward_backward(house.create_run(), 1, [1, 2])
+    left = ServerInfo("0", "http://x", 1, 2, 3, {}, oom_kills=7)
+    poison(monkeypatch, op.id)
+    for _ in range(num_ends):
+        worker = house.worker()
+        with contextlib.suppress(Killed):
+            settle(worker)
+        excuse_left(house.store, [worker._me.slot], left if oom_kills else None, oom_kills)
+    monkeypatch.undo()
+    settle(house.worker())
+    assert house.get(op).state is state
 
 
 def settle_killed(house: House, monkeypatch: pytest.MonkeyPatch, op: OpRow, num_kills: int) -> int:

@@ -29,7 +29,8 @@ SIGNING_BYTES = 32
 class ServerInfo:
     """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling one under
     `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http. restarts: how often
-    each child was started again after its death, since the server's start."""
+    each child was started again after its death, since the server's start. oom_kills: processes that the system had
+    killed for want of memory when a child was started last; None: unknown."""
 
     version: str
     url: str
@@ -39,6 +40,7 @@ class ServerInfo:
     worker_pids: dict[str, int]
     certificate: str = ""
     restarts: dict[str, int] = field(default_factory=dict)
+    oom_kills: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

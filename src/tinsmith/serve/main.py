@@ -39,12 +39,13 @@ from tinsmith.files.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
 from tinsmith.ipc.heartbeat import Heart
 from tinsmith.ipc.relay import Relay, RelayStream
 from tinsmith.machine.cpu import math_env
+from tinsmith.machine.host_memory import num_oom_kills
 from tinsmith.observe import logs
 from tinsmith.serve.child import ChildSpec
 from tinsmith.serve.loading_bars import LoadingBars
 from tinsmith.serve.placement import num_threads, places
 from tinsmith.serve.supervisor import Patience, Supervisor, available_cores
-from tinsmith.store import open_store
+from tinsmith.store import Store, open_store
 from tinsmith.tls import Certificate
 
 log = structlog.get_logger("tinsmith.serve")
@@ -98,9 +99,27 @@ def serve(settings: Settings) -> int:
         resolved = _resolve(settings, refs, listener)
         secret = ensure_admin_key(data_dir, settings.sqlite_synchronous)
         with contextlib.closing(open_store(data_dir.path)) as store:
+            excuse_left(store, [place.slot for place in places(resolved, refs)], left, num_oom_kills())
             store.replays.forget()
         listener.listen(BACKLOG)
         return _Serving(resolved, refs, data_dir, listener, sockets, out).run(secret)
+
+
+def excuse_left(store: Store, slots: Sequence[str], left: ServerInfo | None, oom_kills: int | None) -> None:
+    """The whole server ended, by `kill -9`, with its machine, or in haste: what its workers were at is not suspected
+    for that, unless memory ran out meanwhile. A worker that dies under a living server is another matter (`_vacate`).
+
+    Args:
+        left: what the last server said of itself; None: it ended by itself.
+        oom_kills: as they are counted now.
+    """
+    before = None if left is None else left.oom_kills
+    ran_out = before is not None and oom_kills is not None and oom_kills > before
+    try:
+        for slot in slots:
+            store.workers.vacate(slot, is_excused=not ran_out)
+    except (TinsmithError, OSError) as error:
+        log.error("what the last server left can't be given up; its next workers take it as it is", error=str(error))
 
 
 class _Serving:
@@ -178,8 +197,9 @@ class _Serving:
         settings = self._settings
         deaths = {child.spec.name: self._deaths[child.spec.name] for child in self._supervisor.children}
         info = ServerInfo(
-            __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, deaths
-        )
+            __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, deaths,
+            num_oom_kills(),
+        )  # fmt: skip
         try:
             self._data_dir.write_info(info)
         except OSError as error:
