@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from tests.flow.house import House, settle, train
-from tinsmith.errors import CapacityError, CorruptError
+from tinsmith.errors import CapacityError, CorruptError, StorageFullError
+from tinsmith.files.blobs import Blobs
 from tinsmith.store import DATABASE_FILE, database
 from tinsmith.store.rows import OpRow
-from tinsmith.types import CheckpointKind, OpKind, OpState, RunId, RunStatus, SamplerId
+from tinsmith.types import BlobKey, CheckpointKind, OpKind, OpState, RunId, RunStatus, SamplerId
 from tinsmith.worker import loop, recorder
+from tinsmith.worker.claims import MAX_ATTEMPTS
+from tinsmith.worker.main import run_until
 
 
 @pytest.fixture
@@ -179,6 +182,30 @@ def test_what_was_computed_waits_for_the_storage(
     settle(house.worker())
     assert all(house.get(op).state is OpState.DONE for op in ops)
     assert_same(house, run, undisturbed(build, 2))
+
+
+def test_a_disk_that_stays_full_for_any_number_of_workers_fails_nothing(
+    build: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows still go to the disk, so the request is taken each time; its result's file doesn't, and the worker ends."""
+    monkeypatch.setattr(recorder, "STORAGE_PATIENCE_S", 0.0)
+    house = build(inline_bytes=10)
+    run = house.create_run()
+    settle(house.worker())
+    op = house.forward_backward(run, 1, [1, 2, 3])
+
+    def full(blobs: Blobs, key: BlobKey, pieces: Any) -> Any:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(Blobs, "put", full)
+    for _ in range(2 * MAX_ATTEMPTS):
+        worker = house.worker()
+        with pytest.raises(StorageFullError, match="no space left"):
+            run_until(worker, worker._me, house.store, threading.Event())
+        house.store.workers.vacate(worker._me.slot)  # as the supervisor does
+    monkeypatch.undo()
+    settle(house.worker())
+    assert house.get(op).state is OpState.DONE
 
 
 def test_a_flood_of_new_runs_stays_a_queue(build: Callable[..., House]) -> None:

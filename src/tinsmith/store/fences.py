@@ -34,6 +34,12 @@ _OF_ITS_RUNS = (
     select(ops.c.op_id).join(runs, runs.c.run_id == ops.c.run_id).where(runs.c.lease_owner == bindparam("slot"))
 )
 _EXCUSE_REPLAYS = update(replays).where(replays.c.op_id.in_(_OF_ITS_RUNS)).values(excused=replays.c.excused + 1)
+_UNTRY = update(ops).where(ops.c.owner == bindparam("slot"), IS_RUNNING).values(attempts=ops.c.attempts - 1)
+_UNTRY_REPLAYS = (
+    update(replays)
+    .where(replays.c.op_id.in_(_OF_ITS_RUNS), replays.c.num_begun > 0)
+    .values(num_begun=replays.c.num_begun - 1)
+)
 _FREE = update(runs).where(runs.c.lease_owner == bindparam("slot")).values(lease_owner=None, wants_worker=WANTS_WORKER)
 
 
@@ -60,11 +66,14 @@ def blame(num_deaths: ColumnElement[int], excused: ColumnElement[int]) -> Column
     return num_deaths - func.min(excused, literal_column(str(MAX_EXCUSED)))
 
 
-def dispossess(conn: Connection, slot: str, *, is_excused: bool = False) -> None:
+def dispossess(conn: Connection, slot: str, *, is_excused: bool = False, is_untried: bool = False) -> None:
     """Free the slot's runs and queue its running ops again; what they had of `attempts` stays.
 
-    is_excused: what its worker was at has not ended it.
+    is_excused: what its worker was at has not ended it, as far as can be told. is_untried: it has not, for sure.
     """
+    if is_untried:
+        conn.execute(_UNTRY, {"slot": slot})
+        conn.execute(_UNTRY_REPLAYS, {"slot": slot})
     if is_excused:
         conn.execute(_EXCUSE, {"slot": slot})
         conn.execute(_EXCUSE_REPLAYS, {"slot": slot})

@@ -119,11 +119,12 @@ class Workers:
             loaded = [(base, Role(role)) for base, role in _READY.all(conn, {"now": now})]
         return {base for base, role in loaded if role.trains} & {base for base, role in loaded if role.samples}
 
-    def deregister(self, worker: WorkerId) -> None:
-        """Give everything back at once; nothing happens if the worker's place was taken."""
+    def deregister(self, worker: WorkerId, *, is_untried: bool = False) -> None:
+        """Give everything back at once; nothing happens if the worker's place was taken. is_untried: what it is at
+        counts as never begun."""
         with self._database.write() as conn:
             if conn.execute(_LEAVE, {"of_slot": worker.slot, "mine": worker.incarnation}).rowcount:
-                dispossess(conn, worker.slot)
+                dispossess(conn, worker.slot, is_untried=is_untried)
 
     def vacate(self, slot: str, *, is_excused: bool = False) -> None:
         """The slot's process is known to be dead: nothing is ready there, its runs are free, what it ran is queued.

@@ -125,7 +125,7 @@ class Worker:
 
         Raises:
             FencedError: another worker has taken this one's place; nothing more may be written.
-            CapacityError, CorruptError, OSError: outcomes can't be recorded; the next worker computes them again.
+            CapacityError, CorruptError: outcomes can't be recorded; the next worker computes them again.
         """
         self._recorder.start(self._wake)
         try:

@@ -20,7 +20,7 @@ from tinsmith.bases.layer_table import write_layers
 from tinsmith.bases.weight_table import write_weights
 from tinsmith.config import Settings, metrics_dir
 from tinsmith.engine import Engine
-from tinsmith.errors import FencedError, TinsmithError, UserError
+from tinsmith.errors import CapacityError, FencedError, TinsmithError, UserError
 from tinsmith.files.blobs import Blobs
 from tinsmith.ipc import lifeline
 from tinsmith.ipc.bell import Bell, Ringer
@@ -131,8 +131,23 @@ def _serve(
     api.ring()
     log.info("worker ready", base=base.name, seconds=round(time.monotonic() - started, 2))
     blobs = Blobs(settings.data_dir / "blobs")
-    Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role, busy, watchdog).run(stop)
+    worker = Worker(me, store, blobs, engine, settings, bell, api, own_bell.ring, line, role, busy, watchdog)
+    run_until(worker, me, store, stop)
     store.workers.deregister(me)
+
+
+def run_until(worker: Worker, me: WorkerId, store: Store, stop: threading.Event) -> None:
+    """Work until `stop` is set. Where a full disk or a busy database ends it, no request is to blame: they are queued
+    as if untried.
+
+    Raises: as `Worker.run`.
+    """
+    try:
+        worker.run(stop)
+    except CapacityError:
+        with contextlib.suppress(TinsmithError):
+            store.workers.deregister(me, is_untried=True)
+        raise
 
 
 def make_engine(

@@ -28,7 +28,7 @@ import structlog
 from msgspec.structs import replace as replace_in
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import CapacityError, CorruptError
+from tinsmith.errors import CapacityError, CorruptError, StorageFullError
 from tinsmith.files.blobs import Blobs, result_key, routes_key
 from tinsmith.ipc.bell import PLAIN
 from tinsmith.ipc.notes import note_of
@@ -105,7 +105,11 @@ class _Storage:
         return replace(finished, result=None, result_blob=self._blobs.put(key, finished.result).key)
 
     def _patiently(self, write: Callable[[], object]) -> None:
-        """What was computed isn't lost to a full disk or a busy database: it is tried for a while."""
+        """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+
+        Raises:
+            CapacityError, CorruptError: the storage didn't come back; never an OSError, which a pass may raise too.
+        """
         deadline = time.monotonic() + STORAGE_PATIENCE_S
         while True:
             try:
@@ -113,6 +117,8 @@ class _Storage:
                 return
             except (CapacityError, CorruptError, OSError) as error:
                 if time.monotonic() > deadline or self.is_stopped:
+                    if isinstance(error, OSError):
+                        raise StorageFullError(f"results can't be written ({error}): free space on the disk") from error
                     raise
                 log.error("outcomes can't be recorded; trying again", error=str(error))
                 time.sleep(STORAGE_RETRY_S)
@@ -162,7 +168,7 @@ class Recorder:
 
         Raises:
             FencedError: this worker's place was taken; neither these nor any after them are recorded.
-            CapacityError, CorruptError, OSError: the storage didn't come back.
+            CapacityError, CorruptError: the storage didn't come back.
         """
         with self._changed:
             self.check()
