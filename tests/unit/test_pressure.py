@@ -213,35 +213,6 @@ def test_what_comes_counts_before_it_is_counted() -> None:
     assert 1 <= let_in(pressure, CROWD) <= 1 + LEAST_PACE
 
 
-def test_who_has_little_is_counted_once() -> None:
-    """And again once what came since would be enough."""
-    counts: list[TenantId] = []
-
-    async def count(tenant_id: TenantId) -> int:
-        counts.append(tenant_id)
-        return ENOUGH if tenant_id == CROWD else 3
-
-    async def ended_since(since: float) -> Mapping[TenantId, int]:
-        return {}
-
-    waiting = Backlog(count, ended_since)
-    for _ in range(4):
-        asyncio.run(waiting.look([CROWD, QUIET]))
-    assert (counts.count(QUIET), counts.count(CROWD)) == (1, 4)
-    for _ in range(ENOUGH - 4):
-        waiting.came(QUIET)
-    asyncio.run(waiting.look([QUIET]))
-    assert counts.count(QUIET) == 1
-    waiting.came(QUIET)
-    assert waiting.has_enough(QUIET)
-    asyncio.run(waiting.look([QUIET]))
-    assert counts.count(QUIET) == 2
-    assert not waiting.has_enough(QUIET)
-    waiting.clear()
-    asyncio.run(waiting.look([QUIET]))
-    assert counts.count(QUIET) == 3, "nobody kept count of what came meanwhile"
-
-
 def test_where_cores_are_short_and_backlogs_long_what_comes_is_let_come_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
