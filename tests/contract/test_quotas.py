@@ -245,7 +245,7 @@ def test_the_sdk_tells_its_user_why_training_is_paused_and_ends_by_itself(
         future = run.forward_backward([datum()], "cross_entropy")
         until(lambda: any(state is QueueState.PAUSED_RATE_LIMIT for state, _ in seen), 20, lambda: str(seen))
     assert "Training for" in caplog.text
-    assert "is paused. Reason: 0 tokens of today used, of 0 (quota tokens_per_day" in caplog.text
+    assert "is paused. Reason: the quota tokens_per_day of this tenant is 0" in caplog.text
     house.store.quotas.put(bob, None, {Quota.TOKENS_PER_DAY: None}, time.time())  # type: ignore[arg-type]
     assert future.result(timeout=20).metrics
     assert seen[-1][0] is QueueState.ACTIVE
@@ -260,7 +260,7 @@ def test_the_sdk_tells_its_user_why_sampling_is_paused(
     sampler = service.create_sampling_client(base_model=BASE).result()
     if state == "paused_rate_limit":
         house.store.quotas.put(bob, None, {Quota.REQUESTS: 0}, time.time())  # type: ignore[arg-type]
-        reason = r"0 requests of this tenant are computed, of 0 at one time \(quota requests\)"
+        reason = r"the quota requests of this tenant is 0, .*; goes on when an administrator raises it"
     else:
         with httpx.Client(base_url=live.url) as client:
             alice = Api(client, house.key)  # type: ignore[arg-type]
