@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import save
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -202,6 +204,25 @@ def test_experts_factors_that_differ_need_a_server_that_has_them(make_base, tmp_
     )
     with pytest.raises(UserError, match="--expert-adapters own"):
         imported(base, tar_of_directory(tmp_path))
+
+
+def test_an_expert_under_two_names_is_refused(make_base) -> None:
+    """As Mixtral and as others call them; one of both would be lost."""
+    base = make_base("minimax_m2")
+    (place,) = {
+        layer.name.rpartition(".")[0] for layer in layers_of(base) if layer.name.startswith("model.layers.0.mlp")
+    }
+    a, b = np.ones((2, 64), np.float32), np.ones((96, 2), np.float32)
+    tensors = {
+        f"base_model.model.{place}.{number}.{name}.lora_{half}.weight": factor
+        for number in range(8)
+        for name in ("gate_proj", "w1")
+        for half, factor in (("A", a), ("B", b))
+    }
+    config = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}).encode()
+    sent = tar_of({"adapter_config.json": config, "adapter_model.safetensors": save(tensors)})
+    with pytest.raises(UserError, match="twice, under two names"):
+        imported(base, sent)
 
 
 def test_layers_of_one_name_that_are_scaled_differently_are_refused(make_base, tmp_path: Path) -> None:

@@ -83,6 +83,19 @@ def test_a_merge_keeps_shards_and_all_else(adapter: Path, base: Path, tmp_path: 
     assert (out / "tokenizer.json").is_file()
 
 
+def test_a_trained_head_is_untied_where_a_tied_base_holds_one(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """Readers that go by `tie_word_embeddings` would take the embedding for it."""
+    path = base / "model-00002-of-00002.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    out = tmp_path / "out"
+    merge(base, read_adapter(adapter), out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    merged = load_file(out / path.name)
+    assert torch.equal(merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert not torch.equal(merged["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
 def test_the_same_weights_in_another_layout_are_left_alone(adapter: Path, base: Path, tmp_path: Path) -> None:
     """As Mistral's directories have them: a merged model beside unmerged weights would be two models."""
     save_file({"output.weight": torch.randn(5, 4)}, base / "consolidated.safetensors")

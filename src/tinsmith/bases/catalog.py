@@ -166,10 +166,12 @@ def describe(ref: BaseRef, *, shares_factors: bool = True, max_context: int = 0)
     vision = read_vision(path, config) if config.get("model_type") in SHOWN else None
     try:
         vocab_size, own_context = int(inner["vocab_size"]), int(inner["max_position_embeddings"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ConfigError(
             f"{path / 'config.json'}: vocab_size and max_position_embeddings are needed, as in a causal language model"
         ) from None
+    if vocab_size < 1 or own_context < 1:
+        raise ConfigError(f"{path / 'config.json'}: vocab_size and max_position_embeddings must be at least 1")
     eos = generation.get("eos_token_id")
     return BaseInfo(
         name=ref.name,
@@ -299,7 +301,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; the directory must hold a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object")

@@ -94,15 +94,14 @@ def merge(
     else:
         dtype = dtype or _named_dtype(base)
         tensors = list(_dequantised(files, NAMES[DTYPES[dtype]]))
-    unties = OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors)
-    if unties:
+    if OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors):
         tensors.append(_untied(tensors, base))
     changes = _changes(tensors, adapter, text_model_type(base))
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
     making.mkdir(parents=True)
     try:
         _write_shards(making, tensors, changes, adapter, files, progress or (lambda done, total: None))
-        _copy_rest(base, making, dtype, unties=unties)
+        _copy_rest(base, making, dtype, has_own_head=OWN_HEAD in adapter.names)
         making.rename(target)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -279,8 +278,12 @@ def _write(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> None:
-    """Tokenizer, templates and configuration; nothing in folders, and no other weights or indexes of such."""
+def _copy_rest(base: Path, making: Path, dtype: str | None, *, has_own_head: bool) -> None:
+    """Tokenizer, templates and configuration; nothing in folders, and no other weights or indexes of such.
+
+    has_own_head: the head was trained, so it isn't the embedding, whatever the base's configuration says: some
+        directories of tied bases hold it all the same.
+    """
     for path in sorted(base.iterdir()):
         if path.is_file() and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, making / path.name)
@@ -290,7 +293,7 @@ def _copy_rest(base: Path, making: Path, dtype: str | None, *, unties: bool) -> 
     for part in [config, *([inner] if isinstance(inner, dict) else [])]:
         for name in QUANTISATION:
             part.pop(name, None)
-        if unties:
+        if has_own_head:
             part["tie_word_embeddings"] = False
         if dtype is not None:
             part.pop("torch_dtype", None)

@@ -75,7 +75,9 @@ class Mixture:
             own = OWN_NAMES.get(name, "")
             if own not in self.layers or int(number) >= self.layers[own].num_experts:
                 raise UserError(f"the served base has no layer {echo(keys[0])}: the adapter is of another model")
-            of_layer.setdefault(own, {})[int(number)] = keys
+            if int(number) in of_layer.setdefault(own, {}):
+                raise UserError(f"the adapter has {echo(keys[0])} twice, under two names")
+            of_layer[own][int(number)] = keys
         return {own: self._stack(file, config, self.layers[own], of_layer[own]) for own in of_layer}
 
     def _stack(

@@ -73,7 +73,8 @@ def apart_of(model: PreTrainedModel) -> tuple[str, ...]:
 def find_linears(
     model: nn.Module, head: nn.Module, carried: Iterable[nn.Module] = (), apart: Sequence[str] = ()
 ) -> dict[str, nn.Linear]:
-    """The linear layers of attention and MLP by path, in the model's order; the output head is not among them.
+    """The linear layers of attention and MLP by path, in the model's order; the output head is not among them, nor are
+    layers without a number, such as those of shared experts of which there are none.
 
     carried: modules whose own weights are known otherwise. apart: paths of modules that aren't looked at.
 
@@ -83,7 +84,7 @@ def find_linears(
     found = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and not _is_in(name, apart)
+        if type(module) is nn.Linear and module is not head and module.weight.numel() and not _is_in(name, apart)
     }
     gates = {name for name in found if name.rpartition(".")[2] in GATES}
     linears = {name: module for name, module in found.items() if name not in gates and _group(name) is not None}
@@ -93,7 +94,7 @@ def find_linears(
     known |= {id(p) for p in head.parameters()}
     known |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     own = ((name, p) for name, p in model.named_parameters() if not _is_in(name, apart))
-    strange = [name for name, p in own if id(p) not in known and p.ndim != 1]
+    strange = [name for name, p in own if id(p) not in known and p.ndim != 1 and p.numel()]
     if strange:
         raise UnsupportedError(
             f"{type(model).__name__} has parts that can't be trained here: {_summary(strange)}; "

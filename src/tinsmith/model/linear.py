@@ -91,12 +91,15 @@ class LinearGroup:
         return y_TO.view(*x.shape[:-1], self.matrix.out_features)
 
     def part(self, index: int, x: Tensor) -> Tensor:
-        """The outputs of one layer. The first layer that comes with an input computes all, the others take theirs; an
-        input that isn't the same tensor, or a part that was taken, makes a product of its own."""
+        """The outputs of one layer, which may be changed in place, as OLMo does.
+
+        The first layer that comes with an input computes all, the others take theirs; an input that isn't the same
+        tensor, or a part that was taken, makes a product of its own.
+        """
         if len(self.widths) == 1:
             return self(x)
         if self._x is not x or index not in self._parts:
-            self._parts = dict(enumerate(torch.split(self(x), self.widths, -1)))
+            self._parts = dict(enumerate(torch.unsafe_split_with_sizes(self(x), self.widths, -1)))
         part = self._parts.pop(index)
         self._x = x if self._parts else None
         return part

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,6 +37,11 @@ from tinsmith.types import BaseInfo
 Progress = Callable[[int, int], None]  # bytes of the files that were read, and all
 
 STORED, DEQUANTISED = "stored", "dequantised"
+# what transformers raises, in reading a configuration and in building a model of it, for values that can't be
+WRONG_VALUES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+    StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load_base(
@@ -71,10 +78,8 @@ def plain_shapes(info: BaseInfo) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError, UnsupportedError: as `load_base`.
     """
-    model_class, config = _class_of(_config_of(info))
-    with torch.device("meta"):
-        model = cast(Any, model_class)(config)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    _, _, outline = _architecture(info)
+    return {name: tuple(weight.shape) for name, weight in outline.named_parameters()}
 
 
 def load_model(
@@ -91,7 +96,7 @@ def load_model(
     Raises:
         UserError, UnsupportedError: as `load_base`.
     """
-    model_class, config = _class_of(_config_of(info))
+    model_class, config, _ = _architecture(info)
     files = WeightFiles(Path(info.path))
     source = _Source(files, Matrices(config, files), weights, progress)
     if hasattr(config, "quantization_config"):
@@ -105,6 +110,7 @@ def load_model(
             dtype=dtype,
             attn_implementation="eager",  # of the check alone, and all families have it
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
             device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
             **one_by_one,  # not all experts of a layer in full
         )
@@ -115,19 +121,35 @@ def load_model(
             raise
         raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
     model, report = loaded
-    lacking = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if lacking:
-        raise UserError(f"{info.path} lacks weights of {type(model).__name__}: {', '.join(lacking[:6])}")
+    _check_report(report, info.path, type(model).__name__)
     source.end()
     settle_longrope(model, info.max_context)
     return cast(PreTrainedModel, model)
 
 
-def _config_of(info: BaseInfo) -> PretrainedConfig:
+def _check_report(report: dict[str, Any], path: str, kind: str) -> None:
+    """Raises: UserError: weights are missing, or have other shapes than the configuration says."""
+    wrong = sorted((name, list(stored), list(wanted)) for name, stored, wanted in report["mismatched_keys"])
+    if wrong:
+        name, stored, wanted = wrong[0]
+        raise UserError(
+            f"{path}: {name} is {stored} in its files and {wanted} by its config.json ({len(wrong)} such weights): "
+            "they are of different models, fetch its files again"
+        )
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise UserError(f"{path} lacks weights of {kind}: {', '.join(lacking[:6])}")
+
+
+def _architecture(info: BaseInfo) -> tuple[type[PreTrainedModel], PretrainedConfig, PreTrainedModel]:
+    """The class of the directory's model, its configuration, and a model of it without numbers."""
     try:
-        return read_config(info.path)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{info.path} can't be loaded ({error}): fetch its files again") from error
+        model_class, config = _class_of(read_config(info.path))
+        with torch.device("meta"):
+            return model_class, config, cast(Any, model_class)(deepcopy(config))
+    except WRONG_VALUES as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{info.path}: no model can be made of its config.json ({text}): fetch it again") from error
 
 
 def _class_of(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
