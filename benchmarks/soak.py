@@ -4,8 +4,9 @@ Starts `tinsmith serve` of the shipped model with small caches, so that they are
 memory and disk, and small passes, since what one frees is kept for the next; and drives it through the SDK: each run
 trains on ragged sequences, steps, and now and then publishes its weights and samples from them. Prints the memory of
 each process over time, and a verdict: after a warm-up of the first third, in which caches fill, the median slope
-between all pairs of readings, times the time that was observed, must stay below 3 % of the process's memory, or below
-8 MiB. The medians of three equal parts of that time tell one from the other where it grows: what fills up slows down, a
+between all pairs of readings (Sen, "Estimates of the Regression Coefficient Based on Kendall's Tau", 1968), times the
+time that was observed, must stay below 3 % of the process's memory, or below 8 MiB; where processes are killed, each
+reading is of another one, and it's the lower end of the slope's 95 % interval that must. The medians of three equal parts of that time tell one from the other where it grows: what fills up slows down, a
 leak doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=fake` shows the service alone, with many
 more requests.
 
@@ -29,11 +30,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import sqlite3
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -53,6 +56,7 @@ from tinsmith.config import point_sdk_at
 BASE = "tinsmith/tiny"
 VOCAB = 256
 READINGS = 60  # in all
+OFTEN = 6  # times as many are read where processes are killed
 WARM_UP = 1 / 3
 MAX_GROWTH_SHARE = 0.03
 MAX_GROWTH_MIB = 8.0
@@ -107,7 +111,7 @@ def main() -> None:
         if args.tenants:
             done["stuck requests"] += num_open(server.data_dir, 0.0)
         print(f"\n{dict(done)}\n")
-        verdicts = [report(name, values) for name, values in readings.items()]
+        verdicts = [report(name, values, is_one=not args.tenants) for name, values in readings.items()]
         is_flat = all(verdicts)
         if args.tenants:
             kept = done["steps"] / (args.steps * args.minutes)
@@ -197,7 +201,10 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
     print(f"| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     started, born = time.monotonic(), {}
-    while (passed := time.monotonic() - started) < seconds:
+    for number in count():
+        sys.stdout.flush()
+        if (passed := time.monotonic() - started) >= seconds:
+            break
         server.look()
         for name, pid in (("api", server.api_pid), ("worker", server.worker_pids[0])):
             if time.monotonic() - born.setdefault(pid, time.monotonic()) > min(SETTLE_S, seconds / 10):
@@ -207,13 +214,13 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
         readings["database"].append((passed / 60, (server.data_dir / "tinsmith.db").stat().st_size / 2**20))
         num_requests, oldest_s = ages(server.data_dir)
         per_request = used_bytes(server.data_dir) / max(1, num_requests)
-        done["stuck requests"] += num_open(server.data_dir, STUCK_S)
+        done["stuck requests"] += num_open(server.data_dir, STUCK_S) if number % OFTEN == 0 else 0
         now = " | ".join(f"{values[-1][1]:.1f}" if values else "" for values in readings.values())
-        print(
-            f"| {passed / 60:.1f} | {done['tenants']} | {done['steps']} | {now} | {per_request:.0f} | {oldest_s:.1f} |",
-            flush=True,
+        line = (
+            f"| {passed / 60:.1f} | {done['tenants']} | {done['steps']} | {now} | {per_request:.0f} | {oldest_s:.1f} |"
         )
-        time.sleep(seconds / READINGS)
+        print(line if number % OFTEN == 0 else "", end="\n" if number % OFTEN == 0 else "", flush=True)
+        time.sleep(seconds / READINGS / OFTEN)
     return {name: values for name, values in readings.items() if len(values) > 3 * PARTS}
 
 
@@ -295,22 +302,32 @@ def resident_mib(pid: int) -> float:
     raise ProcessLookupError(pid)  # it ended and was not waited for
 
 
-def report(name: str, values: list[tuple[float, float]]) -> bool:
-    """Prints what became of one process; whether it stayed flat."""
+def report(name: str, values: list[tuple[float, float]], *, is_one: bool) -> bool:
+    """Prints what became of one process (is_one), or of one kind; whether it stayed flat."""
     settled = values[int(len(values) * WARM_UP) :]
-    slope = statistics.median((y - x) / (b - a) for (a, x), (b, y) in combinations(settled, 2))
+    least, slope, most = slopes(settled)
     level = statistics.median(mib for _, mib in settled)
     minutes = settled[-1][0] - settled[0][0]
-    growth, bound = slope * minutes, max(MAX_GROWTH_MIB, MAX_GROWTH_SHARE * level)
-    is_flat = growth < bound
+    bound = max(MAX_GROWTH_MIB, MAX_GROWTH_SHARE * level)
+    is_flat = (slope if is_one else least) * minutes < bound
     part = max(1, len(settled) // PARTS)
     parts = [statistics.median(mib for _, mib in settled[i * part : (i + 1) * part]) for i in range(PARTS)]
     print(
         f"{name}: {level:.0f} MiB, most {max(mib for _, mib in settled):.0f}, "
-        f"by thirds {' / '.join(f'{mib:.0f}' for mib in parts)}; {slope:+.3f} MiB a minute, {growth:+.1f} MiB in "
-        f"{minutes:.1f} minutes, of {bound:.1f} allowed: {'flat' if is_flat else '**not flat**'}"
+        f"by thirds {' / '.join(f'{mib:.0f}' for mib in parts)}; {slope:+.3f} MiB a minute ({least:+.3f} to "
+        f"{most:+.3f}, {len(settled)} readings), {slope * minutes:+.1f} MiB in {minutes:.1f} minutes, of {bound:.1f} allowed: "
+        f"{'flat' if is_flat else '**not flat**'}"
     )
     return is_flat
+
+
+def slopes(values: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """(lower end, median, upper end) of the slope between readings, with Sen's interval of 95 %."""
+    found = sorted((y - x) / (b - a) for (a, x), (b, y) in combinations(values, 2))
+    num = len(values)
+    width = 1.96 * math.sqrt(num * (num - 1) * (2 * num + 5) / 18)
+    low, high = int((len(found) - width) / 2), math.ceil((len(found) + width) / 2)
+    return found[max(0, low)], statistics.median(found), found[min(len(found) - 1, high)]
 
 
 def parse_args() -> argparse.Namespace:
