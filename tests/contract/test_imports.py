@@ -245,6 +245,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a pattern that takes time": (archive(alpha_pattern={"(a+)+b": 1}), "beyond what is read"),
     "a header longer than the file": (archive(struct.pack("<Q", 2**40)), "a header of"),
     "a header that is none": (archive(struct.pack("<Q", 4) + b"[[[["), "can't be read"),
+    "more tensors than any model has": (
+        archive(headed(b"{" + b",".join(b'"%d":{}' % number for number in range(252_000)) + b"}")),
+        "more than 250000 tensors"),
     "a header that nests": (archive(struct.pack("<Q", 20_000) + b"[" * 20_000), "can't be read"),
     "a shape that lies": (
         archive(struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'.ljust(64) + bytes(4)),

@@ -19,7 +19,8 @@ from tinsmith.errors import UserError, echo
 from tinsmith.types import FloatArray
 
 MAX_HEADER_BYTES = 64 * 2**20
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 250_000  # Kimi-K2's experts, one by one, are 140,000; a million held up all threads for seconds
+MAX_OTHER_BRACES = 1_000  # of the header itself, and in its metadata
 MAX_DIMENSIONS = 4
 MAX_NAME_CHARS = 512  # patterns are matched with names, in a time that grows with their square
 MAX_ENTRY_BYTES = 1024
@@ -78,13 +79,16 @@ class TensorFile:
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(f"{self._name} is no safetensors file: a header of {length} bytes in {size}")
+        data = self._file.read(length)
+        if data.count(b"{") > MAX_TENSORS + MAX_OTHER_BRACES:  # one for each entry at least
+            raise UserError(f"{self._name} is no safetensors file: its header names more than {MAX_TENSORS} tensors")
         try:
-            header = msgspec.json.decode(self._file.read(length), type=dict[str, msgspec.Raw])
+            header = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
             found = msgspec.json.decode(_bounded(header.pop(METADATA, NO_METADATA), MAX_METADATA_BYTES))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise UserError(f"{self._name} is no safetensors file: its header can't be read ({error})") from None
         if len(header) > MAX_TENSORS:
-            raise UserError(f"{self._name} is no safetensors file: its header names too many tensors")
+            raise UserError(f"{self._name} is no safetensors file: its header names more than {MAX_TENSORS} tensors")
         self.metadata = found if isinstance(found, dict) else {}
         return header, offset + 8 + length
 
