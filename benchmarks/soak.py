@@ -5,21 +5,21 @@ memory and disk, and small passes, since what one frees is kept for the next; an
 trains on ragged sequences, steps, and now and then publishes its weights and samples from them. Prints the memory of
 each process over time, and a verdict: after a warm-up of the first third, in which caches fill, the median slope
 between all pairs of readings (Sen, "Estimates of the Regression Coefficient Based on Kendall's Tau", 1968), times the
-time that was observed, must stay below 3 % of the process's memory, or below 8 MiB; where processes are killed, each
-reading is of another one, and it's the lower end of the slope's 95 % interval that must. The medians of three equal parts of that time tell one from the other where it grows: what fills up slows down, a
-leak doesn't. Ends with 1 if memory grew or a request failed. `--flag=--device=fake` shows the service alone, with many
-more requests.
+time that was observed, must stay below 3 % of the process's memory, or below 8 MiB. The medians of three equal parts of
+that time tell one from the other where it grows: what fills up slows down, a leak doesn't. Ends with 1 if memory grew
+or a request failed. `--flag=--device=fake` shows the service alone, with many more requests.
 
 With `--tenants` (`make soak`) they come and go, each with a key, a session and a run of its own for a while, and every
 minute a process is killed: the API process, a worker, both. All together they make `--steps` training steps a minute,
 fewer than they could: what is in memory and in files for a minute follows the pace, and on a machine that does other
 work as well the pace would change. How much of it was kept is printed; below `MIN_KEPT` the readings say little, and
-the verdict is that. Memory counts once a process is a while old. Besides, files
-that have an end (payloads, results, samplers' weights) must be flat, and so must the database: a minute after a request
-has ended nobody can ask for it, and its row goes, with the logs of runs that rest. No request may be open for longer
-than `STUCK_S`, and clients without any retries of their own must see no error. What stays for good is allowed for: some
-rows a tenant, of which an hour with 16 of them at a time makes about 5 MB, and two snapshots a run, no part of these
-files.
+the verdict is that. Memory counts once a process is a while old, and as one reading for each process, the median of its
+own; as these depend on what it did, it is the lower end of the slope's 95 % interval that must stay below. Besides,
+files that have an end (payloads, results, samplers' weights) must be flat, and so must the database: a minute after a
+request has ended nobody can ask for it, and its row goes, with the logs of runs that rest. No request may be open for
+longer than `STUCK_S`, and clients without any retries of their own must see no error. What stays for good is allowed
+for: some rows a tenant, of which an hour with 16 of them at a time makes about 5 MB, and two snapshots a run, no part
+of these files.
 
     python benchmarks/soak.py --minutes 60 --runs 64
     python benchmarks/soak.py --minutes 60 --runs 16 --tenants
@@ -41,7 +41,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,7 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
     print(f"| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     started, born = time.monotonic(), {}
+    lives: defaultdict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for number in count():
         sys.stdout.flush()
         if (passed := time.monotonic() - started) >= seconds:
@@ -210,6 +211,7 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
             if time.monotonic() - born.setdefault(pid, time.monotonic()) > min(SETTLE_S, seconds / 10):
                 with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                     readings[name].append((passed / 60, resident_mib(pid)))
+                    lives[name, pid].append(readings[name][-1])
         readings["files"].append((passed / 60, files_mib(server.data_dir)))
         readings["database"].append((passed / 60, (server.data_dir / "tinsmith.db").stat().st_size / 2**20))
         num_requests, oldest_s = ages(server.data_dir)
@@ -221,7 +223,16 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
         )
         print(line if number % OFTEN == 0 else "", end="\n" if number % OFTEN == 0 else "", flush=True)
         time.sleep(seconds / READINGS / OFTEN)
-    return {name: values for name, values in readings.items() if len(values) > 3 * PARTS}
+    for name in ("api", "worker"):
+        readings[name] = [middle(values) for (of, _), values in lives.items() if of == name]
+    enough = {name: values for name, values in readings.items() if len(values) > 3 * PARTS}
+    for name in readings.keys() - enough.keys():
+        print(f"\n{name}: {len(readings[name])} readings are too few to tell")
+    return enough
+
+
+def middle(values: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(minute for minute, _ in values), statistics.median(mib for _, mib in values)
 
 
 def files_mib(data_dir: Path) -> float:
@@ -315,8 +326,8 @@ def report(name: str, values: list[tuple[float, float]], *, is_one: bool) -> boo
     print(
         f"{name}: {level:.0f} MiB, most {max(mib for _, mib in settled):.0f}, "
         f"by thirds {' / '.join(f'{mib:.0f}' for mib in parts)}; {slope:+.3f} MiB a minute ({least:+.3f} to "
-        f"{most:+.3f}, {len(settled)} readings), {slope * minutes:+.1f} MiB in {minutes:.1f} minutes, of {bound:.1f} allowed: "
-        f"{'flat' if is_flat else '**not flat**'}"
+        f"{most:+.3f}, {len(settled)} readings), {slope * minutes:+.1f} MiB in {minutes:.1f} minutes, of {bound:.1f} "
+        f"allowed: {'flat' if is_flat else '**not flat**'}"
     )
     return is_flat
 
