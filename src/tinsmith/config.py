@@ -342,6 +342,12 @@ def read_weights_in_turn() -> None:
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 
+def heap_block_bytes(env: Mapping[str, str] | None = None) -> int | None:
+    """Up to which size glibc was told at the start of this process to keep blocks in its heap; None if it wasn't."""
+    told = (os.environ if env is None else env).get("MALLOC_MMAP_THRESHOLD_", "")
+    return int(told) if told.isdecimal() else None
+
+
 def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:
     """Where the processes of this server count; None for one that was started alone."""
     named = (os.environ if env is None else env).get(METRICS_DIR)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tinsmith.errors import UnsupportedError, UserError
+from tinsmith.machine.large_blocks import large_blocks_apart
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
@@ -67,9 +68,10 @@ def load_base(
         UnsupportedError: the architecture has parts that can't be hooked, or its weights a form that isn't read; they
             are named.
     """
-    model = load_model(info, device, dtype, weights=weights, progress=progress)
-    tell_longrope(model, info.name, info.max_context)
-    return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
+    with large_blocks_apart():
+        model = load_model(info, device, dtype, weights=weights, progress=progress)
+        tell_longrope(model, info.name, info.max_context)
+        return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
 
 
 def plain_shapes(info: BaseInfo) -> dict[str, tuple[int, ...]]:
