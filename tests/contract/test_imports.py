@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -214,10 +215,17 @@ def test_experts_come_in_each_layout(place: tuple[House, Raw, Raw]) -> None:
 
 ATTN = RunSpec(RunId("r"), "b", 2, targets=Targets(True, False, False))
 NARROW = {name: tensor[:, :5] if "lora_A" in name else tensor for name, tensor in halves().items()}
+EXPERTS_APART = {
+    f"base_model.model.model.layers.0.mlp.experts.{number}.w1.{half}.weight": np.ones(shape, np.float32)
+    for number in range(3)
+    for half, shape in (("lora_A", (2, 6)), ("lora_B", (4, 2)))
+}
 REFUSED: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "holds no files"),
     "no tar": (b"x" * 2000, "not an uncompressed tar"),
-    "a compressed tar": (b"\x1f\x8b" + b"x" * 2000, "not an uncompressed tar"),
+    "a compressed tar": (gzip.compress(archive()), "is gzip, not an uncompressed tar"),
+    "a short compressed tar": (gzip.compress(b"x"), "is gzip, not an uncompressed tar"),
+    "a zip archive": (b"PK\x03\x04" + bytes(2000), "is a zip archive, not an uncompressed tar"),
     "a tar that is cut short": (archive()[:1700], "not sent whole"),
     "no weights": (tar_of({"adapter_config.json": b"{}"}), "lacks adapter_model.safetensors"),
     "a pickle": (tar_of({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}), "is a pickle"),
@@ -238,6 +246,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a changed base": (archive(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "a setting of tomorrow": (archive(twisted=True), "twisted"),
     "rank 0": (archive(r=0), "at least 1"),
+    "another rank than the tensors'": (archive(r=64), f"says rank 64 for '{QUERY}' (r), and its tensors have rank 2"),
+    "another rank by a pattern": (
+        archive(rank_pattern={"k_proj": 2, "q_proj": 99}), "rank_pattern 'q_proj'), and its tensors have rank 2"),
+    "another rank than the experts'": (
+        archive(EXPERTS_APART, rank_pattern={r"experts.1.w1": 1}), "experts.1.w1' (rank_pattern"),
+    "experts scaled apart": (archive(EXPERTS_APART, alpha_pattern={"experts.1.w1": 9}), "experts have one scale"),
+    "ranks that are none": (archive(rank_pattern={"q_proj": 2.0}), "rank_pattern 'q_proj' must be a whole number"),
+    "ranks in a list": (archive(rank_pattern=[]), "rank_pattern must be an object"),
+    "a flag in words": (archive(use_rslora="no"), 'use_rslora must be true or false, not \'"no"\''),
+    "a flag of another method in words": (archive(use_dora="false"), "use_dora must be true or false"),
+    "a flag as a number": (archive(inference_mode=0), "inference_mode must be true or false"),
     "no alpha": (archive(lora_alpha=None), "lora_alpha"),
     "alpha that is not finite": (
         tar_of({"adapter_config.json": b'{"r": 1, "lora_alpha": Infinity}', "adapter_model.safetensors": b""}),

@@ -16,7 +16,11 @@ from tinsmith.errors import UserError, echo
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 256
 MAX_EXTENDED_BYTES = 1 << 16
+SEND = "send an uncompressed tar with the adapter's files at its root"
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE)
+COMPRESSED = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "a zip archive",
+}  # fmt: skip
 MOVES = (b" path=", b" size=", b" GNU.sparse", b" linkpath=")
 
 
@@ -34,6 +38,11 @@ def files_in(file: BinaryIO, num_bytes: int) -> Mapping[str, Stretch]:
     Raises:
         UserError: it isn't an uncompressed tar, is cut short, or holds links, devices or names that lead elsewhere.
     """
+    file.seek(0)
+    begun = file.read(max(map(len, COMPRESSED)))
+    kind = next((kind for magic, kind in COMPRESSED.items() if begun.startswith(magic)), None)
+    if kind is not None:
+        raise UserError(f"what was sent is {kind}, not an uncompressed tar: unpack it, and {SEND}")
     found: dict[str, Stretch] = {}
     at, num_members = 0, 0
     while at + BLOCK <= num_bytes:
@@ -59,7 +68,7 @@ def files_in(file: BinaryIO, num_bytes: int) -> Mapping[str, Stretch]:
         elif member.type not in (tarfile.DIRTYPE, tarfile.AREGTYPE):
             raise UserError(f"the archive holds {echo(member.name)}, which is no plain file: send files alone")
     if not found:
-        raise UserError("the archive holds no files: send an uncompressed tar with the adapter's files at its root")
+        raise UserError(f"the archive holds no files: {SEND}")
     return found
 
 
@@ -68,8 +77,7 @@ def _header(block: bytes) -> tarfile.TarInfo:
         return tarfile.TarInfo.frombuf(block, "utf-8", "replace")
     except tarfile.HeaderError as error:
         raise UserError(
-            f"not an uncompressed tar ({error}): send the adapter's files at the root of one, or a run's state as one "
-            "safetensors file"
+            f"not an uncompressed tar ({error}): {SEND}, or a run's state as one safetensors file"
         ) from None
 
 

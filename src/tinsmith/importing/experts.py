@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from tinsmith.bases.layer_table import Layer
-from tinsmith.errors import UserError, echo
+from tinsmith.errors import UnsupportedError, UserError, echo
 from tinsmith.importing.names import OWN_NAMES
 from tinsmith.importing.pairs import Pair
 from tinsmith.importing.peft_config import PeftConfig
@@ -92,12 +92,19 @@ class Mixture:
             a, b = file.tensors[a_key].shape, file.tensors[b_key].shape
             if (a, b) != ((rank, layer.inputs), (layer.outputs, rank)) or rank < 1:
                 raise _misfit(module, a, b, layer)
+        module = ordered[0][0]
+        scale = config.scale(module, rank)
+        for other, _, _ in ordered:
+            if config.scale(other, rank) != scale:
+                raise UnsupportedError(
+                    f"{echo(other)} is scaled by {config.scale(other, rank):g}, {echo(module)} by {scale:g}: a layer's "
+                    "experts have one scale in a run, so alpha_pattern has to name all of them or none"
+                )
 
         def stack(half: int) -> FloatArray:
             return np.stack([file.read(keys[half]) for keys in ordered])
 
-        module = ordered[0][0]
-        return Pair(rank, config.scale(module, rank), config.alpha_of(module), partial(stack, 1), partial(stack, 2))
+        return Pair(rank, scale, config.alpha_of(module), partial(stack, 1), partial(stack, 2))
 
     def _wrapped(self, file: TensorFile, config: PeftConfig) -> Mapping[str, Pair]:
         made: dict[str, Pair] = {}

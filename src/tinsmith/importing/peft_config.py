@@ -10,11 +10,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tinsmith.errors import UnsupportedError, UserError, echo
+
+Value = TypeVar("Value", int, float)
 
 NAME = "adapter_config.json"
 MAX_BYTES = 2**20
@@ -27,24 +29,38 @@ HARMLESS = frozenset({
     "use_rslora", "ensure_weight_tying",
 })  # fmt: skip
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # ways to begin that take something from the weights
+FLAGS = ("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias", "use_dora", "use_rslora")
 CURE = "merge it with peft itself, or train without"
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """rank and alpha: of modules that no pattern matches. is_stabilised: rsLoRA, alpha / sqrt(rank)
-    (arXiv 2312.03732)."""
+    """rank and alpha: of modules that no pattern in `ranks` or `alphas` matches. is_stabilised: rsLoRA,
+    alpha / sqrt(rank) (arXiv 2312.03732)."""
 
     rank: int
     alpha: float
     is_stabilised: bool
     alphas: Mapping[str, float]
+    ranks: Mapping[str, int]
 
     def alpha_of(self, module: str) -> float:
         return next((value for pattern, value in self.alphas.items() if _matches(pattern, module)), self.alpha)
 
     def scale(self, module: str, rank: int) -> float:
-        """Of a module's product, B A times this. `rank`: as its tensors have it."""
+        """Of a module's product, B A times this. `rank`: as its tensors have it.
+
+        Raises:
+            UserError: the configuration says another rank, so that `peft` wouldn't load these tensors.
+        """
+        pattern = next((pattern for pattern in self.ranks if _matches(pattern, module)), None)
+        told = self.rank if pattern is None else self.ranks[pattern]
+        if told != rank:
+            where = "r" if pattern is None else f"rank_pattern {echo(pattern)}"
+            raise UserError(
+                f"{NAME} says rank {told} for {echo(module)} ({where}), and its tensors have rank {rank}: the files "
+                "are of different adapters, send those that were saved together"
+            )
         return self.alpha_of(module) / self.divisor(rank)
 
     def divisor(self, rank: int) -> float:
@@ -61,21 +77,19 @@ def parse_config(data: bytes) -> PeftConfig:
     if not isinstance(found, dict) or found.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{NAME} does not describe a LoRA adapter")
     _check_known(found)
-    rank = found.get("r")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{NAME}: r must be a whole number of at least 1, not {echo(str(rank))}")
-    alphas = found.get("alpha_pattern") or {}
-    if not isinstance(alphas, dict) or len(alphas) > MAX_PATTERNS:
-        raise UserError(f"{NAME}: alpha_pattern must be an object of patterns and numbers")
     return PeftConfig(
-        rank,
+        _rank(found.get("r"), "r"),
         _alpha(found.get("lora_alpha"), "lora_alpha"),
-        bool(found.get("use_rslora")),
-        {pattern: _alpha(value, f"alpha_pattern {echo(pattern)}") for pattern, value in alphas.items()},
+        found.get("use_rslora") is True,
+        _pattern(found, "alpha_pattern", _alpha),
+        _pattern(found, "rank_pattern", _rank),
     )
 
 
 def _check_known(found: Mapping[str, Any]) -> None:
+    for flag in FLAGS:
+        if not isinstance(found.get(flag), bool | None):
+            raise UserError(f"{NAME}: {flag} must be true or false, not {echo(json.dumps(found[flag]))}")
     if found.get("bias", "none") not in ("none", None):
         raise UnsupportedError(
             f"{NAME} trains biases (bias={echo(str(found['bias']))}), which have no place here: {CURE}"
@@ -96,6 +110,19 @@ def _check_known(found: Mapping[str, Any]) -> None:
     strange = sorted(name for name, value in found.items() if value and name not in HARMLESS)
     if strange:
         raise UnsupportedError(f"{NAME} sets {', '.join(map(echo, strange[:6]))}, which can't be carried; {CURE}")
+
+
+def _pattern(found: Mapping[str, Any], name: str, read: Callable[[object, str], Value]) -> Mapping[str, Value]:
+    values = {} if found.get(name) is None else found[name]
+    if not isinstance(values, dict) or len(values) > MAX_PATTERNS:
+        raise UserError(f"{NAME}: {name} must be an object of at most {MAX_PATTERNS} patterns and numbers")
+    return {pattern: read(value, f"{name} {echo(pattern)}") for pattern, value in values.items()}
+
+
+def _rank(value: object, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{NAME}: {name} must be a whole number of at least 1, not {echo(str(value))}")
+    return value
 
 
 def _alpha(value: object, name: str) -> float:
