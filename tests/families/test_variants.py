@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
     OlmoForCausalLM,
 )
 
+from tests.families import test_battery
 from tests.families.configs import COMMON, CONFIGS, MOONLIGHT, THETA, VOCAB
 from tests.families.test_battery import data_of, twin_of
+from tests.families.test_import import imported, tar_of_directory
 from tests.numerics.lab import grads, item, make_trainer, relative, run_pass, spec
 from tests.numerics.sampling_lab import make_sampler, prompt, run_all, sample
+from tinsmith.bases.catalog import BaseRef, describe
 from tinsmith.model.inspect import find_linears
 
 CLIP = 0.2  # reached by most of the projections
@@ -58,6 +65,24 @@ def test_a_variant_is_sampled_and_trained_as_in_transformers(kind, make_base, pl
     found = grads(trainer, "a")
     for name, parameter in twin.params.items():
         within("gradients, relative", relative(found[f"grad/{name}"], parameter.grad), 0.0)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_head_that_is_called_embed_out_is_exported(is_tied, make_base, tmp_path, monkeypatch, within) -> None:
+    """GPT-NeoX's, whose embedding is `embed_in`: merged, as an adapter for peft, and back again."""
+    kind, config = f"gpt_neox_{is_tied}", GPTNeoXConfig(**{**COMMON, "tie_word_embeddings": is_tied})
+    monkeypatch.setitem(CONFIGS, kind, (GPTNeoXForCausalLM, config))
+    base = make_base(kind)
+    assert describe(BaseRef("x", Path(base.info.path))).is_head_tied is is_tied
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "peft").mkdir()
+    test_battery.test_the_merged_model_is_the_same_in_transformers(kind, make_base, tmp_path / "merged", within)
+    test_battery.test_the_exported_adapter_is_the_same_in_peft(kind, make_base, tmp_path / "peft", within)
+    with safe_open(tmp_path / "merged" / "merged" / "model.safetensors", "pt") as merged:
+        assert [name for name in merged.keys() if "embed_out" in name] == ["embed_out.weight"]  # noqa: SIM118
+    state = make_trainer(base, spec("a", 8), deterministic=False).export_run(spec("a").run_id)
+    again = imported(base, tar_of_directory(tmp_path / "peft" / "peft"))
+    assert again.tensors.keys() == {name for name in state.tensors if name.startswith("param/")}
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

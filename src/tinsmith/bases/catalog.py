@@ -44,6 +44,7 @@ GATES = frozenset({"shared_expert_gate"})  # one number a row: layers that are n
 ROUTERS = frozenset({"gate", "router"}) | GATES  # beside the experts
 EXPERT_LAYERS = ("w1", "w2", "w3")  # as in `model.experts`
 HEAD = "lm_head"  # as in `model.inspect`
+HEAD_OF = {"embed_tokens": HEAD, "embed_in": "embed_out"}  # what weights of a head are called where the embedding is so
 
 QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
 
@@ -317,7 +318,12 @@ def _ids(value: object) -> tuple[int, ...]:
 def _is_head_tied(path: Path) -> bool:
     """No output head among the stored weights, under any prefix; False where there are none at all."""
     names = [name for file in weight_files(path) for name in _shapes(file)]
-    return bool(names) and not any(f".{name}".endswith(".lm_head.weight") for name in names)
+    return bool(names) and not any(map(is_of_head, names))
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a stored weight is the output head's, under any prefix."""
+    return f".{name}".endswith(tuple(f".{head}.weight" for head in HEAD_OF.values()))
 
 
 def _widths(
@@ -362,9 +368,9 @@ def _widths(
             widths["attn", layer] += sum(shape)
         elif parts & MLP_PARTS:
             widths["mlp", layer] += sum(shape)
-        elif f".{name}".endswith(".lm_head.weight"):
-            widths["unembed", layer] += sum(shape)
-        elif "embed_tokens" in parts or "wte" in parts:
+        elif is_of_head(name):
+            widths["unembed", HEAD] += sum(shape)
+        elif parts & {*HEAD_OF, "wte"}:
             embedding = sum(shape)
     for number in num_experts.values():
         for layer in EXPERT_LAYERS:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tinsmith.bases.catalog import QUANTISATION, is_quantised, text_model_type
+from tinsmith.bases.catalog import HEAD_OF, QUANTISATION, is_of_head, is_quantised, text_model_type
 from tinsmith.bases.weight_headers import WEIGHT_INDEX, read_header, weight_files
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
@@ -30,8 +30,6 @@ from tinsmith.export.expert_weights import Whole, layouts
 from tinsmith.files.adapter_files import OWN_HEAD, file_header
 from tinsmith.model.weight_files import WeightFiles
 
-HEAD_WEIGHT = f"{OWN_HEAD}.weight"
-EMBEDDING = "embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
@@ -94,7 +92,7 @@ def merge(
     else:
         dtype = dtype or _named_dtype(base)
         tensors = list(_dequantised(files, NAMES[DTYPES[dtype]]))
-    if OWN_HEAD in adapter.names and not any(_is(tensor.name, HEAD_WEIGHT) for tensor in tensors):
+    if OWN_HEAD in adapter.names and not any(is_of_head(tensor.name) for tensor in tensors):
         tensors.append(_untied(tensors, base))
     changes = _changes(tensors, adapter, text_model_type(base))
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -139,10 +137,15 @@ def _dequantised(files: WeightFiles, dtype: str) -> Iterator[_Tensor]:
 
 def _untied(tensors: Sequence[_Tensor], base: Path) -> _Tensor:
     """The output head that the base has not: its embedding, under another name."""
-    embeddings = [tensor for tensor in tensors if _is(tensor.name, EMBEDDING)]
-    if len(embeddings) != 1:
+    heads = [
+        replace(tensor, name=f"{head}.weight")
+        for tensor in tensors
+        for embedding, head in HEAD_OF.items()
+        if _is(tensor.name, f"{embedding}.weight")
+    ]
+    if len(heads) != 1:
         raise UserError(f"the adapter trains the output head, and {base} has neither a head nor one embedding")
-    return replace(embeddings[0], name=HEAD_WEIGHT)
+    return heads[0]
 
 
 def _changes(tensors: Sequence[_Tensor], adapter: Adapter, model_type: str) -> dict[str, list[_Change]]:
@@ -155,6 +158,7 @@ def _changes(tensors: Sequence[_Tensor], adapter: Adapter, model_type: str) -> d
         found = found or [tensor for tensor in tensors if _is(tensor.name, f"{module.partition('.')[2]}.weight")]
         inner = f"language_model.model.{module.partition('language_model.')[2]}.weight"  # Gemma 3's, as it is stored
         found = found or [tensor for tensor in tensors if _is(tensor.name, inner)]
+        found = found or [tensor for tensor in tensors if module == OWN_HEAD and is_of_head(tensor.name)]
         older = f"vision_tower.vision_model.{module.partition('vision_tower.')[2]}.weight"  # its tower's, on the hub
         found = found or [tensor for tensor in tensors if _is(tensor.name, older)]
         if len(found) != 1:

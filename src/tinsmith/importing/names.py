@@ -24,7 +24,8 @@ KINDS = {
     "token_adapter": "trained tokens",
     "bias": "a bias",
 }
-WHOLE = re.compile(r"(?:.+\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight")
+WHOLE = re.compile(r"(?:.+\.)?(lm_head|embed_tokens|embed_in|embed_out)(?:\.base_layer)?\.weight")
+HEADS = (HEAD, HEAD_STATE_NAME.rpartition(".")[2], "embed_out")  # the last is GPT-NeoX's before transformers 5
 EXPERTS = "experts"
 TOWER, OLDER = "vision_tower", "vision_model"  # a module that transformers had in the tower before 5.0
 OWN_NAMES = {
@@ -74,7 +75,7 @@ def place_of(module: str) -> str:
     if TOWER in parts and OLDER in parts:
         parts.remove(OLDER)
     place = ".".join(parts)
-    return HEAD if place in (HEAD, HEAD_STATE_NAME.rpartition(".")[2]) else place
+    return HEAD if place in HEADS else place
 
 
 def expert_place(module: str) -> tuple[str, str] | None:
