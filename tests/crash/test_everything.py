@@ -151,16 +151,16 @@ class Trouble:
         for slot in dead:
             del self.workers[slot]
         self.count["deaths"] += len(dead)
+        for slot in dead:  # first, so that threads of the dead record no snapshot on top of the damaged one
+            self._start(slot)
         if self.rng.random() < 0.7:
             self._damage()
-        for slot in dead:
-            self._start(slot)
 
     def _damage(self) -> None:
         """The newest snapshot of a run that nobody holds in memory, and of which there is an older one."""
         rows = [self.house.store.runs.get(t.tenant, run) for t in self.asking.tenants for run in t.runs]
         for row in self.rng.sample(rows, len(rows)):
-            if row.has_previous and row.snapshot_blob is not None and row.lease_owner not in self.workers:
+            if row.has_previous and row.snapshot_blob is not None and row.lease_owner is None:
                 path = self.house.root / "blobs" / row.snapshot_blob
                 with contextlib.suppress(FileNotFoundError):
                     path.write_bytes(path.read_bytes()[:-1])
