@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from tinsmith.cli import main as cli
 from tinsmith.errors import ConfigError, ForbiddenError
+from tinsmith.top import main as top_main
 from tinsmith.top.reading import Reading, frame, parse
 from tinsmith.top.view import Screen
 
@@ -190,6 +191,15 @@ def test_what_is_wrong_is_said_with_its_cure(stub: Stub, monkeypatch: pytest.Mon
     keyless = failure("--url", url_of(stub))
     assert isinstance(keyless, ConfigError)
     assert "TINKER_API_KEY" in keyless.message
+
+
+def test_an_interrupt_that_is_lost_where_it_is_raised_ends_it_all_the_same() -> None:
+    with top_main._interrupts() as interrupted:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert interrupted.is_set()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("end", ["q", "ctrl-c"])

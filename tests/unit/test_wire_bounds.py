@@ -57,14 +57,16 @@ def test_good_requests_pass() -> None:
 )
 def test_too_much_is_refused_at_little_cost(body: Callable[[], bytes], words: str) -> None:
     sent = body()
-    tracemalloc.start()
     started = time.process_time()
     with pytest.raises(TooLargeError, match=words):
         check_bounds(sent, MAX_TOKENS)
-    elapsed_s, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    assert time.process_time() - started < 3.0
+    tracemalloc.start()  # apart, since it takes eight times as long
+    with pytest.raises(TooLargeError, match=words):
+        check_bounds(sent, MAX_TOKENS)
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000
-    assert elapsed_s < 5.0
 
 
 def test_a_shape_of_a_million_dimensions_is_refused() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import select
+import signal
 import sys
 import termios
+import threading
 import time
 import tty
 from collections import deque
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -70,10 +73,10 @@ def _watch(client: Client, console: Console, before: Reading, interval: float) -
     seen = frame(before, before)
     trouble = ""
     hint = "  q quits"
-    with _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+    with _interrupts() as interrupted, _keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
         live.update(Screen(seen, client.url, datetime.now(UTC), hint=hint), refresh=True)
         try:
-            while not _is_over(keys, interval):
+            while not _is_over(keys, interval) and not interrupted.is_set():
                 try:
                     readings.append(read(client))
                     seen, trouble = frame(readings[0], readings[-1]), ""
@@ -82,6 +85,22 @@ def _watch(client: Client, console: Console, before: Reading, interval: float) -
                 live.update(Screen(seen, client.url, datetime.now(UTC), trouble, hint), refresh=True)
         except KeyboardInterrupt:
             return
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which is raised as well: what is raised while a finalizer runs is lost."""
+    interrupted = threading.Event()
+
+    def interrupt(number: int, at: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_over(keys: int | None, seconds: float) -> bool:
