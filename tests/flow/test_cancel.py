@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.flow.house import House, settle
+from tinsmith.ipc.bell import Ringer
 from tinsmith.store.end_rows import EndsAfter
 from tinsmith.types import OpState
 
@@ -45,7 +46,8 @@ def test_a_running_sample_is_dropped_at_the_bell_and_pays_for_what_it_got(
     assert house.engine.num_samples == 2
     assert cancel(house, op) == "running"
     time.sleep(0.06)
-    worker._bell._socket.sendto(b"\0", str(worker._bell._path))
+    with contextlib.closing(Ringer(worker._bell._listener.path)) as ringer:
+        ringer.ring()
     worker.step()
     assert house.engine.num_samples == 1
     assert {row.id for row in worker._samples.resident} == set(worker._samples._prompt_tokens) == {other.id}

@@ -7,17 +7,13 @@ a scan interval, never a request.
 
 from __future__ import annotations
 
-import os
 import select
-import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from tinsmith.errors import ConfigError
+from tinsmith.ipc.datagrams import DatagramListener, DatagramSender
 
-MAX_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 PLAIN = b"\0"
 MAX_NOTE_BYTES = 16 << 10
 MAX_NOTES = 8  # fewer than Linux keeps for a listener (net.unix.max_dgram_qlen, 10): with more, some may be lost
@@ -31,15 +27,9 @@ class Bell:
     """
 
     def __init__(self, path: Path) -> None:
-        check_path(path)
-        self._path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-        path.unlink(missing_ok=True)
-        self._socket.bind(os.fspath(path))
-        self._inode = path.stat().st_ino
+        self._listener = DatagramListener(path)
         self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._poll.register(self._listener, select.POLLIN)
         self._notes: list[bytes] = []
         self._is_plain = False
 
@@ -50,15 +40,14 @@ class Bell:
         self.close()
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self._listener.fileno()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a ring at most that long. True if there was any since the last call; all of them are taken."""
         if not self._poll.poll(max(0.0, timeout_s) * 1000):
             return False
-        with suppress(BlockingIOError):
-            while True:
-                self._hear(self._socket.recv(MAX_NOTE_BYTES + 1))
+        for note in self._listener.received(MAX_NOTE_BYTES + 1):
+            self._hear(note)
         return True
 
     def notes(self) -> Sequence[bytes] | None:
@@ -75,11 +64,7 @@ class Bell:
             self._notes.append(note)
 
     def close(self) -> None:
-        """Stop listening; a bell that another process has put in this place meanwhile stays."""
-        self._socket.close()
-        with suppress(FileNotFoundError):
-            if self._path.stat().st_ino == self._inode:
-                self._path.unlink()
+        self._listener.close()
 
 
 class Ringer:
@@ -90,23 +75,11 @@ class Ringer:
     """
 
     def __init__(self, path: Path) -> None:
-        check_path(path)
-        self._path = os.fspath(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        self._sender = DatagramSender(path)
 
     def ring(self, note: bytes = PLAIN) -> None:
         """Never waits, and never raises for a listener that is away or busy. note: of `MAX_NOTE_BYTES` at most."""
-        with suppress(OSError):
-            self._socket.sendto(note, self._path)
+        self._sender.send(note)
 
     def close(self) -> None:
-        self._socket.close()
-
-
-def check_path(path: Path) -> None:
-    """Raises: ConfigError: the path is too long for a socket."""
-    if len(os.fsencode(path)) > MAX_PATH_BYTES:
-        raise ConfigError(
-            f"the path {path} is longer than a socket's {MAX_PATH_BYTES} bytes: choose a shorter --data-dir"
-        )
+        self._sender.close()
