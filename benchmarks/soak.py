@@ -109,7 +109,7 @@ def main() -> None:
             driver.join(4 * STUCK_S)
             done["stuck clients"] += driver.is_alive()
         if args.tenants:
-            done["stuck requests"] += num_open(server.data_dir, 0.0)
+            done["stuck at the end"] += num_open(server.data_dir, 0.0)
         print(f"\n{dict(done)}\n")
         verdicts = [report(name, values, is_one=not args.tenants) for name, values in readings.items()]
         is_flat = all(verdicts)
@@ -216,7 +216,7 @@ def watch_all(server: Server, seconds: float, done: Counter[str]) -> dict[str, l
         readings["database"].append((passed / 60, (server.data_dir / "tinsmith.db").stat().st_size / 2**20))
         num_requests, oldest_s = ages(server.data_dir)
         per_request = used_bytes(server.data_dir) / max(1, num_requests)
-        done["stuck requests"] += num_open(server.data_dir, STUCK_S) if number % OFTEN == 0 else 0
+        done["stuck for a minute"] += num_open(server.data_dir, STUCK_S) if number % OFTEN == 0 else 0
         now = " | ".join(f"{values[-1][1]:.1f}" if values else "" for values in readings.values())
         line = (
             f"| {passed / 60:.1f} | {done['tenants']} | {done['steps']} | {now} | {per_request:.0f} | {oldest_s:.1f} |"

@@ -6,17 +6,16 @@ been below `TARGET_S` for `INTERVAL_S`, and until it has been for `RELAX_S` (lon
 that fill the queue are refused at the door, before their bodies are read or parsed: 429 and `Retry-After`. Those of
 tenants who have few under way pass; fewer where enough of theirs waits in the queue, so that what is accepted is what
 can be carried out. Polls, heartbeats and whatever gives results away are never refused. To refuse costs a twentieth of
-what it takes to serve.
+what it takes to serve where many come together, and a fifth where each comes by itself.
 
 Where requests come faster than they are carried out, and taking them in keeps a core from those who carry them out
 (this thread stands ready for `CONTENDED` of the time and waits for one), tenants whose backlog is long already are
 refused as well, but for as many as end meanwhile, until none was for `RELAX_S` or `STAY_S` have passed: taken in,
-theirs would wait all the same, and make all others slower.
-While some are, the event loop dozes between short bursts, as a thread that is woken for each request by itself takes
-twice the time for them.
+theirs would wait all the same, and make all others slower. While some are, the event loop dozes between short bursts,
+as a thread that is woken for each request by itself takes twice the time for them.
 
-A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`:
-what its client sends meanwhile waits on the client's side. For the event loop's own thread.
+A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`: what its client sends
+meanwhile waits on the client's side. For the event loop's own thread.
 """
 
 from __future__ import annotations

@@ -274,8 +274,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, D] each in, [1, T, H, D] out.
 
-    Values may be narrower or wider than keys (MLA, arXiv 2405.04434, section 2.1): what is narrower gets columns of
-    zeros, which change no score, since attention and caches are made for one head size.
+    Values may be narrower or wider than keys (MLA, arXiv 2405.04434, section 2.1): what is narrower gets zeros.
     """
     strange = sorted(name for name, value in extras.items() if name not in KNOWN_EXTRAS and value is not None)
     if attention_mask is not None or dropout or strange:
@@ -290,12 +289,15 @@ def _attend(
         extras.get("s_aux"),
     )
     context = cast(PassHolder, getattr(module, HOLDER)).context
-    size = value.shape[-1]
-    width = max(size, query.shape[-1])
-    q_HTD, k_GTD, v_GTD = (x[0] if x.shape[-1] == width else F.pad(x[0], (0, width - x.shape[-1])) for x in
-                           (query, key, value))  # fmt: skip
+    width = max(query.shape[-1], value.shape[-1])
+    q_HTD, k_GTD, v_GTD = (_widened(states[0], width) for states in (query, key, value))
     out_THD = context.attend(cast(int, module.layer_idx), q_HTD, k_GTD, v_GTD, kind)
-    return out_THD[None, ..., :size], None
+    return out_THD[None, ..., : value.shape[-1]], None
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """[..., D] -> [..., width], with zeros."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 class _CheckContext:
