@@ -2,8 +2,7 @@
 
 Prints tokens per CPU-second of one forward and backward for many runs, ours against peft's `set_adapter` loop, both in
 this process, on the same random weights, interleaved; medians. With `--defaults` both have the SDK's own settings: rank
-32 on all layers and the output head. `frozen` is the shared pass without adapters in the
-layers: the floor.
+32 on all layers and the output head. `frozen` is the shared pass without any adapter: the floor.
 
     python benchmarks/train_vs_peft.py --runs 16 64 --tokens 32-64
 """
@@ -23,6 +22,7 @@ from tinsmith.machine.cpu import OPENMP, math_env
 
 os.environ.update({**(OPENMP if "--plain-mkl" in sys.argv else math_env()), **os.environ})  # read when torch loads
 
+import no_adapters
 import numpy as np
 import rows
 import torch
@@ -93,11 +93,13 @@ def report(num_runs: int, args: argparse.Namespace, info: BaseInfo) -> None:
 
 
 def our_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo, *, adapters: bool) -> Callable[[], Any]:
-    """One pass over all runs. Without adapters: the same walk, where only the output head of rank 1 is trained."""
-    base = load_base(info, device=torch.device("cpu"), dtype=torch.float32)
+    """One pass over all runs, or the same walk over the base alone."""
+    base = (
+        load_base(info, device=torch.device("cpu"), dtype=torch.float32) if adapters else no_adapters.frozen_base(info)
+    )
     trainer = Trainer(base, Settings())
     wanted = Targets() if args.defaults else TARGETS
-    targets, rank = (wanted, args.rank) if adapters else (Targets(attn=False, mlp=False, unembed=True), 1)
+    targets, rank = (wanted, args.rank) if adapters else (no_adapters.TARGETS, 1)
     items = []
     for index, own in enumerate(data):
         run = RunId(f"r{index:03}")

@@ -7,7 +7,7 @@ A case is runs x data x tokens of a datum. CPU seconds of one forward and backwa
 take turns in one process, with the allocator set as in a worker (`run_all.py` does that):
 
     ours            one pass over all runs
-    frozen          the same pass without adapters in the layers: the floor
+    frozen          the same pass without any adapter: the floor
     one run         the same data, all of one run
     deterministic   `ours` in deterministic mode
 
@@ -37,6 +37,7 @@ from tinsmith.machine.cpu import math_env
 
 os.environ.update({**math_env(), **os.environ})  # read when torch loads
 
+import no_adapters
 import numpy as np
 import rows
 import torch
@@ -77,7 +78,7 @@ def report(info: BaseInfo, args: argparse.Namespace) -> None:
     rank, targets = (32, Targets()) if args.defaults else (16, Targets(unembed=False))
     arms = {
         "ours": arm(base, work, rank, targets),
-        "frozen": arm(base, work, 1, Targets(attn=False, mlp=False)),
+        "frozen": arm(no_adapters.frozen_base(info), work, 1, no_adapters.TARGETS),
         "one run": arm(base, [[datum for own in work for datum in own]], rank, targets),
         "deterministic": arm(stable, work, rank, targets, deterministic=True),
         "torch.mm": square_product(packed=False),

@@ -48,6 +48,10 @@ CONFIGS: dict[str, Any] = {
         hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         tie_word_embeddings=True, **{**COMMON, "max_position_embeddings": 131_072},
     )),
+    "words": (Qwen3ForCausalLM, Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        **{**COMMON, "vocab_size": 32_001, "num_hidden_layers": 1, "max_position_embeddings": 40_000},
+    )),
     "thick": (Qwen3ForCausalLM, Qwen3Config(
         hidden_size=32, intermediate_size=1024, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         tie_word_embeddings=True, **{**COMMON, "num_hidden_layers": 8, "max_position_embeddings": 40_000},

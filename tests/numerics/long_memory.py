@@ -22,16 +22,16 @@ from tinsmith.training.budget import Budget
 from tinsmith.types import TrainResult
 
 LENGTHS = (2048, 4096, 8192)
-MODES = ("train", "recompute", "sample")
+MODES = {"train": "long", "recompute": "long", "sample": "long", "words": "words"}  # and the base that each is for
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    base = make_base("long", Path(sys.argv[1]))
-    for mode in MODES:
+    bases = {kind: make_base(kind, Path(sys.argv[1], kind)) for kind in sorted(set(MODES.values()))}
+    for mode, kind in MODES.items():
         child = os.fork()
         if child == 0:
-            measure(base, mode)
+            measure(bases[kind], mode)
             sys.exit(0)
         _, status = os.waitpid(child, 0)
         if status:

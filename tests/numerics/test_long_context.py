@@ -64,7 +64,8 @@ def peaks_by_mode(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[in
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read as Linux shows them")
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_is_linear_in_the_length(peaks_by_mode: dict[str, list[int]], mode: str) -> None:
-    """One square of 8k tokens would be 64 MiB with a byte an entry, and 256 MiB in float32."""
+    """One square of 8k tokens would be 64 MiB with a byte an entry, and 256 MiB in float32; the logits of 8k tokens
+    over 32,001 words would be 1,000 MiB."""
     start, *peaks = peaks_by_mode[mode]
     taken = [peak - start for peak in peaks]
     a_token = taken[-1] / LENGTHS[-1]

@@ -19,6 +19,7 @@ from tests.numerics.lab import (
     spec,
 )
 from tinsmith.errors import UserError
+from tinsmith.model import padded_rows
 from tinsmith.training import head, losses
 from tinsmith.training.losses import LOSSES, Loss, NativeLoss
 from tinsmith.training.optimizer import global_norm
@@ -223,6 +224,26 @@ def test_logits_are_held_a_chunk_at_a_time(base):
     assert_same_bits(dict(enumerate(one.logprobs)), dict(enumerate(other.logprobs)))
     for name, grad in grads(small, "a").items():
         np.testing.assert_allclose(grad, grads(large, "a")[name], rtol=0, atol=1e-5 * np.abs(grad).max())
+
+
+@pytest.mark.parametrize("unembed", [False, True])
+def test_tokens_of_weight_zero_have_no_part_in_the_heads_backward(base, unembed, monkeypatch):
+    """60 tokens before an answer of four: four rows go through the head backwards, and through its adapter."""
+    rows, lora_rows = [], []
+    matrix = type(base.head)
+    backward, adapter = matrix.times_transpose, head.add_adapter_grads
+    monkeypatch.setattr(matrix, "times_transpose", lambda own, dy: rows.append(dy.shape) or backward(own, dy))
+    monkeypatch.setattr(
+        head,
+        "add_adapter_grads",
+        lambda weights, grads, h, *rest: lora_rows.append(len(h)) or adapter(weights, grads, h, *rest),
+    )
+    tokens = np.random.default_rng(5).integers(0, VOCAB, 65)
+    weights = np.r_[np.zeros(60), np.ones(4)].astype(np.float32)
+    answer = Datum(tokens[:-1].astype(np.int32), {"target_tokens": tokens[1:], "weights": weights})
+    run_pass(make_trainer(base, spec("a", targets=Targets(unembed=unembed)), chunk_tokens=64), [item("a", [answer])])
+    assert [num for num, width in rows if width == VOCAB] == [padded_rows(4)]
+    assert lora_rows == [4] * unembed
 
 
 @pytest.mark.parametrize("unembed", [False, True])
