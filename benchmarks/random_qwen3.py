@@ -17,7 +17,7 @@ from tinsmith.types import AdamParams, Datum, LossSpec, OpId, OptimItem, RunId, 
 
 BASE = "bench/qwen3-5m"
 VOCAB = 8192
-RANK = 8
+RANK, DEFAULT_RANK = 8, 32
 TARGETS = Targets(unembed=False)
 LEARNING_RATE = 1e-4
 
@@ -37,13 +37,23 @@ def make(directory: Path) -> str:
 class Alone:
     """The engine in this process, and `num_runs` runs that step together. num_tokens: of each datum."""
 
-    def __init__(self, base_model: str, num_runs: int, num_data: int, num_tokens: int, threads: int) -> None:
+    def __init__(
+        self,
+        base_model: str,
+        num_runs: int,
+        num_data: int,
+        num_tokens: int,
+        threads: int,
+        *,
+        rank: int = RANK,
+        targets: Targets = TARGETS,
+    ) -> None:
         self._engine = TorchEngine(describe(parse(base_model)), Settings(threads=threads))
         rng = np.random.default_rng(0)
         self._items = []
         for index in range(num_runs):
             run = RunId(f"bench:train:{index}")
-            self._engine.create_run(RunSpec(run, BASE, RANK, index, TARGETS))
+            self._engine.create_run(RunSpec(run, BASE, rank, index, targets))
             data = tuple(_datum(rng, num_tokens) for _ in range(num_data))
             self._items.append(TrainItem(OpId(run), run, 1, data, LossSpec("cross_entropy"), backward=True))
 

@@ -6,7 +6,8 @@
 Two tables: the engine and the way to it (docs/benchmarks.md, under twenty minutes on two cores that do nothing else),
 and what holds in operation: durability, fairness, overload, forms of weights (docs/benchmarks-operation.md,
 about ten). Every script runs in a process of its own, with the environment that `tinsmith serve` gives its workers.
-Those that measure the CPU time of one thread run two at a time, those that measure wall time alone.
+Those that measure the CPU time of one thread run two at a time, those that measure wall time alone, and so do those
+where the two would share the memory's bandwidth, of which one arm needs more than the other.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ HERE = Path(__file__).parent
 SMALL = "--layers 2 --vocab 4000"  # what would take minutes a round on the larger model
 SMALLEST = "--layers 1 --vocab 2000"
 BESIDE = (  # the longest first
-    "training_rows.py --case 64x1x32-64 --repeats 5 --layers 8",
-    "train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5",
     f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALLEST}",
     "sampler.py --only runs group --repeats 5",
     f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL}",
@@ -51,10 +50,14 @@ BESIDE = (  # the longest first
     f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
 )
 ALONE = (
+    "training_rows.py --case 64x1x32-64 --repeats 5 --layers 8",
+    "train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5",
     "optimizer.py",
+    "optimizer.py --defaults --runs 16",
     "many_runs.py",
     "many_samplers.py",
     "whole_service.py",
+    "whole_service.py --defaults",
     "overlap.py",
     "latency.py",
     "control_plane.py",

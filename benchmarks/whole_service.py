@@ -4,7 +4,9 @@ Runs of 4 x 128 tokens train through the SDK against a real server; sixteen at o
 engine called in process, in turns. The peer is another server's published figures on two such cores: one run 1,329
 tokens a second, sixteen 654 together, 32 samples at once 405.
 
-    python benchmarks/whole_service.py [--repeats 5] [--steps 3] [--threads 2]
+    python benchmarks/whole_service.py [--repeats 5] [--steps 3] [--threads 2] [--defaults]
+
+`--defaults`: the SDK's own settings, rank 32 with the output head.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from served import Server, serving
 from tinker import types
 
 from tinsmith.config import point_sdk_at
+from tinsmith.types import Targets
 
 NUM_RUNS, NUM_DATA, NUM_TOKENS = 16, 4, 128
 ONE_RUN, SIXTEEN_RUNS, SAMPLES = 1329, 654, 405  # tokens a second, of the peer
@@ -53,9 +56,11 @@ def main() -> None:
 
 def measure(server: Server, base_model: str, args: argparse.Namespace) -> list[rows.Row]:
     client = tinker.ServiceClient()
-    runs = [create(client) for _ in range(NUM_RUNS)]
+    rank = random_qwen3.DEFAULT_RANK if args.defaults else random_qwen3.RANK
+    targets = Targets() if args.defaults else random_qwen3.TARGETS
+    runs = [create(client, rank, targets) for _ in range(NUM_RUNS)]
     data = random_qwen3.sdk_data(types, NUM_DATA, NUM_TOKENS)
-    alone = random_qwen3.Alone(base_model, NUM_RUNS, NUM_DATA, NUM_TOKENS, args.threads)
+    alone = random_qwen3.Alone(base_model, NUM_RUNS, NUM_DATA, NUM_TOKENS, args.threads, rank=rank, targets=targets)
     train(runs, data, 1)
     alone.step()
     one, many, engine = [], [], []
@@ -73,13 +78,14 @@ def measure(server: Server, base_model: str, args: argparse.Namespace) -> list[r
         engine.append(args.steps * NUM_RUNS * NUM_DATA * NUM_TOKENS / (time.perf_counter() - started))
     ratio = statistics.median(many) / statistics.median(engine)
     count = args.repeats
-    what = "whole service, 5.2M parameters, SDK"
+    what = "whole service, 5.2M parameters, SDK" + ("'s defaults" if args.defaults else "")
+    aim = (lambda text: "") if args.defaults else (lambda text: text)
     return [
-        rows.Row(f"{what}: 1 run of 4 x 128", statistics.median(one), "tok/s", f">= {ONE_RUN}", count),
-        rows.Row(f"{what}: 16 runs of 4 x 128", statistics.median(many), "tok/s", f">= {4 * SIXTEEN_RUNS}", count),
+        rows.Row(f"{what}: 1 run of 4 x 128", statistics.median(one), "tok/s", aim(f">= {ONE_RUN}"), count),
+        rows.Row(f"{what}: 16 runs of 4 x 128", statistics.median(many), "tok/s", aim(f">= {4 * SIXTEEN_RUNS}"), count),
         rows.Row(f"{what}: 16 runs, the engine in process", statistics.median(engine), "tok/s", "", count),
-        rows.Row(f"{what}: 16 runs pipelined / in process", ratio, "x", ">= 0.9", count),
-        rows.Row(f"{what}: 32 samples at once", sampled(runs[0], args), "tok/s", f">= {4 * SAMPLES}", count),
+        rows.Row(f"{what}: 16 runs pipelined / in process", ratio, "x", aim(">= 0.9"), count),
+        rows.Row(f"{what}: 32 samples at once", sampled(runs[0], args), "tok/s", aim(f">= {4 * SAMPLES}"), count),
     ]
 
 
@@ -112,10 +118,8 @@ def sampled(run: Any, args: argparse.Namespace) -> float:
     return statistics.median(rates)
 
 
-def create(client: Any) -> Any:
-    made = client.create_lora_training_client(
-        random_qwen3.BASE, rank=random_qwen3.RANK, train_unembed=random_qwen3.TARGETS.unembed
-    )
+def create(client: Any, rank: int, targets: Targets) -> Any:
+    made = client.create_lora_training_client(random_qwen3.BASE, rank=rank, train_unembed=targets.unembed)
     return made.result() if hasattr(made, "result") else made  # a future of the client since SDK 0.38
 
 
@@ -124,6 +128,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the engine, in the server and in process")
+    parser.add_argument("--defaults", action="store_true", help="rank 32 on all layers and the output head")
     rows.add_flag(parser)
     return parser.parse_args()
 
