@@ -12,7 +12,9 @@ run (429) does next is the arm:
 * patient: it waits as long as `Retry-After` says and sends the request again, as the SDK does;
 * stubborn: it sends the request again when its next one is due, so the pressure stays.
 
-Goodput is results that were fetched, a second, against the mean of the closed loops before and after. All loops run
+Goodput is results that were fetched, a second, against the mean of the closed loops before and after. An open loop
+lasts twice as long as a closed one and counts whole, its beginning too, in which the queue fills and nobody is refused
+yet; its halves are shown. All loops run
 against the same server and the same runs. The server, workers included, has a core of its own and so has this client,
 so neither takes time from the other, where there are two cores. `by its time` is the same ratio of results for each
 second of processor time that the server was given: it holds on a machine that does other work as well. Requests are
@@ -36,6 +38,7 @@ from run_loops import Arm, Load, Rates
 from served import Server, serving
 
 TIMES = 3.0
+OPEN = 2  # times as long as the closed loops: in its first seconds the queue fills, and nobody is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +90,25 @@ def run_case(case: Case, args: argparse.Namespace) -> list[rows.Row]:
         best = max(found, key=lambda num: found[num])
         print(f"\n{case.title}: closed loops: " + ", ".join(f"{n} clients {rate:.0f}/s" for n, rate in found.items()))
         print(
-            "\n| arm | peak, results/s | sent, of peak | refused, of sent | results/s | of peak | by its time | "
-            "cores: client, API, worker |\n|---|---|---|---|---|---|---|---|",
+            "\n| arm | peak, results/s | sent, of peak | refused, of sent | results/s | of peak | its halves | "
+            "by its time | cores: client, API, worker |\n|---|---|---|---|---|---|---|---|---|",
             flush=True,
         )
         ratios: dict[Arm, list[float]] = {Arm.PATIENT: [], Arm.STUBBORN: []}
         by_time: dict[Arm, list[float]] = {arm: [] for arm in ratios}
         before = Rates.of(*load.closed(best, seconds))
         for arm in args.rounds * list(ratios):
-            spent, c = load.open(arm, TIMES * before.per_s, seconds)
+            (first_s, first), (last_s, last) = load.open(arm, TIMES * before.per_s, OPEN * seconds)
+            spent, c = first_s + last_s, first + last
             found_rates, after = Rates.of(spent, c), Rates.of(*load.closed(best, seconds))
             peak, peak_by_time = (before.per_s + after.per_s) / 2, (before.per_server_s + after.per_server_s) / 2
             ratios[arm].append(found_rates.per_s / peak)
             by_time[arm].append(found_rates.per_server_s / peak_by_time)
+            halves = f"{first.fetched / first_s / peak:.2f}, {last.fetched / last_s / peak:.2f}"
             cores = ", ".join(f"{s / spent:.2f}" for s in (c.client_s, c.api_s, c.worker_s))
             print(
                 f"| {arm.value} | {peak:.0f} | {c.sent / spent / peak:.2f} | {c.refused / max(1, c.sent):.2f} | "
-                f"{found_rates.per_s:.0f} | {ratios[arm][-1]:.2f} | {by_time[arm][-1]:.2f} | {cores} |",
+                f"{found_rates.per_s:.0f} | {ratios[arm][-1]:.2f} | {halves} | {by_time[arm][-1]:.2f} | {cores} |",
                 flush=True,
             )
             before = after

@@ -74,6 +74,9 @@ class Counts:
     api_s: float = 0.0
     worker_s: float = 0.0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in Counts.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -130,8 +133,8 @@ class Load:
         spent, counts = self.closed(num_clients, seconds)
         return counts.fetched / spent
 
-    def open(self, arm: Arm, rate: float, seconds: float) -> tuple[float, Counts]:
-        """(seconds, what was counted in them) where `rate` requests a second fall due."""
+    def open(self, arm: Arm, rate: float, seconds: float) -> list[tuple[float, Counts]]:
+        """Two halves, each (seconds, what was counted in them), where `rate` requests a second fall due."""
         self._arm, self._is_over = arm, False
         self._interval = len(self.runs) / rate
         for run in self.runs:
@@ -141,13 +144,13 @@ class Load:
             run.due = started + number / rate
         self._due = [(run.due, run.number) for run in self.runs]
         self._turn_until(started + WARM_UP_S)
-        spent, counts = self._measure(seconds)
+        halves = [self._measure(seconds / 2) for _ in range(2)]
         self.drain()
         for run in self.runs:
             if run.own is not None:
                 self._close(run.own)
                 run.own = None
-        return spent, counts
+        return halves
 
     def drain(self) -> None:
         """Until nothing is under way; what was refused is not sent again."""
