@@ -14,11 +14,11 @@ run (429) does next is the arm:
 
 Goodput is results that were fetched, a second, against the mean of the closed loops before and after. An open loop
 lasts twice as long as a closed one and counts whole, its beginning too, in which the queue fills and nobody is refused
-yet; its halves are shown. All loops run
-against the same server and the same runs. The server, workers included, has a core of its own and so has this client,
-so neither takes time from the other, where there are two cores. `by its time` is the same ratio of results for each
-second of processor time that the server was given: it holds on a machine that does other work as well. Requests are
-bytes made beforehand; a client has a connection to send on, and polls on others that are kept for that.
+yet; its halves are shown. All loops run against the same server and the same runs. The server, workers included, has a
+core of its own and so has this client, so neither takes time from the other, where there are two cores. `by its time`
+is the same ratio of results for each second of processor time that the server was given: it holds on a machine that
+does other work as well. Requests are bytes made beforehand; a client has a connection to send on, and polls on others
+that are kept for that.
 """
 
 from __future__ import annotations
