@@ -22,6 +22,12 @@ NO_ATTRIBUTES = {  # of a module of this name
     "shutil": {"unpack_archive"},
     "ssl": {"_create_unverified_context", "CERT_NONE"},
 }
+NO_ROOMS = (
+    "torch.jit",
+    "torch.hub",
+    "torch.package",
+    "torch.serialization",
+)  # they unpickle, or run what they load
 NO_METHODS = {"extractall", "extract"}  # archives are read in place
 NO_ARGUMENTS = {("shell", True), ("allow_pickle", True), ("trust_remote_code", True), ("verify", False)}
 SOURCES = sorted(path for path in SRC.rglob("*.py") if path.name != "wire_pb2.py")
@@ -31,13 +37,22 @@ def offences(text: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in NO_MODULES]
+            found += [
+                alias.name
+                for alias in node.names
+                if alias.name.partition(".")[0] in NO_MODULES or is_in_no_room(alias.name)
+            ]
         elif isinstance(node, ast.ImportFrom):
             found += [str(node.module)] if (node.module or "").partition(".")[0] in NO_MODULES else []
             of_module = NO_ATTRIBUTES.get(node.module or "", set())
-            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name in of_module]
+            found += [
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name in of_module or is_in_no_room(f"{node.module}.{alias.name}")
+            ]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found += [f"{node.value.id}.{node.attr}"] if node.attr in NO_ATTRIBUTES.get(node.value.id, ()) else []
+            found += [dotted(node)] if is_in_no_room(dotted(node)) else []
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in NO_CALLS:
                 found.append(f"{node.func.id}()")
@@ -51,6 +66,15 @@ def offences(text: str) -> list[str]:
                 if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in NO_ARGUMENTS
             ]
     return found
+
+
+def dotted(node: ast.Attribute) -> str:
+    """ "torch.jit" for `torch.jit`."""
+    return f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else ""
+
+
+def is_in_no_room(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{room}.") for room in NO_ROOMS)
 
 
 def is_known(call: ast.Call) -> bool:
@@ -72,6 +96,8 @@ def test_the_walk_sees_it() -> None:
         "import pickle", "from marshal import loads", "eval('1')", "exec(x)", "torch.load(f)", "np.load(f)",
         "os.system(x)", "subprocess.run(x, shell=True)", "np.fromfile(f, allow_pickle=True)", "tar.extractall(p)",
         "__import__('x')", "importlib.import_module(x)", "from importlib import import_module; import_module(f'{x}.y')",
+        "torch.jit.load(f)", "torch.hub.load(r, m)", "torch.package.PackageImporter(f)", "torch.serialization.load(f)",
+        "import torch.package", "from torch.hub import load", "from torch import serialization",
         "from os import system", "from numpy import load",
         "AutoModel.from_pretrained(x, trust_remote_code=True)", "httpx.get(u, verify=False)",
     ):  # fmt: skip

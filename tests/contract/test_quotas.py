@@ -19,7 +19,9 @@ from tests.contract.conftest import BASE, Api, HandWorker, House, Live
 from tests.contract.raw import PROTOBUF
 from tests.service import until
 from tests.unit.test_metrics import samples
+from tinsmith.api import pauses
 from tinsmith.store.quota_rules import Quota
+from tinsmith.types import OpId
 
 # The SDK never closes its connections; the collector finds them during or after a test.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -68,6 +70,13 @@ def sample(api: Api, session: str, seq_id: int, max_tokens: int = 3) -> dict[str
     return dict(api.post("/asample", body))
 
 
+def begin(house: House, worker: HandWorker, promises: list[dict[str, Any]]) -> None:
+    """The worker has them, and doesn't finish."""
+    op_ids = [OpId(promise["request_id"]) for promise in promises]
+    assert len(house.store.ops.claim(worker._me, op_ids, time.time())) == len(op_ids)
+    house.services.pace._running.clear()
+
+
 def test_an_exhausted_day_pauses_and_says_until_when(api: Api, other: Api, worker: HandWorker) -> None:
     limit(api, tokens_per_day=10)
     session = other.session()
@@ -101,6 +110,32 @@ def test_a_request_that_waits_for_its_turn_says_how_many_are_before_it_and_how_l
     assert told["queue_state_reason"] == "6 requests ahead in the queue, about 1 min at the present pace"
     assert api.result(before[1], 408)["queue_state"] == "active"  # those before it are its own
     assert len(ended) == 3
+
+
+def test_who_is_first_while_all_seats_are_taken_is_told_so(
+    api: Api, other: Api, worker: HandWorker, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pauses, "AFTER_S", 0.0)
+    begin(house, worker, [sample(api, api.session(), seq) for seq in range(3)])
+    session = other.session()
+    mine = sample(other, session, 0)
+    told = other.result(mine, 408)
+    assert (told["queue_state"], told["queue_state_reason"]) == (
+        "paused_capacity",
+        "first in the queue, behind 3 requests of others that are being computed, and none has ended in the last 30 s",
+    )
+    begin(house, worker, [mine])
+    second = sample(other, session, 1)
+    assert other.result(second, 408)["queue_state_reason"] == "next in the queue"  # its client has places already
+    monkeypatch.setattr(pauses, "AFTER_S", 60.0)
+    third = sample(other, other.session(), 0)
+    assert other.result(third, 408)["queue_state"] == "paused_capacity"  # behind the second
+
+
+def test_a_moment_of_being_first_is_no_pause(api: Api, other: Api, worker: HandWorker, house: House) -> None:
+    begin(house, worker, [sample(api, api.session(), 0)])
+    told = other.result(sample(other, other.session(), 0), 408)
+    assert (told["queue_state"], told["queue_state_reason"]) == ("active", "next in the queue")
 
 
 def test_who_is_paused_is_not_before_others(api: Api, other: Api, house: House, worker: HandWorker) -> None:
@@ -224,9 +259,10 @@ def test_only_administrators_see_and_set_quotas(other: Api) -> None:
     other.call("PUT", "/admin/quotas", 403, json={"tenant": "bob", "quotas": {"runs": 100}})
 
 
+@pytest.mark.parametrize("state", [QueueState.PAUSED_RATE_LIMIT, QueueState.PAUSED_CAPACITY])
 def test_the_sdk_tells_its_user_why_training_is_paused_and_ends_by_itself(
-    service: tinker.ServiceClient, house: House, worker: HandWorker, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture, bob: str,
+    service: tinker.ServiceClient, house: House, live: Live, worker: HandWorker, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, bob: str, state: QueueState,
 ) -> None:  # fmt: skip
     """Its log says so after a quarter of an hour, which the test doesn't wait."""
     monkeypatch.setattr(queue_state_logger, "PAUSE_GRACE_PERIOD", 0)
@@ -238,14 +274,23 @@ def test_the_sdk_tells_its_user_why_training_is_paused_and_ends_by_itself(
         logged(self, state, reason)
 
     monkeypatch.setattr(queue_state_logger.QueueStateLogger, "on_queue_state_change", spy)
-    worker.start()
-    run = service.create_lora_training_client(BASE, rank=4).result()
-    house.store.quotas.put(bob, None, {Quota.TOKENS_PER_DAY: 0}, time.time())  # type: ignore[arg-type]
+    making = service.create_lora_training_client(BASE, rank=4)
+    until(lambda: worker.step() > 0, 20, lambda: "nothing came")
+    run = making.result()
+    if state is QueueState.PAUSED_RATE_LIMIT:
+        house.store.quotas.put(bob, None, {Quota.TOKENS_PER_DAY: 0}, time.time())  # type: ignore[arg-type]
+        reason = "the quota tokens_per_day of this tenant is 0"
+    else:
+        with httpx.Client(base_url=live.url) as client:
+            alice = Api(client, house.key)  # type: ignore[arg-type]
+            begin(house, worker, [sample(alice, alice.session(), 0)])
+        reason = "first in the queue, behind 1 request of others that is being computed; at the present pace one"
     with caplog.at_level(logging.WARNING):
         future = run.forward_backward([datum()], "cross_entropy")
-        until(lambda: any(state is QueueState.PAUSED_RATE_LIMIT for state, _ in seen), 20, lambda: str(seen))
+        until(lambda: any(found is state for found, _ in seen), 20, lambda: str(seen))
     assert "Training for" in caplog.text
-    assert "is paused. Reason: the quota tokens_per_day of this tenant is 0" in caplog.text
+    assert f"is paused. Reason: {reason}" in caplog.text
+    worker.start()
     house.store.quotas.put(bob, None, {Quota.TOKENS_PER_DAY: None}, time.time())  # type: ignore[arg-type]
     assert future.result(timeout=20).metrics
     assert seen[-1][0] is QueueState.ACTIVE

@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,6 +85,23 @@ def test_many_unknown_keys_are_told_to_wait_and_good_ones_go_on(stand: tuple[Hou
     assert ask(house.key).status_code == 200
     elsewhere = [httpx.get(f"{url}/oai/api/v1/models", headers={"X-API-Key": f"tml-{n}"}) for n in range(5)]
     assert 429 in {answer.status_code for answer in elsewhere}
+
+
+def test_an_address_is_believed_from_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says, which uvicorn reads when it isn't told."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with standing(tmp_path, unknown_keys_per_minute=10) as (_, url):
+
+        def statuses(own_address: str) -> list[int]:
+            with httpx.Client(transport=httpx.HTTPTransport(local_address=own_address)) as client:
+                tries = [
+                    {"X-API-Key": f"tml-{own_address}-{number}", "X-Forwarded-For": f"203.0.113.{number}"}
+                    for number in range(40)
+                ]
+                return [client.get(f"{url}/api/v1/sessions", headers=headers).status_code for headers in tries]
+
+        assert set(statuses("127.0.0.1")) == {401}
+        assert statuses("127.0.0.2")[-1] == 429
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,46 @@ def test_keys_are_copied_for_their_owner_alone(house: House, lived: object, tmp_
             assert (tmp_path / place / name).stat().st_mode & 0o077 == 0
 
 
+def open_to_others(*places: Path) -> list[Path]:
+    return [path for place in places for path in place.rglob("*") if path.stat().st_mode & 0o077]
+
+
+def test_a_backup_is_its_owners_alone(house: House, lived: object, tmp_path: Path) -> None:
+    """Whatever the umask is, and where the directory was there before and others may enter it."""
+    backup, data2 = tmp_path / "backup", tmp_path / "data2"
+    before = os.umask(0o022)
+    try:
+        for place in (backup, data2):
+            place.mkdir()
+        back_up(house.root, backup)
+        restore(backup, data2)
+        with contextlib.closing(open_as_it_is(data2 / DATABASE_FILE)) as store:
+            store.mends.mend(time.time())  # with what SQLite lays beside the database
+            assert len(list(data2.glob(f"{DATABASE_FILE}*"))) > 1
+            assert open_to_others(backup, data2) == []
+    finally:
+        os.umask(before)
+    assert backup.stat().st_mode & 0o777 == 0o755
+
+
+def test_so_is_a_database_made_by_a_migration(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert CliRunner().invoke(cli.app, ["migrate", "--data-dir", str(tmp_path)]).exit_code == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / DATABASE_FILE).is_file()
+    assert open_to_others(tmp_path) == []
+
+
+def test_a_backup_that_was_open_to_others_is_closed(house: House, lived: object, tmp_path: Path) -> None:
+    back_up(house.root, tmp_path / "backup")
+    for path in (tmp_path / "backup" / DATABASE_FILE, tmp_path / "backup" / "blobs"):
+        path.chmod(path.stat().st_mode | 0o055)
+    back_up(house.root, tmp_path / "backup")
+    assert open_to_others(tmp_path / "backup") == []
+
+
 def test_the_commands(house: House, lived: object, tmp_path: Path) -> None:
     run = CliRunner().invoke
     sound = run(cli.app, ["verify", str(house.root)])

@@ -325,6 +325,43 @@ def test_a_save_waits_for_room_among_the_checkpoints(house: House) -> None:
     assert house.get(second).state is OpState.DONE
 
 
+def test_who_waits_for_room_is_told_when_enough_expires(house: House) -> None:
+    """Of what counts for the quota in its way: its key's own checkpoints, where it is the key's."""
+    run, (key, _), (other, _) = house.create_run(), *(house.store.tenants.create_key(house.tenant, n) for n in "ab")
+    names = ("soon", "later", "other", "stays")
+    for seq, name in enumerate(names, 1):
+        house.save(run, seq, name)
+    settle(house.worker())
+    now = time.time()
+    with house.store._database.write() as conn:
+        conn.exec_driver_sql("UPDATE runs SET adapter_bytes = 100")
+        for name, by, expires_at in zip(
+            names, (key, key, other, key), (now + 600, now + 7200, now + 60, None), strict=True
+        ):
+            conn.exec_driver_sql(
+                "UPDATE checkpoints SET size_bytes = 200, key_id = ?, expires_at = ? WHERE name = ?",
+                (by.key_id, expires_at, name),
+            )
+    house.store.quotas._known._places.clear()
+    house.key_id = key.key_id
+    asked = house.save(run, len(names) + 1, "more")  # 300 bytes
+    for limits, frees_at in (
+        ({"storage_bytes": 1000}, now + 60),
+        ({"storage_bytes": 700}, now + 600),
+        ({"storage_bytes": 650}, now + 7200),
+        ({"storage_bytes": 450}, None),
+    ):
+        limit(house, **limits)
+        hold = house.store.quotas.hold_of(asked, now)
+        assert hold is not None
+        assert (hold.lacking, hold.frees_at) == (1100 - limits["storage_bytes"], pytest.approx(frees_at)), limits
+    limit(house, storage_bytes=None)
+    limit(house, key=key.key_id, storage_bytes=800)
+    hold = house.store.quotas.hold_of(asked, now)
+    assert hold is not None
+    assert (hold.owner, hold.lacking, hold.frees_at) == ("key", 100, pytest.approx(now + 600))
+
+
 def test_a_key_s_quota_holds_for_the_sessions_that_it_opened(house: House) -> None:
     key, _ = house.store.tenants.create_key(house.tenant, "ci")
     limit(house, key=key.key_id, tokens_per_day=2)

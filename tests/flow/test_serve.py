@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.service import Service, is_alive, running, until
 from tinsmith.bases.catalog import SHIPPED_PATH
 from tinsmith.cli import main as cli
 from tinsmith.files.datadir import DataDir
+from tinsmith.store import open_store
 
 FAKE = ("--device", "fake")
 
@@ -89,9 +90,12 @@ def test_a_server_says_how_to_reach_it(service: Service) -> None:
 
 
 def test_a_directory_that_others_may_open_is_said_so(data_dir: Path) -> None:
-    """It may be meant so, and is left as it is; what the server writes in it is its owner's alone all the same."""
+    """It may be meant so, and is left as it is; what lies in it is its owner's alone all the same."""
     data_dir.mkdir(mode=0o755, parents=True)
     data_dir.chmod(0o755)
+    (data_dir / "blobs").mkdir(mode=0o755)
+    with closing(open_store(data_dir)):
+        (data_dir / "tinsmith.db").chmod(0o644)
     with running(data_dir, *FAKE) as service:
         assert "chmod 700" in service.log.read_text()
         assert data_dir.stat().st_mode & 0o777 == 0o755

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from tinsmith.errors import CorruptError
-from tinsmith.files.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece
+from tinsmith.errors import CorruptError, UserError
+from tinsmith.files.checkpoint_file import ALIGNMENT, dump_state, load_state, one_piece, read_state_header
+from tinsmith.importing.tensor_file import TensorFile
 from tinsmith.types import RunId, RunSpec, RunState, Targets
 
 SPEC = RunSpec(RunId("s:train:0"), "tinsmith/tiny", rank=4, seed=7, targets=Targets(mlp=False))
@@ -43,6 +48,24 @@ def test_a_torn_file_is_called_corrupt(length: int) -> None:
 def test_garbage_is_called_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptError):
         load_state(data)
+
+
+@pytest.mark.parametrize("num_bytes", [64, 2**41])
+def test_a_length_that_lies_makes_no_room(num_bytes: int, tmp_path: Path) -> None:
+    """A header of 2^40 bytes, in a short file and in one that is as long as it says, in both readers of headers."""
+    path = tmp_path / "state"
+    path.write_bytes(struct.pack("<Q", 2**40))
+    os.truncate(path, num_bytes)
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file:
+            with pytest.raises(CorruptError, match=f"a header of {2**40} bytes"):
+                read_state_header(file)
+            with pytest.raises(UserError, match=f"a header of {2**40} bytes"):
+                TensorFile(file, "x", 0, num_bytes)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 ROW = np.arange(20, dtype=np.float32)

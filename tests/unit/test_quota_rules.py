@@ -113,10 +113,40 @@ def test_kinds_of_requests_take_what_they_leave_behind() -> None:
             "3 runs of this tenant are open, of 3 (quota runs); goes on when a session with runs ends, by itself "
             "10 min after its client has gone, or 1 min after the last request of a run whose session had ended",
         ),
+        (
+            Hold(Quota.ADAPTER_BYTES, 3000, 2500),
+            "adapters of open runs of this tenant take 2,500 bytes, of 3,000 (quota adapter_bytes); goes on when a "
+            "session with runs ends, by itself 10 min after its client has gone, or 1 min after the last request of a "
+            "run whose session had ended",
+        ),
+        (
+            Hold(Quota.QUEUED_TOKENS, 5000, 4000),
+            "4,000 tokens of this tenant are computed, of 5,000 at one time (quota queued_tokens); goes on when some "
+            "of them end, in about 2 min",
+        ),
+        (
+            Hold(Quota.STORAGE_BYTES, 5000, 4000, lacking=1500, frees_at=NOON + 11_520),
+            "checkpoints of this tenant take 4,000 bytes, of 5,000 (quota storage_bytes); goes on when 1,500 bytes of "
+            "them are deleted, or by itself in 3 h 12 min, when enough of them has expired",
+        ),
+        (
+            Hold(Quota.STORAGE_BYTES, 5000, 4000, "key", lacking=1500),
+            "checkpoints of this key take 4,000 bytes, of 5,000 (quota storage_bytes); goes on when 1,500 bytes of "
+            "them are deleted; nothing that would make room expires by itself",
+        ),
     ],
 )
 def test_a_reason_says_how_long(hold: Hold, text: str) -> None:
     assert told(hold, NOON, 600.0, 120.0) == text
+
+
+def test_what_has_to_be_given_back_is_no_more_than_is_used() -> None:
+    """A request that is larger than its quota, which was set meanwhile, begins once it is alone."""
+    gate = Gate({Quota.STORAGE_BYTES: 10}, {Quota.STORAGE_BYTES: 7.0}.__getitem__)
+    small, large = gate.hold(Asked(storage_bytes=5)), gate.hold(Asked(storage_bytes=50))
+    assert small is not None
+    assert large is not None
+    assert (small.lacking, large.lacking) == (2, 7)
 
 
 def test_every_quota_has_its_reason() -> None:

@@ -59,6 +59,7 @@ GRACE_S = 10
 LINGER_S = 5.0  # longer than a client takes to ask again; less than GRACE_S
 CERTIFICATE_LOOK_S = 10.0
 BACKLOG = 2048
+BELIEVED = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # proxies, when they say for whom they ask
 
 
 class Server(uvicorn.Server):
@@ -178,6 +179,7 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=list(BELIEVED),
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",

@@ -67,6 +67,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._queues: dict[str, _Kept[Queue]] = {}
+        self._running: dict[str, _Kept[dict[str, int]]] = {}
         self._holds: dict[str, _Kept[Hold | None]] = {}
         self._ready: _Kept[AbstractSet[str]] | None = None
         self._ended: _Kept[dict[tuple[str, TenantId], int]] | None = None
@@ -93,6 +94,13 @@ class Pace:
         kept = self._queues.get(base)
         if kept is None or time.monotonic() > kept.until:
             kept = self._queues[base] = _look(lambda: Queue(places.queue(base)))
+        return kept.value
+
+    def running(self, places: Places, base: str) -> dict[str, int]:
+        """How many requests of each run or sampler of the base were computed a moment ago."""
+        kept = self._running.get(base)
+        if kept is None or time.monotonic() > kept.until:
+            kept = self._running[base] = _look(lambda: places.running(base))
         return kept.value
 
     def hold(self, quotas: Quotas, op: OpRow) -> Hold | None:

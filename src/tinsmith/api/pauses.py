@@ -1,7 +1,7 @@
 """Why a request that was accepted isn't done yet, as its client's polls are told: the queue state and a reason.
 
-`paused_rate_limit`: a quota of its tenant or key holds it back. `paused_capacity`: others are served before it. Either
-reason says how long, as far as that is known; the SDK shows both to its user.
+`paused_rate_limit`: a quota of its tenant or key holds it back. `paused_capacity`: others are served before it, or have
+the places that it needs. Either reason says how long, as far as that is known; the SDK shows both to its user.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState
 
 ACTIVE, RATE_LIMIT, CAPACITY = "active", "paused_rate_limit", "paused_capacity"
+AFTER_S = 2.0  # of waiting as the next one, it isn't the worker's next look that is waited for
+NONE_ENDED = f"none has ended in the last {PACE_OVER_S:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,30 @@ def why_waiting(store: Store, pace: Pace, op: OpRow, session_timeout_s: float, *
         return Waiting(RATE_LIMIT, reason, cause=f"{hold.quota} {hold.owner}")
     paused = store.quotas.paused([of for of in ahead if of != op.tenant_id], now)
     num = sum(count for of, count in ahead.items() if of not in paused)
+    own = op.run_id or op.sampler_id or ""
     if num == 0:
-        return Waiting(ACTIVE, "next in the queue")
-    reason = f"{num} request{'s' if num > 1 else ''} ahead in the queue"
-    if num == queue.num_own(place.num, op.run_id or op.sampler_id or ""):
+        return _why_first(store, pace, op, own, now)
+    reason = f"{_requests(num)} ahead in the queue"
+    if num == queue.num_own(place.num, own):
         return Waiting(ACTIVE, reason)
     seconds = pace.seconds_for(num, places, op.base_model)
     if seconds is None:
-        return Waiting(CAPACITY, f"{reason}, and none has ended in the last {PACE_OVER_S:.0f} s")
+        return Waiting(CAPACITY, f"{reason}, and {NONE_ENDED}")
     return Waiting(CAPACITY, f"{reason}, about {duration(seconds)} at the present pace")
+
+
+def _why_first(store: Store, pace: Pace, op: OpRow, own: str, now: float) -> Waiting:
+    """What nobody stands before waits for: places that others' requests have which are computed."""
+    running = {} if now - op.created_at < AFTER_S else pace.running(store.places, op.base_model)
+    if not running or own in running:
+        return Waiting(ACTIVE, "next in the queue")
+    num = sum(running.values())
+    reason = f"first in the queue, behind {_requests(num)} of others that {'are' if num > 1 else 'is'} being computed"
+    seconds = pace.seconds_for(1, store.places, op.base_model)
+    if seconds is None:
+        return Waiting(CAPACITY, f"{reason}, and {NONE_ENDED}")
+    return Waiting(CAPACITY, f"{reason}; at the present pace one ends in about {duration(seconds)}")
+
+
+def _requests(num: int) -> str:
+    return f"{num} request{'s' if num > 1 else ''}"

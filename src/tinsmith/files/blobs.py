@@ -8,6 +8,7 @@ The only code that touches them. It knows bytes and keys, no rows and no formats
 * The last part of a stored key is the digest of the content, and whoever reads a whole file checks it: a flipped bit is
   an error, never an input.
 * A key never leaves the root, whatever it says.
+* Files are their owner's alone (0600), and so are the directories made for them (0700), whatever the umask is.
 * Keys of snapshots, checkpoints and losses are unique: nobody overwrites or deletes another's file by writing under
   his name.
 """
@@ -28,6 +29,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, NotFoundError, UserError
+from tinsmith.files.private import DIRECTORY_MODE, opener
 from tinsmith.observe.series import FSYNC
 from tinsmith.types import BlobKey, OpId, RunId, TenantId
 
@@ -101,7 +103,7 @@ class Blobs:
         Raises:
             OSError: the disk is full, or can't be written.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True, mode=DIRECTORY_MODE)
         return cast(BinaryIO, tempfile.TemporaryFile(dir=self._root, prefix=TEMPORARY))
 
     def get(self, key: BlobKey) -> bytes:
@@ -237,7 +239,7 @@ class Blobs:
             return
         if self._root in directory.parents or not directory.parent.is_dir():
             self._make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(exist_ok=True, mode=DIRECTORY_MODE)
         sync_directory(directory.parent)
         self._known.add(directory)
 
@@ -299,7 +301,7 @@ def _temporary(path: Path) -> Iterator[_Temporary]:
     unfinished = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
     is_renamed = False
     try:
-        with unfinished.open("xb") as file:
+        with open(unfinished, "xb", opener=opener) as file:
             temporary = _Temporary(file, path)
             yield temporary
         crash_point("blob.before_rename")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tinsmith.errors import ConfigError
+from tinsmith.files.private import opener
 
 LOCK_TRIES = 10  # `holder` may have the lock for an instant while it looks
 LOCK_PAUSE_S = 0.05
@@ -88,7 +89,7 @@ class DataDir:
         Raises:
             ConfigError: another server holds it.
         """
-        with self._lock_file.open("a+", encoding="utf-8") as file:
+        with open(self._lock_file, "a+", encoding="utf-8", opener=opener) as file:
             self._acquire(file.fileno())
             self._clear(self._recorded())
             file.truncate(0)

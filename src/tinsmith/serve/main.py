@@ -36,6 +36,7 @@ from tinsmith.cli.client import Client
 from tinsmith.config import METRICS_DIR, Settings, child_env
 from tinsmith.errors import ConfigError, TinsmithError
 from tinsmith.files.datadir import SOCKET_DIR_PREFIX, DataDir, ServerInfo
+from tinsmith.files.private import close_to_others
 from tinsmith.ipc.heartbeat import Heart
 from tinsmith.ipc.relay import Relay, RelayStream
 from tinsmith.machine.cpu import math_env
@@ -45,13 +46,14 @@ from tinsmith.serve.child import ChildSpec
 from tinsmith.serve.loading_bars import LoadingBars
 from tinsmith.serve.placement import num_threads, places
 from tinsmith.serve.supervisor import Patience, Supervisor, available_cores
-from tinsmith.store import Store, open_store
+from tinsmith.store import DATABASE_FILE, FILES, Store, open_store
 from tinsmith.tls import Certificate
 
 log = structlog.get_logger("tinsmith.serve")
 
 API = "api"
 BACKLOG = 2048
+CONTENTS = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", FILES)
 HELD_PORT_S = 6.0  # the API of a killed server ends within 5 s and frees its port
 READY_POLL_S = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -85,6 +87,8 @@ def serve(settings: Settings) -> int:
     data_dir.make()
     if data_dir.is_open_to_others:
         out.print(f"others on this machine may look into {data_dir.path}: `chmod 700` it if that isn't meant")
+        for path in close_to_others(data_dir.path / name for name in CONTENTS):
+            out.print(f"others on this machine may read {path}, which is another user's: close it to them as that user")
     with contextlib.ExitStack() as held:
         held.callback(os.umask, os.umask(0o077))  # files of the server and its children are their owner's alone
         sockets = held.enter_context(_socket_dir())

@@ -131,4 +131,4 @@ def _refuse_lost(path: Path) -> None:
         )
 
 
-__all__ = ["CURE", "DATABASE_FILE", "Store", "damage", "open_as_it_is", "open_store"]
+__all__ = ["CURE", "DATABASE_FILE", "FILES", "Store", "damage", "open_as_it_is", "open_store"]

@@ -31,6 +31,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from tinsmith.errors import CapacityError, ConfigError, CorruptError, StorageFullError, TakenError
+from tinsmith.files.private import make_empty
 from tinsmith.observe.series import COMMIT
 from tinsmith.store.prepared import driver_of
 from tinsmith.store.turnstile import Turnstile
@@ -49,7 +50,7 @@ class Database:
     """SQLite in WAL mode. Any method may be called from any thread.
 
     Args:
-        path: the database file; made if it is missing.
+        path: the database file; made for its owner alone if it is missing.
         synchronous: "FULL" (a commit survives a loss of power) or "NORMAL" (it survives a crash of the process).
 
     Raises:
@@ -59,6 +60,7 @@ class Database:
     def __init__(self, path: Path, *, synchronous: str = "FULL") -> None:
         if synchronous not in SYNCHRONOUS:
             raise ConfigError(f"--sqlite-synchronous is one of {', '.join(SYNCHRONOUS)}, not {synchronous!r}")
+        make_empty(path)  # what SQLite lays beside it has its mode
         self._engine = _make_engine(path, synchronous)
         self._turnstile = Turnstile(path.with_suffix(".turn"))
         self._write_lock = threading.Lock()
@@ -157,6 +159,7 @@ def copy_database(source: sqlite3.Connection, target: Path) -> None:
         StorageFullError: there is no room for the copy.
     """
     target.unlink(missing_ok=True)
+    make_empty(target)
     with errors_by_name(), closing(sqlite3.connect(target)) as copy:
         source.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE").close()

@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import ConfigError
+from tinsmith.files.private import opener
 from tinsmith.store.database import Database
 
 SCRIPTS = Path(__file__).parent / "migrations"
@@ -57,6 +58,6 @@ def _scripts() -> tuple[Config, ScriptDirectory]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("ab") as file:
+    with open(path, "ab", opener=opener) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

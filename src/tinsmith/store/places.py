@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import bindparam, func, select
 
 from tinsmith.store.database import Database
-from tinsmith.store.fences import IS_QUEUED
+from tinsmith.store.fences import IS_QUEUED, IS_RUNNING
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.schema import FRESH_RESULT, ops, runs
 from tinsmith.types import OpId, OpState, TenantId
@@ -35,6 +35,11 @@ _QUEUE = Prepared(
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(ops.c.base_model == bindparam("base"), IS_QUEUED)
     .order_by(ops.c.num)
+)
+_RUNNING = Prepared(
+    select(func.coalesce(ops.c.run_id, ops.c.sampler_id), func.count())
+    .where(IS_RUNNING, ops.c.base_model == bindparam("base"))
+    .group_by(func.coalesce(ops.c.run_id, ops.c.sampler_id))
 )
 _ENDED = (
     select(ops.c.base_model, ops.c.tenant_id)
@@ -77,6 +82,11 @@ class Places:
             (op_id, Place(num, _missing(seq_id, head_seq)), tenant_id, own)
             for num, tenant_id, own, op_id, seq_id, head_seq in rows
         ]
+
+    def running(self, base_model: str) -> dict[str, int]:
+        """How many requests of each run or sampler of a base are computed now."""
+        with self._database.read() as conn:
+            return dict(_RUNNING.all(conn, {"base": base_model}))
 
     def ended_since(self, since: float) -> dict[tuple[str, TenantId], int]:
         """How many requests have ended since then (unix seconds), by base and tenant; some `MAX_ENDED` at most."""

@@ -8,7 +8,7 @@ their tenant. A request counts for the key that it came with; a run for the one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import JSON, Connection, bindparam, exists, func, or_, select, update
@@ -94,6 +94,11 @@ _STORED = (
         or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > bindparam("now")),
     )
     .group_by(checkpoints.c.key_id)
+)
+_EXPIRING = (
+    select(checkpoints.c.key_id, checkpoints.c.size_bytes, checkpoints.c.expires_at)
+    .where(checkpoints.c.tenant_id == bindparam("tenant_id"), checkpoints.c.expires_at > bindparam("now"))
+    .order_by(checkpoints.c.expires_at)
 )
 
 
@@ -192,6 +197,14 @@ class Scope:
         size = self.known.place(self.conn, run_id, None).adapter_bytes if takes_run or kind.is_save else 0
         return asked(kind, request.cost_tokens, size, self.known.prices, takes_run=takes_run)
 
+    def storage_frees_at(self, num_bytes: float) -> float | None:
+        """When checkpoints of so many bytes will have expired, in unix seconds; None: not so many expire."""
+        for key_id, size, expires_at in self.conn.execute(_EXPIRING, {"tenant_id": self.tenant_id, "now": self.now}):
+            num_bytes -= size if self.key_id in (None, key_id) else 0
+            if num_bytes <= 0:
+                return float(expires_at)
+        return None
+
     def _is_run_open(self, run_id: RunId) -> bool:
         if not self.minds_runs:
             return True
@@ -245,6 +258,15 @@ class Gates:
         if hold is not None and request.run_id is not None:
             self._stopped[request.run_id] = hold
         return hold
+
+    def explained(self, request: Request) -> Hold | None:
+        """`hold`, and when what is lacking of storage is given back by itself."""
+        hold = self.hold(request)
+        if hold is None or hold.quota is not Quota.STORAGE_BYTES:
+            return hold
+        scopes = (scope for scope, gate in self._of(request.tenant_id) if gate.owner == hold.owner)
+        scope = next(scope for scope in scopes if scope.counts(request))
+        return replace(hold, frees_at=scope.storage_frees_at(hold.lacking))
 
     def _known_hold(self, request: Request) -> Hold | None:
         """What held back others before it. A crowd that waits costs little at each look."""

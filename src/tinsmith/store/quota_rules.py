@@ -136,13 +136,17 @@ def asked(kind: OpKind, num_tokens: int, adapter_bytes: int, prices: Prices, *, 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Why a request waits. owner: "tenant" or "key". is_lasting: no request that is under way changes it by its end."""
+    """Why a request waits. owner: "tenant" or "key". is_lasting: no request that is under way changes it by its end.
+    lacking: how much has to be given back before it begins. frees_at: when so much will have been by itself, if that is
+    known (unix seconds)."""
 
     quota: Quota
     limit: float
     used: float
     owner: str = "tenant"
     is_lasting: bool = False
+    lacking: float = 0.0
+    frees_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -175,7 +179,8 @@ class Gate:
             is_over = is_over or (quota is Quota.QUEUED_TOKENS and self.is_full)
             if is_over:
                 self.is_full = self.is_full or quota is Quota.QUEUED_TOKENS
-                return Hold(quota, limit, used + busy, self.owner, is_lasting=used >= limit)
+                lacking = min(used + busy + more - limit, used + busy)
+                return Hold(quota, limit, used + busy, self.owner, is_lasting=used >= limit, lacking=lacking)
         return None
 
     def begin(self, ask: Asked) -> None:
@@ -250,9 +255,14 @@ def told(hold: Hold, now: float, session_timeout_s: float, seconds_left: float |
                 f"gone, or {duration(REOPENED_S)} after the last request of a run whose session had ended"
             )
         case Quota.STORAGE_BYTES:
+            alone = (
+                "; nothing that would make room expires by itself"
+                if hold.frees_at is None
+                else f", or by itself in {duration(hold.frees_at - now)}, when enough of them has expired"
+            )
             return (
                 f"checkpoints of this {whose} take {hold.used:,.0f} bytes, of {hold.limit:,.0f} ({quota}); goes on "
-                "when some are deleted or expire"
+                f"when {hold.lacking:,.0f} bytes of them are deleted{alone}"
             )
         case Quota.TOKENS_PER_DAY:
             what = f"{hold.used:,.0f} tokens of today used, of {hold.limit:,.0f}"

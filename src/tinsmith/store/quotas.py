@@ -311,8 +311,8 @@ class Quotas:
             return None
         with self._database.read() as conn:
             first = None if op.run_id is None else _FIRST_OF_RUN.first(conn, {"run_id": op.run_id})
-            before = None if first is None else Gates(self._known, conn, limited, now).hold(to_request(first))
-            return before or Gates(self._known, conn, limited, now).hold(request_of(op))
+            before = None if first is None else Gates(self._known, conn, limited, now).explained(to_request(first))
+            return before or Gates(self._known, conn, limited, now).explained(request_of(op))
 
     def forget(self, now: float) -> None:
         """Drop tallies of periods that ended long ago."""

@@ -9,6 +9,7 @@ is written last. What stays true:
 * A backup that was begun and not finished has no `backup.json`, and isn't restored from. Made again over an earlier
   one, it reads what is there, copies what is new or was damaged there, and drops what nobody names any more.
 * Restoring needs an empty directory, in which the database appears last: what was cut off can be restored again.
+* Files are their owner's alone in both, also where the directory was there before and others may enter it.
 * A damaged backup is refused, unless what is damaged is to be left out: then all else of it comes back.
 """
 
@@ -33,6 +34,7 @@ from tinsmith import __version__
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import ConfigError, CorruptError
 from tinsmith.files.blobs import CHECKED_BYTES, Blobs, sync_directory
+from tinsmith.files.private import close_to_others, opener
 from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
 from tinsmith.types import BlobKey
 
@@ -82,7 +84,8 @@ def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied
         progress: told the bytes of files that are in the backup by now, and those there will be.
 
     Raises:
-        ConfigError: there's no database in `data_dir`, or `target` is neither new, empty nor a backup.
+        ConfigError: there's no database in `data_dir`, or `target` is neither new, empty nor a backup, or one of
+            another user that others may read.
         OSError: a disk is full, or the file system has no hard links.
     """
     if not (data_dir / DATABASE_FILE).is_file():
@@ -137,7 +140,7 @@ def restore(
     made = data_dir / f"{RESTORING}{secrets.token_hex(4)}"
     made.mkdir(mode=0o700)
     try:
-        with (made / DATABASE_FILE).open("wb") as file:
+        with open(made / DATABASE_FILE, "wb", opener=opener) as file:
             with (backup / DATABASE_FILE).open("rb") as copied_from:
                 shutil.copyfileobj(copied_from, file)
             file.flush()
@@ -198,6 +201,9 @@ def _claim(target: Path) -> None:
     strange = sorted(path.name for path in target.iterdir() if path.name not in known)
     if strange:
         raise ConfigError(f"{target} is no backup ({strange[0]} is in it); name a new directory, or an earlier backup")
+    still_open = close_to_others(target / name for name in (BLOBS, *own))
+    if still_open:
+        raise ConfigError(f"{still_open[0]} is another user's, and open to others; make the backup as that user")
 
 
 def drop_abandoned(data_dir: Path, before: float = math.inf) -> None:
