@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 from tinker import types
 from transformers import Llama4ForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from tests.families.configs import AXES_ROPE, COMMON, CONFIGS, PROCESSORS, QWEN_PROCESSOR, QWEN_TOWER
+from tests.contract.viewers import write_llama
+from tests.families.configs import AXES_ROPE, COMMON, PROCESSORS, QWEN_PROCESSOR, QWEN_TOWER
 from tests.paint import painted, png
 from tests.seeing import END, IMAGE_TOKEN, START
 from tests.service import Service, running
@@ -29,10 +29,6 @@ NAME = "tests/qwen"
 LLAMA = "tests/llama"
 FIELD = "tinsmith.train_vision"
 SIZE = (40, 24)
-TILE_WORDS = {
-    "vision_start": "image_start", "vision_end": "image_end", "image_pad": "patch", "object_ref_start": "image",
-    "object_ref_end": "tile_x_separator", "box_start": "tile_y_separator",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama 4 whose tokenizer has the words of tiles."""
     path = tmp_path_factory.mktemp("base") / "llama"
-    torch.manual_seed(7)
-    config = deepcopy(CONFIGS["llama4_vl"][1])
-    config.text_config.vocab_size, config.image_token_index = 1024, IMAGE_TOKEN
-    Llama4ForConditionalGeneration(config).save_pretrained(path)
-    PROCESSORS["llama4_vl"].save_pretrained(str(path))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (SHIPPED_PATH / name).read_text()
-        for own, wanted in TILE_WORDS.items():
-            text = text.replace(f"<|{own}|>", f"<|{wanted}|>")
-        (path / name).write_text(text)
+    write_llama(path)
     return path
 
 

@@ -170,35 +170,6 @@ def test_a_result_tells_the_loads_of_its_own_tokens(make_base, backward: bool) -
     assert {name: value for name, value in result.metrics.items() if name.startswith("e_")} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_experts_with_factors_of_their_own(make_base, deterministic: bool) -> None:
-    """Against autograd on merged weights, in the sampler, and to the bit however a pass is cut."""
-    base = make_base("gpt_oss", deterministic=deterministic, shares_factors=False)
-    run, other = spec("a", 4), spec("b", 8, seed=2)
-    rng = np.random.default_rng(10)
-    data = [datum(rng, length) for length in (9, 33, 20)]
-    trainer = make_trainer(base, run, other, deterministic=deterministic)
-    (result, _) = run_pass(trainer, [item("a", data), item("b", [datum(rng, 30)])], 40)
-    state = trainer.export_run(run.run_id)
-    w1 = "param/model.layers.0.mlp.experts.w1"
-    assert (state.tensors[f"{w1}.lora_A"].shape, state.tensors[f"{w1}.lora_B"].shape) == ((6, 4, 64), (6, 96, 4))
-    twin = MergedTwin(base, state)
-    _, logprobs = twin.backward(data)
-    for ours, theirs in zip(result.logprobs, logprobs, strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
-    found = grads(trainer, "a")
-    assert max(relative(found[f"grad/{name}"], p.grad) for name, p in twin.params.items()) < 1e-5
-    if deterministic:
-        alone = make_trainer(base, run)
-        run_pass(alone, [item("a", data)])
-        assert_same_bits(found, grads(alone, "a"))
-    request = sample("r", data[1].tokens, "a", max_tokens=1, prompt_logprobs=True)
-    (sampled,) = run_all(make_sampler(base, {"a": state}, deterministic=deterministic), [request]).values()
-    whole = Datum(data[1].tokens[:-1], {"target_tokens": data[1].tokens[1:].astype(np.int64)})
-    (forward,) = run_pass(trainer, [item("a", [whole], backward=False)])
-    np.testing.assert_allclose(sampled.prompt_logprobs[1:], forward.logprobs[0], rtol=0, atol=1e-5)
-
-
 def test_bits_hold_with_products_split_over_threads(make_base) -> None:
     torch.set_num_threads(2)
     base = make_base("glm4_moe", deterministic=True)

@@ -10,12 +10,13 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
 from tinsmith.model import load_base
 from tinsmith.types import BaseInfo
@@ -27,7 +28,11 @@ WIDE: dict[str, Any] = {
     "moe_intermediate_size": 256, "tie_word_embeddings": True, "max_position_embeddings": 512,
 }  # fmt: skip
 SMALL = {**WIDE, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
-CONFIGS = {"dense": Qwen3Config, "experts": Qwen3MoeConfig}
+CONFIGS = {"dense": Qwen3Config, "experts": Qwen3MoeConfig, "fused": GptOssConfig}  # the last: a layer's in one tensor
+TOLD: dict[str, Any] = {
+    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
+}
 CASES = (
     ("dense", "float32", "float32", "stored"), ("dense", "bfloat16", "float32", "stored"),
     ("dense", "bfloat16", "bfloat16", "stored"), ("dense", "fp8", "float32", "stored"),
@@ -41,6 +46,12 @@ PER_EXPERT = re.compile(r"(.+\.experts\.)(gate_up|down)_proj")
 def write(kind: str, form: str, sizes: dict[str, Any], path: Path) -> None:
     """A random model, a shard a layer, as files of the family have it."""
     path.mkdir()
+    if kind == "fused":
+        sizes = {
+            **sizes,
+            "intermediate_size": sizes["moe_intermediate_size"],
+            "num_local_experts": sizes["num_experts"],
+        }
     config = CONFIGS[kind](**sizes)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config).state_dict()
@@ -49,14 +60,14 @@ def write(kind: str, form: str, sizes: dict[str, Any], path: Path) -> None:
         found = re.search(r"\.layers\.(\d+)\.", name)
         shard = shards.setdefault(f"model-{found[1] if found else 'rest'}.safetensors", {})
         if not name.startswith("lm_head"):
-            for own, shape in names(name, tuple(weight.shape)):
+            split = names if kind == "experts" else lambda *whole: [whole]
+            for own, shape in split(name, tuple(weight.shape)):
                 shard |= stored(own, shape, form)
     index = {name: file for file, shard in shards.items() for name in shard}
     for file, shard in shards.items():
         save_file(shard, path / file, {"format": "pt"})
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    told = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}} if form == "fp8" else {}
-    (path / "config.json").write_text(json.dumps({**config.to_dict(), **told}))
+    (path / "config.json").write_text(json.dumps({**config.to_dict(), **TOLD.get(form, {})}))
 
 
 def names(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
@@ -69,9 +80,13 @@ def names(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]
 
 
 def stored(name: str, shape: tuple[int, ...], form: str) -> dict[str, torch.Tensor]:
+    if form == "mxfp4" and len(shape) == 3:  # [E, I, O]
+        num, inputs, outputs = shape
+        blocks = torch.randint(256, (num, outputs, inputs // 32, 16), dtype=torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:3], 120, dtype=torch.uint8)}
     weight = torch.empty(shape).uniform_(-0.05, 0.05) if len(shape) > 1 else torch.ones(shape)
     if form != "fp8":
-        return {name: weight.to(getattr(torch, form))}
+        return {name: weight.to(getattr(torch, form, torch.bfloat16))}
     if len(shape) == 1 or "embed" in name or name.endswith("mlp.gate.weight"):
         return {name: weight.bfloat16()}
     grid = torch.full((-(-shape[0] // 128), -(-shape[1] // 128)), 1e-4)
@@ -102,12 +117,12 @@ def load(path: Path, dtype: str, weights: str) -> dict[str, int]:
     }
 
 
-def in_a_fork(*args: Any) -> dict[str, int]:
+def in_a_fork(measure: Callable[..., dict[str, int]], *args: Any) -> dict[str, int]:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
-        os.write(writer, json.dumps(load(*args)).encode())
+        os.write(writer, json.dumps(measure(*args)).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as told:
@@ -117,18 +132,24 @@ def in_a_fork(*args: Any) -> dict[str, int]:
     return found
 
 
+def write_all(home: Path, forms: set[tuple[str, str]]) -> None:
+    """Of each kind and form a small and a wide model, in forks, so that what writing takes and frees isn't there to
+    load into."""
+    for kind, form, sizes in {(*one, sizes) for one in forms for sizes in ("small", "wide")}:
+        if not os.fork():
+            write(kind, form, SMALL if sizes == "small" else WIDE, home / f"{kind}-{form}-{sizes}")
+            os._exit(0)
+        os.wait()
+
+
 def main(home: Path, *asked: str) -> None:
     cases = [case for case in CASES if " ".join(case) in asked]
     leave_out_unused("cpu", "int4")
     torch.set_num_threads(1)
-    for kind, form, sizes in {(kind, form, sizes) for kind, form, *_ in cases for sizes in ("small", "wide")}:
-        if not os.fork():  # so that what writing takes and frees isn't there to load into
-            write(kind, form, SMALL if sizes == "small" else WIDE, home / f"{kind}-{form}-{sizes}")
-            os._exit(0)
-        os.wait()
+    write_all(home, {(kind, form) for kind, form, *_ in cases})
     for kind, form, dtype, weights in cases:  # imports, and what libraries keep for ever
         load(home / f"{kind}-{form}-small", dtype, weights)
-    found = {" ".join(case): in_a_fork(home / f"{case[0]}-{case[1]}-wide", *case[2:]) for case in cases}
+    found = {" ".join(case): in_a_fork(load, home / f"{case[0]}-{case[1]}-wide", *case[2:]) for case in cases}
     print(json.dumps(found))
 
 

@@ -1,9 +1,9 @@
 """A base and an adapter merged into a new Hugging Face directory, tensor by tensor.
 
-W' = W + scale · B A, in float32, rounded once; of experts one after another. Shards stay as they are cut, so memory is
-that of one tensor and a product. A base in fp8 or MXFP4 is dequantised: the merged model isn't quantised. An output
-head that is tied to the embedding and was trained gets a tensor of its own, and the configuration says so: the
-embedding stays as it was. The directory appears when it's complete.
+W' = W + scale · B A, in float32, rounded once; of experts one after another. Shards stay as they are cut, and nothing
+is mapped into memory, so a merge takes a tensor, its merged copy and a product. A base in fp8 or MXFP4 is dequantised:
+the merged model isn't quantised. An output head that is tied to the embedding and was trained gets a tensor of its own,
+and the configuration says so: the embedding stays as it was. The directory appears when it's complete.
 Shape letters: R rank, I inputs, O outputs of a linear layer.
 """
 
@@ -28,6 +28,7 @@ from tinsmith.errors import ConfigError, UserError
 from tinsmith.export.adapter import Adapter
 from tinsmith.export.expert_weights import Whole, layouts
 from tinsmith.files.adapter_files import OWN_HEAD, file_header
+from tinsmith.machine.large_blocks import large_blocks_apart
 from tinsmith.model.weight_files import WeightFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +36,7 @@ CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: code for code, dtype in CODES.items()}
 WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 CONFIG = "config.json"
+HEAP_BYTES = 32 * 2**20  # where glibc's own threshold ends, which moves with what is freed
 Progress = Callable[[int, int], None]
 
 
@@ -98,7 +100,8 @@ def merge(
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
     making.mkdir(parents=True)
     try:
-        _write_shards(making, tensors, changes, adapter, files, progress or (lambda done, total: None))
+        with large_blocks_apart(HEAP_BYTES):
+            _write_shards(making, tensors, changes, adapter, files, progress or (lambda done, total: None))
         _copy_rest(base, making, dtype, has_own_head=OWN_HEAD in adapter.names)
         making.rename(target)
     finally:
@@ -203,11 +206,11 @@ def _write_shards(
 ) -> None:
     total, done = sum(tensor.num_bytes for tensor in tensors), 0
     weight_map: dict[str, str] = {}
-    with safe_open(adapter.path, framework="pt") as factors:
+    with safe_open(adapter.path, framework="pt", backend="pread") as factors:
         for shard in dict.fromkeys(tensor.shard for tensor in tensors):
             own = [tensor for tensor in tensors if tensor.shard == shard]
             weight_map |= {tensor.name: shard.name for tensor in own}
-            with (making / shard.name).open("wb") as file, safe_open(shard, framework="pt") as source:
+            with (making / shard.name).open("wb") as file, safe_open(shard, framework="pt", backend="pread") as source:
                 file.write(_header(own))
                 for tensor in own:
                     is_coded = files is not None and files.is_quantised(tensor.stored)

@@ -19,10 +19,11 @@ LARGE_BYTES = 2**18
 
 
 @contextmanager
-def large_blocks_apart() -> Iterator[None]:
-    """Blocks from `LARGE_BYTES` up get mappings of their own, in the whole process; afterwards as the environment says.
-    Nothing changes where that says nothing, or another C library than glibc allocates."""
-    usual_bytes = heap_block_bytes()
+def large_blocks_apart(otherwise_bytes: int | None = None) -> Iterator[None]:
+    """Blocks from `LARGE_BYTES` up get mappings of their own, in the whole process; afterwards from the size that the
+    environment says, or from `otherwise_bytes` where that says nothing. Nothing changes where neither says it, or
+    another C library than glibc allocates."""
+    usual_bytes = heap_block_bytes() or otherwise_bytes
     mallopt = _mallopt()
     if usual_bytes is None or mallopt is None or not mallopt(M_MMAP_THRESHOLD, LARGE_BYTES):
         yield

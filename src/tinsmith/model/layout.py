@@ -165,6 +165,10 @@ class RowLayout:
             if pieces.is_of_experts == of_experts:
                 yield lead, matrices
 
+    def learned(self, row_P: Tensor) -> list[Tensor]:
+        """The pieces of the row that optimizer steps go over: views."""
+        return [row_P]
+
     def row_to_tensors(self, part: str, row_P: Tensor, *, copy: bool = True) -> dict[str, FloatArray]:
         """On the host, named `<part>/<layer>.lora_A` and `.lora_B`: views of one flat array, in the row's order.
 

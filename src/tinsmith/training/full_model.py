@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinsmith.bases.catalog import num_params
+from tinsmith.bases.catalog import TOWER_PARTS, num_params
 from tinsmith.errors import NoMemoryError, TooLargeError
 from tinsmith.model import RowLayout, load_model
 from tinsmith.training.runs import BYTES_PER_PARAM, RunSlot
@@ -32,7 +32,11 @@ GIB = 2**30
 
 
 class FullLayout(RowLayout):
-    """Where each weight lies in a full run's row; tensors are named `<part>/<weight>`, as in transformers."""
+    """Where each weight lies in a full run's row; tensors are named `<part>/<weight>`, as in transformers.
+
+    Weights of a vision tower have a place, and no step goes over them: full runs take no pictures, so their gradients
+    are none, which torch.optim.AdamW leaves alone where it decays what has a gradient of zero.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__([], Targets(), 1)
@@ -44,12 +48,27 @@ class FullLayout(RowLayout):
         parts = torch.split(row_P, [prod(shape) for shape in self._shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
+    def learned(self, row_P: Tensor) -> list[Tensor]:
+        """Weights that lie side by side are in one piece."""
+        found: list[Tensor] = []
+        at = 0
+        for is_of_tower, own in groupby(self._shapes.items(), lambda item: _is_of_tower(item[0])):
+            end = at + sum(prod(shape) for _, shape in own)
+            if not is_of_tower:
+                found.append(row_P[at:end])
+            at = end
+        return found
+
     def _named(self, part: str, host_P: FloatArray) -> dict[str, FloatArray]:
         ends = [0]
         for shape in self._shapes.values():
             ends.append(ends[-1] + prod(shape))
         spans = zip(self._shapes.items(), pairwise(ends), strict=True)
         return {f"{part}/{name}": host_P[start:end].reshape(shape) for (name, shape), (start, end) in spans}
+
+
+def _is_of_tower(weight: str) -> bool:
+    return not TOWER_PARTS.isdisjoint(weight.split("."))
 
 
 class FullModel:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.training.runs import RunSlot
+from tinsmith.training.runs import PARTS, RunSlot
 from tinsmith.types import AdamParams, Failure, OptimResult
 
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -92,15 +92,16 @@ def _adamw(slots: Sequence[RunSlot], params: AdamParams, divisor: float) -> None
     """One call for runs with the same hyperparameters, whose gradients are divided by the same number."""
     for slot in slots:
         slot.fill_rows()
-    rows = [slot.rows for slot in slots]
-    device = rows[0]["param"].device
+    device = slots[0].rows["param"].device
+    param, grad, m, v = ([piece for slot in slots for piece in slot.layout.learned(slot.rows[part])] for part in PARTS)
+    taken = [slot.step for slot in slots for _ in slot.layout.learned(slot.rows["param"])]
     torch._fused_adamw_(
-        [own["param"] for own in rows],
-        [own["grad"] for own in rows],
-        [own["m"] for own in rows],
-        [own["v"] for own in rows],
+        param,
+        grad,
+        m,
+        v,
         [],
-        [torch.tensor(float(slot.step + 1), device=device) for slot in slots],
+        [torch.tensor(float(step + 1), device=device) for step in taken],
         lr=params.learning_rate,
         beta1=params.beta1,
         beta2=params.beta2,
