@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import structlog
 import torch
 
 from tinsmith.bases.layer_table import Layer
 from tinsmith.bases.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer_files import directory_of
 from tinsmith.config import Settings
 from tinsmith.engine import TrainingPass
 from tinsmith.errors import UnsupportedError
@@ -92,7 +92,7 @@ class TorchEngine:
         self._trainer = Trainer(self._base, settings)
         if trains:
             self._trainer.start()
-        tokenizer = ChatTokenizer.from_dir(Path(info.path))
+        tokenizer = ChatTokenizer.from_dir(directory_of(info))
         self._sampler = Sampler(self._base, settings, tokenizer)
         self._full = FullSamplers(self._trainer.full, settings, tokenizer)
         self._trainer.full.make_room = self._full.let_go

@@ -229,8 +229,7 @@ class SamplingParams:
     `stop_tokens` and `stop_strings` never stop. top_k -1: off. temperature 0: greedy.
 
     min_p: no token less likely than this share of the most likely one is drawn; 0: off. The penalties lower the logits
-    of tokens that were sampled before: once each, and once for each time. json_schema: the answer is a
-    JSON text within this schema. None of these changes a logprob.
+    of tokens sampled before: once each, and once for each time. json_schema: of the answer. None changes a logprob.
     """
 
     max_tokens: int | None = None
@@ -390,6 +389,7 @@ class BaseInfo:
     layer_widths: tuple[tuple[str, str, int], ...] = ()  # group, last part of the path, inputs and outputs of all such
     num_params: int = 0
     vision: VisionInfo | None = None  # None: pictures are refused
+    tokenizer_path: str = ""  # the directory of its tokenizer.json; empty: `path`
 
     def adapter_bytes(self, spec: RunSpec) -> int:
         """Of the weights of a run's adapter on this base, float32: a LoRA pair has rank x (inputs + outputs) numbers

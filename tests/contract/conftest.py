@@ -25,7 +25,8 @@ from tinsmith.api.main import Server, make_server
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.waiters import Waiters
-from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, tokenizer_files
+from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer_files import tokenizer_files
 from tinsmith.config import Settings
 from tinsmith.files.adapter_files import pack_external
 from tinsmith.files.blobs import Blobs, checkpoint_key

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
+from tests.kimi import write_tokenizer
 from tinsmith.bases import catalog as bases
 from tinsmith.bases import hub
 from tinsmith.bases.catalog import SHIPPED_NAME, SHIPPED_PATH, BaseRef, describe, hub_name, hub_names, parse, parse_all
+from tinsmith.bases.tokenizer_files import tokenizer_files
 from tinsmith.errors import ConfigError
 
 
@@ -149,7 +152,7 @@ def test_a_broken_config_is_named(model: Path) -> None:
 
 
 def test_tokenizer_files_hold_no_weights() -> None:
-    names = {file.name for file in bases.tokenizer_files(SHIPPED_PATH)}
+    names = {file.name for file in tokenizer_files(SHIPPED_PATH)}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"} <= names
     assert not any(name.endswith((".safetensors", ".bin")) for name in names)
 
@@ -171,20 +174,58 @@ def test_a_local_model_is_not_fetched() -> None:
     assert hub.fetch(parse(SHIPPED_NAME), say=lambda text: None) == parse(SHIPPED_NAME)
 
 
-def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class File:
-        file_size, will_download = 3_000_000_000, True
+REPOSITORY = ("config.json", "model.safetensors", "consolidated.safetensors", "original/model.safetensors")
 
-    def snapshot_download(name: str, **options: Any) -> object:
-        repository = ["config.json", "model.safetensors", "consolidated.safetensors", "original/model.safetensors"]
-        patterns = {kind: options[f"{kind}_patterns"] for kind in ("allow", "ignore")}
-        left = filter_repo_objects(repository, allow_patterns=patterns["allow"], ignore_patterns=patterns["ignore"])
-        assert list(left) == repository[:2], "the same weights once more"
+
+class Repository:
+    """A model on the hub, as `snapshot_download` sees it. downloaded: the names of each call's files."""
+
+    def __init__(self, path: Path, *names: str) -> None:
+        self._path, self._names = path, names
+        self.downloaded: list[set[str]] = []
+
+    def snapshot_download(self, name: str, **options: Any) -> object:
+        patterns = {"allow_patterns": options["allow_patterns"], "ignore_patterns": options.get("ignore_patterns")}
+        chosen = set(filter_repo_objects(self._names, **patterns))
         if options.get("local_files_only"):
             raise FileNotFoundError
-        return [File()] if options.get("dry_run") else str(model)
+        if options.get("dry_run"):
+            sizes = {file: 3_000_000_000 * file.endswith("safetensors") for file in chosen}
+            return [SimpleNamespace(filename=file, file_size=size, will_download=True) for file, size in sizes.items()]
+        self.downloaded.append(chosen)
+        return str(self._path)
 
+
+def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository(model, *REPOSITORY, "tokenizer.json", "tokenizer_config.json")
     said: list[str] = []
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", repository.snapshot_download)
     assert hub.fetch(parse("org/model"), said.append) == BaseRef("org/model", model.resolve())
     assert said == ["downloading org/model from the Hugging Face hub: 3.00 GB"]
+    assert repository.downloaded[-1] == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [(["tekken.json"], "only tekken"), (["vocab.json", "merges.txt"], "only vocab"), ([], "no tokenizer")],
+)
+def test_a_hub_model_without_a_tokenizer_is_refused_before_anything_is_downloaded(
+    model: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str
+) -> None:
+    repository = Repository(model, *REPOSITORY, *files)
+    monkeypatch.setattr(hub, "snapshot_download", repository.snapshot_download)
+    with pytest.raises(ConfigError, match=f"--base-model org/model: its repository has .*{message}"):
+        hub.fetch(parse("org/model"), pytest.fail)
+    assert not repository.downloaded
+
+
+def test_a_hub_model_whose_tokenizer_is_read_by_unknown_code_costs_no_weights(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "tokenizer.json").unlink()
+    write_tokenizer(model, {}, auto_map={"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]})
+    repository = Repository(model, *REPOSITORY, "tiktoken.model", "tokenizer_config.json", "tokenization_own.py")
+    monkeypatch.setattr(hub, "snapshot_download", repository.snapshot_download)
+    with pytest.raises(ConfigError, match=r"org/model: .*tokenization_own\.OwnTokenizer"):
+        hub.fetch(parse("org/model"), pytest.fail)
+    assert repository.downloaded == [{"config.json", "tiktoken.model", "tokenizer_config.json"}]

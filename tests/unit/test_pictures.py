@@ -21,7 +21,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe, tokenizer_files
+from tinsmith.bases.catalog import SHIPPED_PATH, BaseRef, describe
+from tinsmith.bases.tokenizer_files import tokenizer_files
 from tinsmith.bases.vision_files import read_vision
 from tinsmith.errors import ConfigError
 from tinsmith.model.families import FAMILIES

@@ -33,7 +33,8 @@ from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
 from tinsmith.api.unpolled import give_up_unpolled
 from tinsmith.api.waiters import Waiters
-from tinsmith.bases.catalog import describe, parse_all, tokenizer_files
+from tinsmith.bases.catalog import describe, parse_all
+from tinsmith.bases.tokenizer_files import directory_of, tokenizer_files
 from tinsmith.config import Settings, metrics_dir
 from tinsmith.errors import TinsmithError
 from tinsmith.files.blobs import Blobs
@@ -150,8 +151,13 @@ def build_services(
     bases: dict[str, ServedBase] = {}
     shares_factors = settings.expert_adapters == "shared"
     for ref in parse_all(settings.base_model):
-        files = {file.name: file for file in tokenizer_files(ref.directory)}
-        info = describe(ref, shares_factors=shares_factors, max_context=settings.max_context_tokens)
+        info = describe(
+            ref,
+            shares_factors=shares_factors,
+            max_context=settings.max_context_tokens,
+            data_dir=settings.data_dir,
+        )
+        files = {file.name: file for file in tokenizer_files(directory_of(info))}
         bases[ref.name] = ServedBase(info=info, tokenizer_files=files)
     return Services(
         settings=settings,

@@ -22,6 +22,7 @@ from tinsmith.api.pointers import with_training_pictures
 from tinsmith.api.replaying import with_routes
 from tinsmith.api.services import LIGHT_BYTES, Services, ServicesDep
 from tinsmith.bases.catalog import hub_name
+from tinsmith.bases.tokenizer_files import directory_of
 from tinsmith.config import LOOPBACK, Settings
 from tinsmith.errors import GoneError, TinsmithError, UnsupportedError, UserError
 from tinsmith.store.copies import UNTRAINABLE
@@ -85,7 +86,7 @@ async def get_info(request: Call, services: ServicesDep, data: JSONBody[GetInfo]
     """What a client has to know of a run: its base, its rank, where to load the tokenizer from."""
     run = await services.work(services.store.runs.get, request.user.tenant_id, RunId(data.model_id))
     info = services.base(run.spec.base_model).info
-    tokenizer = info.path if gives_path(services.settings) else hub_name(info.name)
+    tokenizer = str(directory_of(info)) if gives_path(services.settings) else hub_name(info.name)
     return RunInfo(
         model_id=run.run_id,
         model_data=ModelData(arch=info.arch, model_name=info.name, tokenizer_id=tokenizer),

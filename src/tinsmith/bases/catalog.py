@@ -6,7 +6,6 @@ weights, never touches the network (`hub` does), knows neither torch nor transfo
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tinsmith.bases.tokenizer_files import check_tokenizer, converted, read_json, tokenizer_bytes
 from tinsmith.bases.vision_files import read_vision
 from tinsmith.bases.weight_headers import read_header, weight_files
 from tinsmith.errors import ConfigError, echo
@@ -47,23 +47,6 @@ HEAD = "lm_head"  # as in `model.inspect`
 HEAD_OF = {"embed_tokens": HEAD, "embed_in": "embed_out"}  # what weights of a head are called where the embedding is so
 
 QUANTISATION = ("quantization_config", "compression_config")  # in config.json, or in its text_config
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +133,23 @@ def hub_names(names: Iterable[str]) -> dict[str, str]:
     return known
 
 
-def describe(ref: BaseRef, *, shares_factors: bool = True, max_context: int = 0) -> BaseInfo:
+def describe(
+    ref: BaseRef, *, shares_factors: bool = True, max_context: int = 0, data_dir: Path | None = None
+) -> BaseInfo:
     """What clients and checks have to know of a base, from its config.json and generation_config.json.
 
     `arch` is the config's model_type. The end tokens are those of generation_config, else of config. shares_factors:
     adapters of experts do (`--expert-adapters`). max_context: what `--max-context-tokens` says; 0: as the config does.
+    data_dir: where the tokenizer is converted to if it must be; None: its text isn't needed.
 
     Raises:
-        ConfigError: a file is missing, not JSON, or lacks a field.
+        ConfigError: a file is missing, not JSON, or lacks a field; the tokenizer can't be converted.
     """
     path = ref.directory
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     text = config.get("text_config")
     inner = {**config, **text} if isinstance(text, dict) else config
-    generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     vision = read_vision(path, config) if config.get("model_type") in SHOWN else None
     try:
         vocab_size, own_context = int(inner["vocab_size"]), int(inner["max_position_embeddings"])
@@ -185,6 +171,7 @@ def describe(ref: BaseRef, *, shares_factors: bool = True, max_context: int = 0)
         num_params=num_params(path),
         vision=vision,
         layer_widths=_widths(path, inner, shares_factors=shares_factors, sees=vision is not None),
+        tokenizer_path="" if data_dir is None else str(converted(path, data_dir)),
     )
 
 
@@ -193,11 +180,6 @@ def is_of_tower(name: str) -> bool:
     MLP, and what brings their outputs to the language model. Not the first one, which sees pixels."""
     parts = set(name.split("."))
     return bool(parts & TOWER_PARTS and parts & (ATTN_PARTS | MLP_PARTS | PROJECTORS)) and not parts & POOLERS
-
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """The files that a client needs to load the tokenizer, those that are there; never weights."""
-    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
 def num_params(path: Path) -> int:
@@ -244,14 +226,14 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def text_model_type(path: Path) -> str:
     """`model_type` of the text model. Raises: ConfigError: config.json can't be read."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     inner = config.get("text_config")
     return str((inner if isinstance(inner, dict) else config).get("model_type", ""))
 
 
 def is_quantised(path: Path) -> bool:
     """Whether config.json says so. Raises: ConfigError: it can't be read."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     inner = config.get("text_config")
     parts = [config, inner] if isinstance(inner, dict) else [config]
     return any(part.get(name) for part in parts for name in QUANTISATION)
@@ -270,9 +252,12 @@ def _local(text: str, name: str, given: str) -> BaseRef:
         raise ConfigError(f"--base-model {text}: names and paths of models can't contain a comma")
     if not path.is_dir():
         raise ConfigError(f"--base-model {text}: there is no directory {path}")
-    for needed in ("config.json", "tokenizer.json"):
-        if not (path / needed).is_file():
-            raise ConfigError(f"--base-model {text}: {path} has no {needed}; it must be a Hugging Face model directory")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--base-model {text}: {path} has no config.json; it must be a Hugging Face model directory")
+    try:
+        check_tokenizer(path)
+    except ConfigError as error:
+        raise ConfigError(f"--base-model {text}: {error.message}") from None
     files = weight_files(path)
     if not files:
         raise ConfigError(f"--base-model {text}: {path} has no weights (model.safetensors, or an index and its shards)")
@@ -290,23 +275,11 @@ def _check_tokenizers(refs: Sequence[BaseRef]) -> None:
         meant = by_name[known[hub_name(ref.name)]]
         if None in (ref.path, meant.path) or meant.path == ref.path:
             continue
-        if (meant.directory / "tokenizer.json").read_bytes() != (ref.directory / "tokenizer.json").read_bytes():
+        if len({tokenizer_bytes(each.directory) for each in (meant, ref)}) > 1:
             raise ConfigError(
                 f"--base-model: clients look for the tokenizers of {meant.name} and {ref.name} under one name, "
                 f"{hub_name(ref.name)}, and they differ; give one another name with NAME=PATH"
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; the directory must hold a Hugging Face model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return value
 
 
 def _ids(value: object) -> tuple[int, ...]:

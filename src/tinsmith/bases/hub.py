@@ -13,9 +13,11 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
 from tinsmith.bases.catalog import BaseRef, parse
+from tinsmith.bases.tokenizer_files import check_tokenizer, lack_of
 from tinsmith.errors import ConfigError
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+SMALL = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "tiktoken.model"]
+WANTED = [*SMALL, "*.safetensors"]
 UNWANTED = ["*/*.safetensors", "consolidated*"]  # the same weights in other layouts
 
 
@@ -33,8 +35,13 @@ def fetch(ref: BaseRef, say: Callable[[str], None]) -> BaseRef:
     if cached is not None:
         return cached
     try:
-        files = snapshot_download(ref.name, allow_patterns=WANTED, ignore_patterns=UNWANTED, dry_run=True)
-        num_bytes = sum(f.file_size or 0 for f in files if not isinstance(f, str) and f.will_download)
+        listed = snapshot_download(ref.name, allow_patterns=WANTED, ignore_patterns=UNWANTED, dry_run=True)
+        files = [file for file in listed if not isinstance(file, str)]
+        lack = lack_of([file.filename for file in files])
+        if lack is not None:
+            raise ConfigError(f"--base-model {ref.name}: its repository {lack}")
+        _check(ref.name, snapshot_download(ref.name, allow_patterns=SMALL))  # before the weights, which are large
+        num_bytes = sum(file.file_size or 0 for file in files if file.will_download)
         say(f"downloading {ref.name} from the Hugging Face hub: {num_bytes / 1e9:.2f} GB")
         path = snapshot_download(ref.name, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     except OSError as error:
@@ -65,6 +72,14 @@ def push(directory: Path, repo: str, *, is_public: bool) -> str:
             f"{directory}` tries again"
         ) from None
     return str(url)
+
+
+def _check(name: str, path: str) -> None:
+    """Raises: ConfigError: its tokenizer can't be read."""
+    try:
+        check_tokenizer(Path(path))
+    except ConfigError as error:
+        raise ConfigError(f"--base-model {name}: {error.message}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -9,12 +9,14 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinsmith.bases.catalog import BaseRef, describe, tokenizer_files
+from tinsmith.bases.catalog import BaseRef, describe
+from tinsmith.bases.tokenizer_files import converted, tokenizer_files
 from tinsmith.errors import ConfigError, UserError
 from tinsmith.files.adapter_files import FULL
 from tinsmith.model import load_model
@@ -73,9 +75,10 @@ def write_full(base: Path, weights: Path, target: Path, *, dtype: str | None = N
     making = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         model.save_pretrained(making)
-        for path in tokenizer_files(base):
-            if path.name not in OF_THE_MODEL:
-                shutil.copyfile(path, making / path.name)
+        with TemporaryDirectory() as scratch:
+            for path in tokenizer_files(converted(base, Path(scratch))):
+                if path.name not in OF_THE_MODEL:
+                    shutil.copyfile(path, making / path.name)
         making.rename(target)
     finally:
         shutil.rmtree(making, ignore_errors=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 from llguidance import LLMatcher, LLTokenizer
 
+from tinsmith.bases.tokenizer_files import directory_of
 from tinsmith.errors import TinsmithError
 from tinsmith.types import BaseInfo
 from tinsmith.validate.jsonform import grammar_of, refusal
@@ -122,7 +122,7 @@ class Grammars:
         """The first one costs the reading of the tokenizer."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                str(Path(self._info.path) / "tokenizer.json"),
+                str(directory_of(self._info) / "tokenizer.json"),
                 n_vocab=self._info.vocab_size,
                 eos_token=list(self._info.eos_tokens),
             )

@@ -99,7 +99,7 @@ def serve(settings: Settings) -> int:
         )
         refs = tuple(fetch(ref, out.print) for ref in refs)
         for ref in refs:
-            describe(ref)
+            describe(ref, data_dir=data_dir.path)
         resolved = _resolve(settings, refs, listener)
         secret = ensure_admin_key(data_dir, settings.sqlite_synchronous)
         with contextlib.closing(open_store(data_dir.path)) as store:

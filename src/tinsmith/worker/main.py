@@ -119,7 +119,7 @@ def _serve(
     )
     renewing.start()
     started = time.monotonic()
-    info = describe(base, max_context=settings.max_context_tokens)
+    info = describe(base, max_context=settings.max_context_tokens, data_dir=settings.data_dir)
     engine = make_engine(info, settings, role, loading.tell)
     write_layers(settings.data_dir, base.name, engine.layers)
     if settings.full_fine_tuning:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tinsmith.api.texts.fields import FieldError, UnofferedError
 from tinsmith.api.texts.models import Model
 from tinsmith.api.texts.pictures import File
 from tinsmith.bases.tokenizer import ChatTokenizer
+from tinsmith.bases.tokenizer_files import directory_of
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.pictures import Picture
 from tinsmith.types import BaseInfo
@@ -69,7 +69,7 @@ class Tokenizers:
         with self._lock:
             try:
                 if info.name not in self._read:
-                    self._read[info.name] = ChatTokenizer.from_dir(Path(info.path))
+                    self._read[info.name] = ChatTokenizer.from_dir(directory_of(info))
             except ConfigError as error:
                 log.error("no tokenizer", base=info.name, error=error.message)
                 raise UnsupportedError(f"{info.name} is served without a tokenizer: send tokens to /api/v1") from None

@@ -1,0 +1,144 @@
+"""A tokenizer given as `tiktoken.model` (tokens and their ranks) as the `tokenizers` one that gives the same ids.
+
+Reads the ranks and `added_tokens_decoder` of tokenizer_config.json. How text is split lies in code of the directory,
+which is never run: it is known here by the name of that code (`SPLITS`).
+
+tiktoken joins, of all neighbours that together are a token, those of the lowest rank, leftmost first. Within the bytes
+of one token that goes as it goes for these bytes alone, so a token has one pair that it is ever joined from: the two
+that are left when its own bytes are joined so far. These pairs, in the order of ranks, are the merges.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+from tinsmith.bases.tokenizer import BYTE_OF_LETTER
+from tinsmith.errors import ConfigError
+
+FILE, CONFIG = "tiktoken.model", "tokenizer_config.json"
+LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
+
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI = "|".join(
+    (
+        r"[\p{Han}]+",
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}",
+        f"{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+"""Of Moonshot's models, as in tokenization_kimi.py."""
+
+SPLITS = {"tokenization_kimi.TikTokenTokenizer": KIMI, "tokenization_moonshot.TikTokenTokenizer": KIMI}
+"""By the class that a directory names in `auto_map`."""
+
+
+def split_of(config: Mapping[str, Any]) -> str:
+    """How a directory with this tokenizer_config.json splits text.
+
+    Raises:
+        ConfigError: its code isn't known.
+    """
+    mapped = config.get("auto_map")
+    named = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else mapped
+    name = str(named[0] if isinstance(named, list) and named else named or config.get("tokenizer_class"))
+    try:
+        return SPLITS[name.rpartition("--")[2]]
+    except KeyError:
+        raise ConfigError(
+            f"its tokenizer is a {FILE}, which the code {name!r} reads; known are {', '.join(SPLITS)}. Convert it to "
+            "tokenizer.json (`transformers.integrations.tiktoken.convert_tiktoken_to_fast`) and put that beside it"
+        ) from None
+
+
+def read_tokenizer(path: Path, config: Mapping[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a directory with such a file. Ids between the ranks and vocab_size that have no name get that
+    of Moonshot's code.
+
+    Args:
+        config: the directory's tokenizer_config.json.
+
+    Raises:
+        ConfigError: the file is broken, the ids leave gaps, or the way text is split isn't known.
+    """
+    split = split_of(config)
+    ranks = _read_ranks(path / FILE)
+    merges = {rank: pair for token, rank in ranks.items() if (pair := _joined_from(token, ranks)) is not None}
+    model = BPE(
+        {_letters(token): rank for token, rank in ranks.items()},
+        [(_letters(left), _letters(right)) for _, (left, right) in sorted(merges.items())],
+        ignore_merges=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Sequence(
+        [Split(Regex(split), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = ByteLevelDecoder()
+    added = _added(path, config, len(ranks), vocab_size)
+    tokenizer.add_tokens([token for _, token in sorted(added.items())])
+    if max(ranks.values()) >= len(ranks) or any(tokenizer.token_to_id(t.content) != id for id, t in added.items()):
+        raise ConfigError(f"{path}: the ids of {FILE} and of added_tokens_decoder in {CONFIG} leave gaps or clash")
+    return tokenizer
+
+
+def _added(path: Path, config: Mapping[str, Any], start: int, vocab_size: int) -> dict[int, AddedToken]:
+    """What follows the ranks, by id: tokens that are never split. Those without a name are special."""
+    named: dict[int, AddedToken] = {}
+    try:
+        for key, entry in dict(config.get("added_tokens_decoder", {})).items():
+            is_special = bool(entry.get("special", False))
+            if int(key) >= start:  # as in Moonshot's code; what has a rank is no token of this kind
+                named[int(key)] = AddedToken(str(entry["content"]), normalized=False, special=is_special)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError(f"{path / CONFIG}: added_tokens_decoder must give a content for each id") from None
+    end = max(vocab_size, *(id + 1 for id in named)) if named else vocab_size
+    reserved = {id: AddedToken(f"<|reserved_token_{id}|>", normalized=False, special=True) for id in range(start, end)}
+    return reserved | named
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (OSError, ValueError, binascii.Error) as error:
+        raise ConfigError(f"{path} can't be read: {error}; each line must be a token in base64 and its rank") from None
+    lacking = [byte for byte in range(256) if bytes((byte,)) not in ranks]
+    if lacking or len(set(ranks.values())) < len(ranks):
+        raise ConfigError(f"{path} must give each of the 256 bytes a rank, and no rank twice: fetch it again")
+    return ranks
+
+
+def _joined_from(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that tiktoken joins to this one; None: it never does, or it is one byte."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right) for left, right in pairwise(parts)]
+        known = [rank for rank in joined if rank is not None]
+        if not known:
+            return None
+        at = joined.index(min(known))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _letters(token: bytes) -> str:
+    return "".join(LETTER_OF_BYTE[byte] for byte in token)
