@@ -40,7 +40,9 @@ unit: init ## the tests alone: three files at a time, then those that compare ti
 contract: init ## the contract suite with every supported SDK; prints which calls each of them made
 	@$(BIN)/python -m scripts.contract_matrix
 
-cookbook: init ## the recipes of tinker-cookbook, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
+cookbook: init ## what tinker-cookbook makes of archives, then its recipes, offline against a fresh server; half an hour, RECIPES="NAME ..." for some
+	@$(BIN)/python -c "from scripts.cookbook import environment; environment.python()"
+	@TINSMITH_TEST_COOKBOOK=1 $(BIN)/python -m pytest -q tests/families/test_cookbook_weights.py
 	@$(BIN)/python -m scripts.cookbook $(RECIPES)
 
 fuzz: init ## a million broken inputs (N=... for more or fewer, goes on where it stopped), then requests that nobody thought of (half an hour)

@@ -5,12 +5,20 @@ every `model.` of a name, and Gemma 3, whose tensors it looks for under other na
 
 Mixtral isn't among them: cookbook 0.6.1 turns w1, w2 and w3 into gate_proj, down_proj and up_proj whatever the base
 calls them, and in Mixtral's files they are w1, w2 and w3. No name of ours changes that; `tinsmith export` merges it.
+
+The cookbook runs in its own environment, which `make cookbook` makes; without TINSMITH_TEST_COOKBOOK what asks it is
+skipped.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scripts.cookbook import environment
 from tests.families.configs import CONFIGS
 from tests.numerics.lab import datum, item, make_trainer, reader_of, run_pass, spec
 from tinsmith.bases.catalog import BaseRef, describe
@@ -32,6 +41,29 @@ BOUND = 1e-5
 RUN = spec("a", 4)
 HEADLESS = spec("a", 4, Targets(unembed=False))  # the cookbook changes the embedding along with a tied head
 TOWER = spec("a", 4, Targets(vision=True))
+
+
+Ask = Callable[..., subprocess.CompletedProcess[str]]
+CLIENT = environment.ROOT / "scripts" / "cookbook" / "client" / "archive.py"
+
+
+@pytest.fixture(scope="session")
+def cookbook() -> Ask:
+    """Calls a function of `tinker_cookbook.weights` by name."""
+    if "TINSMITH_TEST_COOKBOOK" not in os.environ:
+        pytest.skip("`make cookbook` runs it: an environment of 1.7 GB")
+    python = environment.python()
+
+    def ask(function: str, **arguments: object) -> subprocess.CompletedProcess[str]:
+        """All arguments are strings or paths."""
+        given = json.dumps({name: str(value) for name, value in arguments.items()})
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return subprocess.run(
+            [python, CLIENT, function, given], capture_output=True, text=True, check=False,
+            env={**ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return ask
 
 
 def export(trainer: Trainer, base: BaseModel, directory: Path) -> None:
@@ -73,17 +105,17 @@ def test_layers_of_a_model_with_vision_are_named_as_without(kind: str, make_base
 @pytest.mark.parametrize(
     "kind", ["qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_vl", "qwen3_vl_moe", "llama4_vl"]
 )
-def test_the_cookbook_merges_what_was_trained(kind: str, make_base, tmp_path: Path) -> None:
-    weights = pytest.importorskip("tinker_cookbook.weights")
+def test_the_cookbook_merges_what_was_trained(kind: str, cookbook: Ask, make_base, tmp_path: Path) -> None:
     base = make_base(kind)
     trainer = make_trainer(base, HEADLESS if CONFIGS[kind][1].tie_word_embeddings else RUN)
     data = [datum(np.random.default_rng(3), length) for length in (9, 50)]
     (result,) = run_pass(trainer, [item("a", data, backward=False)])
     export(trainer, base, tmp_path / "adapter")
-    weights.build_hf_model(
-        base_model=base.info.path, adapter_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "merged"),
+    done = cookbook(
+        "build_hf_model", base_model=base.info.path, adapter_path=tmp_path / "adapter", output_path=tmp_path / "merged",
         dtype="float32",
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     model = reader_of(base).from_pretrained(
         tmp_path / "merged", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
@@ -94,30 +126,32 @@ def test_the_cookbook_merges_what_was_trained(kind: str, make_base, tmp_path: Pa
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=BOUND)
 
 
-def test_the_cookbook_converts_it_for_serving_engines(make_base, tmp_path: Path) -> None:
-    weights = pytest.importorskip("tinker_cookbook.weights")
+def test_the_cookbook_converts_it_for_serving_engines(cookbook: Ask, make_base, tmp_path: Path) -> None:
     base = make_base("qwen3_moe")
     export(make_trainer(base, RUN), base, tmp_path / "adapter")
-    weights.build_lora_adapter(
-        base_model=base.info.path, adapter_path=str(tmp_path / "adapter"), output_path=str(tmp_path / "peft")
+    done = cookbook(
+        "build_lora_adapter",
+        base_model=base.info.path,
+        adapter_path=tmp_path / "adapter",
+        output_path=tmp_path / "peft",
     )
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
 
 
-def test_adapters_of_qwen_s_tower_are_refused_by_name(make_base, tmp_path: Path) -> None:
+def test_adapters_of_qwen_s_tower_are_refused_by_name(cookbook: Ask, make_base, tmp_path: Path) -> None:
     """When this fails, the docs can send such runs to the cookbook too."""
-    weights = pytest.importorskip("tinker_cookbook.weights")
     base = make_base("qwen3_vl")
     export(make_trainer(base, TOWER), base, tmp_path / "ours")
-    with pytest.raises(Exception, match=r"visual\.blocks.*does not exist"):
-        weights.build_hf_model(
-            base_model=base.info.path, adapter_path=str(tmp_path / "ours"), output_path=str(tmp_path / "merged")
-        )
+    done = cookbook(
+        "build_hf_model", base_model=base.info.path, adapter_path=tmp_path / "ours", output_path=tmp_path / "merged"
+    )
+    assert done.returncode == 1
+    assert re.search(r"visual\.blocks.*does not exist", done.stderr), done.stderr
 
 
-def test_mixtral_is_beyond_the_cookbook_under_either_name(make_base, tmp_path: Path) -> None:
+def test_mixtral_is_beyond_the_cookbook_under_either_name(cookbook: Ask, make_base, tmp_path: Path) -> None:
     """When this fails, Mixtral belongs to the tests above."""
-    weights = pytest.importorskip("tinker_cookbook.weights")
     base = make_base("mixtral")
     export(make_trainer(base, RUN), base, tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
@@ -126,8 +160,9 @@ def test_mixtral_is_beyond_the_cookbook_under_either_name(make_base, tmp_path: P
     save_file(named, tmp_path / "theirs" / "adapter_model.safetensors")
     shutil.copyfile(tmp_path / "ours" / "adapter_config.json", tmp_path / "theirs" / "adapter_config.json")
     for directory in ("ours", "theirs"):
-        with pytest.raises(Exception, match=r"gate_proj\.weight.*does not exist"):
-            weights.build_hf_model(
-                base_model=base.info.path, adapter_path=str(tmp_path / directory), output_path=str(tmp_path / "merged"),
-                dtype="float32",
-            )  # fmt: skip
+        done = cookbook(
+            "build_hf_model", base_model=base.info.path, adapter_path=tmp_path / directory,
+            output_path=tmp_path / "merged", dtype="float32",
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert re.search(r"gate_proj\.weight.*does not exist", done.stderr), done.stderr

@@ -17,6 +17,7 @@ from tinsmith.cli.byte_bar import byte_bar
 from tinsmith.cli.client import server_of
 from tinsmith.errors import ConfigError
 from tinsmith.export.adapter import Adapter, read_adapter, unpack
+from tinsmith.export.engines import remarks
 from tinsmith.export.expert_weights import plain_shapes
 from tinsmith.export.peft_files import BaseShapes, write_peft
 from tinsmith.wire.paths import SCHEME, TinkerPath, parse_path
@@ -64,7 +65,9 @@ def export_command(
         Path | None, typer.Option("--data-dir", help="The running server's data directory. TINSMITH_DATA_DIR")
     ] = None,
 ) -> None:
-    """Write a checkpoint as peft, vLLM and SGLang load it, or merged into a model that needs no adapter.
+    """Write a checkpoint as an adapter for peft, vLLM and SGLang, or merged into a model that needs none.
+
+    What vLLM and SGLang don't read of an adapter is told when it is written.
 
     A checkpoint is fetched from the server in TINKER_BASE_URL with TINKER_API_KEY, else from the one on this machine.
     """
@@ -90,8 +93,8 @@ def export_command(
             typer.echo(f"{out}: a model of {number} weights, all of them trained")
         elif format_ is Format.PEFT:
             adapter = _adapter_in(path, Path(scratch))
-            _write_peft(adapter, out, base)
-            typer.echo(f"{out}: an adapter of {len(adapter.names)} layers")
+            told = _write_peft(adapter, out, base)
+            typer.echo("\n".join([f"{out}: an adapter of {len(adapter.names)} layers", *told]))
         else:
             assert base is not None
             adapter = _adapter_in(path, Path(scratch))
@@ -104,12 +107,13 @@ def export_command(
         typer.echo(f"pushed to {push(out, push_to_hub, is_public=public)}")
 
 
-def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> None:
+def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> list[str]:
+    """Returns what serving engines don't read of it."""
+    shapes = None if base is None else BaseShapes(plain_shapes(weight_shapes(base)), text_model_type(base))
     out.mkdir(parents=True)
     try:
-        write_peft(
-            adapter, out, None if base is None else BaseShapes(plain_shapes(weight_shapes(base)), text_model_type(base))
-        )
+        write_peft(adapter, out, shapes)
+        return [str(remark) for remark in remarks(out, None if shapes is None else shapes.model_type)]
     except BaseException:
         shutil.rmtree(out)
         raise

@@ -1,4 +1,4 @@
-"""An adapter as `peft`, vLLM and SGLang load it, written tensor by tensor.
+"""An adapter as `peft` loads it, and vLLM and SGLang as far as `engines.py` says, written tensor by tensor.
 
 The output head is `lm_head`, whatever the base ties. Experts go by how the base has them on disk, which is what those
 engines name them by:
@@ -8,8 +8,8 @@ engines name them by:
   name for an expert's, also a shared expert's or a dense layer's; those are named as parameters (`target_parameters`),
   which it leaves alone. Of some models it fuses the weights and leaves the configuration as it is: there the fused
   parameters are named, and modules are only modules.
-* all of a layer in one parameter: `peft`'s layout of parameters, which vLLM loads for gpt-oss and the like: A [E R, I],
-  B [O, R E]. `experts.base_layer` is of gate and up together, whose A are put one under the other and whose B
+* all of a layer in one parameter: `peft`'s layout of parameters, which vLLM loads for gpt-oss and Qwen3-VL-MoE: A
+  [E R, I], B [O, R E]. `experts.base_layer` is of gate and up together, whose A are put one under the other and whose B
   stand on a diagonal, so it has twice the rank and twice the alpha; `experts` is of down. Where the parameter is
   transposed and its module doesn't say so (Llama 4), `peft` takes inputs for outputs, and both factors change places.
 Shape letters: E experts, R rank, I inputs, O outputs.
