@@ -142,6 +142,8 @@ class Express:
             except Exception as error:  # the HTTP edge
                 answer = _failed(path, request_id, error)
             if answer is None:
+                if asked is not None:
+                    asked.handed_on()
                 return None
             self._services.turned_away.note(principal.tenant_id, path, answer.status)
             log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
