@@ -26,7 +26,7 @@ from tinsmith.api.errors import Problem, fault, lack_of, refusal
 from tinsmith.api.futures import come_to, failure_of, try_again
 from tinsmith.api.gaps import MAX_AHEAD
 from tinsmith.api.intake import Budget
-from tinsmith.api.marks import log_request, request_id_of, security_headers
+from tinsmith.api.marks import bind_op, log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
 from tinsmith.api.pressure import FILLING, MAX_WAIT_S, TOO_MUCH
@@ -157,6 +157,7 @@ class Express:
         except WireError:
             return None
         op = await come_to(self._services, principal.tenant_id, OpId(asked.request_id))
+        bind_op(op)
         if not op.state.is_final:
             return Answer(408, await try_again(self._services, op))
         if op.state is not OpState.DONE:
