@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from tinsmith.files.datadir import DataDir, ServerInfo
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counter, Counting, Gauge, Histogram
 from tinsmith.scopes import Scope
+from tinsmith.top.reading import frame, parse
+from tinsmith.types import Role
 
 ADAM = {"adam_params": {"learning_rate": 0.1}}
 
@@ -143,3 +146,34 @@ def test_every_series_of_the_table_is_in_the_text(house: House, watched: Any) ->
         assert all(set(sample.labels) - {"le"} == set(one.labels) for sample in family.samples), one.name
     assert samples(read(client, house.key).content)[("tinsmith_restarts_total", ("api",))] == 2
     assert samples(read(client, house.key).content)[("tinsmith_process_memory_bytes", ("api",))] > 10**6
+
+
+def test_a_dead_worker_is_shown_as_not_ready(house: House, watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is to be told that a worker is away needs its series, and the screen its line, until it is back."""
+    services, client = watched
+    monkeypatch.setattr("tinsmith.api.figures.FRESH_S", 0.0)
+    workers, base = house.store.workers, "tinsmith/tiny"
+    places = {"0": [base, "train"], "0-2": [base, "train"], "0-sample": [base, "sample"]}
+    info = ServerInfo("0", "http://x", 1, os.getpid(), os.getpid(), {base: 1, f"{base} 2": 2}, places=places)
+    for slot, role in (("0", Role.TRAIN), ("0-2", Role.TRAIN), ("0-3", Role.TRAIN), ("0-4", Role.TRAIN)):
+        workers.set_ready(workers.register(slot, base, 60.0, time.time(), role))
+    workers.vacate("0-3")
+
+    def ready() -> dict[str, float]:
+        found = samples(read(client, house.key).content)
+        return {labels[2]: value for (name, labels), value in found.items() if name == "tinsmith_worker_ready"}
+
+    assert ready() == {"0": 1, "0-2": 1, "0-4": 1}, "nothing is known of places"
+    DataDir(services.settings.data_dir).write_info(info)
+    assert ready() == {"0": 1, "0-2": 1, "0-sample": 0, "0-4": 1}, "one has not registered yet, one is given up"
+    workers.vacate("0-2")
+    assert ready() == {"0": 1, "0-2": 0, "0-sample": 0, "0-4": 1}
+    again = workers.register("0-2", base, 60.0, time.time(), Role.TRAIN)
+    assert ready()["0-2"] == 0
+    workers.deregister(again)
+    workers.register("0-4", base, 0.001, time.time() - 1, Role.TRAIN)
+    assert ready() == {"0": 1, "0-2": 0, "0-sample": 0}
+    now = parse(read(client, house.key).text, 1.0)
+    assert [(line.name, line.is_ready) for line in frame(now, now).workers] == [
+        (f"sampler {base}", False), (f"worker {base}", True), (f"worker {base} 2", False),
+    ]  # fmt: skip

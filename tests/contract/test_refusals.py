@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import socket
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.contract.standing import standing
+from tests.unit.test_metrics import samples
 from tinsmith.api import auth, connection
 from tinsmith.api.pressure import MAX_WAIT_S, Pressure
+from tinsmith.observe import series
+from tinsmith.observe.metrics import Counting
 
+STEP_PATH = "/api/v1/optim_step"
 STEP = b'{"model_id": "nobody", "seq_id": 1, "adam_params": {}}'
 
 
@@ -88,3 +93,43 @@ def test_it_is_told_when_to_come_and_is_not_read_for_a_while_if_it_comes_before(
             caller.read()
         caller.sock.settimeout(30)
         assert caller.read()[0] == 429, "it is read again after a while"
+
+
+def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no route sees too: alerts about 429 and 5xx read nothing else."""
+    monkeypatch.setattr(auth, "TTL_S", 60.0)
+    monkeypatch.setattr(connection, "HEADER_S", 0.2)
+    monkeypatch.setattr(connection, "DEAF_S", 0.0)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
+    with counted() as counting, standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
+        assert caller.ask()[0] == 404, "the key is known from here on"
+        by_routes = samples(counting.text())["tinsmith_http_request_seconds_count", (STEP_PATH,)]
+        monkeypatch.setattr(Pressure, "note", high)
+        monkeypatch.setattr(Pressure, "refuses", lambda self, tenant_id: True)
+        refused = [caller.ask()[0] for _ in range(3)]
+        with closing(Caller(url, house.key)) as late, closing(Caller(url, house.key)) as wrong:
+            with closing(Caller(url, house.key)) as beyond:
+                assert beyond.read()[0] == 503
+            wrong.sock.sendall(b"GARBAGE\r\n\r\n")
+            assert wrong.read()[0] == 400
+            late.sock.sendall(b"GET /api")
+            assert late.read()[0] == 408
+        found = samples(counting.text())
+    assert refused == [429] * 3
+    assert found["tinsmith_http_requests_total", (STEP_PATH, "429")] == 3
+    assert [found["tinsmith_http_requests_total", ("other", status)] for status in ("503", "400", "408")] == [1, 1, 1]
+    assert found["tinsmith_refused_requests_total", ("capacity",)] == 4
+    assert found["tinsmith_refused_requests_total", ("request_timeout",)] == 1
+    assert found["tinsmith_http_request_seconds_count", (STEP_PATH,)] == by_routes, (
+        "none of the three went the long way"
+    )
+
+
+@contextmanager
+def counted() -> Iterator[Counting]:
+    counting = Counting(series.TABLE, "api", None)
+    counting.start()
+    try:
+        yield counting
+    finally:
+        counting.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 from pathlib import Path
@@ -67,4 +68,6 @@ def test_the_op_that_hangs_fails_alone(tmp_path: Path) -> None:
         assert failure is not None
         assert "ended its worker process each time" in failure.message
         assert len(deaths) == 4
-        assert any("no progress" in line for line in lines)
+        said = [json.loads(line) for line in lines if "no progress" in line]
+        assert len(said) == 4
+        assert said[-1].items() >= {"op_id": ops[1].id, "run_id": runs[1], "tenant_id": house.tenant}.items()

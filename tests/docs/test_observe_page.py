@@ -12,6 +12,7 @@ import yaml
 from scripts import make_board, make_metrics_table
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counter
+from tinsmith.types import OpState
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "observe.md").read_text()
@@ -56,6 +57,14 @@ def test_an_alert_fires_where_nothing_of_its_kind_was_counted_before(query: str)
         assert isinstance(one, Counter)
         assert value in one.first
     assert not re.search(r"rate\([^)]*\)\)? == 0", query)
+
+
+def test_what_ends_without_a_worker_hides_no_standstill() -> None:
+    """The API counts by itself what it refuses at arrival and what is cancelled, also while no worker works."""
+    (query,) = (rule["expr"] for rule in ALERTS if rule["alert"] == "TinsmithNothingDone")
+    (chosen,) = re.findall(r"tinsmith_ops_total\{outcome=~\"([^\"]*)\"\}", query)
+    outcomes = {"refused"} | {state.value for state in OpState if state.is_final}
+    assert {outcome for outcome in outcomes if re.fullmatch(chosen, outcome)} == {"done", "failed"}
 
 
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in ALERTS])

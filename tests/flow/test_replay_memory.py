@@ -188,9 +188,10 @@ def test_a_wait_ends_with_the_hold_on_the_run(build: Callable[..., House], end: 
     """A later lack of memory is another wait, whose requests have their minute again."""
     house = build()
     run = house.create_run()
+    op = house.forward_backward(run, 1, [1, 2])
     worker = house.worker()
     settle(worker)
-    worker.runs.postponed.add(run, Failure("no_memory", "server", NO_MEMORY))
+    worker.runs.postponed.add(run, op, Failure("no_memory", "server", NO_MEMORY))
     if end == "given back":
         worker.runs._release([run])
     else:

@@ -67,6 +67,7 @@ def test_a_server_says_how_to_reach_it(service: Service) -> None:
     data_dir, info = service.data_dir, service.info()
     assert set(info) == {
         "version", "url", "port", "pid", "api_pid", "worker_pids", "certificate", "restarts", "oom_kills",
+        "places",
     }  # fmt: skip
     assert info["pid"] == service.process.pid
     assert set(info["worker_pids"]) == {"tinsmith/tiny", "org/big"}

@@ -15,8 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 from msgspec import Struct
-from structlog.contextvars import bind_contextvars
 
+from tinsmith.api.marks import bind_op
 from tinsmith.api.services import Services
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CapacityError, UserError
@@ -164,8 +164,7 @@ async def _admit(services: Services, principal: Principal, draft: Draft) -> OpRo
         FAILED_OPS.add(draft.failure.code)
     if blob and not enqueued.is_new:
         await services.work(services.blobs.delete, blob)
-    ids = {"op_id": enqueued.row.id, "run_id": draft.run_id, "sampler_id": draft.sampler_id}
-    bind_contextvars(kind=draft.kind.value, **{name: each for name, each in ids.items() if each is not None})
+    bind_op(enqueued.row)
     if not enqueued.row.state.is_final:
         if services.waiters.num_looks == looks_before:
             services.recent.opened(enqueued.row)

@@ -34,6 +34,8 @@ from tinsmith.api.pressure import DEAF_S
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.api.ticks import ticks_of
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
+from tinsmith.observe.metrics import OTHER
+from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
 from tinsmith.wire.media import JSON, encode_json
 
 HEADER_BYTES = 64 << 10
@@ -317,6 +319,8 @@ class Connection(H11Protocol):
             h11.EndOfMessage(),
         )
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
+            HTTP_REQUESTS.add(OTHER, str(status))
+            REFUSED.add(error.code)
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
             self._look_later()

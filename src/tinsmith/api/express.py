@@ -22,11 +22,11 @@ from tinsmith.api.admission import Draft, Promise, admit, attempt, refuse_when_f
 from tinsmith.api.answers import Answer, Answered, Refusal, Refused
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
-from tinsmith.api.errors import fault, lack_of, refusal
+from tinsmith.api.errors import Problem, fault, lack_of, refusal
 from tinsmith.api.futures import come_to, failure_of, try_again
 from tinsmith.api.gaps import MAX_AHEAD
 from tinsmith.api.intake import Budget
-from tinsmith.api.marks import log_request, request_id_of, security_headers
+from tinsmith.api.marks import bind_op, log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
 from tinsmith.api.pressure import FILLING, MAX_WAIT_S, TOO_MUCH
@@ -34,7 +34,7 @@ from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.errors import CapacityError, TinsmithError
 from tinsmith.observe import tracing
-from tinsmith.observe.series import REFUSED
+from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate.picture_files import may_hold_pictures
@@ -49,6 +49,7 @@ SAMPLE_ID = b"req-"  # begins the id of a sequence that a provenance span names
 MAX_INFLATED_BYTES = 64 << 10  # digested on the event loop, in a fraction of a millisecond
 MAX_RUNS = 16_384
 TOO_MANY = 429
+TOO_MANY_TEXT = str(TOO_MANY)
 
 
 Handler: TypeAlias = Callable[[Principal, PlainRequest], Awaitable[Answer | None]]
@@ -100,14 +101,16 @@ class Express:
 
     def _refused(self, request: PlainRequest, principal: Principal, left_s: float) -> Refused:
         """Decided by the request's head alone; all of the answer but its id and the date is made beforehand."""
+        path = self._filling[request.path]
+        HTTP_REQUESTS.add(path, TOO_MANY_TEXT)
         REFUSED.add(CapacityError.code)
-        self._services.turned_away.note(principal.tenant_id, self._filling[request.path], TOO_MANY)
+        self._services.turned_away.note(principal.tenant_id, path, TOO_MANY)
         wait_s = ceil(left_s) if left_s > 0 else self._services.pressure.wait_s()
         return Refused(self._refusals[wait_s], request_id_of(request.headers.get(b"x-request-id", b"")))
 
     def _refusal(self, wait_s: int) -> Refusal:
-        status, headers, problem = refusal("", CapacityError(TOO_MUCH))
-        answer = Answer(status, encode_json(problem), headers=headers | {"retry-after": str(wait_s)})
+        problem = Problem(detail=TOO_MUCH, code=CapacityError.code, category=CapacityError.category)
+        answer = Answer(TOO_MANY, encode_json(problem), headers={"retry-after": str(wait_s)})
         return Refusal.of(answer, self._security, wait_s)
 
     async def _answered_later(self, request: PlainRequest, secret: str) -> Answered | None:
@@ -139,6 +142,8 @@ class Express:
             except Exception as error:  # the HTTP edge
                 answer = _failed(path, request_id, error)
             if answer is None:
+                if asked is not None:
+                    asked.handed_on()
                 return None
             self._services.turned_away.note(principal.tenant_id, path, answer.status)
             log_request("POST", path, answer.status, time.monotonic() - started, principal, path, asked)
@@ -152,6 +157,7 @@ class Express:
         except WireError:
             return None
         op = await come_to(self._services, principal.tenant_id, OpId(asked.request_id))
+        bind_op(op)
         if not op.state.is_final:
             return Answer(408, await try_again(self._services, op))
         if op.state is not OpState.DONE:

@@ -86,19 +86,24 @@ class _Reader(Collector):
         yield from _of_rows(figures, self._settings.metrics_tenants, now)
         yield _family(series.HELD_OPS, self._held(figures, now))
         yield _family(series.QUEUE_OLDEST_FREE, self._oldest_free(figures, now))
-        workers = [row for row in self._store.workers.list() if row.lease_until > 0]
-        alive = {row.slot for row in workers if row.is_ready and row.lease_until > now}
-        yield _family(
-            series.WORKER_READY,
-            {(row.slot, row.base_model, row.role.value): float(row.slot in alive) for row in workers},
-        )
         silent_s = self._supervisor.silent_s
         yield _family(series.SUPERVISOR_SILENT, {} if silent_s is None else {(): silent_s})
         info = self._data_dir.left_info()
+        yield _family(series.WORKER_READY, self._ready({} if info is None else info.places, now))
         if info is not None:
             yield from _of_processes(info)
         yield _family(series.DISK_USED, {(kind,): size for kind, size in self._disk().items()})
         yield _family(series.DISK_FREE, {(): shutil.disk_usage(self._settings.data_dir).free})
+
+    def _ready(self, places: Mapping[str, Sequence[str]], now: float) -> Mapping[tuple[str, ...], float]:
+        """Of each worker that the server has a place for, which stays while its process is dead; and of those that
+        have none there, for as long as their lease."""
+        rows = self._store.workers.list()
+        ready = {row.slot for row in rows if row.is_ready and row.lease_until > now}
+        since = now if places else 0.0
+        labels = {row.slot: (row.base_model, row.role.value) for row in rows if row.lease_until > since}
+        labels |= {slot: (base_model, role) for slot, (base_model, role) in places.items()}
+        return {(slot, *who): float(slot in ready) for slot, who in labels.items()}
 
     def _held(self, figures: Figures, now: float) -> Mapping[tuple[str, ...], int]:
         """For the tenants whose requests wait, by the names that their queues have."""

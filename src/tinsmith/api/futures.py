@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from tinsmith.api.auth import Call
 from tinsmith.api.gaps import close_gap
+from tinsmith.api.marks import bind_op
 from tinsmith.api.outgo import PIECE_BYTES, closing_with
 from tinsmith.api.pauses import ACTIVE, Waiting
 from tinsmith.api.services import Services, ServicesDep
@@ -50,6 +51,7 @@ class TryAgain(Struct):
 async def retrieve_future(request: Call, services: ServicesDep, data: JSONBody[RetrieveFuture]) -> Response[Any]:
     """The result of a request, its failure, or 408 after a hold: poll again."""
     op = await come_to(services, request.user.tenant_id, OpId(data.request_id))
+    bind_op(op)
     if op.state is OpState.DONE and op.result_blob is not None and op.result_bytes > PIECE_BYTES:
         return await _read_out(request, services, op, op.result_blob)
     if op.state.is_final:

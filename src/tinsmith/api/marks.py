@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable
 
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from tinsmith.observe.metrics import OTHER
 from tinsmith.observe.series import HTTP_REQUESTS, HTTP_SECONDS
 from tinsmith.observe.tracing import Asked
-from tinsmith.store.rows import Principal
+from tinsmith.store.rows import OpRow, Principal
 
 log = structlog.get_logger("tinsmith.api")
 _lines = logging.getLogger("tinsmith.api")
@@ -52,6 +53,14 @@ def request_id_of(header: bytes) -> str:
     """The id that a client gave its request, if it is sane, or a new one."""
     sent = header.decode("latin-1")
     return sent if sent and REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
+
+
+def bind_op(op: OpRow) -> None:
+    """Have the line of the HTTP request under way say which request of a run or sampler it is about."""
+    where = {"run_id": op.run_id, "sampler_id": op.sampler_id}
+    bind_contextvars(
+        kind=op.kind.value, op_id=op.id, **{name: each for name, each in where.items() if each is not None}
+    )
 
 
 def is_host(header: bytes) -> bool:

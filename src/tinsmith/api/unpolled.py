@@ -11,6 +11,7 @@ import time
 import structlog
 
 from tinsmith.api.services import Services
+from tinsmith.observe.about import about
 from tinsmith.store.quota_rules import duration
 from tinsmith.types import Failure
 
@@ -35,9 +36,11 @@ def give_up_unpolled(services: Services, now: float) -> int:
         f"nobody asked for the result of this sample for {duration(patience_s)} (--unpolled-sample-s), so it was "
         "cancelled: send the request again, and wait for its result"
     )
-    given_up = services.store.endings.give_up(forgotten, Failure("unpolled", "user", message), now)
+    ended = set(services.store.endings.give_up(forgotten, Failure("unpolled", "user", message), now))
+    given_up = [op for op in forgotten if op.id in ended]
     for base_model in {op.base_model for op in forgotten}:
         for ringer in services.ringers.get(base_model, ()):
             ringer.ring()
-    log.info("samples that nobody asked for were cancelled", count=len(given_up))
+    if given_up:
+        log.info("samples that nobody asked for were cancelled", **about(given_up))
     return len(given_up)

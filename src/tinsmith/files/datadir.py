@@ -31,7 +31,8 @@ class ServerInfo:
     """What server.json says. worker_pids: by base model; a second process under `NAME 2`, a sampling one under
     `sampler NAME`. certificate: the file of the one that the server shows; empty: it speaks http. restarts: how often
     each child was started again after its death, since the server's start. oom_kills: processes that the system had
-    killed for want of memory when a child was started last; None: unknown."""
+    killed for want of memory when a child was started last; None: unknown. places: (base model, role) of each worker
+    that is meant to be there, by its slot, whether or not its process lives."""
 
     version: str
     url: str
@@ -42,6 +43,7 @@ class ServerInfo:
     certificate: str = ""
     restarts: dict[str, int] = field(default_factory=dict)
     oom_kills: int | None = None
+    places: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

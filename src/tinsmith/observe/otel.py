@@ -14,7 +14,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, get_current_span
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, get_current_span, use_span
 from opentelemetry.trace import set_span_in_context as within
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -34,6 +34,10 @@ class Asked:
 
     def __init__(self, span: Span, method: str) -> None:
         self._span, self._method = span, method
+        self.is_kept = True
+
+    def handed_on(self) -> None:
+        self.is_kept = False
 
     def answered(self, status: int, route: str, tenant: str) -> None:
         if route:
@@ -69,15 +73,16 @@ class Spans:
         """Around the answer to an HTTP request; below the client's span, if it named one."""
         attributes = {"http.request.method": method, "url.path": path, "tinsmith.request_id": request_id}
         above = _place(traceparent)
-        with self._tracer.start_as_current_span(
-            method, above, kind=SpanKind.SERVER, attributes=attributes, record_exception=False
-        ) as span:
-            place = _written(span)
-            before = PLACE.set(place)
-            try:
-                yield Asked(span, method)
-            finally:
-                PLACE.reset(before)
+        span = self._tracer.start_span(method, above, kind=SpanKind.SERVER, attributes=attributes)
+        asked = Asked(span, method)
+        before = PLACE.set(_written(span))
+        try:
+            with use_span(span, record_exception=False):
+                yield asked
+        finally:
+            PLACE.reset(before)
+            if asked.is_kept:  # one that never ends is never sent
+                span.end()
 
     def op(self, op: OpRow, outcome: str, code: str, now: float) -> None:
         above = _place(op.meta[META])

@@ -109,7 +109,13 @@ SNAPSHOTS = Series("tinsmith_snapshots", "Runs with a snapshot on disk.")
 SNAPSHOTS_SIZE = Series("tinsmith_snapshots_bytes", "What these snapshots take.")
 CHECKPOINTS = Series("tinsmith_checkpoints", "Checkpoints, by kind.", "kind")
 CHECKPOINTS_SIZE = Series("tinsmith_checkpoints_bytes", "What they take.", "kind")
-WORKER_READY = Series("tinsmith_worker_ready", "1 while a worker has its base loaded.", "worker", "base_model", "role")
+WORKER_READY = Series(
+    "tinsmith_worker_ready",
+    "1 while a worker has its base loaded, 0 also while it is dead.",
+    "worker",
+    "base_model",
+    "role",
+)
 RESTARTS = ReadCounter("tinsmith_restarts_total", "Restarts of a process that had died.", "process")
 SUPERVISOR_SILENT = Series(
     "tinsmith_supervisor_silent_seconds",

@@ -35,6 +35,9 @@ class Asked(Protocol):
 
     def answered(self, status: int, route: str, tenant: str) -> None: ...
 
+    def handed_on(self) -> None:
+        """Others answer it, below a span of their own: this one is not kept."""
+
 
 class Spans(Protocol):
     """See `otel.Spans`. Times are unix seconds."""

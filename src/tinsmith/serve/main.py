@@ -202,7 +202,7 @@ class _Serving:
         deaths = {child.spec.name: self._deaths[child.spec.name] for child in self._supervisor.children}
         info = ServerInfo(
             __version__, self._url, settings.port, os.getpid(), api.pid, pids, settings.tls_certificate, deaths,
-            num_oom_kills(),
+            num_oom_kills(), {place.slot: [place.ref.name, place.role.value] for place in self._places},
         )  # fmt: skip
         try:
             self._data_dir.write_info(info)

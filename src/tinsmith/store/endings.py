@@ -155,6 +155,7 @@ class Endings:
                     given_up.append(op.id)
                     bury(conn, [op.payload_blob], now)
                     number_ends(conn, [(op.sampler_id, op.id)])
+        OPS.add(OpKind.SAMPLE, OpState.CANCELLED, by=len(given_up))
         return given_up
 
     def meter(self, worker: WorkerId, used: Mapping[OpId, Usage], now: float) -> None:

@@ -20,6 +20,7 @@ from tinsmith.files.adapter_files import pack_external
 from tinsmith.files.blobs import BlobInfo, Blobs, checkpoint_key, stem
 from tinsmith.files.checkpoint_file import read_state, state_pieces
 from tinsmith.observe import series
+from tinsmith.observe.about import about
 from tinsmith.store import Store
 from tinsmith.store.rows import NewCheckpoint, NewSampler, OpRow, RunRow
 from tinsmith.types import BlobKey, CheckpointKind, Failure, OpId, OpKind, OptimItem, Role, RunState, SamplerId
@@ -30,7 +31,6 @@ from tinsmith.worker.outcomes import Outcome, failed, succeeded
 from tinsmith.worker.publishing import Publisher
 from tinsmith.worker.runs import HeldRuns
 from tinsmith.worker.unwritten import Unwritten
-from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")

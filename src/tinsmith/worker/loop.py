@@ -23,6 +23,7 @@ from tinsmith.files.blobs import Blobs
 from tinsmith.ipc.bell import Bell, Ringer
 from tinsmith.ipc.notes import rows_in
 from tinsmith.ipc.tokenline import TokenSender
+from tinsmith.observe.about import about
 from tinsmith.scheduler import Batch, Limits, plan
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, WorkerId
@@ -46,7 +47,7 @@ from tinsmith.worker.settling import Settling
 from tinsmith.worker.suspects import Suspects
 from tinsmith.worker.telling import Telling
 from tinsmith.worker.unwritten import Unwritten
-from tinsmith.worker.watch import Watch, about
+from tinsmith.worker.watch import Watch
 from tinsmith.worker.watchdog import Watchdog
 from tinsmith.worker.writer import Writer
 
@@ -281,7 +282,7 @@ class Worker:
     def _run_barriers(self, ops: Sequence[OpRow], replays: set[OpId]) -> None:
         self._settling.begin_saves(ops)
         started = time.perf_counter()
-        with self._busy_clock:
+        with self._watchdog.at(ops), self._busy_clock:
             outcomes = self._barriers.carry_out(ops, replays)
         self._settling.end_saves(outcomes)
         seconds = time.perf_counter() - started
@@ -301,8 +302,8 @@ class Worker:
         try:
             cap_s = self._settings.pass_cap_ms / 1000 if self._engine.num_samples else IDLE_PACK_S
             work = self._passes.pack_work(current, cap_s)
-            self._watchdog.begin(self._engine.pass_max_tokens / current.speed if current.speed else None)
-            with self._busy_clock:
+            expected_s = self._engine.pass_max_tokens / current.speed if current.speed else None
+            with self._watchdog.at(current.ops, expected_s), self._busy_clock:
                 is_whole = not current.advance(work)
                 outcomes = current.commit() if is_whole else []
             if is_whole:
@@ -331,9 +332,8 @@ class Worker:
 
     def _step_samples(self) -> None:
         self._recorder.go()
-        self._watchdog.begin()
         try:
-            with self._busy_clock:
+            with self._watchdog.at(self._samples.resident), self._busy_clock:
                 outcomes = self._samples.step()
         except Exception:
             abandoned = self._samples.abandon()

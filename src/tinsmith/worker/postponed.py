@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import structlog
 
 from tinsmith.errors import NoMemoryError
+from tinsmith.observe.about import about
+from tinsmith.store.rows import OpRow
 from tinsmith.types import Failure, RunId
 
 log = structlog.get_logger("tinsmith.worker")
@@ -37,8 +39,8 @@ class Postponed:
     def __init__(self) -> None:
         self._waits: dict[RunId, _Wait] = {}
 
-    def add(self, run_id: RunId, failure: Failure) -> None:
-        """The run found no memory just now."""
+    def add(self, run_id: RunId, op: OpRow, failure: Failure) -> None:
+        """The run found no memory just now, for this request of its log."""
         now = time.monotonic()
         before = self._waits.get(run_id)
         if before is None:
@@ -46,7 +48,7 @@ class Postponed:
         elif before.until <= now:
             pause_s = min(2 * before.pause_s, MAX_RETRY_S)
             self._waits[run_id] = _Wait(before.since, pause_s, now + pause_s)
-        log.warning("no memory to compute a run's log again: it waits", run_id=run_id, error=failure.message)
+        log.warning("no memory to compute a run's log again: it waits", **about([op]), error=failure.message)
 
     def is_waiting(self, run_id: RunId) -> bool:
         """Whether it isn't to be tried yet."""

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -32,10 +32,11 @@ from tinsmith.errors import CapacityError, CorruptError, StorageFullError
 from tinsmith.files.blobs import Blobs, result_key, routes_key
 from tinsmith.ipc.bell import PLAIN
 from tinsmith.ipc.notes import note_of
+from tinsmith.observe.about import about
 from tinsmith.store import Store
 from tinsmith.store.rows import Finished, OpRow, WorkerId
 from tinsmith.store.usage_rows import Usage
-from tinsmith.types import OpId, OpKind
+from tinsmith.types import OpKind
 from tinsmith.worker.outcomes import Outcome
 
 log = structlog.get_logger("tinsmith.worker")
@@ -79,11 +80,12 @@ class _Storage:
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
         encoded = [outcome.encoded() for outcome in outcomes]
-        self._patiently(lambda: self._write(encoded))
+        self._patiently(lambda: self._write(encoded), [each.op for each in encoded])
         self._recorded(encoded)
 
-    def meter(self, used: Mapping[OpId, Usage]) -> None:
-        self._patiently(lambda: self._store.endings.meter(self._me, used, time.time()))
+    def meter(self, used: Sequence[tuple[OpRow, Usage]]) -> None:
+        by_id = {op.id: usage for op, usage in used}
+        self._patiently(lambda: self._store.endings.meter(self._me, by_id, time.time()), [op for op, _ in used])
 
     def _write(self, outcomes: Sequence[Outcome]) -> None:
         finished = [self._spill(outcome) for outcome in outcomes]
@@ -104,8 +106,8 @@ class _Storage:
         key = result_key(outcome.op.tenant_id, outcome.op.id)
         return replace(finished, result=None, result_blob=self._blobs.put(key, finished.result).key)
 
-    def _patiently(self, write: Callable[[], object]) -> None:
-        """What was computed isn't lost to a full disk or a busy database: it is tried for a while.
+    def _patiently(self, write: Callable[[], object], ops: Sequence[OpRow]) -> None:
+        """What was computed for these isn't lost to a full disk or a busy database: it is tried for a while.
 
         Raises:
             CapacityError, CorruptError: the storage didn't come back; never an OSError, which a pass may raise too.
@@ -120,7 +122,7 @@ class _Storage:
                     if isinstance(error, OSError):
                         raise StorageFullError(f"results can't be written ({error}): free space on the disk") from error
                     raise
-                log.error("outcomes can't be recorded; trying again", error=str(error))
+                log.error("outcomes can't be recorded; trying again", **about(ops), error=str(error))
                 time.sleep(STORAGE_RETRY_S)
 
 
@@ -212,7 +214,7 @@ class Recorder:
         if self._error is not None:
             raise self._error
 
-    def meter(self, used: Mapping[OpId, Usage]) -> None:
+    def meter(self, used: Sequence[tuple[OpRow, Usage]]) -> None:
         """What was computed for requests that were cancelled meanwhile. Raises: as `record`, of this alone."""
         self._storage.meter(used)
 
@@ -241,6 +243,7 @@ class Recorder:
         return num_open >= MAX_WAITING or self._num_bytes + outcome.num_bytes > MAX_WAITING_BYTES
 
     def _work(self, wake: Callable[[], None]) -> None:
+        group: list[Outcome] = []
         try:
             while group := self._take():
                 self._storage.record(group)
@@ -249,7 +252,8 @@ class Recorder:
                     self._num_bytes -= sum(outcome.num_bytes for outcome in group)
                     self._changed.notify_all()
         except BaseException as error:
-            log.error("outcomes were not recorded; the worker ends", error=str(error), exc_info=error)
+            ops = about([outcome.op for outcome in group])
+            log.error("outcomes were not recorded; the worker ends", **ops, error=str(error), exc_info=error)
             self._fail(error)
             wake()
         else:

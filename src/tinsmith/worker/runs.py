@@ -23,6 +23,7 @@ from tinsmith.fair_queueing import Standing
 from tinsmith.files.blobs import Blobs
 from tinsmith.machine.clock import Clock
 from tinsmith.observe import series
+from tinsmith.observe.about import about
 from tinsmith.scheduler import SUSPECT, Candidate
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, RunRow, WorkerId
@@ -35,7 +36,6 @@ from tinsmith.worker.rebalancing import Rebalancing
 from tinsmith.worker.recorder import Recorder
 from tinsmith.worker.residency import Residency
 from tinsmith.worker.snapshots import Snapshots
-from tinsmith.worker.watch import about
 from tinsmith.worker.writer import Writer
 
 log = structlog.get_logger("tinsmith.worker")
@@ -192,7 +192,7 @@ class HeldRuns:
         if held is None or held.given_up is not None:
             return False
         if failure.code in LACKS:
-            self.postponed.add(held.row.run_id, failure)
+            self.postponed.add(held.row.run_id, op, failure)
             return True
         log.error("replay failed", **about([op]), error=failure.message)
         self._give_up(held, f"request {op.seq_id} of its log can't be computed again")

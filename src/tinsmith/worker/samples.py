@@ -16,6 +16,7 @@ from tinsmith.engine import Engine
 from tinsmith.errors import CorruptError, TinsmithError, UserError
 from tinsmith.files.blobs import Blobs, stem
 from tinsmith.observe import series
+from tinsmith.observe.about import about
 from tinsmith.store import Store
 from tinsmith.store.rows import OpRow, SamplerWeights
 from tinsmith.store.usage_rows import Usage
@@ -167,7 +168,7 @@ class Samples:
                 outcomes.append(failed(op, result))
             else:
                 usage = _usage(num_prompt, result)
-                encode = partial(_encoded, op_id, result)
+                encode = partial(_encoded, op, result)
                 outcomes.append(computed(op, encode, _num_bytes(result), PROTOBUF, usage, result.routes))
                 self._accounts.charge_sample(op, min(0, usage.sampled_tokens - op.cost_tokens))
         self._telling.tell()
@@ -175,10 +176,10 @@ class Samples:
             crash_point("sample.before_record")
         return outcomes
 
-    def drop_cancelled(self) -> dict[OpId, Usage]:
-        """Free what requests hold that were cancelled meanwhile; what was computed for them, which their tenants are
+    def drop_cancelled(self) -> list[tuple[OpRow, Usage]]:
+        """Free what requests hold that were cancelled meanwhile; what was computed for each, which its tenant is
         charged."""
-        used: dict[OpId, Usage] = {}
+        used: list[tuple[OpRow, Usage]] = []
         for op_id in self._store.ops.final_among(self._resident):
             op = self._resident.pop(op_id)
             self._let_go(op)
@@ -186,10 +187,11 @@ class Samples:
             self._telling.end(op_id)
             cost = self._engine.cancel_sample(op_id)
             self._accounts.charge_sample(op, min(0, cost.num_sampled - op.cost_tokens))
-            used[op_id] = Usage(
+            usage = Usage(
                 prefill_tokens=cost.num_prefilled, cached_tokens=cost.num_cached, sampled_tokens=cost.num_sampled
             )
-            self._use(op.tenant_id, used[op_id])
+            used.append((op, usage))
+            self._use(op.tenant_id, usage)
         return used
 
     def abandon(self) -> list[OpRow]:
@@ -240,12 +242,12 @@ def _has_room(held: Counter[TenantId], op: OpRow) -> bool:
     return not held or (free >= 0 and (not own or own + op.payload_bytes <= RATIO * free))
 
 
-def _encoded(op_id: OpId, result: SampleResult) -> bytes | Failure:
+def _encoded(op: OpRow, result: SampleResult) -> bytes | Failure:
     """The result's bytes; a failure of this request alone, if it can't be written."""
     try:
         return encode_sample_result(result)
     except (EncodeError, MemoryError, ValueError) as error:
-        log.error("a sample's result could not be written", op_id=op_id, exc_info=error)
+        log.error("a sample's result could not be written", **about([op]), exc_info=error)
         message = "the result of this request could not be written: send it as several smaller ones"
         return Failure(code="internal", category="server", message=message)
 

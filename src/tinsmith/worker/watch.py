@@ -12,25 +12,11 @@ from tinsmith.engine import Engine
 from tinsmith.observe import series, tracing
 from tinsmith.observe.metrics import TenantLabels
 from tinsmith.store import Store
-from tinsmith.store.rows import OpRow
 from tinsmith.store.usage_rows import Usage
 from tinsmith.types import OpState, TenantId
 from tinsmith.worker.outcomes import Outcome
 
 LEVELS_EVERY_S = 0.25
-MAX_IDS = 8  # of a kind, in a line of the log
-
-
-def about(ops: Sequence[OpRow]) -> dict[str, object]:
-    """What a line of the log says of the requests that it is about: their ids, their runs and tenants, some of many."""
-    if len(ops) == 1:
-        op = ops[0]
-        where = {"sampler_id": op.sampler_id} if op.run_id is None else {"run_id": op.run_id, "seq_id": op.seq_id}
-        return {"op_id": op.id, "kind": op.kind.value, "tenant_id": op.tenant_id, **where}
-    runs = list(dict.fromkeys(op.run_id for op in ops if op.run_id is not None))
-    tenants = list(dict.fromkeys(op.tenant_id for op in ops))
-    ids = [op.id for op in ops]
-    return {"ops": len(ops), "op_ids": ids[:MAX_IDS], "run_ids": runs[:MAX_IDS], "tenant_ids": tenants[:MAX_IDS]}
 
 
 class Watch:

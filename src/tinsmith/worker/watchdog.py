@@ -10,17 +10,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 
 import structlog
 
 from tinsmith.ipc.pulse import BEAT_S, Pulse
+from tinsmith.observe.about import about
+from tinsmith.store.rows import OpRow
 
 log = structlog.get_logger("tinsmith.worker")
 
 EXIT_HUNG = 76
 LEAST_S = 300.0  # of a piece whose length is known: files and kernels that are compiled take their time too
 TIMES = 30.0  # how much longer than measured a piece may take
+OVERDUE = "no progress: what the worker is at takes far too long; it ends, and the next one goes on"
 UNKNOWN_S = 1800.0  # of one whose speed isn't known: the first pass on a slow machine
 
 
@@ -31,11 +35,27 @@ class Watchdog:
         """timeout_s: of any piece; 0: thirty times what was measured, and five minutes at least."""
         self._timeout_s = timeout_s
         self._until: float | None = None
+        self._ops: Collection[OpRow] = ()
 
     def begin(self, expected_s: float | None = 0.0) -> None:
         """The loop goes on, with a piece that should take so long; None: nobody knows."""
         limit_s = self._timeout_s or (UNKNOWN_S if expected_s is None else max(LEAST_S, TIMES * expected_s))
         self._until = time.monotonic() + limit_s
+
+    @contextmanager
+    def at(self, ops: Collection[OpRow], expected_s: float | None = 0.0) -> Iterator[None]:
+        """Around a piece of work for these; see `begin`."""
+        self.begin(expected_s)
+        self._ops = ops
+        try:
+            yield
+        finally:
+            self._ops = ()
+
+    @property
+    def ops(self) -> list[OpRow]:
+        """What the loop is at, as far as it is for requests."""
+        return list(self._ops)
 
     def rest(self) -> None:
         """The loop waits for work."""
@@ -60,5 +80,7 @@ def _watch(watchdog: Watchdog, pulse: Pulse, stop: threading.Event, sign: Callab
     while not stop.wait(BEAT_S):
         pulse.beat(sign())
         if watchdog.is_overdue:
-            log.error("no progress: what the worker is at takes far too long; it ends, and the next one goes on")
-            os._exit(EXIT_HUNG)
+            try:
+                log.error(OVERDUE, **about(watchdog.ops))
+            finally:
+                os._exit(EXIT_HUNG)
