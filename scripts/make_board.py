@@ -146,7 +146,15 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
             ),
             Panel("A step of the sampler, 95 %", "s", (("step", quantile(0.95, "tinsmith_sample_step_seconds")),)),
-            Panel("Sample requests in the engine", "none", (("worker {{worker}}", "tinsmith_resident_samples{#}"),)),
+            Panel(
+                "Seats",
+                "none",
+                (
+                    ("requests, worker {{worker}}", "tinsmith_resident_samples{#}"),
+                    ("sequences decoded, worker {{worker}}", "tinsmith_seated_sequences{#}"),
+                    ("seats, worker {{worker}}", "tinsmith_sample_seats{#}"),
+                ),
+            ),
             Panel(
                 "Keys and values",
                 "bytes",
@@ -191,7 +199,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Runs",
                 "none",
-                (("{{status}}", "sum by (status) (tinsmith_runs{#})"), ("in memory", "sum(tinsmith_resident_runs{#})")),
+                (
+                    ("{{status}}", "sum by (status) (tinsmith_runs{#})"),
+                    ("in memory", "sum(tinsmith_resident_runs{#})"),
+                    ("in memory at most", "sum(tinsmith_resident_runs_max{#})"),
+                ),
             ),
             Panel(
                 "Snapshots",
@@ -260,6 +272,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     ("{{process}}", "tinsmith_process_memory_bytes{#}"),
                     ("runs, worker {{worker}}", "tinsmith_resident_runs_bytes{#}"),
+                    ("runs at most, worker {{worker}}", "tinsmith_resident_runs_max_bytes{#}"),
                 ),
             ),
             Panel(

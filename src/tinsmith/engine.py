@@ -200,6 +200,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def seats(self) -> tuple[int, int]:
+        """Sequences that are decoded together: (now, at most)."""
+        ...
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         """Memory for keys and values: (what samples hold, all)."""
         ...

@@ -267,6 +267,12 @@ class FakeEngine:
         return 0
 
     @property
+    def seats(self) -> tuple[int, int]:
+        """All that it has; there is no bound."""
+        num = sum(item.num_samples for item, _ in self._samples.values())
+        return num, num
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         return 0, 0
 

@@ -225,6 +225,11 @@ class TorchEngine:
         return self._begun
 
     @property
+    def seats(self) -> tuple[int, int]:
+        (taken, most), (full_taken, full_most) = self._sampler.seats, self._full.seats
+        return taken + full_taken, most + full_most
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         (held, most), (full_held, full_most) = self._sampler.kv_bytes, self._full.kv_bytes
         return held + full_held, most + full_most

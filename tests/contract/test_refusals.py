@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.alerts import selected
 from tests.contract.standing import standing
 from tests.unit.test_metrics import samples
 from tinsmith.api import auth, connection
@@ -114,10 +115,15 @@ def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert wrong.read()[0] == 400
             late.sock.sendall(b"GET /api")
             assert late.read()[0] == 408
-        found = samples(counting.text())
+        text = counting.text()
+    found = samples(text)
     assert refused == [429] * 3
     assert found["tinsmith_http_requests_total", (STEP_PATH, "429")] == 3
     assert [found["tinsmith_http_requests_total", ("other", status)] for status in ("503", "400", "408")] == [1, 1, 1]
+    assert selected("TinsmithOverload", text) == [[({"route": STEP_PATH, "status": "429"}, 3)]]
+    failing, answered = selected("TinsmithHttpErrors", text)
+    assert failing == [({"route": "other", "status": "503"}, 1)]
+    assert sum(count for _, count in answered) >= 1 + 3 + 3
     assert found["tinsmith_refused_requests_total", ("capacity",)] == 4
     assert found["tinsmith_refused_requests_total", ("request_timeout",)] == 1
     assert found["tinsmith_http_request_seconds_count", (STEP_PATH,)] == by_routes, (

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.flow.house import House, settle, train
+from tests.service import until
 from tests.unit.test_metrics import samples
 from tinsmith.config import METRICS_DIR
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counting
+
+LEVELS = (
+    "resident_runs", "resident_runs_max", "resident_runs_bytes", "resident_runs_max_bytes", "resident_samples",
+    "seated_sequences", "sample_seats",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -100,3 +107,29 @@ def test_what_is_computed_again_counts_as_replayed_and_nowhere_else(house: House
     assert found[("tinsmith_replayed_ops_total", ("forward_backward",))] == 2
     assert found[("tinsmith_replayed_ops_total", ("optim_step",))] == 2
     assert found[("tinsmith_ops_total", ("forward_backward", "done"))] == 3
+
+
+def test_how_full_a_worker_is(tmp_path: Path, counting: Counting) -> None:
+    """Beside what is used stands what there is of it."""
+    made = House(tmp_path / "small", max_resident_runs=3, resident_runs_mib=2)
+    with closing(made) as house:
+        worker, sampler = house.worker(), house.sampler()
+        house.create_run()
+        settle(worker)
+        for seq in range(2):
+            house.sample(sampler, seq, max_tokens=200)
+        worker._must_look = True
+        worker._queue.distrust()
+        until(lambda: worker.step() and house.engine.num_samples == 2, 20)
+        found = samples(counting.text())
+        used = house.engine.runs_bytes
+        settle(worker)
+        after = samples(counting.text())
+    level = {name: found[f"tinsmith_{name}", ("fake/base#0",)] for name in LEVELS}
+    assert level == {
+        "resident_runs": 1, "resident_runs_max": 3, "resident_runs_bytes": used, "resident_runs_max_bytes": 2 * 2**20,
+        "resident_samples": 2, "seated_sequences": 4, "sample_seats": 4,
+    }  # fmt: skip
+    assert used > 0
+    assert after["tinsmith_resident_samples", ("fake/base#0",)] == 0
+    assert after["tinsmith_seated_sequences", ("fake/base#0",)] == 0

@@ -47,6 +47,7 @@ def test_a_snapshot_is_frozen_and_comes_back_to_the_bit(base: BaseModel) -> None
     samplers.submit(asked)
     for _ in range(4):
         samplers.step()
+    assert samplers.seats == (2, 256)
     train(trainer)
     publish(trainer, samplers, "new")
     assert samplers.open_keys == {"old": True, "new": False}

@@ -179,4 +179,6 @@ def test_as_many_short_prompts_begin_as_a_step_has_room_for(base, chunk_tokens: 
     for i in range(100):
         sampler.submit(sample(f"r{i}", prompt(i, 4), max_tokens=3))
     sampler.step()
-    assert sampler.num_running == num_begun
+    assert sampler.seats == (num_begun, 256)
+    assert sampler.kv_bytes[0] >= num_begun * sampler.memory.kv.shape.block_bytes
+    assert sampler.kv_bytes[0] < sampler.kv_bytes[1] == 2**30

@@ -61,7 +61,13 @@ KV_USED = Gauge("tinsmith_kv_used_bytes", "Memory for keys and values that sampl
 KV_FREE = Gauge("tinsmith_kv_free_bytes", "Memory for keys and values that is free.", "worker")
 RESIDENT_RUNS = Gauge("tinsmith_resident_runs", "Runs in the memory where passes are computed.", "worker")
 RESIDENT_RUN_BYTES = Gauge("tinsmith_resident_runs_bytes", "What these runs take of it.", "worker")
+MAX_RUNS = Gauge("tinsmith_resident_runs_max", "Runs that may be there at most.", "worker")
+MAX_RUN_BYTES = Gauge(
+    "tinsmith_resident_runs_max_bytes", "What they may take at most; a single run may more.", "worker"
+)
 RESIDENT_SAMPLES = Gauge("tinsmith_resident_samples", "Sample requests in the engine.", "worker")
+SEATED = Gauge("tinsmith_seated_sequences", "Sequences of these requests that are decoded together.", "worker")
+SEATS = Gauge("tinsmith_sample_seats", "Sequences that can be decoded together.", "worker")
 
 # Durability
 SNAPSHOT_SECONDS = Histogram(

@@ -134,6 +134,12 @@ class FullSamplers:
         return ended, begun
 
     @property
+    def seats(self) -> tuple[int, int]:
+        """(sequences that are decoded, the most that may be), of all that are open."""
+        found = [sampler.seats for sampler in self._snapshots.values()]
+        return sum(taken for taken, _ in found), sum(most for _, most in found)
+
+    @property
     def kv_bytes(self) -> tuple[int, int]:
         """(held by requests, all), of all that are open."""
         found = [sampler.kv_bytes for sampler in self._snapshots.values()]

@@ -114,6 +114,7 @@ class Sampler:
         self._requests: dict[OpId, Request] = {}
         self._schemed: dict[Request, None] = {}  # their schema isn't compiled yet
         self._intake = Intake(self._stages, settings)
+        self._num_seats = settings.max_resident_samples
         self.begun: list[OpId] = []
 
     def has_adapter(self, key: str) -> bool:
@@ -146,6 +147,11 @@ class Sampler:
     def num_running(self) -> int:
         """Sequences that the next step decodes."""
         return len(self._stages.running)
+
+    @property
+    def seats(self) -> tuple[int, int]:
+        """(sequences that the next step decodes, the most that it may)."""
+        return self.num_running, self._num_seats
 
     @property
     def kv_bytes(self) -> tuple[int, int]:

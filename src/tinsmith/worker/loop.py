@@ -86,7 +86,7 @@ class Worker:
         self._busy_clock = busy or Busy()
         self._watchdog = watchdog or Watchdog()
         self._payloads = Payloads(blobs, engine.info)
-        self._watch = Watch(me.slot, store, engine, settings.metrics_tenants)
+        self._watch = Watch(me.slot, store, engine, settings)
         self._queue = QueueView(me, self._base, store, settings.scan_interval_s, role)
         rings = Rings(api, wake, self._queue)
         self._recorder = Recorder(me, store, blobs, rings, settings.inline_bytes, self._watch.recorded)

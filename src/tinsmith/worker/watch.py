@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tinsmith.config import Settings
 from tinsmith.engine import Engine
 from tinsmith.observe import series, tracing
 from tinsmith.observe.metrics import TenantLabels
@@ -22,12 +23,14 @@ LEVELS_EVERY_S = 0.25
 class Watch:
     """For the loop's thread; `recorded` and `use` for any."""
 
-    def __init__(self, slot: str, store: Store, engine: Engine, most_tenants: int) -> None:
-        """most_tenants: that get a label of their own."""
+    def __init__(self, slot: str, store: Store, engine: Engine, settings: Settings) -> None:
         self._slot = slot
+        self._settings = settings
         self._engine = engine
         kept = series.TENANT_TOKENS.kept("tenant")
-        self._tenants = TenantLabels(most_tenants, lambda tenant: store.overview.tenant_name(TenantId(tenant)), kept)
+        self._tenants = TenantLabels(
+            settings.metrics_tenants, lambda tenant: store.overview.tenant_name(TenantId(tenant)), kept
+        )
         self._levels_at = float("-inf")
         self._busy_s = 0.0
 
@@ -77,5 +80,10 @@ class Watch:
         series.BASE_BYTES.set(self._engine.base_bytes, self._slot)
         series.RESIDENT_RUNS.set(num_runs, self._slot)
         series.RESIDENT_RUN_BYTES.set(self._engine.runs_bytes, self._slot)
+        series.MAX_RUNS.set(self._settings.max_resident_runs, self._slot)
+        series.MAX_RUN_BYTES.set(self._settings.resident_runs_mib * 2**20, self._slot)
+        seated, seats = self._engine.seats
+        series.SEATED.set(seated, self._slot)
+        series.SEATS.set(seats, self._slot)
         series.RESIDENT_SAMPLES.set(self._engine.num_samples, self._slot)
         series.RESIDENT_SAMPLES.publish()
