@@ -32,7 +32,7 @@ FEATURES = {
     ),
 }  # fmt: skip
 FORMS = {"bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "mxfp4": "MXFP4", "int4": "int4", "nf4": "NF4"}
-HALVES = frozenset({"bfloat16", "float16"})  # whose differences from float32 are another matter
+HALVES = frozenset({"bfloat16", "float16"})
 VISION = "test_vision"
 FORM_COLUMN, TYPE_COLUMN = "forms of weights", "`model_type`"
 FEWER_BITS = "in fewer bits"
@@ -45,6 +45,10 @@ SEEING_DIFFERENCES = (
     "logprobs with pictures", "gradients with pictures, relative", "logprobs with the tower's adapters",
     "gradients with the tower's, relative", "sampler and trainer, with the tower's adapters",
     "exported with the tower's, in peft", "merged with the tower's, in transformers",
+)  # fmt: skip
+HALF_DIFFERENCES = (
+    "gradients in bfloat16", "sampler from trainer in bfloat16", "gradients in float16",
+    "sampler from trainer in float16",
 )  # fmt: skip
 HEAD = """# Models
 
@@ -92,6 +96,10 @@ CAPTION = (
 SEEING_CAPTION = (
     "The same with pictures; the tower's are [adapters that pictures go through]"
     "(../how-to/lora-options.md#the-vision-tower).",
+)
+HALF_CAPTION = (
+    "In bf16 and fp16: gradients of a run from those in float32, relative, and the sampler's log-probabilities from",
+    "the trainer's on average, with the same routes of mixtures.",
 )
 Row = dict[str, str]  # by column
 
@@ -146,8 +154,9 @@ def read(cases: Iterable[ET.Element], kinds: Iterable[str]) -> Found:
             found.forms[kind, form] = found.forms.get((kind, form), True) and is_good
         else:
             _note(found, kind, name, is_good=is_good, is_seeing=case.get("classname", "").endswith(VISION))
-        for entry in case.iter("property") if form not in HALVES else ():
-            key = kind, FEWER_BITS if form else entry.get("name", "")
+        for entry in case.iter("property"):
+            what = entry.get("name", "").replace(" torch.", " ")
+            key = kind, FEWER_BITS if form and form not in HALVES else what
             found.differences[key] = max(found.differences.get(key, 0.0), float(entry.get("value", "nan")))
     return found
 
@@ -173,35 +182,49 @@ def page(
     features: dict[str, Row] = {}
     differences: dict[str, Row] = {}
     with_pictures: dict[str, Row] = {}
+    in_halves: dict[str, Row] = {}
     for kind in tried:
         features[kind] = {feature: "yes" if found.is_green(kind, feature) else "no" for feature in FEATURES}
         forms = [name for form, name in FORMS.items() if found.forms.get((kind, form))]
         features[kind][FORM_COLUMN] = ", ".join(forms) or "no"
-        for rows, columns in ((differences, DIFFERENCES), (with_pictures, SEEING_DIFFERENCES)):
+        for rows, columns in (
+            (differences, DIFFERENCES), (with_pictures, SEEING_DIFFERENCES), (in_halves, HALF_DIFFERENCES),
+        ):  # fmt: skip
             known = {what: found.differences.get((kind, what)) for what in columns}
             rows[kind] = {
                 what: "" if value is None else f"{value:.1e}" if value else "0" for what, value in known.items()
             }
     before, _, after = old.partition(CAPTION[0].partition(":")[0])
     all_types = {kind: {TYPE_COLUMN: f"`{types[kind]}`"} for kind in titles}
-    first = table(titles, (TYPE_COLUMN, *FEATURES, FORM_COLUMN), [rows_in(before, titles), features, all_types])
-    second = table(titles, DIFFERENCES, [rows_in(after, titles), differences])
-    seen = {kind: titles[kind] for kind in seeing}
-    third = table(seen, SEEING_DIFFERENCES, [rows_in(after, seen), with_pictures])
-    return HEAD + "\n".join([*first, "", *CAPTION, "", *second, "", *SEEING_CAPTION, "", *third]) + "\n"
+    seen, known = {kind: titles[kind] for kind in seeing}, rows_in(after, titles)
+    lines = table(titles, (TYPE_COLUMN, *FEATURES, FORM_COLUMN), [rows_in(before, titles), features, all_types])
+    for caption, own, columns, rows in (
+        (CAPTION, titles, DIFFERENCES, differences),
+        (SEEING_CAPTION, seen, SEEING_DIFFERENCES, with_pictures),
+        (HALF_CAPTION, titles, HALF_DIFFERENCES, in_halves),
+    ):
+        made = table(own, columns, [known, rows])
+        lines += ["", *caption, "", *made] if made else []
+    return HEAD + "\n".join(lines) + "\n"
 
 
 def table(titles: Mapping[str, str], columns: tuple[str, ...], rows: list[dict[str, Row]]) -> list[str]:
-    """rows: by kind; those that come later replace the cells of earlier ones."""
-    lines = [f"| family | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for kind, title in titles.items():
-        cells: Row = {}
+    """Without columns that are empty for all; no lines where all are. rows: by kind; those that come later replace the
+    cells of earlier ones."""
+    cells: dict[str, Row] = {kind: {} for kind in titles}
+    for kind, row in cells.items():
         for some in rows:
-            cells |= some.get(kind, {})
-        if not cells:
-            sys.exit(f"the page has no row of {title} yet: name it too")
-        lines.append(f"| {title} | {' | '.join(cells.get(column, '') for column in columns)} |")
-    return lines
+            row |= some.get(kind, {})
+        if not row:
+            sys.exit(f"the page has no row of {titles[kind]} yet: name it too")
+    filled = [column for column in columns if any(row.get(column) for row in cells.values())]
+    if not filled:
+        return []
+    lines = [f"| family | {' | '.join(filled)} |", "|---" * (len(filled) + 1) + "|"]
+    return lines + [
+        f"| {title} | {' | '.join(cells[kind].get(column, '') for column in filled)} |"
+        for kind, title in titles.items()
+    ]
 
 
 def rows_in(text: str, titles: Mapping[str, str]) -> dict[str, Row]:

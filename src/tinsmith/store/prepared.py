@@ -46,9 +46,7 @@ class Prepared:
         column_keys: the parameters that an insert is given, where they aren't all columns of its table.
     """
 
-    def __init__(
-        self, statement: Select[*tuple[Any, ...]] | UpdateBase, column_keys: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]] | UpdateBase, column_keys: Sequence[str] | None = None) -> None:
         self._statement = statement
         self._column_keys = None if column_keys is None else list(column_keys)
         self._texts: dict[str, _Text] = {}
