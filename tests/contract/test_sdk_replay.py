@@ -32,7 +32,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     Qwen3MoeForCausalLM(config).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED_PATH / name, path)
-    flags = ("--base-model", f"{NAME}={path}", "--router-replay", "--inline-bytes", "256")
+    flags = ("--base-model", f"{NAME}={path}", "--router-replay", "--inline-bytes", "256", "--chunk-max-datums", "2")
     with running(tmp_path_factory.mktemp("replay") / "data", *flags) as service:
         yield service
 
@@ -74,6 +74,13 @@ def datum_of(sequence: types.SampledSequence, sequence_id: str | None = None) ->
     return plain.with_provenance(model_input=spans, loss_fn_inputs=spans)
 
 
+def plain_datum(tokens: list[int]) -> types.Datum:
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": np.array(tokens[1:]), "weights": np.ones(len(tokens) - 1, np.float32)},
+    )
+
+
 def test_what_was_sampled_is_trained_on_its_own_routes(service: Service, client: tinker.ServiceClient) -> None:
     """The logprobs are those of the sampler, and killing the worker replays the same routes from the log."""
     run = client.create_lora_training_client(NAME, rank=4, seed=1).result()
@@ -96,6 +103,26 @@ def test_a_sample_that_recorded_nothing_leaves_the_choice_to_the_routers(client:
     response = sampler.sample(types.ModelInput.from_ints(PROMPT), 1, types.SamplingParams(max_tokens=4)).result()
     result = run.forward([datum_of(response.sequences[0])], "cross_entropy").result()
     assert "routes_replayed:sum" not in result.metrics
+
+
+def test_loads_of_experts_come_with_results_and_are_those_of_all_chunks(client: tinker.ServiceClient) -> None:
+    """Three datums are two requests, whose metrics the SDK puts together by the last parts of their names."""
+    run = client.create_lora_training_client(NAME, rank=4, seed=1).result()
+    rng = np.random.default_rng(3)
+    data = [plain_datum(rng.integers(5, 1000, length).tolist()) for length in (2, 3, 30)]
+    whole, first, last = (run.forward(some, "cross_entropy").result().metrics for some in (data, data[:2], data[2:]))
+    assert 0 < first["e_frac_with_tokens:mean"] < last["e_frac_with_tokens:mean"] <= 1
+    names = {name for name in first if name.startswith("e_")}
+    assert names == {
+        "e_frac_with_tokens:mean", "e_frac_oversubscribed:mean", "e_max_violation:mean", "e_max_violation:max",
+        "e_min_violation:mean",
+    }  # fmt: skip
+    for name in names:
+        is_mean = name.endswith(":mean")
+        expected = (2 * first[name] + last[name]) / 3 if is_mean else max(first[name], last[name])
+        assert whole[name] == pytest.approx(expected, rel=1e-9), name
+    stepped = run.forward_backward(data, "cross_entropy").result()
+    assert stepped.metrics["e_frac_with_tokens:mean"] == pytest.approx(whole["e_frac_with_tokens:mean"], rel=1e-9)
 
 
 def test_provenance_that_names_nothing_of_ones_own_is_refused_by_name(

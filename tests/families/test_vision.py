@@ -134,7 +134,7 @@ def test_samples_have_the_logprobs_of_the_trainer(kind, make_base, within) -> No
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_chunks_and_prefixes_are_as_the_whole(dense, make_base, deterministic: bool) -> None:
+def test_chunks_and_prefixes_are_as_the_whole(dense, make_base, within, deterministic: bool) -> None:
     """Wherever a prompt is cut, and wherever what is known of it ends: before a picture, in it or behind it."""
     base = make_base(dense, deterministic=deterministic)
     tokens, pictures = scenery(base, 4, (*SIZES, *SIZES), 70)
@@ -143,7 +143,7 @@ def test_chunks_and_prefixes_are_as_the_whole(dense, make_base, deterministic: b
     make = partial(make_sampler, base, deterministic=deterministic, prefix_cache_mib=64)
     whole, *cut = (run_all(make(prefill_chunk_tokens=chunk), [scored, ask]) for chunk in (4096, 8, 16, 64))
     for found in cut:
-        np.testing.assert_allclose(found["r"].prompt_logprobs[1:], whole["r"].prompt_logprobs[1:], rtol=0, atol=BOUND)
+        within("chunks and whole", found["r"].prompt_logprobs[1:], whole["r"].prompt_logprobs[1:])
     sampler = make(prefill_chunk_tokens=16)
     first = run_all(sampler, [ask])["s"]
     hits = []
@@ -157,7 +157,7 @@ def test_chunks_and_prefixes_are_as_the_whole(dense, make_base, deterministic: b
         hits.append(again.prompt_cache_hit_tokens)
         if deterministic:
             assert_same_sample(replace(again, prompt_cache_hit_tokens=0), alone)
-        np.testing.assert_allclose(again.sequences[0].logprobs, alone.sequences[0].logprobs, rtol=0, atol=BOUND)
+        within("chunks and whole", again.sequences[0].logprobs, alone.sequences[0].logprobs)
     assert max(hits) > 64
     assert_same_sample(first, cut[1]["s"]) if deterministic else None
 

@@ -8,18 +8,20 @@ Shape letters: E experts, I inputs, O outputs of an expert's layer.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tinsmith.bases.catalog import BLOCKS, SCALES
 from tinsmith.errors import UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
 from tinsmith.importing.names import OWN_NAMES, expert_place
 
+if TYPE_CHECKING:
+    from tinsmith.model.families.family import ExpertLayout, Family
+
 FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-IN_TURN = ("gpt_oss",)  # model types whose gate and up are interleaved
-TRANSPOSED = ("gpt_oss", "llama4")  # for shapes that don't tell
-UNTOLD = ("llama4",)  # transposed, and their modules don't say so (`is_transposed`)
 PACKED = ("_blocks", "_packed", ".qweight")  # as nothing here reads them
 
 
@@ -41,6 +43,12 @@ class Layout:
 
     each: Mapping[str, Mapping[int, str]]
     whole: Mapping[str, Whole]  # by projection
+
+
+def family_of_base(model_type: str) -> Family | None:
+    """What is known of the base's family. Loads torch, for which commands that don't need it don't wait."""
+    found: Family | None = importlib.import_module("tinsmith.model.families").family_of_type(model_type)
+    return found
 
 
 def plain_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
@@ -79,8 +87,11 @@ def _layout(
     if packed is not None:
         raise UnsupportedError(f"the base's experts are quantised ({packed}): merge into its dequantised weights")
     if "gate_up_proj" in names and "down_proj" in names:
-        is_transposed = _is_transposed(expert, shapes[names["gate_up_proj"]], adapter, model_type)
-        is_interleaved, is_untold = model_type.startswith(IN_TURN), model_type.startswith(UNTOLD)
+        family = family_of_base(model_type)
+        stored = None if family is None else family.expert_layout
+        is_transposed = _is_transposed(expert, shapes[names["gate_up_proj"]], adapter, stored)
+        is_interleaved = stored is not None and not stored.is_concatenated
+        is_untold = stored is not None and not stored.is_told
         return Layout(
             {},
             {
@@ -99,8 +110,9 @@ def _layout(
     return Layout(each, {})
 
 
-def _is_transposed(expert: Expert, shape: tuple[int, ...], adapter: Adapter, model_type: str) -> bool:
-    """[E, I, 2 O] and not [E, 2 O, I], by the hidden size, which gate and up take and down gives."""
+def _is_transposed(expert: Expert, shape: tuple[int, ...], adapter: Adapter, stored: ExpertLayout | None) -> bool:
+    """[E, I, 2 O] and not [E, 2 O, I], by the hidden size, which gate and up take and down gives; where both fit, by
+    what the family says."""
     a_name, b_name = adapter.names[expert.module]
     hidden = adapter.shapes[b_name][1] if expert.projection == "w2" else adapter.shapes[a_name][2]
     inner = adapter.shapes[a_name][2] if expert.projection == "w2" else adapter.shapes[b_name][1]
@@ -110,4 +122,4 @@ def _is_transposed(expert: Expert, shape: tuple[int, ...], adapter: Adapter, mod
             f"the base's experts at {expert.place} are {list(shape)}, the adapter's have {hidden} inputs and {inner} "
             "inner numbers: the adapter is of another model"
         )
-    return model_type.startswith(TRANSPOSED) if all(fits) else fits[0]
+    return (stored is not None and stored.is_transposed) if all(fits) else fits[0]

@@ -31,16 +31,13 @@ from safetensors import safe_open
 
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.export.adapter import Adapter, Expert
-from tinsmith.export.expert_weights import Layout, layouts
+from tinsmith.export.expert_weights import Layout, family_of_base, layouts
 from tinsmith.files.adapter_files import CONFIG, PREFIX, WEIGHTS, file_header
 
 Array = npt.NDArray[Any]
 _Factor: TypeAlias = "tuple[tuple[int, ...], Callable[[Any], Array]]"  # shape and how it is made
 WHOLE = r".*\.experts\.gate_up_proj"
 FUSED_PARAMETERS = frozenset({"experts.gate_up_proj", "experts.down_proj"})
-# model types of which peft 0.21 turns weights of single experts into fused ones, but not the configuration that belongs
-# to them: missing in `_MODEL_TO_CONVERSION_PATTERN`, or found there under a type that has no experts
-HALF_CONVERTED = frozenset({"qwen2_moe", "qwen3_5_moe_text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def write_peft(adapter: Adapter, directory: Path, base: BaseShapes | None = None
         )
     found = {} if base is None else layouts(base.shapes, adapter, base.model_type)
     is_whole = any(expert.module.startswith("model.language_model.") for expert in adapter.experts.values())
-    if base is not None and is_whole and base.model_type in HALF_CONVERTED and any(one.each for one in found.values()):
+    if base is not None and is_whole and any(one.each for one in found.values()) and _is_half_converted(base):
         raise UnsupportedError(
             "peft doesn't put the weights of single experts together for this base as a whole model with vision, and "
             "would leave the adapter of its experts out: merge it with --format hf"
@@ -218,7 +215,7 @@ def _config(
     own = {out.name.split(".lora_")[0].rpartition(".")[2] for out in outs if ".experts." in out.name}
     parameters: set[str] = set()
     is_whole = any(layout.whole for layout in found.values())
-    if is_whole or base.model_type in HALF_CONVERTED:
+    if is_whole or _is_half_converted(base):
         parameters |= FUSED_PARAMETERS
         ranks[WHOLE] = 2 * adapter.config.rank
         alphas[WHOLE] = 2 * settings["lora_alpha"]
@@ -231,6 +228,11 @@ def _config(
     if parameters:
         settings["target_parameters"] = sorted(parameters)
     return {**settings, "target_modules": sorted(leaves), "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _is_half_converted(base: BaseShapes) -> bool:
+    family = family_of_base(base.model_type)
+    return family is not None and family.peft_half_converts
 
 
 def _require_plain(adapter: Adapter, patterns: Mapping[str, Any]) -> None:

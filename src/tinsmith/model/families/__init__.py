@@ -32,7 +32,7 @@ from tinsmith.model.families import (
 from tinsmith.model.families.family import Family
 from tinsmith.model.vision.kind import VisionKind
 
-__all__ = ["FAMILIES", "Family", "family_of", "vision_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "family_of_type", "vision_of"]
 
 FAMILIES = (
     llama.FAMILY,
@@ -68,6 +68,11 @@ def family_of(config: PretrainedConfig) -> Family:
         if kinds & set(family.model_types):
             return family
     return Family(title=str(config.model_type), model_types=(str(config.model_type),))
+
+
+def family_of_type(model_type: str) -> Family | None:
+    """The family of a text model; None: it has no file."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def vision_of(config: PretrainedConfig) -> VisionKind | None:

@@ -44,11 +44,12 @@ def silu_gate(experts: nn.Module, stable: bool) -> Gate:
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
     """How the weights of a layer's experts are stored: with outputs last (is_transposed), gate and up one after the
-    other or in turn (is_concatenated), with biases."""
+    other or in turn (is_concatenated), with biases. is_told: their modules say so, and `peft` goes by that."""
 
     is_transposed: bool
     is_concatenated: bool
     has_bias: bool
+    is_told: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,10 @@ class Family:
             them, rotate halves, attend, and project by o_proj.
         experts: classes of a layer's experts, called with rows, the experts of each row and their weights, that hold
             `gate_up_proj` and `down_proj` of all and say by `is_transposed`, `is_concatenated` and `has_bias` how.
-        expert_layout: the same of those that don't say it.
+        expert_layout: the same of those that don't say it, and of those whose files have them so.
+        peft_half_converts: `peft` 0.21 turns weights of its single experts into fused ones, and not the configuration
+            that belongs to them: it is missing in `_MODEL_TO_CONVERSION_PATTERN`, or found there under a type that has
+            no experts.
         weighs_inputs: a row's weights are factors of what its experts get, not of what they give.
         routers: classes that choose them, with a weight of their own, which stays as it is.
         expert_gate: what the experts do between their two products, [N, 2I] to [N, I], gate and up side by side.
@@ -89,6 +93,7 @@ class Family:
     experts: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     expert_layout: ExpertLayout | None = None
+    peft_half_converts: bool = False
     weighs_inputs: bool = False
     expert_gate: Callable[[nn.Module, bool], Gate] = silu_gate
     routers_choose: bool = True

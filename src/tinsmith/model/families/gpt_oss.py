@@ -6,7 +6,7 @@ from typing import cast
 from torch import nn
 
 from tinsmith.model.activation import clamped_swiglu
-from tinsmith.model.families.family import Family, Gate
+from tinsmith.model.families.family import ExpertLayout, Family, Gate
 from tinsmith.model.routers import chosen_softmax_weights
 
 
@@ -18,6 +18,7 @@ FAMILY = Family(
     title="gpt-oss",
     model_types=("gpt_oss",),
     experts=("GptOssExperts",),
+    expert_layout=ExpertLayout(is_transposed=True, is_concatenated=False, has_bias=True),
     routers=("GptOssTopKRouter",),
     expert_weights=chosen_softmax_weights,
     expert_gate=expert_gate,

@@ -115,7 +115,7 @@ FAMILY = Family(
     title="Llama 4",
     model_types=("llama4_text",),
     experts=("Llama4TextExperts",),
-    expert_layout=ExpertLayout(is_transposed=True, is_concatenated=True, has_bias=False),
+    expert_layout=ExpertLayout(is_transposed=True, is_concatenated=True, has_bias=False, is_told=False),
     weighs_inputs=True,
     routers=("Llama4Router",),
     routers_choose=False,

@@ -10,6 +10,7 @@ FAMILY = Family(
     norms=("Qwen2MoeRMSNorm",),
     mlps=("Qwen2MoeMLP",),
     experts=("Qwen2MoeExperts",),
+    peft_half_converts=True,
     routers=("Qwen2MoeTopKRouter",),
     expert_weights=softmax_weights,
     stand_ins={"Qwen2MoeSparseMoeBlock": GatedMixture},

@@ -10,6 +10,7 @@ FAMILY = Family(
     model_types=("qwen3_5_moe_text",),
     mlps=("Qwen3_5MoeMLP",),
     experts=("Qwen3_5MoeExperts",),
+    peft_half_converts=True,
     routers=("Qwen3_5MoeTopKRouter",),
     expert_weights=softmax_weights,
     stand_ins={
