@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tinker
 
 from tests.contract.streams import Answer, Stream, Upload
 from tests.service import until
@@ -281,6 +282,32 @@ def test_one_tenants_polls_leave_another_its_connection(
             assert again is not None
             assert again.status == 429
         assert (alice.look(), bob.look()) == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_sdk_rides_through_it(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, house: Any, worker: Any
+) -> None:
+    """More futures than there are connections, and another tenant that asks meanwhile."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "HEADER_S", 15.0)
+    object.__setattr__(house.settings, "poll_hold_s", 30.0)
+    live = request.getfixturevalue("live")
+    client = tinker.ServiceClient(base_url=live.url, api_key=house.key)
+    try:
+        making = client.create_lora_training_client("tinsmith/tiny", rank=4)
+        until(lambda: worker.step() > 0, 20, lambda: "nothing came")
+        run = making.result(timeout=20)
+        steps = [run.optim_step(tinker.AdamParams(learning_rate=1e-4)) for _ in range(12)]
+        until(lambda: live.server._waiters.num_waiting >= 5, 20, lambda: "no polls")
+        with httpx.Client(base_url=f"{live.url}/api/v1", headers={"X-API-Key": house.other_key}) as bob:
+            for _ in range(5):
+                assert bob.get("/sessions").status_code == 200
+        worker.start()
+        assert len([step.result(timeout=60) for step in steps]) == 12
+    finally:
+        client.close("success")
 
 
 def test_idle_connections_make_room_for_another_tenant_and_those_of_nobody_for_all(
