@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import httpx
 import pytest
+import tinker
 
-from tests.contract.streams import Stream, Upload
-from tinsmith.api import connection, intake
+from tests.contract.streams import Answer, Stream, Upload
+from tests.service import until
+from tinsmith.api import connection, crowd, intake
 from tinsmith.api.marks import security_headers
 from tinsmith.api.waiters import Waiters
 
@@ -195,6 +198,142 @@ def test_too_many_connections_are_turned_away(few_connections: None, live: Any) 
         assert one_more.is_closed(WITHIN_S)
         assert all(stream.is_closed(WITHIN_S) for stream in streams)
     assert httpx.get(f"{live.url}/api/v1/client/config").status_code == 405
+
+
+def ask(path: str, key: str, body: Any = None) -> bytes:
+    """A request as it goes over the wire."""
+    content = b"" if body is None else json.dumps(body).encode()
+    head = (
+        f"{'GET' if body is None else 'POST'} /api/v1{path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def waiting_request(url: str, key: str) -> str:
+    """The id of one that nobody carries out."""
+    with httpx.Client(base_url=f"{url}/api/v1", headers={"X-API-Key": key}) as http:
+        session = http.post("/create_session", json={}).json()["session_id"]
+        made = {"session_id": session, "model_seq_id": 0, "base_model": "tinsmith/tiny", "lora_config": {"rank": 4}}
+        return str(http.post("/create_model", json=made).json()["request_id"])
+
+
+class Tenant:
+    """Connections of one tenant, each with a poll."""
+
+    def __init__(self, live: Any, key: str, stack: contextlib.ExitStack) -> None:
+        self._live, self.key, self._stack = live, key, stack
+        self._request_id = waiting_request(live.url, key)
+        self._poll = ask("/retrieve_future", key, {"request_id": self._request_id})
+        self.held: list[Stream] = []
+        self.told: list[Answer] = []
+
+    def poll(self) -> Answer | None:
+        """One more; what it is answered if it isn't held."""
+        stream = self._stack.enter_context(Stream(self._live.url))
+        num = self._num_held()
+        stream.send(self._poll)
+        until(lambda: self._num_held() > num or stream.has_answer(), WITHIN_S, lambda: "neither")
+        if stream.has_answer():
+            return stream.answer(WITHIN_S)
+        self.held.append(stream)
+        return None
+
+    def _num_held(self) -> int:
+        return len(self._live.server._waiters._waiting.get(self._request_id, ()))
+
+    def look(self) -> int:
+        """How many polls are still held."""
+        for stream in list(self.held):
+            answer = stream.answer(0.05)
+            if answer is not None:
+                self.told.append(answer)
+                self.held.remove(stream)
+        return len(self.held)
+
+
+def test_one_tenants_polls_leave_another_its_connection(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, house: Any
+) -> None:
+    """They are answered early, and nobody's request fails."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    object.__setattr__(house.settings, "poll_hold_s", 60.0)
+    live = request.getfixturevalue("live")
+    with contextlib.ExitStack() as stack:
+        alice, bob = (Tenant(live, key, stack) for key in (house.key, house.other_key))
+        assert [alice.poll() for _ in range(7)] == [None] * 7
+        refused = alice.poll()
+        assert refused is not None
+        assert (refused.status, refused.body["code"], refused.headers["connection"]) == (429, "capacity", "close")
+        assert refused.headers["retry-after"]
+        first = stack.enter_context(Stream(live.url))
+        started = time.monotonic()
+        first.send(ask("/sessions", bob.key))
+        answer = first.answer(WITHIN_S)
+        assert answer is not None
+        assert (answer.status, time.monotonic() - started < 1.0) == (200, True)
+        assert [bob.poll() for _ in range(2)] == [None] * 2
+        assert (alice.look(), bob.look()) == (4, 2)
+        assert [(told.status, told.body["type"], told.headers["connection"]) for told in alice.told] == [
+            (408, "try_again", "close")
+        ] * 3
+        for tenant in (alice, bob):
+            again = tenant.poll()
+            assert again is not None
+            assert again.status == 429
+        assert (alice.look(), bob.look()) == (4, 2)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_sdk_rides_through_it(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, house: Any, worker: Any
+) -> None:
+    """More futures than there are connections, and another tenant that asks meanwhile."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "HEADER_S", 15.0)
+    object.__setattr__(house.settings, "poll_hold_s", 30.0)
+    live = request.getfixturevalue("live")
+    client = tinker.ServiceClient(base_url=live.url, api_key=house.key)
+    try:
+        making = client.create_lora_training_client("tinsmith/tiny", rank=4)
+        until(lambda: worker.step() > 0, 20, lambda: "nothing came")
+        run = making.result(timeout=20)
+        steps = [run.optim_step(tinker.AdamParams(learning_rate=1e-4)) for _ in range(12)]
+        until(lambda: live.server._waiters.num_waiting >= 5, 20, lambda: "no polls")
+        with httpx.Client(base_url=f"{live.url}/api/v1", headers={"X-API-Key": house.other_key}) as bob:
+            for _ in range(5):
+                assert bob.get("/sessions").status_code == 200
+        worker.start()
+        assert len([step.result(timeout=60) for step in steps]) == 12
+    finally:
+        client.close("success")
+
+
+def test_idle_connections_make_room_for_another_tenant_and_those_of_nobody_for_all(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, house: Any
+) -> None:
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "HEADER_S", 60.0)
+    monkeypatch.setattr(crowd, "YOUNG_S", 0.2)
+    live = request.getfixturevalue("live")
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(Stream(live.url)) for _ in range(7)]
+        for stream in idle:
+            stream.send(ask("/sessions", house.key))
+            assert stream.answer(WITHIN_S) is not None
+        bob = stack.enter_context(Stream(live.url))
+        bob.send(ask("/sessions", house.other_key))
+        answer = bob.answer(WITHIN_S)
+        assert answer is not None
+        assert answer.status == 200
+        assert idle[0].is_closed(1.0)
+        silent = stack.enter_context(Stream(live.url))
+        time.sleep(0.3)
+        assert httpx.get(f"{live.url}/api/v1/sessions", headers={"X-API-Key": house.other_key}).status_code == 200
+        assert silent.is_closed(1.0)
+        idle[-1].send(ask("/sessions", house.key))
+        assert idle[-1].answer(WITHIN_S) is not None
 
 
 def test_the_file_limit_leaves_room(monkeypatch: pytest.MonkeyPatch) -> None:

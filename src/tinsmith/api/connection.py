@@ -27,6 +27,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinsmith.api.answers import Answered, Refused
+from tinsmith.api.crowd import Crowd
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
 from tinsmith.api.marks import request_id_of, security_headers
@@ -36,6 +37,7 @@ from tinsmith.api.ticks import ticks_of
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.observe.metrics import OTHER
 from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
+from tinsmith.types import TenantId
 from tinsmith.wire.media import JSON, encode_json
 
 HEADER_BYTES = 64 << 10
@@ -67,22 +69,21 @@ class Owed(Enum):
 
 
 class Connection(H11Protocol):
-    """`limit_concurrency` of the server's configuration is the most connections, others are turned away at once.
+    """How many there may be, and whose, is the crowd's to say; others are turned away at once.
 
     What comes between two requests is offered to the express lane first, and h11 never sees what that takes.
     """
 
-    def __init__(self, express: Lane, *args: Any, **options: Any) -> None:
+    def __init__(self, express: Lane, crowd: Crowd, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._express = express
+        self._express, self._crowd = express, crowd
         self._express_task: asyncio.Task[None] | None = None
         self._ticks = ticks_of(self.loop)
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False  # the next answer is the last one
         self._has_been_parsed = False  # by h11, any of it
         self._lingers_until = self._refused_until = 0.0
-        self._stay = Stay(self._cut)
-        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self._stay = Stay(self._cut, self._settle)
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
@@ -93,11 +94,12 @@ class Connection(H11Protocol):
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
         transport.set_write_buffer_limits(high=WRITE_BYTES)
-        if self._max_connections is not None and len(self.connections) > self._max_connections:
+        if not self._crowd.come(self):
             self._refuse(CapacityError("the server has as many connections as it can hold: try again"), status=503)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._crowd.gone(self)
         self._stay.end()
         self._expect(None)
         if self._looking is not None:
@@ -106,6 +108,27 @@ class Connection(H11Protocol):
 
     def _cut(self) -> None:
         self.transport.abort()
+
+    def _settle(self, tenant_id: TenantId) -> None:
+        """Raises: CapacityError: the tenant has as many as it may; the answer that says so is the last one here."""
+        if not self._crowd.settle(self, tenant_id):
+            self._is_leaving = True
+            if self._is_in_cycle():
+                self.shutdown()
+            raise CapacityError(
+                "connections are scarce, and no tenant has more of them than this one: let go of some, or try again"
+            )
+
+    def may_leave(self) -> bool:
+        return self._stay.is_polling or not self._is_at_work()
+
+    def leave(self) -> None:
+        """To make room: at once if it is idle, else with the answer to its polls, which comes now."""
+        if self._is_at_work():
+            self._stay.release()
+            self.shutdown()
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -227,7 +250,7 @@ class Connection(H11Protocol):
             self.flow.resume_reading()
 
     def shutdown(self) -> None:
-        has_answered = self.cycle is None or self.cycle.response_complete
+        has_answered = not self._is_in_cycle()
         if self._express_task is not None or (has_answered and self.loop.time() < self._lingers_until):
             self._is_leaving = True
             return
@@ -252,13 +275,19 @@ class Connection(H11Protocol):
         self._refuse(UserError(f"this is no HTTP/1.1 request, or its header is longer than {HEADER_BYTES} bytes"))
 
     def _watch(self) -> None:
-        is_at_work = self._express_task is not None or (self.cycle is not None and not self.cycle.response_complete)
-        if self.transport.is_closing() or is_at_work:
+        if self.transport.is_closing() or self._is_at_work():
             self._expect(None)
         elif self.conn.their_state is h11.SEND_BODY:
             self._expect(Owed.REST)
         else:
             self._expect(Owed.HEADER if self.timeout_keep_alive_task is None else None)
+
+    def _is_at_work(self) -> bool:
+        return self._express_task is not None or self._is_in_cycle()
+
+    def _is_in_cycle(self) -> bool:
+        """Whether a request that h11 read is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _expect(self, owed: Owed | None) -> None:
         """What comes in bit by bit doesn't put the deadline off."""

@@ -96,7 +96,6 @@ class Express:
             return self._refused(request, principal, left_s)
         if request.path not in self._handlers or not principal.scope.allows(self._needs[request.path]):
             return None
-        self._services.underway.begin(principal.key_id)
         return self._answered(request, principal)
 
     def _refused(self, request: PlainRequest, principal: Principal, left_s: float) -> Refused:
@@ -118,7 +117,6 @@ class Express:
         principal = await self._keys.again(secret)
         if principal is None or not principal.scope.allows(self._needs[request.path]):
             return None
-        self._services.underway.begin(principal.key_id)
         return await self._answered(request, principal)
 
     async def _answered(self, request: PlainRequest, principal: Principal) -> Answered | None:
@@ -131,6 +129,7 @@ class Express:
         structlog.contextvars.bind_contextvars(**marks)  # ends with the context, which is this request's own
         with traced as asked:
             try:
+                self._services.underway.begin(principal.key_id, principal.tenant_id)
                 if path in FILLING:
                     with self._services.pressure.under_way(principal.tenant_id):
                         answer = await self._handlers[request.path](principal, request)

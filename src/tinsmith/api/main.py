@@ -27,6 +27,7 @@ import uvicorn
 from tinsmith import crashpoints
 from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
+from tinsmith.api.crowd import Crowd
 from tinsmith.api.express import Express
 from tinsmith.api.metrics import listening
 from tinsmith.api.pieces import Pieces
@@ -189,10 +190,9 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         backlog=BACKLOG,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
-        http=cast("type[asyncio.Protocol]", partial(Connection, express)),
+        http=cast("type[asyncio.Protocol]", partial(Connection, express, Crowd(most_connections()))),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
-        limit_concurrency=most_connections(),
         ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
     )
     return Server(config, services.waiters, pulse or Pulse(None), certificate)

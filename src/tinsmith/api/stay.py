@@ -11,32 +11,45 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from tinsmith.types import TenantId
+
 
 class Stay:
     """Of one connection. For the event loop's own thread.
 
     Args:
         cut: closes the connection at once.
+        settle: has it count as a tenant's; raises CapacityError if that has as many as it may.
     """
 
-    __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end")
+    __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end", "settle", "tenant_id")
 
-    def __init__(self, cut: Callable[[], None]) -> None:
+    def __init__(self, cut: Callable[[], None], settle: Callable[[TenantId], None]) -> None:
         self._futures: set[asyncio.Future[Any]] = set()
         self.is_over = False
-        self.cut = cut
+        self.cut, self.settle = cut, settle
         self.key_id: str | None = None  # of the key that was last used on it
+        self.tenant_id: TenantId | None = None
         self.on_end: Callable[[Stay], None] | None = None
 
     def end(self) -> None:
         """The connection is lost: nothing is waited for any more."""
         self.is_over = True
-        for future in self._futures:
-            _give_up(future)
+        self.release()
         self._futures.clear()
         if self.on_end is not None:
             self.on_end(self)
-        self.on_end, self.cut = None, _nothing  # nothing leads back to the connection
+        self.on_end, self.cut, self.settle = None, _nothing, _nothing  # nothing leads back to the connection
+
+    @property
+    def is_polling(self) -> bool:
+        """Whether what is awaited for it can be asked for again."""
+        return bool(self._futures)
+
+    def release(self) -> None:
+        """Its polls are answered now."""
+        for future in self._futures:
+            _give_up(future)
 
     def add(self, future: asyncio.Future[Any]) -> None:
         """It is awaited for this connection now; it comes to False if that is lost meanwhile, or was before."""
@@ -52,7 +65,7 @@ class Stay:
 STAY: ContextVar[Stay | None] = ContextVar("stay", default=None)  # of the connection that is being answered
 
 
-def _nothing() -> None: ...
+def _nothing(*_: object) -> None: ...
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from weakref import WeakSet
 
 from tinsmith.api.stay import STAY, Stay
+from tinsmith.types import TenantId
 
 
 class Underway:
@@ -25,16 +26,24 @@ class Underway:
         """Keys that open connections use."""
         return set(self._stays)
 
-    def begin(self, key_id: str) -> None:
-        """The connection that is being answered uses this key now."""
+    def begin(self, key_id: str, tenant_id: TenantId | None = None) -> None:
+        """The connection that is being answered uses this key now. tenant_id: whose the key is, if it was shown.
+
+        Raises:
+            CapacityError: connections are scarce, and the tenant has as many as it may.
+        """
         stay = STAY.get()
-        if stay is None or stay.key_id == key_id:
+        if stay is None:
             return
-        if stay.key_id is not None:
-            self._leave(stay.key_id, stay)
-        stay.key_id = key_id
-        self._stays.setdefault(key_id, WeakSet()).add(stay)
-        stay.on_end = self._ended
+        if stay.key_id != key_id:
+            if stay.key_id is not None:
+                self._leave(stay.key_id, stay)
+            stay.key_id = key_id
+            self._stays.setdefault(key_id, WeakSet()).add(stay)
+            stay.on_end = self._ended
+        if tenant_id is not None and stay.tenant_id != tenant_id:
+            stay.tenant_id = tenant_id
+            stay.settle(tenant_id)
 
     def changed(self, key_id: str) -> None:
         """The key's end was moved: it is looked up anew."""

@@ -37,9 +37,9 @@ _QUEUE = Prepared(
     .order_by(ops.c.num)
 )
 _RUNNING = Prepared(
-    select(func.coalesce(ops.c.run_id, ops.c.sampler_id), func.count())
+    select(ops.c.run_id, ops.c.sampler_id, func.count())
     .where(IS_RUNNING, ops.c.base_model == bindparam("base"))
-    .group_by(func.coalesce(ops.c.run_id, ops.c.sampler_id))
+    .group_by(ops.c.run_id, ops.c.sampler_id)
 )
 _ENDED = (
     select(ops.c.base_model, ops.c.tenant_id)
@@ -86,7 +86,8 @@ class Places:
     def running(self, base_model: str) -> dict[str, int]:
         """How many requests of each run or sampler of a base are computed now."""
         with self._database.read() as conn:
-            return dict(_RUNNING.all(conn, {"base": base_model}))
+            rows = _RUNNING.all(conn, {"base": base_model})
+        return {run_id or sampler_id: count for run_id, sampler_id, count in rows}
 
     def ended_since(self, since: float) -> dict[tuple[str, TenantId], int]:
         """How many requests have ended since then (unix seconds), by base and tenant; some `MAX_ENDED` at most."""
