@@ -61,8 +61,8 @@ soak: init ## an hour of tenants that come and go, with a kill every minute: fla
 crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
 	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py tests/crash/test_giving.py
 
-forms: init ## every form of weights with every family, decode steps as on a GPU with every family, and the memory that loading and merging each takes (ten minutes)
-	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/families/test_static_steps.py tests/numerics/test_loading_memory.py tests/numerics/test_merging_memory.py
+forms: init ## every form of weights and every dtype with every family, decode steps as on a GPU with every family, and the memory that loading and merging each takes (ten minutes)
+	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/families/test_halves.py tests/families/test_static_steps.py tests/numerics/test_loading_memory.py tests/numerics/test_merging_memory.py
 
 tower: init ## adapters of vision towers, every family in every test, and once through the SDK (three minutes)
 	@TINSMITH_TEST_TOWER=1 $(BIN)/python -m pytest -q tests/families/test_tower.py tests/contract/test_tower.py

@@ -52,13 +52,23 @@ def exact_reference(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
-    directories: dict[str, str] = {}
+    directories: dict[tuple[str, torch.dtype], str] = {}
 
     @cache
-    def make(kind: str, *, deterministic: bool = False, shares_factors: bool = True, device: str = "cpu") -> BaseModel:
+    def make(
+        kind: str,
+        *,
+        deterministic: bool = False,
+        shares_factors: bool = True,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stored: torch.dtype = torch.float32,
+    ) -> BaseModel:
+        """stored: what the files have."""
         model_class, config = CONFIGS[kind]
-        if kind not in directories:
-            directories[kind] = str(tmp_path_factory.mktemp(kind))
+        key = kind, stored
+        if key not in directories:
+            directories[key] = str(tmp_path_factory.mktemp(kind))
             torch.manual_seed(7)
             model = model_class(config)
             with torch.no_grad():
@@ -73,12 +83,14 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
                         parameter.copy_(torch.linspace(0.02, 0.5, len(parameter)).log())
                     if name.endswith("conv1d.weight"):
                         parameter.normal_(std=0.5)
-            model.save_pretrained(directories[kind])
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(stored)
+            model.save_pretrained(directories[key])
             if kind in HUB_CONFIGS:
-                Path(directories[kind], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))
+                Path(directories[key], "config.json").write_text(json.dumps(HUB_CONFIGS[kind]))
             if kind in PROCESSORS:
-                PROCESSORS[kind].save_pretrained(directories[kind])
-        path = Path(directories[kind])
+                PROCESSORS[kind].save_pretrained(directories[key])
+        path = Path(directories[key])
         vision = read_vision(path, json.loads((path / "config.json").read_text())) if kind in PROCESSORS else None
         text = config.get_text_config()
         max_context = CONTEXTS.get(kind, text.max_position_embeddings)
@@ -86,7 +98,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         return load_base(
             info,
             device=torch.device(device),
-            dtype=torch.float32,
+            dtype=dtype,
             deterministic=deterministic,
             shares_factors=shares_factors,
         )

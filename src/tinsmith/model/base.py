@@ -212,10 +212,10 @@ def open_base(
     found = find_experts(model, family)
     check_rope(decoder_of(model))
     tokens_T = torch.arange(CHECK_ROWS, device=model.device) % info.vocab_size
-    choosing = family.routers if family.expert_weights is not None else ()
-    with ChoiceWatch(model, choosing) as looking, SiblingWatch(of_tower) as seeing:
+    choosing = family.routers if family.expert_weights is not None or not family.routers_choose else ()
+    with ChoiceWatch(model, choosing, family.routers_choose) as looking, SiblingWatch(of_tower) as seeing:
         trial = None if eyes is None else Trial(model, eyes, info.vocab_size)
-    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing) as routing:
+    with SiblingWatch(linears) as watch, ChoiceWatch(model, choosing, family.routers_choose) as routing:
         logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     holder = PassHolder()

@@ -82,8 +82,10 @@ def sigmoid_weights(router: nn.Module, logits_TE: Tensor, experts_TK: Tensor) ->
 class ChoiceWatch:
     """While it is open: what the routers of a model that wasn't opened yet choose, by their place."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...], choose: bool) -> None:
+        """choose: it is they who choose, see `Family.routers_choose`; else the largest of their logits are chosen."""
         self.choices: list[Tensor] = []
+        self._choose = choose
         self._routers = [module for module in model.modules() if type(module).__name__ in names]
         self._hooks: list[RemovableHandle] = []
 
@@ -96,7 +98,7 @@ class ChoiceWatch:
             hook.remove()
 
     def _note(self, router: nn.Module, given: Any, found: tuple[Tensor, ...]) -> None:
-        self.choices.append(found[-1])
+        self.choices.append(found[-1] if self._choose else found[-1].topk(cast(int, router.top_k), dim=1).indices)
 
 
 def replace_routers(
