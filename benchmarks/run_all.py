@@ -46,7 +46,6 @@ BESIDE = (  # the longest first
     "training_rows.py --short --repeats 5 --layers 1",
     "train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5",
     "custom_loss.py --layers 2 --cases 16x64 --repeats 5",
-    "sampler.py --only runs --repeats 5 --rank 32",
     f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
 )
 ALONE = (

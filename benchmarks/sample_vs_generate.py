@@ -38,10 +38,11 @@ from tinsmith.config import Settings
 from tinsmith.model import BaseModel, RowLayout, init_row, load_base
 from tinsmith.model.layout import HEAD_STATE_NAME
 from tinsmith.sampling import Sampler
-from tinsmith.types import BaseInfo, OpId, RunId, RunSpec, RunState, SampleItem, SamplingParams
+from tinsmith.types import BaseInfo, OpId, RunId, RunSpec, RunState, SampleItem, SamplingParams, Targets
 
 TINY = Path(tinsmith.__file__).parent / "assets" / "tiny"
 PROMPT_TOKENS = 32
+ALL = Targets()
 
 
 class NoText:
@@ -75,10 +76,10 @@ def random_base(size: str, folder: Path) -> BaseModel:
     )
 
 
-def make_states(base: BaseModel, count: int, rank: int) -> list[RunState]:
+def make_states(base: BaseModel, count: int, rank: int, targets: Targets = ALL) -> list[RunState]:
     states = []
     for index in range(count):
-        spec = RunSpec(RunId(f"run{index}"), base.info.name, rank=rank, seed=index)
+        spec = RunSpec(RunId(f"run{index}"), base.info.name, rank=rank, targets=targets, seed=index)
         layout = RowLayout.of(base.linears, spec)
         row = init_row(layout, spec)
         row += 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(index))

@@ -152,6 +152,13 @@ class Settings(DoorSettings):
         group="engine",
     )
 
+    compiled_adapters: bool = setting(
+        True,
+        "On the CPU let sampled rows meet their adapters in a small C program, compiled at the first start and kept in "
+        "~/.cache/tinsmith: 1.4 times as fast as torch's products, which serve where there is no C compiler.",
+        group="engine",
+    )
+
     poll_hold_s: float = setting(
         40.0,
         "How long a poll for a result is held open; less than proxies between allow, and the 45 s of clients.",
@@ -346,6 +353,13 @@ def heap_block_bytes(env: Mapping[str, str] | None = None) -> int | None:
     """Up to which size glibc was told at the start of this process to keep blocks in its heap; None if it wasn't."""
     told = (os.environ if env is None else env).get("MALLOC_MMAP_THRESHOLD_", "")
     return int(told) if told.isdecimal() else None
+
+
+def cache_dir(env: Mapping[str, str] | None = None) -> Path | None:
+    """Where what can be made again is kept for the next start; None where nobody says and there is no home."""
+    source = os.environ if env is None else env
+    folder = Path(source.get("XDG_CACHE_HOME") or Path(source.get("HOME", ""), ".cache"))
+    return folder / "tinsmith" if folder.is_absolute() else None
 
 
 def metrics_dir(env: Mapping[str, str] | None = None) -> Path | None:

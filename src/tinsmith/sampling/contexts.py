@@ -28,9 +28,9 @@ from tinsmith.sampling.expert_rows import expert_segments, merged, shifted
 from tinsmith.sampling.kv import Arena, KVCache, KVShape, PromptKV
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.paged import PagedGroup, PagedKV, PagedPrompt
+from tinsmith.sampling.row_lora import RowLora
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.states import SequenceStates
-from tinsmith.sampling.tiled_lora import RowLora
 from tinsmith.types import IntArray
 
 MASK_ROWS = 64

@@ -22,9 +22,9 @@ from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.logits import Warp, draw, penalise, restrict
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.rng import UInt64Array, uniforms
+from tinsmith.sampling.row_lora import RowLora
 from tinsmith.sampling.scores import Top, likeliest
 from tinsmith.sampling.sequence import Sequence
-from tinsmith.sampling.tiled_lora import RowLora
 from tinsmith.types import IntArray, SamplingParams
 
 DRAW_ROWS = 64  # rows of logits held at once when many sequences start from one prompt

@@ -25,10 +25,11 @@ from tinsmith.sampling.blocks import num_blocks
 from tinsmith.sampling.kv import KVCache
 from tinsmith.sampling.layers import MAX_ERROR, LeanLayers
 from tinsmith.sampling.paged import PagedKV
+from tinsmith.sampling.row_lora import RowLora
 from tinsmith.sampling.sequence import Sequence
 from tinsmith.sampling.slot_lora import SlotShape
 from tinsmith.sampling.static_step import StaticStep
-from tinsmith.sampling.tiled_lora import RowLora, TiledLora, TileShape
+from tinsmith.sampling.tiled_lora import TiledLora, TileShape
 from tinsmith.types import IntArray
 
 log = structlog.get_logger("tinsmith.worker")

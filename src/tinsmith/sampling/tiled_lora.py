@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinsmith.lora_options import VISION
-from tinsmith.model import BaseModel, ExpertAdapters, LinearInfo, Routes
-from tinsmith.model.lora.choice import has_triton
-from tinsmith.sampling.lora import Adapter, DecodeLora
+from tinsmith.model import ExpertAdapters, LinearInfo, Routes
+from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.slot_lora import SlotShape, slot_lora_for
 
 TILE_ROWS = 16
@@ -32,18 +31,6 @@ UNIT = 8  # elements; addresses are counted in it, and ranks are its multiples, 
 FIRST_CAPACITY = 256  # tiles
 
 Table = NDArray[Any]
-
-
-class RowLora(Protocol):
-    """The adapters of a batch's rows."""
-
-    def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
-        """Take a new batch: the adapter of each row. Rows past the end are padding."""
-        ...
-
-    def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        """y += the adapters' part, in place, on the rows they serve."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +84,10 @@ class TileTables:
 
 
 class TiledLora:
-    """See `RowLora`. slots: the same of experts, which are no part of `add`."""
+    """See `row_lora.RowLora`. slots: the same of experts, which are no part of `add`."""
 
     def __init__(self, linears: Sequence[LinearInfo], device: torch.device, dtype: torch.dtype) -> None:
-        by_lead: dict[str, list[LinearInfo]] = {}
-        for linear in linears:
-            if linear.is_of_experts or linear.group == VISION:
-                continue
-            by_lead.setdefault(linear.lead, []).append(linear)
-        self._groups = {
-            lead: TileGroup(index, own[0].in_features, tuple(linear.out_features for linear in own))
-            for index, (lead, own) in enumerate(by_lead.items())
-        }
+        self._groups = groups_of(linears)
         self._is_even = not any(width % UNIT for group in self._groups.values() for width in group.widths)
         self._num_layers = max(len(group.widths) for group in self._groups.values())
         self._tiles: list[tuple[Adapter, list[int]]] = []
@@ -197,6 +176,18 @@ class TiledLora:
         tables.places_GLT[..., :num].copy_(torch.from_numpy(places_GLT))
 
 
+def groups_of(linears: Iterable[LinearInfo]) -> dict[str, TileGroup]:
+    """By the name of their first layer, numbered in the model's order; without experts and the vision tower."""
+    by_lead: dict[str, list[LinearInfo]] = {}
+    for linear in linears:
+        if not linear.is_of_experts and linear.group != VISION:
+            by_lead.setdefault(linear.lead, []).append(linear)
+    return {
+        lead: TileGroup(index, own[0].in_features, tuple(linear.out_features for linear in own))
+        for index, (lead, own) in enumerate(by_lead.items())
+    }
+
+
 def tiles_of(adapters_B: Sequence[Adapter | None]) -> list[tuple[Adapter, list[int]]]:
     """Each adapter's rows in their order, in tiles."""
     rows: dict[Adapter, list[int]] = {}
@@ -214,10 +205,3 @@ def add_tiles_plainly(tiles: Iterable[tuple[Adapter, list[int]]], group: str, x_
         own_NO = y_TO[rows]
         adapter.add(group, x_TI[rows], own_NO)
         y_TO[rows] = own_NO
-
-
-def row_lora_for(base: BaseModel, is_exact: bool) -> RowLora:
-    """Tiles on a GPU with Triton; elsewhere stacked copies."""
-    if base.device.type == "cuda" and has_triton():
-        return TiledLora(base.linears, base.device, base.dtype)
-    return DecodeLora(base.device, is_exact)

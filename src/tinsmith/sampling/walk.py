@@ -26,8 +26,9 @@ from tinsmith.sampling.layers import lean_layers
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.prefill import Prefill
 from tinsmith.sampling.recording import RecordedRoutes, note_decoded, note_prompts, wants_routes
+from tinsmith.sampling.row_lora import row_lora_for
 from tinsmith.sampling.sequence import Sequence
-from tinsmith.sampling.tiled_lora import TiledLora, row_lora_for
+from tinsmith.sampling.tiled_lora import TiledLora
 from tinsmith.types import IntArray
 
 
@@ -41,9 +42,11 @@ class Walker:
         is_exact: bool,
         cuda_graphs: str = "auto",
         capture: Capture | None = None,
+        *,
+        may_compile: bool = True,
     ) -> None:
         """is_exact: a row's bits don't depend on the others. Otherwise few rows stay few, and adapters take the
-        shortest way. capture: as if on a GPU, with this in place of CUDA's.
+        shortest way. capture: as if on a GPU, with this in place of CUDA's. may_compile: see `row_lora_for`.
 
         Raises:
             UnsupportedError: see `graphs.decode_graphs`.
@@ -51,7 +54,12 @@ class Walker:
         self._base = base
         layers = lean_layers(base)
         self._hidden = (layers or base).hidden
-        lora = row_lora_for(base, is_exact) if capture is None else TiledLora(base.linears, base.device, base.dtype)
+        is_tiled = capture is not None
+        lora = (
+            TiledLora(base.linears, base.device, base.dtype)
+            if is_tiled
+            else row_lora_for(base, is_exact, may_compile=may_compile)
+        )
         self.decoder = Decoder(base, kv, lora, is_exact=is_exact)
         self.graphs = decode_graphs(base, layers, kv, lora, cuda_graphs, capture)
 

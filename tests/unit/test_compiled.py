@@ -1,0 +1,138 @@
+"""Small C programs: compiled once, found again, and what is said where that can't be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinsmith.config import cache_dir
+from tinsmith.errors import UnsupportedError
+from tinsmith.machine import compiled
+
+SEVEN = "int seven(void) { return NUMBER; }\n"
+FLAGS = ("-DNUMBER=7",)
+REAL = shutil.which(compiled.COMPILER)
+
+pytestmark = pytest.mark.skipif(REAL is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "seven.c"
+    path.write_text(SEVEN, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "cache"
+
+
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Make `cc` a shell script, beside the shell's own programs."""
+    made = tmp_path / "bin" / "cc"
+    made.parent.mkdir()
+    made.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    made.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{made.parent}:{os.environ['PATH']}")
+
+
+def test_a_program_is_compiled_once_for_all_that_it_is_made_from(source, folder):
+    assert compiled.load(source, FLAGS, folder).seven() == 7
+    (first,) = folder.iterdir()
+    made = first.stat().st_mtime_ns
+    assert compiled.load(source, FLAGS, folder).seven() == 7
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [made]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert compiled.load(source, ("-DNUMBER=8",), folder).seven() == 8
+    source.write_text(SEVEN.replace("NUMBER", "NUMBER + 2"), encoding="utf-8")
+    assert compiled.load(source, FLAGS, folder).seven() == 9
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_another_compiler_compiles_anew(source, folder, tmp_path, monkeypatch):
+    compiled.load(source, FLAGS, folder)
+    compiler(tmp_path, monkeypatch, f'test "$1" = --version && echo another && exit; exec {REAL} "$@"')
+    assert compiled.load(source, FLAGS, folder).seven() == 7
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_a_crash_left_of_a_library_is_compiled_anew(source, folder):
+    code = (
+        "import sys; from pathlib import Path; from tinsmith.machine import compiled;"
+        f"print(compiled.load(Path({str(source)!r}), {FLAGS!r}, Path({str(folder)!r})).seven())"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7\n"
+    (library,) = folder.iterdir()
+    library.write_bytes(library.read_bytes()[:100])
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7\n"
+    assert library.stat().st_size > 100
+
+
+def test_processes_that_compile_at_once_all_get_it(source, folder, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, f'[ "$1" = --version ] || sleep 1; exec {REAL} "$@"')
+    code = (
+        "import sys; from pathlib import Path; from tinsmith.machine import compiled;"
+        f"print(compiled.load(Path({str(source)!r}), {FLAGS!r}, Path({str(folder)!r})).seven())"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0] for process in started] == ["7\n"] * 3
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_without_a_compiler_the_cure_is_to_install_one(source, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match=r"no C compiler \(cc\): install one, such as the package gcc"):
+        compiled.load(source, FLAGS, folder)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", r"doesn't compile it \(exit status 3\)"),
+        ('[ "$1" = --version ] || { echo "seven.c:1: error: no such header" >&2; exit 1; }', "no such header"),
+        ("sleep 9", "timed out"),
+    ],
+)
+def test_a_broken_compiler_is_told(source, folder, tmp_path, monkeypatch, script, said):
+    monkeypatch.setattr(compiled, "PATIENCE_S", 0.5)
+    compiler(tmp_path, monkeypatch, script)
+    with pytest.raises(UnsupportedError, match=said):
+        compiled.load(source, FLAGS, folder)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_compiler_that_makes_nothing_is_told(source, folder, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, "exit 0")
+    with pytest.raises(UnsupportedError, match="set XDG_CACHE_HOME to a folder"):
+        compiled.load(source, FLAGS, folder)
+
+
+def test_a_folder_that_others_can_write_to_is_refused(source, folder):
+    folder.mkdir(parents=True)
+    folder.chmod(0o770)
+    with pytest.raises(UnsupportedError, match=r"others can write to .*chmod 700"):
+        compiled.load(source, FLAGS, folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told(source, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for folder in (tmp_path / "file" / "cache", Path("/proc/tinsmith")):
+        with pytest.raises(UnsupportedError, match="set XDG_CACHE_HOME to a folder"):
+            compiled.load(source, FLAGS, folder)
+    with pytest.raises(UnsupportedError, match="set HOME or XDG_CACHE_HOME"):
+        compiled.load(source, FLAGS, None)
+
+
+def test_the_folder_is_where_the_user_keeps_such_things():
+    assert cache_dir({"XDG_CACHE_HOME": "/caches", "HOME": "/home/a"}) == Path("/caches/tinsmith")
+    assert cache_dir({"HOME": "/home/a"}) == Path("/home/a/.cache/tinsmith")
+    assert cache_dir({"XDG_CACHE_HOME": "relative"}) is None
+    assert cache_dir({}) is None
