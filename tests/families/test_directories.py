@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
-from tests.families.configs import COMMON
+from tests.families.configs import COMMON, VOCAB
 from tests.families.hub_configs import HUB_CONFIGS
 from tinsmith.bases.catalog import BaseRef, describe
 from tinsmith.errors import ConfigError, UnsupportedError, UserError
 from tinsmith.model import load_base
 from tinsmith.model.directory import read_config
+from tinsmith.types import BaseInfo
 
 
 def write(directory: Path, **config: object) -> Path:
@@ -77,6 +91,35 @@ def test_weights_of_other_shapes_than_the_configuration_says_are_named(llama: Pa
             load_base(describe(BaseRef("x", llama)), device=torch.device("cpu"), dtype=torch.float32)
     finally:
         path.write_text(before)
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "phi": (PhiForCausalLM, PhiConfig(**COMMON), r"PhiForCausalLM: its output head is not an nn\.Linear without bias"),
+    "phimoe": (
+        PhimoeForCausalLM,
+        PhimoeConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+        r"mlp\.router\.weight, .*mlp\.experts\.gate_up_proj",
+    ),
+    "granitemoe": (
+        GraniteMoeForCausalLM,
+        GraniteMoeConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+        r"block_sparse_moe\.router\.weight, .*experts\.gate_up_proj",
+    ),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+        r"attn\.c_attn\.weight, .*mlp\.c_fc\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_with_other_parts_is_refused_by_their_names(name: str, tmp_path: Path) -> None:
+    model_class, config, part = REFUSED[name]
+    model_class(config).save_pretrained(tmp_path)
+    info = BaseInfo(name, str(tmp_path), name, VOCAB, 512, ())
+    with pytest.raises(UnsupportedError, match=part):
+        load_base(info, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("value", [0, -3, float("inf"), "x"])
