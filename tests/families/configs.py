@@ -28,6 +28,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
@@ -52,8 +54,10 @@ from transformers import (
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OlmoForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -101,6 +105,9 @@ SCALED_YARN = {  # queries grow with the position
 }  # fmt: skip
 THETA = {"rope_type": "default", "rope_theta": 10_000.0}
 ONE_OF_TWO = ["sliding_attention", "full_attention"]
+GEMMA3_ROPE = {  # as the models of 4 billion parameters and more
+    "sliding_attention": THETA, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+}  # fmt: skip
 AXES_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 IMAGE = 207  # the placeholder of models with vision
 QWEN_TOWER: dict[str, Any] = {
@@ -119,8 +126,9 @@ TITLES = {
     "ministral3": "Ministral 3",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "phi3": "Phi-3, Phi-4",
     "phi4_mini": "Phi-4-mini, Phi-3.5-mini", "phi4_mini_long": "Phi-4-mini, Phi-3.5-mini (long)",
-    "olmo2": "OLMo 2", "olmo3": "OLMo 3",
-    "smollm3": "SmolLM3", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "glm4_moe": "GLM-4.5",
+    "olmo": "OLMo 1", "olmo2": "OLMo 2", "olmo3": "OLMo 3",
+    "smollm3": "SmolLM3", "glm": "GLM-4-9B-chat", "glm4": "GLM-4", "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral",
+    "glm4_moe": "GLM-4.5",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "gpt_oss": "gpt-oss", "deepseek_v3": "DeepSeek-V3", "moonlight": "Moonlight", "kimi_k2": "Kimi-K2",
     "llama4": "Llama 4 (text)", "llama4_vl": "Llama 4",
@@ -302,6 +310,7 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
         Gemma3ForCausalLM,
         Gemma3TextConfig(
             **COMMON, head_dim=16, query_pre_attn_scalar=24, sliding_window=11, layer_types=ONE_OF_TWO,
+            rope_parameters=GEMMA3_ROPE,
         ),
     ),
     "phi3": (Phi3ForCausalLM, Phi3Config(**COMMON, sliding_window=17)),
@@ -315,9 +324,17 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
             rope_parameters={**LONGROPE, "rope_type": "longrope"},
         ),
     ),
+    "olmo": (OlmoForCausalLM, OlmoConfig(**COMMON, clip_qkv=0.2)),  # reached by most of the projections
     "olmo2": (Olmo2ForCausalLM, Olmo2Config(**COMMON)),
-    "olmo3": (Olmo3ForCausalLM, Olmo3Config(**COMMON, sliding_window=12, layer_types=ONE_OF_TWO)),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config(
+            **COMMON, sliding_window=12, layer_types=ONE_OF_TWO,
+            rope_parameters={"sliding_attention": THETA, "full_attention": {**YARN, "attention_factor": 1.2}},
+        ),
+    ),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config(**COMMON, no_rope_layers=[1, 0])),
+    "glm": (GlmForCausalLM, GlmConfig(**COMMON, head_dim=16, partial_rotary_factor=0.5, attention_bias=True)),
     "glm4": (Glm4ForCausalLM, Glm4Config(**COMMON, head_dim=16, partial_rotary_factor=0.5)),
     "qwen3_vl": (
         Qwen3VLForConditionalGeneration,
@@ -358,6 +375,7 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
         Gemma3Config(
             text_config={
                 **COMMON, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 11, "layer_types": ONE_OF_TWO,
+                "rope_parameters": GEMMA3_ROPE,
             },
             vision_config={
                 "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -14,10 +14,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
-    OlmoForCausalLM,
 )
 
 from tests.families import test_battery
@@ -35,7 +33,6 @@ VARIANTS: dict[str, tuple[Any, Any]] = {
         DeepseekV3ForCausalLM,
         DeepseekV3Config(**{**MOONLIGHT, "n_shared_experts": 0}, rope_parameters=THETA, num_nextn_predict_layers=0),
     ),
-    "olmo_clipped": (OlmoForCausalLM, OlmoConfig(**COMMON, clip_qkv=CLIP)),
     "olmoe_clipped": (OlmoeForCausalLM, OlmoeConfig(**COMMON, num_experts=8, num_experts_per_tok=3, clip_qkv=CLIP)),
 }  # fmt: skip
 

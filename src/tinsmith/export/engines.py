@@ -36,8 +36,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 VLLM_USUAL_RANK = 16
 SGLANG_OWN = frozenset({
     "cohere2", "deepseek_v3", "exaone4", "gemma2", "gemma3_text", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss",
-    "granite", "kimi_k2", "llama", "llama4_text", "minimax_m2", "ministral3", "mistral", "mixtral", "olmo2", "olmoe",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+    "granite", "kimi_k2", "llama", "llama4_text", "minimax_m2", "ministral3", "mistral", "mixtral", "olmo", "olmo2",
+    "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
     "qwen3_vl_moe_text", "qwen3_vl_text",
 })  # fmt: skip
 SGLANG_NO_HEADS = frozenset({"cohere2", "gemma2", "gemma3_text"})  # their logits come from the embedding
