@@ -76,13 +76,18 @@ def gradients(base: BaseModel, runs: Any, data: Callable[..., list[Datum]]) -> d
     return {run: np.concatenate([own[name].ravel() for name in sorted(own)]) for run, own in found.items()}
 
 
+def name_of(base: BaseModel) -> str:
+    """Of its dtype."""
+    return str(base.dtype).removeprefix("torch.")
+
+
 def compare(half: Half, runs: Any, data: Callable[..., list[Datum]], record: Callable[..., None]) -> None:
     exact, base = half
     theirs = gradients(exact, runs, data)
     for run, ours in gradients(base, runs, data).items():
         assert np.isfinite(ours).all()
         difference = float(np.linalg.norm(ours - theirs[run]) / np.linalg.norm(theirs[run]))
-        record(f"gradients in {base.dtype}", difference)
+        record(f"gradients in {name_of(base)}", difference)
         assert difference < GRADIENT_BOUND[base.dtype] * SENSITIVE.get(base.info.name, 1.0), run
 
 
@@ -131,5 +136,5 @@ def test_the_sampler_is_near_the_trainer(half: Half, record_property: Any) -> No
         (forward,) = run_pass(trainer, [item(one.adapter, [whole], backward=False)])
         gaps.append(np.abs(forward.logprobs[0][len(one.prompt) - 1 :] - result.sequences[0].logprobs))
     difference = float(np.concatenate(gaps).mean())
-    record_property(f"sampler from trainer in {base.dtype}", difference)
+    record_property(f"sampler from trainer in {name_of(base)}", difference)
     assert difference < LOGPROB_BOUND[base.dtype]
