@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import structlog
@@ -44,10 +45,12 @@ Kernel = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """tables: places, int64 [S, G, 2 + L]: the rank, 0 where the adapter has no matrices in the group; the addresses
-    of A and of each B; scales, float32 [S, G, L]; starts, int32 [S + 1]: the first of each adapter's rows; rows, int32
-    [N]; u, float32 [N, K], K rounded up to whole vectors. arguments: what the program is told of them, by group."""
+    """adapters: kept, since tables have their addresses. tables: places, int64 [S, G, 2 + L]: the rank, 0 where the
+    adapter has no matrices in the group; the addresses of A and of each B; scales, float32 [S, G, L]; starts, int32
+    [S + 1]: the first of each adapter's rows; rows, int32 [N]; u, float32 [N, K], K rounded up to whole vectors.
+    arguments: what the program is told of them, by group."""
 
+    adapters: tuple[Adapter, ...]
     tables: tuple[Table, ...]
     arguments: Mapping[str, tuple[int, ...]]
 
@@ -64,7 +67,7 @@ class CompiledLora:
         self._num_threads = num_threads
         self._is_exact = is_exact
         self._sole: tuple[Adapter, int] | None = None  # the adapter of all rows, and their number
-        self._places: dict[Adapter, tuple[Table, Table]] = {}  # of the batch, whose adapters it keeps
+        self._places: WeakKeyDictionary[Adapter, tuple[Table, Table]] = WeakKeyDictionary()
         self._batch: _Batch | None = None
 
     def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
@@ -73,7 +76,9 @@ class CompiledLora:
         for row, adapter in enumerate(adapters_B):
             if adapter is not None:
                 rows.setdefault(adapter, []).append(row)
-        self._places = {a: self._places[a] if a in self._places else self._place(a) for a in rows}
+        for adapter in rows:
+            if adapter not in self._places:
+                self._places[adapter] = self._place(adapter)
         num = len(adapters_B)
         is_sole = len(rows) == 1 and num > MOST_SOLE_ROWS and None not in adapters_B and not self._is_exact
         self._sole = (next(iter(rows)), num) if is_sole else None
@@ -120,7 +125,7 @@ class CompiledLora:
             )
             for name, group in self._groups.items()
         }  # fmt: skip
-        return _Batch(tables, arguments)
+        return _Batch((*rows,), tables, arguments)
 
 
 def compiled_lora_for(linears: Sequence[LinearInfo], *, is_exact: bool) -> CompiledLora | None:
