@@ -54,6 +54,10 @@ def test_so_it_is_in_small_chunks_and_little_memory(base):
     check(base, crowd(31), range(0, 31, 3), prefill_chunk_tokens=32, kv_cache_mib=1)
 
 
+def test_so_it_is_without_the_compiled_program(base, threads):
+    check(base, crowd(31, longest=11), range(0, 31, 3), compiled_adapters=False)
+
+
 def test_arrival_order_and_seats_change_nothing(base):
     states, items = mixed_states(base, 13), crowd(31)
     expected = run_all(make_sampler(base, states, deterministic=True), items)

@@ -93,12 +93,12 @@ ALWAYS void expand(const float *b, int width, int rank, float scale, int first_k
 }
 
 /* widths [L]: outputs of each layer. places [S, 2 + L]: the rank, or 0 where the adapter has no such layers; the
-   addresses of A and of each B. scales [S, L]. Adapter s has rows starts[s] .. starts[s + 1] of `rows` [N]. Strides
-   count elements. u [N, u_stride]: room, u_stride at least K rounded up to eight. */
+   addresses of A and of each B. scales [S, L]. Adapter s has rows starts[s] .. starts[s + 1] - 1 of `rows` [N]. u
+   [N, u_stride]: room, u_stride at least K rounded up to eight. Strides count elements. */
 void add_adapters(int num_adapters, int num_layers, int inputs, const int32_t *widths, const int64_t *places,
                   int64_t places_stride, const float *scales, int64_t scales_stride, const int32_t *starts,
-                  const int32_t *rows, const float *x, int64_t x_stride, float *y, int64_t y_stride, float *u,
-                  int64_t u_stride, int num_threads) {
+                  const int32_t *rows, float *u, int64_t u_stride, int num_threads, const float *x, int64_t x_stride,
+                  float *y, int64_t y_stride) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1 && num_adapters > 1)
     for (int s = 0; s < num_adapters; s++) {
         const int64_t *place = places + s * places_stride;

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import structlog
@@ -44,15 +45,14 @@ Kernel = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """places: int64 [S, G, 2 + L]: the rank, 0 where the adapter has no matrices in the group; the addresses of A and
-    of each B. scales: float32 [S, G, L]. starts: int32 [S + 1]: the first of each adapter's `rows`, int32 [N]. u:
-    float32 [N, K], K rounded up to whole vectors."""
+    """adapters: kept, since tables have their addresses. tables: places, int64 [S, G, 2 + L]: the rank, 0 where the
+    adapter has no matrices in the group; the addresses of A and of each B; scales, float32 [S, G, L]; starts, int32
+    [S + 1]: the first of each adapter's rows; rows, int32 [N]; u, float32 [N, K], K rounded up to whole vectors.
+    arguments: what the program is told of them, by group."""
 
-    places: Table
-    scales: Table
-    starts: Table
-    rows: Table
-    u: Table
+    adapters: tuple[Adapter, ...]
+    tables: tuple[Table, ...]
+    arguments: Mapping[str, tuple[int, ...]]
 
 
 class CompiledLora:
@@ -67,7 +67,7 @@ class CompiledLora:
         self._num_threads = num_threads
         self._is_exact = is_exact
         self._sole: tuple[Adapter, int] | None = None  # the adapter of all rows, and their number
-        self._places: dict[Adapter, tuple[Table, Table]] = {}  # of the batch, whose adapters it keeps
+        self._places: WeakKeyDictionary[Adapter, tuple[Table, Table]] = WeakKeyDictionary()
         self._batch: _Batch | None = None
 
     def arrange(self, adapters_B: Sequence[Adapter | None]) -> None:
@@ -76,7 +76,9 @@ class CompiledLora:
         for row, adapter in enumerate(adapters_B):
             if adapter is not None:
                 rows.setdefault(adapter, []).append(row)
-        self._places = {a: self._places[a] if a in self._places else self._place(a) for a in rows}
+        for adapter in rows:
+            if adapter not in self._places:
+                self._places[adapter] = self._place(adapter)
         num = len(adapters_B)
         is_sole = len(rows) == 1 and num > MOST_SOLE_ROWS and None not in adapters_B and not self._is_exact
         self._sole = (next(iter(rows)), num) if is_sole else None
@@ -88,19 +90,12 @@ class CompiledLora:
             adapter, num = self._sole
             adapter.add(name, x_TI[:num], y_TO[:num])
             return
-        batch, group = self._batch, self._groups.get(name)
-        if batch is None or group is None:
+        arguments = None if self._batch is None else self._batch.arguments.get(name)
+        if arguments is None:
             return
         assert x_TI.dtype == y_TO.dtype == torch.float32, "made for a base that computes in float32"
         assert x_TI.stride(1) == y_TO.stride(1) == 1, "rows lie in one piece"
-        self._kernel(
-            len(batch.places), len(group.widths), group.inputs, self._widths[name].ctypes.data,
-            batch.places[:, group.index].ctypes.data, batch.places.strides[0] // batch.places.itemsize,
-            batch.scales[:, group.index].ctypes.data, batch.scales.strides[0] // batch.scales.itemsize,
-            batch.starts.ctypes.data, batch.rows.ctypes.data,
-            x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0),
-            batch.u.ctypes.data, batch.u.shape[1], self._num_threads,
-        )  # fmt: skip
+        self._kernel(*arguments, x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0))
 
     def _place(self, adapter: Adapter) -> tuple[Table, Table]:
         """What the tables say of an adapter: places, int64 [G, 2 + L], and scales, float32 [G, L]."""
@@ -118,7 +113,19 @@ class CompiledLora:
         starts = np.cumsum([0, *(len(own) for own in rows.values())], dtype=np.int32)
         flat = np.concatenate([np.array(own, np.int32) for own in rows.values()])
         most_k = -(-self._num_layers * max(adapter.rank for adapter in rows) // LANES) * LANES
-        return _Batch(places, scales, starts, flat, np.empty((len(flat), most_k), np.float32))
+        u = np.empty((len(flat), most_k), np.float32)
+        tables = (places, scales, starts, flat, u)
+        at_places, at_scales, at_starts, at_rows, at_u = (table.ctypes.data for table in tables)
+        arguments = {
+            name: (
+                len(rows), len(group.widths), group.inputs, self._widths[name].ctypes.data,
+                at_places + group.index * places.strides[1], places.strides[0] // places.itemsize,
+                at_scales + group.index * scales.strides[1], scales.strides[0] // scales.itemsize,
+                at_starts, at_rows, at_u, most_k, self._num_threads,
+            )
+            for name, group in self._groups.items()
+        }  # fmt: skip
+        return _Batch((*rows,), tables, arguments)
 
 
 def compiled_lora_for(linears: Sequence[LinearInfo], *, is_exact: bool) -> CompiledLora | None:
@@ -142,8 +149,8 @@ def _kernel() -> Kernel | None:
     number, address, stride = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     kernel.restype = None  # type: ignore[attr-defined]
     kernel.argtypes = [  # type: ignore[attr-defined]
-        number, number, number, address, address, stride, address, stride, address, address,
-        address, stride, address, stride, address, stride, number,
+        number, number, number, address, address, stride, address, stride, address, address, address, stride, number,
+        address, stride, address, stride,
     ]  # fmt: skip
     if not agrees(kernel):
         log.warning(SLOWER, because="the compiled program gives other numbers than torch: install another C compiler")

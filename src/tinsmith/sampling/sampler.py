@@ -109,13 +109,9 @@ class Sampler:
         self._stages = Stages(self.memory, self._prefixes)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
+        may_compile = settings.compiled_adapters
         self._walker = Walker(
-            base,
-            self.memory.kv,
-            settings.deterministic,
-            settings.cuda_graphs,
-            capture,
-            may_compile=settings.compiled_adapters,
+            base, self.memory.kv, settings.deterministic, settings.cuda_graphs, capture, may_compile=may_compile
         )
         self._num_submitted = 0
         self._requests: dict[OpId, Request] = {}
