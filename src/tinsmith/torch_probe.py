@@ -12,8 +12,11 @@ import time
 import torch
 import transformers
 
+from tinsmith.errors import UnsupportedError
 from tinsmith.model.frozen import FrozenMatrix
+from tinsmith.model.lora.choice import has_triton
 from tinsmith.model.row_probe import uneven_products
+from tinsmith.sampling.compiled_lora import load_kernel
 
 GEMM_SIZE = 512
 REPEATS = 8
@@ -21,8 +24,8 @@ SHAPES = ((32, 128), (64, 64), (576, 192), (512, 1536), (1024, 192))
 
 
 def probe() -> dict[str, object]:
-    """Versions, threads, speed of a float32 matrix product (GFLOP/s), accelerators with their memory in bytes, and the
-    shapes of products whose rows depend on their neighbours."""
+    """Versions, threads, speed of a float32 matrix product (GFLOP/s), accelerators with their memory in bytes, the
+    shapes of products whose rows depend on their neighbours, and why kernels aren't to be had (empty: they are)."""
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -35,8 +38,18 @@ def probe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gflops": round(_gemm_gflops(), 1),
         "gpus": gpus,
+        "triton": "" if has_triton() else "triton is not installed",
+        "compiled": _why_not_compiled(),
         "uneven": uneven_products(FrozenMatrix(torch.randn(shape)) for shape in SHAPES),
     }
+
+
+def _why_not_compiled() -> str:
+    try:
+        load_kernel()
+    except UnsupportedError as error:
+        return error.message
+    return ""
 
 
 def _gemm_gflops() -> float:

@@ -18,6 +18,7 @@ from tinsmith.store import DATABASE_FILE, open_store
 
 TORCH: dict[str, Any] = {
     "torch": "2.13.0", "transformers": "5", "cuda": None, "threads": 2, "gflops": 80.0, "gpus": [], "uneven": [],
+    "triton": "", "compiled": "",
 }  # fmt: skip
 GPU = {"name": "H200", "free_bytes": 100 * 2**30, "total_bytes": 140 * 2**30}
 
@@ -29,7 +30,8 @@ def settings(tmp_path: Path, **changes: Any) -> Settings:
 def test_a_healthy_machine_passes(tmp_path: Path) -> None:
     checks = doctor.examine(settings(tmp_path))
     assert {c.name for c in checks} >= {
-        "Python", "torch", "rounding", "accelerator", "threads", "waiting threads", "base model", "memory", "disk",
+        "Python", "torch", "rounding", "accelerator", "compiled adapters",
+        "threads", "waiting threads", "base model", "memory", "disk",
         "data directory", "database", "port", "SDK",
     }  # fmt: skip
     assert not [c for c in checks if c.level is Level.FAIL and c.name != "disk"]
@@ -46,12 +48,27 @@ def test_trouble_is_shown_with_its_cure(tmp_path: Path, monkeypatch: pytest.Monk
     assert "base model: correct --base-model" in done.stdout
 
 
-def test_torch_and_accelerators() -> None:
-    assert [c.level for c in doctor.check_torch(TORCH)] == [Level.OK] * 3
-    unused = doctor.check_torch({**TORCH, "gpus": [GPU]})[-1]
-    assert "H200 (100 of 140 GiB free): left unused" in unused.found
+def test_torch() -> None:
+    assert [c.level for c in doctor.check_torch(TORCH)] == [Level.OK] * 2
     assert doctor.check_torch({**TORCH, "uneven": [[32, 128]]})[1].level is Level.WARN
     assert doctor.check_torch("broken")[0].level is Level.FAIL
+
+
+def test_accelerators_and_their_kernels() -> None:
+    with_gpu = {**TORCH, "gpus": [GPU]}
+    (used,) = doctor.check_accelerator(with_gpu, "auto")
+    assert (used.level, used.found) == (Level.OK, "H200 (100 of 140 GiB free)")
+    (unused,) = doctor.check_accelerator(with_gpu, "cpu")
+    assert unused.found.endswith("left unused (--device cpu)")
+    (missing,) = doctor.check_accelerator(with_gpu, "cuda:1")
+    assert missing.level is Level.FAIL
+    assert "sees 1" in missing.found
+    assert [c.level for c in doctor.check_accelerator(with_gpu | {"triton": "no"}, "cuda")] == [Level.OK, Level.WARN]
+    assert [c.level for c in doctor.check_accelerator(TORCH, "auto")] == [Level.OK, Level.OK]
+    without = doctor.check_accelerator({**TORCH, "compiled": "there is no C compiler (cc): install one"}, "auto")[1]
+    assert (without.level, without.found[:8]) == (Level.WARN, "there is")
+    assert "off" in doctor.check_accelerator(TORCH, "auto", may_compile=False)[1].found
+    assert doctor.check_accelerator("broken", "auto") == []
 
 
 def test_threads_that_fight_are_found() -> None:

@@ -67,6 +67,7 @@ def examine(settings: Settings) -> list[Check]:
     return [
         check_python(sys.version_info[:2]),
         *check_torch(torch),
+        *check_accelerator(torch, settings.device, may_compile=settings.compiled_adapters),
         *check_threads(child_env(settings, math_env()), settings.threads, available_cores()),
         *rows,
         *check_memory(refs, settings),
@@ -123,14 +124,35 @@ def check_torch(torch: dict[str, Any] | str) -> list[Check]:
         rows.append(Check("rounding", Level.WARN, f"rows of products {torch['uneven']} depend on the others", cure))
     else:
         rows.append(Check("rounding", Level.OK, "a row of a product has the same bits among any others"))
+    return rows
+
+
+def check_accelerator(torch: dict[str, Any] | str, device: str, *, may_compile: bool = True) -> list[Check]:
+    """What a worker will compute on, and whether its kernels are there. device, may_compile: as in the settings."""
+    if isinstance(torch, str):
+        return []
     gpus = torch["gpus"]
+    names = ", ".join(
+        f"{g['name']} ({g['free_bytes'] / GIB:.0f} of {g['total_bytes'] / GIB:.0f} GiB free)" for g in gpus
+    )
+    index = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and index >= len(gpus):
+        cure = "`nvidia-smi` lists the GPUs of this machine; docs/how-to/gpu.md has the torch that sees them"
+        return [Check("accelerator", Level.FAIL, f"--device {device}, and torch sees {len(gpus)}", cure)]
+    if gpus and device not in ("cpu", "fake"):
+        cure = "pip install 'tinsmith[gpu]': adapters go through torch's grouped product, which is slower"
+        kernels = Check("kernels", Level.WARN, torch["triton"], cure) if torch["triton"] else None
+        return [Check("accelerator", Level.OK, names), *([kernels] if kernels else [])]
     if gpus:
-        names = ", ".join(
-            f"{g['name']} ({g['free_bytes'] / GIB:.0f} of {g['total_bytes'] / GIB:.0f} GiB free)" for g in gpus
-        )
-        rows.append(Check("accelerator", Level.OK, f"{names}: left unused, this version computes on the CPU"))
+        return [Check("accelerator", Level.OK, f"{names}: left unused (--device {device})")]
+    rows = [Check("accelerator", Level.OK, "none; computing on the CPU")]
+    if not may_compile:
+        rows.append(Check("compiled adapters", Level.OK, "off (--no-compiled-adapters)"))
+    elif torch["compiled"]:
+        cure = "without it, samples of many runs at once are slower; or say --no-compiled-adapters"
+        rows.append(Check("compiled adapters", Level.WARN, torch["compiled"], cure))
     else:
-        rows.append(Check("accelerator", Level.OK, "none; computing on the CPU"))
+        rows.append(Check("compiled adapters", Level.OK, "the C program for sampled rows is there"))
     return rows
 
 

@@ -138,14 +138,23 @@ def compiled_lora_for(linears: Sequence[LinearInfo], *, is_exact: bool) -> Compi
 
 @functools.cache
 def _kernel() -> Kernel | None:
-    """Compiled, loaded and tried; None if any of that fails, of which the log tells once."""
+    """None if it can't be had, of which the log tells once."""
     try:
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            raise UnsupportedError("the program needs a processor with AVX2")
-        kernel: Kernel = compiled.load(SOURCE, FLAGS, cache_dir()).add_adapters
+        return load_kernel()
     except UnsupportedError as error:
         log.warning(SLOWER, because=error.message)
         return None
+
+
+def load_kernel() -> Kernel:
+    """Compiled, loaded and tried.
+
+    Raises:
+        UnsupportedError: any of that fails; the message has a cure.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        raise UnsupportedError("the program needs a processor with AVX2")
+    kernel: Kernel = compiled.load(SOURCE, FLAGS, cache_dir()).add_adapters
     number, address, stride = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     kernel.restype = None  # type: ignore[attr-defined]
     kernel.argtypes = [  # type: ignore[attr-defined]
@@ -153,8 +162,7 @@ def _kernel() -> Kernel | None:
         address, stride, address, stride,
     ]  # fmt: skip
     if not agrees(kernel):
-        log.warning(SLOWER, because="the compiled program gives other numbers than torch: install another C compiler")
-        return None
+        raise UnsupportedError("the compiled program gives other numbers than torch: install another C compiler")
     return kernel
 
 
