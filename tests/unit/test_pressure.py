@@ -213,6 +213,17 @@ def test_what_comes_counts_before_it_is_counted() -> None:
     assert 1 <= let_in(pressure, CROWD) <= 1 + LEAST_PACE
 
 
+def test_what_ends_between_two_looks_is_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that took long isn't followed by another for as long as the worker needs for all that was counted."""
+    waiting = backlog({CROWD: 2 * ENOUGH, STUCK: 2 * ENOUGH}, {CROWD: int(ENOUGH * PACE_OVER_S)})
+    asyncio.run(waiting.look())
+    looked_at = time.monotonic()
+    assert waiting.has_enough(CROWD)
+    monkeypatch.setattr(time, "monotonic", lambda: looked_at + 1.1)
+    assert not waiting.has_enough(CROWD)
+    assert waiting.has_enough(STUCK), "none of it ended"
+
+
 def test_where_cores_are_short_and_backlogs_long_what_comes_is_let_come_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -42,8 +42,12 @@ class Backlog:
         self._spare[tenant_id] -= 1
 
     def has_enough(self, tenant_id: TenantId) -> bool:
-        """Whether the worker won't run out of this tenant's for a while."""
-        return self._waiting[tenant_id] >= ENOUGH
+        """Whether the worker won't run out of this tenant's for a while. Looks are far apart where they take long, so
+        what has ended since the last one is reckoned from the pace."""
+        if self._waiting[tenant_id] < ENOUGH:
+            return False
+        since_s = time.monotonic() - self._looked_at
+        return self._waiting[tenant_id] - self._ended.get(tenant_id, 0) / PACE_OVER_S * since_s >= ENOUGH
 
     def is_long(self, tenant_id: TenantId) -> bool:
         """Whether it has enough, which takes longer than `LONG_S` at the pace of what of it ended of late, and as much
