@@ -193,6 +193,15 @@ def test_what_is_wrong_is_said_with_its_cure(stub: Stub, monkeypatch: pytest.Mon
     assert "TINKER_API_KEY" in keyless.message
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: who is started in the background may have SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_that_is_lost_where_it_is_raised_ends_it_all_the_same() -> None:
     with top_main._interrupts() as interrupted:
         with contextlib.suppress(KeyboardInterrupt):
