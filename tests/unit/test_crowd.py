@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tinsmith.api.crowd import SPARE, YOUNG_S, Crowd
+from tinsmith.api.crowd import SPARE, Crowd
 from tinsmith.types import TenantId
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
@@ -34,11 +34,10 @@ class Door:
     """A crowd, and who is in it."""
 
     most: int
-    now: float = 1000.0
     inside: list[tuple[Guest, TenantId | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.crowd = Crowd(self.most, lambda: self.now)
+        self.crowd = Crowd(self.most)
 
     def come(self, tenant_id: TenantId | None = None, *, can_leave: bool = True) -> Guest | None:
         """Who is turned away is gone at once."""
@@ -87,27 +86,63 @@ def test_what_is_under_way_is_not_cut_and_others_have_the_last_part() -> None:
     assert door.come(TenantId("carol"))
 
 
-def test_strangers_make_room_for_everybody_once_they_are_not_new() -> None:
+def test_strangers_make_room_for_everybody_the_oldest_first() -> None:
     door = Door(16)
     strangers = [door.come() for _ in range(16)]
-    assert door.come(ALICE) is None  # whoever has just come may be about to show a key
-    door.now += YOUNG_S + 0.1
     tenants = [door.come(ALICE) for _ in range(14)]
     assert None not in tenants
     assert sum(guest is not None and guest.has_left for guest in strangers) >= 14
-    assert door.come() is not None
+    first, second, third = (door.come() for _ in range(3))
+    assert None not in (first, second, third)
+    assert [guest is not None and guest.has_left for guest in (first, second, third)] == [True, False, False]
     assert len(door.crowd) <= 16
 
 
 def test_a_stranger_who_is_answered_is_left_alone() -> None:
     door = Door(16)
     answered = door.come(can_leave=False)
-    door.now += YOUNG_S + 0.1
     for _ in range(40):
         door.come()
-        door.now += 0.5
     assert answered is not None
     assert not answered.has_left
+
+
+def test_who_was_turned_away_makes_room_until_he_is_gone() -> None:
+    crowd = Crowd(16)
+    for _ in range(14):
+        assert crowd.settle(Guest(can_leave=False), ALICE)
+    refused = [Guest() for _ in range(2)]
+    for guest in refused:
+        assert crowd.come(guest)
+        assert not crowd.settle(guest, ALICE)
+    for number, tenant_id in enumerate((BOB, TenantId("carol"))):
+        came = Guest()
+        assert crowd.come(came)
+        assert crowd.settle(came, tenant_id)
+        assert [guest.has_left for guest in refused] == [True, number == 1]
+
+
+def test_strangers_that_make_room_leave_no_tenant_more_than_its_share() -> None:
+    door = Door(80)
+    for _ in range(300):
+        door.come()
+        door.come(ALICE, can_leave=False)
+    assert door.counts()[ALICE] == 70
+    assert door.come(BOB)
+    assert door.come(TenantId("carol"))
+
+
+def test_where_one_cuts_nothing_short_many_others_still_get_their_next() -> None:
+    door = Door(672)
+    others = [TenantId(f"t{number}") for number in range(50)]
+    for tenant_id in others * 10:
+        assert door.come(tenant_id)
+    while door.come(ALICE, can_leave=False):
+        pass
+    for tenant_id in others:
+        assert door.come(tenant_id)
+    assert door.counts()[ALICE] == 88
+    assert door.come(BOB)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,7 +150,6 @@ def test_there_are_never_more_than_may_be_and_nobody_with_few_is_turned_away(see
     dice, door = random.Random(seed), Door(64)
     tenants = [TenantId(f"t{number}") for number in range(5)]
     for _ in range(4000):
-        door.now += 0.1
         if dice.random() < 0.3 and door.inside:
             guest, _ = door.inside.pop(dice.randrange(len(door.inside)))
             door.crowd.gone(guest)

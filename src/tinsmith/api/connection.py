@@ -120,11 +120,15 @@ class Connection(H11Protocol):
             )
 
     def may_leave(self) -> bool:
-        return self._stay.is_polling or not self._is_at_work()
+        if self.transport.get_write_buffer_size():  # its client doesn't take what it is told
+            return self._stay.tenant_id is None or self._is_leaving
+        return self._stay.is_polling or not (self._is_at_work() or self._in_kernel(termios.FIONREAD))
 
     def leave(self) -> None:
         """To make room: at once if it is idle, else with the answer to its polls, which comes now."""
-        if self._is_at_work():
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        elif self._is_at_work():
             self._stay.release()
             self.shutdown()
         else:
@@ -317,10 +321,14 @@ class Connection(H11Protocol):
 
     def _num_unread(self) -> int:
         """Bytes that the client's machine has not taken: those that wait here, and those in the kernel."""
-        in_kernel = bytearray(struct.calcsize("i"))
+        return self.transport.get_write_buffer_size() + self._in_kernel(termios.TIOCOUTQ)
+
+    def _in_kernel(self, which: int) -> int:
+        """Bytes that wait there: those that came (FIONREAD), or those that go (TIOCOUTQ)."""
+        num = bytearray(struct.calcsize("i"))
         with suppress(OSError):
-            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
-        return self.transport.get_write_buffer_size() + int(struct.unpack("i", in_kernel)[0])
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), which, num)
+        return int(struct.unpack("i", num)[0])
 
     def _expire(self) -> None:
         has_begun = bool(self.conn.trailing_data[0])

@@ -117,6 +117,7 @@ async def download(
     query = parse_query(dict(request.query_params))
     services.underway.begin(query.key)
     row = await services.work(follow_link, services, run_id, kind, name, file, query)
+    services.underway.begin(query.key, row.tenant_id)
     CALLER.set(row.tenant_id)
     etag = f'"{version_of(row)}-{file}"'
     place = await services.downloads_out.try_take(row.tenant_id, 0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import socket
 import threading
@@ -61,6 +62,7 @@ GRACE_S = 10
 LINGER_S = 5.0  # longer than a client takes to ask again; less than GRACE_S
 CERTIFICATE_LOOK_S = 10.0
 BACKLOG = 2048
+AT_ONCE = 32  # taken from it in one turn of the event loop, which has turned away what is too many a few turns later
 BELIEVED = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # proxies, when they say for whom they ask
 
 
@@ -85,6 +87,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listening_socket in (each for server in self.servers for each in server.sockets):
+            with socket.socket(fileno=os.dup(listening_socket.fileno())) as duplicate:
+                duplicate.listen(BACKLOG)  # asyncio takes as many in one turn as it was told may wait
         if self._certificate is not None:
             self._looking = asyncio.create_task(_keep_fresh(self._certificate), name="certificate")
         if not self.should_exit:
@@ -187,7 +192,7 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         access_log=False,
         server_header=False,
         forwarded_allow_ips=list(BELIEVED),
-        backlog=BACKLOG,
+        backlog=AT_ONCE,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
         http=cast("type[asyncio.Protocol]", partial(Connection, express, Crowd(most_connections()))),
