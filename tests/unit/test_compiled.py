@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.service import until
 from tinsmith.config import cache_dir
 from tinsmith.errors import UnsupportedError
 from tinsmith.machine import compiled
@@ -70,9 +73,14 @@ def test_what_a_crash_left_of_a_library_is_compiled_anew(source, folder):
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7\n"
     (library,) = folder.iterdir()
-    library.write_bytes(library.read_bytes()[:100])
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7\n"
-    assert library.stat().st_size > 100
+    whole = library.read_bytes()
+    for kept in (0, 0.01, 0.1, 0.5, 0.99):
+        size = int(kept * len(whole))
+        for left in (whole[:size], whole[:size] + bytes(len(whole) - size)):
+            library.unlink()
+            library.write_bytes(left)
+            assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "7\n"
+            assert library.stat().st_size >= len(whole) - 100
 
 
 def test_processes_that_compile_at_once_all_get_it(source, folder, tmp_path, monkeypatch):
@@ -120,6 +128,59 @@ def test_a_folder_that_others_can_write_to_is_refused(source, folder):
     with pytest.raises(UnsupportedError, match=r"others can write to .*chmod 700"):
         compiled.load(source, FLAGS, folder)
     assert not list(folder.iterdir())
+
+
+def test_a_file_that_another_could_have_written_is_compiled_anew(source, folder, tmp_path):
+    compiled.load(source, FLAGS, folder)
+    (library,) = folder.iterdir()
+    own = library.read_bytes()
+
+    def open_to_all() -> None:
+        library.chmod(0o666)
+
+    def link() -> None:
+        library.unlink()
+        (tmp_path / "elsewhere.so").write_bytes(own)
+        library.symlink_to(tmp_path / "elsewhere.so")
+
+    def of_another() -> None:
+        os.chown(library, 12345, 12345)
+
+    for plant in (open_to_all, link, *([of_another] if os.geteuid() == 0 else [])):
+        plant()
+        assert compiled.load(source, FLAGS, folder).seven() == 7
+        found = library.lstat()
+        assert (found.st_mode, found.st_uid) == (stat.S_IFREG | 0o600, os.geteuid())
+
+
+def test_a_folder_that_others_can_put_another_in_the_place_of_is_refused(source, folder):
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o777)
+    with pytest.raises(UnsupportedError, match="put another folder in the place"):
+        compiled.load(source, FLAGS, folder)
+    folder.parent.chmod(0o1777)
+    assert compiled.load(source, FLAGS, folder).seven() == 7
+
+
+def test_what_is_made_on_the_way_is_its_owners_alone(source, folder):
+    before = os.umask(0)
+    try:
+        compiled.load(source, FLAGS, folder)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (folder.parent, folder, *folder.iterdir())]
+    assert modes == [0o700, 0o700, 0o600]
+
+
+def test_a_compiler_that_hangs_ends_with_all_that_it_has_started(source, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "PATIENCE_S", 1.0)
+    compiler(tmp_path, monkeypatch, f"sleep 60 & echo $! > {tmp_path}/child; cat; wait")
+    started = time.monotonic()
+    with pytest.raises(UnsupportedError, match="timed out"):
+        compiled.load(source, FLAGS, folder)
+    assert time.monotonic() - started < 30
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    until(lambda: not child.exists() or child.read_text().split()[2] == "Z", 10, lambda: "it still runs")
 
 
 def test_a_folder_that_cannot_be_written_is_told(source, tmp_path):

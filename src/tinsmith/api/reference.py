@@ -5,14 +5,14 @@ A browser that opens it talks to nobody else, so it works without internet and t
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from litestar import Request, get
+from litestar import Request, Response, get
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.params import FromPath
-from litestar.response import File
 
 from tinsmith import __version__
 from tinsmith.api.document import DocumentConfig
@@ -56,14 +56,17 @@ START = f"""SwaggerUIBundle({{
 
 
 @get(f"{ASSETS}/{{name:str}}", include_in_schema=False, sync_to_thread=False)
-def asset(name: FromPath[str]) -> File:
+def asset(name: FromPath[str]) -> Response[bytes]:
     """One of Swagger UI's own files."""
     if name not in FILES:
         raise NotFoundError("no such file")
-    path = str(resources.files("swagger_ui") / "static" / name)
-    return File(
-        path, media_type=FILES[name], content_disposition_type="inline", headers={"cache-control": "max-age=86400"}
-    )
+    return Response(_content(name), media_type=FILES[name], headers={"cache-control": "max-age=86400"})
+
+
+@cache
+def _content(name: str) -> bytes:
+    """Kept: no key is needed to ask for it, and an answer that isn't read holds no file open."""
+    return (resources.files("swagger_ui") / "static" / name).read_bytes()
 
 
 @get(f"{ASSETS}/start.js", include_in_schema=False, media_type="text/javascript", sync_to_thread=False)
