@@ -169,6 +169,7 @@ def test_a_directory_with_a_tokenizer_json_is_left_as_it_is(model: Path, made: P
         ({"added_tokens_decoder": {"x": {"content": "y"}}}, "a content for each id"),
         ({"added_tokens_decoder": {"1000": {"special": True}}}, "a content for each id"),
         ({"added_tokens_decoder": {"601": {"content": "a"}}}, "leave gaps or clash"),
+        ({"added_tokens_decoder": {"9999999999999": {"content": "z"}}}, "is the most that can be"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed(
@@ -182,7 +183,15 @@ def test_a_configuration_that_cannot_be_followed(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("YQ== 0\n", "256 bytes"), ("YQ==\n", "token in base64"), ("?? 0\n", "token in base64"), ("", "256 bytes")],
+    [
+        ("YQ== 0\n", "256 bytes"),
+        ("YQ==\n", "token in base64"),
+        ("?? 0\n", "token in base64"),
+        ("", "256 bytes"),
+        ("YQ== -1\n", "its rank is from 0"),
+        ("YQ== 99999999999\n", "its rank is from 0"),
+        ("YWFh" * 1024 + " 0\n", "1024 bytes at most"),
+    ],
 )
 def test_a_broken_file_of_ranks(model: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "tiktoken.model").write_text(text)

@@ -26,6 +26,7 @@ from tinsmith.bases.tokenizer import BYTE_OF_LETTER
 from tinsmith.errors import ConfigError
 
 FILE, CONFIG = "tiktoken.model", "tokenizer_config.json"
+MAX_TOKEN_BYTES, MAX_IDS = 1024, 1 << 24  # more would take minutes to join, or memory without end
 LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -108,6 +109,10 @@ def _added(path: Path, config: Mapping[str, Any], start: int, vocab_size: int) -
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ConfigError(f"{path / CONFIG}: added_tokens_decoder must give a content for each id") from None
     end = max(vocab_size, *(id + 1 for id in named)) if named else vocab_size
+    if end > MAX_IDS:
+        raise ConfigError(
+            f"{path / CONFIG}, config.json: ids go up to {end - 1}, and {MAX_IDS - 1} is the most that can be"
+        )
     reserved = {id: AddedToken(f"<|reserved_token_{id}|>", normalized=False, special=True) for id in range(start, end)}
     return reserved | named
 
@@ -121,6 +126,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (OSError, ValueError, binascii.Error) as error:
         raise ConfigError(f"{path} can't be read: {error}; each line must be a token in base64 and its rank") from None
+    if any(len(token) > MAX_TOKEN_BYTES for token in ranks) or any(not 0 <= rank < MAX_IDS for rank in ranks.values()):
+        raise ConfigError(
+            f"{path}: a token has {MAX_TOKEN_BYTES} bytes at most, and its rank is from 0 to {MAX_IDS - 1}"
+        )
     lacking = [byte for byte in range(256) if bytes((byte,)) not in ranks]
     if lacking or len(set(ranks.values())) < len(ranks):
         raise ConfigError(f"{path} must give each of the 256 bytes a rank, and no rank twice: fetch it again")
