@@ -47,13 +47,18 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=PROCESSORS if IS_ALL else FEW[:1])
+def sampled(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=DENSE if IS_ALL else FEW[:1])
 def dense(request: pytest.FixtureRequest) -> str:
     """For what experts have no part in."""
     return request.param
 
 
-@pytest.fixture(params=DENSE if IS_ALL else FEW)
+@pytest.fixture(params=PROCESSORS if IS_ALL else FEW)
 def exported(request: pytest.FixtureRequest) -> str:
     """Names differ from one to the other."""
     return request.param
@@ -141,9 +146,9 @@ def test_computing_layers_twice_changes_nothing(dense, make_base, dropout: float
     assert np.array_equal(found[0][name], grads(plain, "a")[name]) == (not dropout)
 
 
-def test_samples_have_the_logprobs_of_the_trainer(dense, make_base, within) -> None:
+def test_samples_have_the_logprobs_of_the_trainer(sampled, make_base, within) -> None:
     """The same pictures through adapters of the tower and without, prompts of all decoded together."""
-    base = make_base(dense)
+    base = make_base(sampled)
     states = {str(run.run_id): state_of(base, run) for run in RUNS}
     trainer = make_trainer(base, deterministic=False)
     for state in states.values():
