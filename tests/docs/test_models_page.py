@@ -151,3 +151,8 @@ def test_rows_that_were_not_tried_stay_as_they_are() -> None:
 def test_a_family_that_is_new_has_to_be_tried() -> None:
     with pytest.raises(SystemExit, match="no row of New yet"):
         page({**TITLES, "new": "New"}, {**TYPES, "new": "new"}, PROCESSORS, [], Found(), PAGE.read_text("utf-8"))
+
+
+def test_the_readme_counts_families_without_their_variants() -> None:
+    families = [title for title in TITLES.values() if not title.endswith(("(windows)", "(long)"))]
+    assert f"[{len(families)} families](docs/reference/models.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_written_is_told(source, tmp_path):
 
 
 def test_the_folder_is_where_the_user_keeps_such_things():
-    assert cache_dir({"XDG_CACHE_HOME": "/caches", "HOME": "/home/a"}) == Path("/caches/tinsmith")
-    assert cache_dir({"HOME": "/home/a"}) == Path("/home/a/.cache/tinsmith")
+    assert cache_dir({"XDG_CACHE_HOME": "/caches", "HOME": "/a"}) == Path("/caches/tinsmith")
+    assert cache_dir({"HOME": "/a"}) == Path("/a/.cache/tinsmith")
     assert cache_dir({"XDG_CACHE_HOME": "relative"}) is None
     assert cache_dir({}) is None
