@@ -61,7 +61,10 @@ class Stream:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
         body = b""
         while len(body) < int(headers["content-length"]):
-            body += self._sock.recv(65536)
+            more = self._sock.recv(65536)
+            if not more:
+                raise EOFError(body)
+            body += more
         return Answer(int(lines[0].split()[1]), headers, json.loads(body) if body else None)
 
     def is_closed(self, within_s: float) -> bool:

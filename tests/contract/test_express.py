@@ -71,7 +71,9 @@ def read(stream: Stream) -> tuple[int, dict[str, str], bytes]:
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
     body = b""
     while len(body) < int(headers["content-length"]):
-        body += stream._sock.recv(int(headers["content-length"]) - len(body))
+        more = stream._sock.recv(int(headers["content-length"]) - len(body))
+        assert more, "closed before the end of the answer"
+        body += more
     return int(first.split()[1]), headers, body
 
 

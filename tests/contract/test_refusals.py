@@ -17,6 +17,7 @@ from tests.contract.standing import standing
 from tests.service import until
 from tests.unit.test_metrics import samples
 from tinsmith.api import auth, connection
+from tinsmith.api.crowd import Crowd
 from tinsmith.api.pressure import MAX_WAIT_S, Pressure
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counting
@@ -42,13 +43,18 @@ class Caller:
     def read(self) -> tuple[int, dict[str, str], Any]:
         answer = b""
         while b"\r\n\r\n" not in answer:
-            answer += self.sock.recv(65536)
+            answer += self._more()
         head, _, body = answer.partition(b"\r\n\r\n")
         first, *lines = head.decode().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         while len(body) < int(headers["content-length"]):
-            body += self.sock.recv(65536)
+            body += self._more()
         return int(first.split(" ")[1]), headers, json.loads(body)
+
+    def _more(self) -> bytes:
+        more = self.sock.recv(65536)
+        assert more, "closed before the end of the answer"
+        return more
 
     def ask(self, path: str = "optim_step", body: bytes = STEP) -> tuple[int, dict[str, str], Any]:
         self.send(path, body)
@@ -102,7 +108,6 @@ def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(auth, "TTL_S", 60.0)
     monkeypatch.setattr(connection, "HEADER_S", 0.2)
     monkeypatch.setattr(connection, "DEAF_S", 0.0)
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
     with counted() as counting, standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
         assert caller.ask()[0] == 404, "the key is known from here on"
         by_routes = ("tinsmith_http_request_seconds_count", (STEP_PATH,))
@@ -110,9 +115,11 @@ def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Pressure, "note", high)
         monkeypatch.setattr(Pressure, "refuses", lambda self, tenant_id: True)
         refused = [caller.ask()[0] for _ in range(3)]
-        with closing(Caller(url, house.key)) as late, closing(Caller(url, house.key)) as wrong:
+        with monkeypatch.context() as full:
+            full.setattr(Crowd, "come", lambda self, guest: False)
             with closing(Caller(url, house.key)) as beyond:
                 assert beyond.read()[0] == 503
+        with closing(Caller(url, house.key)) as late, closing(Caller(url, house.key)) as wrong:
             wrong.sock.sendall(b"GARBAGE\r\n\r\n")
             assert wrong.read()[0] == 400
             late.sock.sendall(b"GET /api")

@@ -45,7 +45,7 @@ def reports_and_requests(
         yield reports, requests_by_tenant([both.plain.log, both.tokens.log])
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("index", range(len(VERSIONS)), ids=VERSIONS)
 def test_the_suite_passes_and_leaves_no_call_out(
     reports_and_requests: tuple[list[Report], dict[str, Counter[str]]], index: int
@@ -57,7 +57,7 @@ def test_the_suite_passes_and_leaves_no_call_out(
     assert set(requests[tenant_of(report.version)]) >= CORE
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_the_page_is_current(reports_and_requests: tuple[list[Report], dict[str, Counter[str]]]) -> None:
     """Except for how often; renew it with `make contract`."""
     reports, _ = reports_and_requests
