@@ -47,7 +47,7 @@ cookbook: init ## what tinker-cookbook makes of archives, then its recipes, offl
 
 fuzz: init ## a million broken inputs (N=... for more or fewer, goes on where it stopped), then requests that nobody thought of (half an hour)
 	@$(BIN)/python -m tests.fuzz --count $(N)
-	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 -o faulthandler_timeout=3600 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py \
+	@TINSMITH_TEST_EXAMPLES=200 $(BIN)/python -m pytest --timeout 1200 tests/contract/test_document.py tests/contract/test_protobuf_bodies.py \
 		tests/contract/test_strange_texts.py tests/flow/test_rebalancing.py tests/numerics/test_hostile_losses.py
 
 chaos: init ## processes killed at random while clients work, and everything compared with an undisturbed server. KILLS=500, ARGS="--seed N"
@@ -59,7 +59,7 @@ soak: init ## an hour of tenants that come and go, with a kill every minute: fla
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60) --runs 16 --tenants
 
 crash-points: init ## workers die at each named point, early and late, and at random ones, and the power is lost, a hundred times (half an hour)
-	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 -o faulthandler_timeout=3600 tests/crash/test_crash_points.py tests/crash/test_power_loss.py tests/crash/test_giving.py
+	@TINSMITH_TEST_DEATHS=100 $(BIN)/python -m pytest -q --timeout 1200 tests/crash/test_crash_points.py tests/crash/test_power_loss.py tests/crash/test_giving.py
 
 forms: init ## every form of weights and every dtype with every family, decode steps as on a GPU with every family, and the memory that loading and merging each takes (ten minutes)
 	@TINSMITH_TEST_ALL_FORMS=1 $(BIN)/python -m pytest -q tests/families/test_quantised.py tests/families/test_halves.py tests/families/test_static_steps.py tests/numerics/test_loading_memory.py tests/numerics/test_merging_memory.py

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from tinsmith.machine.cpu import math_env
@@ -41,6 +42,31 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Thousands of tests and all that they import stay to the end; no collection needs to walk them again."""
     gc.enable()
     heap.settle()
+
+
+STUCK_AFTER = 2.5  # times what a test may take
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    _end_if_stuck(item)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    _end_if_stuck(item)  # anew, since a failure takes it back
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end_if_stuck(item: pytest.Item) -> None:
+    """End the process, and so fail the test, where its limit doesn't: in a second try, or in a loop outside of Python."""
+    marked = item.get_closest_marker("timeout")
+    limit_s = float(marked.args[0] if marked else item.config.getoption("timeout") or item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(STUCK_AFTER * limit_s, exit=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
