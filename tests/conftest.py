@@ -63,7 +63,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
 
 
 def _end_if_stuck(item: pytest.Item) -> None:
-    """End the process, and so fail the test, where its limit doesn't: in a second try, or in a loop outside of Python."""
+    """End the process, and so fail the test, where its limit doesn't: in a second try, or outside of Python."""
     marked = item.get_closest_marker("timeout")
     limit_s = float(marked.args[0] if marked else item.config.getoption("timeout") or item.config.getini("timeout"))
     faulthandler.dump_traceback_later(STUCK_AFTER * limit_s, exit=True)
