@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 3
 N ?= 1000000
+# hundreds of servers are started: each compiles the whole package where the environment forbids to keep what was compiled
+export PYTHONDONTWRITEBYTECODE :=
 # a test that ran into its time limit, and nothing else, is tried once more, and the report says so (CONTRIBUTING.md)
 RERUN := --reruns 1 --only-rerun "from pytest-timeout"
 BIN := $(VENV)/bin

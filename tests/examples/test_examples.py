@@ -89,6 +89,7 @@ class TestLearns:
         assert report.after >= 0.9
         assert max(report.lags) > 0, "no batch was older than the weights: not off-policy"
 
+    @whole
     def test_dpo(self) -> None:
         report = learn("dpo")
         assert report.before < 0.6
@@ -103,6 +104,7 @@ class TestLearns:
         assert report.after >= 0.85
         assert report.kl_after < 0.5 * report.kl_before
 
+    @whole
     def test_prompt_distillation(self) -> None:
         report = learn("prompt_distillation")
         assert report.before <= 0.3
@@ -137,6 +139,17 @@ class TestRuns:
     def test_async_rl(self) -> None:
         report = learn("async_rl", STEPS=2)
         assert len(report.rewards) == len(report.lags) == 2
+        assert 0 <= report.after <= 1
+
+    def test_dpo(self) -> None:
+        report = learn("dpo", STEPS=2, NUM_HELD_OUT=4)
+        assert report.losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference start equal: log 2"
+        assert report.losses[1] < report.losses[0]
+
+    def test_prompt_distillation(self) -> None:
+        report = learn("prompt_distillation", TEACHER_STEPS=2, STEPS=2, NUM_HELD_OUT=2)
+        assert len(report.losses) == 2
+        assert report.prompt_tokens_saved > 0
         assert 0 <= report.after <= 1
 
     def test_on_policy_distillation(self) -> None:

@@ -195,7 +195,7 @@ def test_a_sample_among_others_has_the_bits_of_one_alone(kind, make_base) -> Non
     ]
     settings = {"deterministic": True, "prefill_chunk_tokens": 32}
     together = run_all(make_sampler(base, states, **settings), items)
-    for one in items:
+    for one in (items[i] for i in (0, 1, 2, 7)):  # each prompt, each adapter, the longest
         assert_same_sample(run_all(make_sampler(base, states, **settings), [one])[one.op_id], together[one.op_id])
 
 
