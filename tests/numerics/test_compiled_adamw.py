@@ -122,8 +122,7 @@ def test_a_run_whose_gradients_are_not_finite_is_left_alone(kernel: Kernel, bad:
     assert [slot.step for slot in slots] == [1, 0, 1]
     assert ["grad" in slot.rows for slot in slots] == [False, True, False]
     assert torch.equal(slots[1].rows["param"], before)
-    assert not slots[1].rows["m"].any()
-    assert not slots[1].rows["v"].any()
+    assert slots[1].rows.keys() == {"param", "grad"}
     assert isinstance(optim_steps([slots[1]], PARAMS[1:2])[0], Failure)
 
 

@@ -33,6 +33,7 @@ def full_steps_for(device: torch.device, *, may_compile: bool = True) -> OptimSt
 def launched_steps(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> list[OptimResult | Failure]:
     """As `optimizer.optim_steps`, by the kernels of `adamw_kernels`."""
     kernels = importlib.import_module("tinsmith.training.adamw_kernels")
+    held = [(*slot.rows,) for slot in slots]
     for slot in slots:
         slot.fill_rows()
     runs = []
@@ -40,8 +41,10 @@ def launched_steps(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> li
         rows, copy = slot.rows, None if slot.compute_P is slot.rows["param"] else slot.compute_P
         runs.append(kernels.StepRows(rows["param"], rows["grad"], rows["m"], rows["v"], copy, slot.step))
     norms: list[float] = kernels.step_runs(runs, params) if runs else []
-    for slot, norm in zip(slots, norms, strict=True):
+    for slot, norm, parts in zip(slots, norms, held, strict=True):
         if math.isfinite(norm):
             slot.step += 1
             del slot.rows["grad"]
+        else:
+            slot.rows = {part: slot.rows[part] for part in parts}
     return outcomes_of(slots, params, norms)
