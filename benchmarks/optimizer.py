@@ -2,13 +2,15 @@
 
     python benchmarks/optimizer.py
     python benchmarks/optimizer.py --defaults --runs 16
+    python benchmarks/optimizer.py --no-program
 
 64 runs of rank 16 on the layers of train_vs_peft.py's model: 1.245 million parameters each, in 112 tensors; or with
 `--defaults` the SDK's own settings, rank 32 with the output head: 3.530 million in 114. `ours` computes each
 run's global norm and applies and drops its gradients; the peer's `step` computes no norm. A second pair clips as well,
 the peer by `clip_grad_norm_(foreach=True)`. Both in this process, interleaved, medians, with the allocator set as in a
 worker. Two threads, wall time: torch shares flat rows among threads, and the peer's small tensors not (each is below
-its grain of 32,768 numbers). `--threads 1` shows what is left without that. Both arms end with the same weights, which
+its grain of 32,768 numbers). `--threads 1` shows what is left without that, and `--no-program` torch's fused kernel on
+the same rows, which serves where there is no C compiler. Both arms end with the same weights, which
 is checked.
 """
 
@@ -33,8 +35,8 @@ import torch
 from tinsmith.model import HEAD
 from tinsmith.model.inspect import LinearInfo
 from tinsmith.model.layout import RowLayout
-from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import RunSlot
+from tinsmith.training.steps import optim_steps_for
 from tinsmith.types import AdamParams, RunId, RunSpec, Targets
 
 HIDDEN, INTER, KV, LAYERS, VOCAB = 512, 1536, 256, 8, 32000
@@ -52,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=64)
     parser.add_argument("--defaults", action="store_true", help="rank 32 on all layers and the output head")
+    parser.add_argument("--no-program", action="store_true", help="without the compiled program")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     rows.add_flag(parser)
@@ -81,8 +84,10 @@ def compare(spec: RunSpec, args: argparse.Namespace, clip: float, what: str) -> 
     gradients = [torch.randn(layout.num_params, generator=torch.Generator().manual_seed(i)) for i in range(args.runs)]
     peers = [make_peer(layout, slot, own, grad) for slot, own, grad in zip(slots, params, gradients, strict=True)]
 
+    steps = optim_steps_for(CPU, may_compile=not args.no_program)
+
     def ours() -> None:
-        optim_steps(slots, params)
+        steps(slots, params)
 
     def peer() -> None:
         for tensors, optimizer in peers:

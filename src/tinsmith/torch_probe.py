@@ -16,7 +16,8 @@ from tinsmith.errors import UnsupportedError
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.lora.choice import has_triton
 from tinsmith.model.row_probe import uneven_products
-from tinsmith.sampling.compiled_lora import load_kernel
+from tinsmith.sampling import compiled_lora
+from tinsmith.training import compiled_adamw
 
 GEMM_SIZE = 512
 REPEATS = 8
@@ -46,7 +47,8 @@ def probe() -> dict[str, object]:
 
 def _why_not_compiled() -> str:
     try:
-        load_kernel()
+        compiled_lora.load_kernel()
+        compiled_adamw.load_kernel()
     except UnsupportedError as error:
         return error.message
     return ""

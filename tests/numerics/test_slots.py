@@ -11,6 +11,7 @@ from tinsmith.files.checkpoint_file import dump_state, load_state
 from tinsmith.model import RowLayout
 from tinsmith.training.optimizer import GROUP_PARAMS, optim_steps
 from tinsmith.training.runs import RunSlot
+from tinsmith.training.steps import optim_steps_for
 from tinsmith.types import AdamParams, OpId, OptimItem, OptimResult, RunId
 
 NUM_STEPS = 4
@@ -38,8 +39,16 @@ def params_of(number: int) -> AdamParams:
     )
 
 
+@pytest.fixture(params=[True, False], ids=["program", "torch"])
+def steps(request):
+    found = optim_steps_for(CPU, may_compile=request.param)
+    if request.param and found is optim_steps:
+        pytest.skip("needs a C compiler and AVX2")
+    return found
+
+
 @pytest.mark.parametrize("ranks", [(2, 2, 3, 4, 5), (8, 16, 8)])
-def test_steps_of_many_runs_are_those_of_torch(base, ranks):
+def test_steps_of_many_runs_are_those_of_torch(base, ranks, steps):
     """Some steps have no gradients, which count as zeros; some runs begin later than others."""
     generator = torch.Generator().manual_seed(1)
     slots = slots_of(base, ranks)
@@ -58,7 +67,7 @@ def test_steps_of_many_runs_are_those_of_torch(base, ranks):
             if (step + number) % 3:
                 twins[number].grad.normal_(generator=generator)
                 slots[number].rows["grad"] = twins[number].grad.clone()
-        results = optim_steps([slots[number] for number in chosen], [params[number] for number in chosen])
+        results = steps([slots[number] for number in chosen], [params[number] for number in chosen])
         for number, result in zip(chosen, results, strict=True):
             norm = float(twins[number].grad.double().norm())
             if params[number].grad_clip_norm:
@@ -75,7 +84,7 @@ def test_steps_of_many_runs_are_those_of_torch(base, ranks):
         torch.testing.assert_close(slot.rows["v"], optimizer.state[twin]["exp_avg_sq"], rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_does_not_depend_on_what_shares_its_call(base):
+def test_a_step_does_not_depend_on_what_shares_its_call(base, steps):
     small = slots_of(base, [2] * 6)
     assert sum(slot.layout.num_params for slot in small[:2]) <= GROUP_PARAMS
     alone = slots_of(base, [2] * 6)
@@ -84,9 +93,9 @@ def test_a_step_does_not_depend_on_what_shares_its_call(base):
         for slot in slots:
             slot.rows["grad"] = torch.randn(slot.layout.num_params, generator=generator)
     params = [params_of(number) for number in range(6)]
-    optim_steps(small, params)
+    steps(small, params)
     for slot, own in zip(alone, params, strict=True):
-        optim_steps([slot], [own])
+        steps([slot], [own])
     for one, other in zip(small, alone, strict=True):
         for part in ("param", "m", "v"):
             assert torch.equal(one.rows[part], other.rows[part])

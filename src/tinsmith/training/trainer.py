@@ -14,10 +14,9 @@ from tinsmith.training.footprint import measure
 from tinsmith.training.full import FullPass, JointPass
 from tinsmith.training.full_model import FullModel
 from tinsmith.training.heads import chunk_tokens, make_head
-from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import BYTES_PER_PARAM, PARTS, RunSlot, Weights
 from tinsmith.training.shortage import is_out_of_memory, memory_for, reclaim
-from tinsmith.training.steps import optim_steps_for
+from tinsmith.training.steps import full_steps_for, optim_steps_for
 from tinsmith.training.training_pass import TorchPass
 from tinsmith.types import Failure, OptimItem, OptimResult, RunId, RunSpec, RunState, TrainItem
 
@@ -29,7 +28,9 @@ class Trainer:
         self._base = base
         self._chunk_tokens = chunk_tokens(base, settings.loss_chunk_tokens)
         self._head = make_head(base, self._chunk_tokens, deterministic=settings.deterministic)
-        self._optim_steps = optim_steps_for(base.device)
+        may_compile = settings.compiled_adapters
+        self._optim_steps = optim_steps_for(base.device, may_compile=may_compile)
+        self._full_steps = full_steps_for(base.device, may_compile=may_compile)
         self._deterministic = settings.deterministic
         self.budget = Budget(settings, base.device)
         self._slots: dict[RunId, RunSlot] = {}
@@ -116,7 +117,7 @@ class Trainer:
     def optim_step(self, items: Sequence[OptimItem]) -> list[OptimResult | Failure]:
         with memory_for("the optimizer step"):
             outcomes: dict[RunId, OptimResult | Failure] = {}
-            for is_full, step in ((False, self._optim_steps), (True, optim_steps)):
+            for is_full, step in ((False, self._optim_steps), (True, self._full_steps)):
                 own = [item for item in items if self._slots[item.run_id].spec.is_full == is_full]
                 found = step([self._slots[item.run_id] for item in own], [item.params for item in own])
                 outcomes |= {item.run_id: outcome for item, outcome in zip(own, found, strict=True)}
