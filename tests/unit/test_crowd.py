@@ -39,9 +39,7 @@ class Door:
     def __post_init__(self) -> None:
         self.crowd = Crowd(self.most)
 
-    def come(
-        self, tenant_id: TenantId | None = None, *, can_leave: bool = True, is_poll: bool = True
-    ) -> Guest | None:
+    def come(self, tenant_id: TenantId | None = None, *, can_leave: bool = True, is_poll: bool = True) -> Guest | None:
         """Who is turned away is gone at once."""
         guest = Guest(can_leave)
         is_in = self.crowd.come(guest) and (tenant_id is None or self.crowd.settle(guest, tenant_id, is_poll=is_poll))

@@ -11,9 +11,9 @@ import asyncio
 import ssl
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-from uvicorn.server import Protocols, ServerState
+from uvicorn.server import ServerState
 
 from tinsmith.api.connection import READ_BYTES, Connection
 from tinsmith.api.crowd import Crowd
@@ -37,14 +37,14 @@ class Handshake(asyncio.Protocol):
     ) -> None:
         self._context, self._crowd = context, crowd
         self._make, self._options = make, {**options, "server_state": server_state}
-        self._known = server_state.connections  # to the server, which ends with them
+        self._known: set[Any] = server_state.connections  # to the server, which ends with them
         self._loop = asyncio.get_running_loop()
         self._early = b""  # what came with the end of the handshake
         self._lingers_until = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
-        self._known.add(cast(Protocols, self))
+        self._known.add(self)
         self._crowd.come(self)  # where there is no room now, there may be some when it is through; else it is told then
         self._task = self._loop.create_task(self._secure(transport), name="handshake")
 
@@ -59,7 +59,7 @@ class Handshake(asyncio.Protocol):
             return
         finally:
             self._crowd.gone(self)
-            self._known.discard(cast(Protocols, self))
+            self._known.discard(self)
         if secured is not None and not secured.is_closing():  # it was closed meanwhile
             self._hand_over(secured, transport)
 
