@@ -83,7 +83,7 @@ def test_who_never_shakes_hands_makes_room_the_oldest_first(few: None, live: Liv
         with Secured(live.url) as tenant:
             assert status_of(tenant, house.key) == 200
             assert num_known(live) <= MOST
-            until(lambda: streams[2 * MOST].has_answer(), WITHIN_S, lambda: "the oldest has stayed")
+            until(streams[2 * MOST].has_answer, WITHIN_S, lambda: "the oldest has stayed")
             assert not streams[-1].has_answer()
 
 

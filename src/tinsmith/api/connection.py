@@ -82,7 +82,7 @@ class Connection(H11Protocol):
         self._is_leaving = False  # the next answer is the last one
         self._has_been_parsed = False  # by h11, any of it
         self._lingers_until = self._refused_until = 0.0
-        self._stay = Stay(lambda: self._wire.cut(), self._settle)
+        self._stay = Stay(self._cut, self._settle)
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
@@ -104,6 +104,9 @@ class Connection(H11Protocol):
         if self._looking is not None:
             self._looking.cancel()
         super().connection_lost(exc)
+
+    def _cut(self) -> None:
+        self._wire.cut()
 
     def _settle(self, tenant_id: TenantId, is_poll: bool) -> None:
         """Raises: CapacityError: the tenant has as many as it may; the answer that says so is the last one here."""

@@ -185,12 +185,11 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
     settings = services.settings
     certificate = Certificate(Path(settings.tls_certificate), Path(settings.tls_key)) if settings.has_tls else None
     crowd = Crowd(most_connections())
-    protocol: Callable[..., asyncio.Protocol] = partial(
-        Connection, Express(services, app.state[KEYS], app.state[BUDGET]), crowd
-    )
+    connect = partial(Connection, Express(services, app.state[KEYS], app.state[BUDGET]), crowd)
+    protocol: Callable[..., asyncio.Protocol] = connect
     if certificate is not None:
         use_small_buffers()
-        protocol = partial(Handshake, certificate.context, crowd, protocol)
+        protocol = partial(Handshake, certificate.context, crowd, connect)
     config = uvicorn.Config(
         with_edge(app, is_tls=settings.has_tls),
         host=settings.host,

@@ -19,7 +19,8 @@ class Stay:
 
     Args:
         cut: closes the connection at once.
-        settle: has it count as a tenant's (whether it brings a poll); raises CapacityError if that has as many as it may.
+        settle: has it count as a tenant's, that brings a poll or something else; raises CapacityError if the tenant has
+            as many as it may.
     """
 
     __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end", "settle", "tenant_id")

@@ -42,8 +42,8 @@ class Wire:
         self._lowest.abort()
 
     def hang_up(self) -> None:
-        """Close it once all is written. Under TLS asyncio would wait half a minute for the client's farewell, and hold a
-        file so long."""
+        """Close it once all is written. Under TLS asyncio would wait half a minute for the client's farewell, with a
+        file open."""
         if not self._transport.is_closing():
             self._transport.close()
         if not self.num_waiting():
