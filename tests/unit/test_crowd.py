@@ -39,11 +39,12 @@ class Door:
     def __post_init__(self) -> None:
         self.crowd = Crowd(self.most)
 
-    def come(self, tenant_id: TenantId | None = None, *, can_leave: bool = True) -> Guest | None:
+    def come(self, tenant_id: TenantId | None = None, *, can_leave: bool = True, is_poll: bool = True) -> Guest | None:
         """Who is turned away is gone at once."""
         guest = Guest(can_leave)
-        is_in = self.crowd.come(guest) and (tenant_id is None or self.crowd.settle(guest, tenant_id))
-        self.inside = [(there, of) for there, of in self.inside if not there.has_left]
+        is_in = self.crowd.come(guest) and (tenant_id is None or self.crowd.settle(guest, tenant_id, is_poll=is_poll))
+        if len(self.crowd) <= len(self.inside):
+            self.inside = [(there, of) for there, of in self.inside if not there.has_left]
         if not is_in:
             self.crowd.gone(guest)
             return None
@@ -108,18 +109,18 @@ def test_a_stranger_who_is_answered_is_left_alone() -> None:
 
 
 def test_who_was_turned_away_makes_room_until_he_is_gone() -> None:
-    crowd = Crowd(16)
-    for _ in range(14):
-        assert crowd.settle(Guest(can_leave=False), ALICE)
-    refused = [Guest() for _ in range(2)]
+    crowd = Crowd(24)
+    for _ in range(21):
+        assert crowd.settle(Guest(can_leave=False), ALICE, is_poll=True)
+    refused = [Guest() for _ in range(3)]
     for guest in refused:
         assert crowd.come(guest)
-        assert not crowd.settle(guest, ALICE)
+        assert not crowd.settle(guest, ALICE, is_poll=True)
     for number, tenant_id in enumerate((BOB, TenantId("carol"))):
         came = Guest()
         assert crowd.come(came)
-        assert crowd.settle(came, tenant_id)
-        assert [guest.has_left for guest in refused] == [True, number == 1]
+        assert crowd.settle(came, tenant_id, is_poll=True)
+        assert [guest.has_left for guest in refused] == [True, number == 1, False]
 
 
 def test_strangers_that_make_room_leave_no_tenant_more_than_its_share() -> None:
@@ -143,6 +144,54 @@ def test_where_one_cuts_nothing_short_many_others_still_get_their_next() -> None
         assert door.come(tenant_id)
     assert door.counts()[ALICE] == 88
     assert door.come(BOB)
+
+
+def test_for_what_is_no_poll_ones_own_poll_makes_room() -> None:
+    """Else whoever has one connection where they are scarce, and polls on it, could ask nothing. Its next poll can't:
+    that one would come again at once, and drive out another."""
+    door = Door(64)
+    tenants = [TenantId(f"t{number}") for number in range(70)]
+    polls = {tenant_id: door.come(tenant_id) for tenant_id in tenants}
+    alice = tenants[0]
+    own = polls[alice]
+    assert own is not None
+    assert door.come(alice) is None
+    assert not own.has_left
+    asked = door.come(alice, can_leave=False, is_poll=False)
+    assert asked is not None
+    assert own.has_left
+    assert door.counts()[alice] == 1
+    assert door.come(alice, is_poll=False) is None  # what it has is under way
+    assert not any(guest.has_left for tenant_id, guest in polls.items() if guest is not None and tenant_id != alice)
+
+
+def test_where_the_largest_cuts_nothing_the_next_makes_room() -> None:
+    door = Door(80)
+    while door.come(ALICE, can_leave=False):
+        pass
+    while door.come(BOB):
+        pass
+    assert door.counts() == {ALICE: 70, BOB: 5}
+    for _ in range(3):
+        while door.come(TenantId("carol")):
+            pass
+    counts = door.counts()
+    assert counts[ALICE] == 70
+    assert abs(counts[BOB] - counts[TenantId("carol")]) <= 1
+
+
+def test_tenants_that_cut_nothing_leave_a_door_for_who_comes() -> None:
+    """And whoever comes shows a key there, and is told so if there's no room for it."""
+    door = Door(64)
+    for number in range(100):
+        door.come(TenantId(f"t{number}"), can_leave=False)
+    assert door.counts().total() == 62
+    assert None not in [door.come() for _ in range(10)]
+
+
+@pytest.mark.parametrize("most", range(1, 10))
+def test_the_first_is_let_in_however_few_there_may_be(most: int) -> None:
+    assert Door(most).come(ALICE)
 
 
 @pytest.mark.parametrize("seed", range(5))

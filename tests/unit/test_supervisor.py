@@ -269,6 +269,28 @@ def test_a_child_that_stopped_while_it_starts_does_not_hold_up_the_end(watch: Ca
     assert not is_alive(first)
 
 
+def test_the_second_that_memory_ran_out_for_is_not_taken_for_killed_by_hand(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are counted by the time that the first death is told."""
+    counts = iter([7, 9])
+    monkeypatch.setattr("tinsmith.serve.supervisor.num_oom_kills", lambda: next(counts, 9))
+    monkeypatch.setattr("tinsmith.serve.supervisor.OOM_S", 5.0)
+    deaths: list[bool] = []
+    watched = watch(
+        pulsing(SLEEP), patience=Patience(5.0, 3600.0), on_death=lambda name, is_excused: deaths.append(is_excused)
+    )
+    until(lambda: "up" in watched.lines, 20)
+    for num in (1, 2):
+        os.kill(watched.pids[-1][0], signal.SIGKILL)
+        until(lambda num=num: min(watched.lines.count("up"), len(watched.pids)) > num, 20)
+    monkeypatch.setattr("tinsmith.serve.supervisor.OOM_S", 0.0)
+    os.kill(watched.pids[-1][0], signal.SIGKILL)
+    until(lambda: len(deaths) == 3, 20)
+    watched.stop()
+    assert deaths == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("code", "number", "oom_kills", "excused"),
     [

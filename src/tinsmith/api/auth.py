@@ -168,7 +168,7 @@ def key_guard(keys: KeyCache, underway: Underway) -> Guard:
         host = connection.client.host if connection.client is not None else ""
         principal = await keys.principal(secret_of(connection), address_of(host))
         connection.scope["user"] = principal
-        underway.begin(principal.key_id, principal.tenant_id)
+        underway.begin(principal.key_id, principal.tenant_id, connection.scope["path"])
         CALLER.set(principal.tenant_id)
         bind_contextvars(tenant=principal.tenant_name, tenant_id=principal.tenant_id)
 

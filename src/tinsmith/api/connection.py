@@ -10,13 +10,9 @@ in `intake`, what may be written in `outgo`.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import re
 import resource
-import struct
-import termios
 from collections.abc import Coroutine
-from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from http import HTTPStatus
@@ -34,6 +30,7 @@ from tinsmith.api.marks import request_id_of, security_headers
 from tinsmith.api.pressure import DEAF_S
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.api.ticks import ticks_of
+from tinsmith.api.wire import Wire
 from tinsmith.errors import CapacityError, RequestTimeoutError, TinsmithError, UserError
 from tinsmith.observe.metrics import OTHER
 from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
@@ -74,9 +71,11 @@ class Connection(H11Protocol):
     What comes between two requests is offered to the express lane first, and h11 never sees what that takes.
     """
 
-    def __init__(self, express: Lane, crowd: Crowd, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, express: Lane, crowd: Crowd, *args: Any, beneath: asyncio.Transport | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
-        self._express, self._crowd = express, crowd
+        self._express, self._crowd, self._beneath = express, crowd, beneath
         self._express_task: asyncio.Task[None] | None = None
         self._ticks = ticks_of(self.loop)
         self._early = b""  # what came while the express lane had a request
@@ -91,9 +90,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._wire = Wire(transport, self._beneath, WRITE_BYTES)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
-        transport.set_write_buffer_limits(high=WRITE_BYTES)
         if not self._crowd.come(self):
             self._refuse(CapacityError("the server has as many connections as it can hold: try again"), status=503)
         self._watch()
@@ -107,11 +106,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _cut(self) -> None:
-        self.transport.abort()
+        self._wire.cut()
 
-    def _settle(self, tenant_id: TenantId) -> None:
+    def _settle(self, tenant_id: TenantId, is_poll: bool) -> None:
         """Raises: CapacityError: the tenant has as many as it may; the answer that says so is the last one here."""
-        if not self._crowd.settle(self, tenant_id):
+        if not self._crowd.settle(self, tenant_id, is_poll=is_poll):
             self._is_leaving = True
             if self._is_in_cycle():
                 self.shutdown()
@@ -120,19 +119,19 @@ class Connection(H11Protocol):
             )
 
     def may_leave(self) -> bool:
-        if self.transport.get_write_buffer_size():  # its client doesn't take what it is told
+        if self._wire.num_waiting():  # its client doesn't take what it is told
             return self._stay.tenant_id is None or self._is_leaving
-        return self._stay.is_polling or not (self._is_at_work() or self._in_kernel(termios.FIONREAD))
+        return self._stay.is_polling or not (self._is_at_work() or self._wire.num_unseen())
 
     def leave(self) -> None:
         """To make room: at once if it is idle, else with the answer to its polls, which comes now."""
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+        if self._wire.num_waiting():
+            self._wire.cut()
         elif self._is_at_work():
             self._stay.release()
             self.shutdown()
         else:
-            self.transport.close()
+            self._wire.hang_up()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -217,7 +216,7 @@ class Connection(H11Protocol):
             is_last = self._is_leaving or answered.closes
             self._send(answered, is_last=is_last)
             if is_last:
-                self.transport.close()
+                self._wire.hang_up()
                 return
         if early:
             self.data_received(early)
@@ -271,6 +270,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._wire.hang_up()
         self._watch()
         self._look_later()
 
@@ -305,36 +306,25 @@ class Connection(H11Protocol):
 
     def _look_later(self) -> None:
         """See from time to time whether the client takes what waits for it."""
-        if self._looking is None and self.transport.get_write_buffer_size():
-            self._unread_bytes, self._num_idle_looks = self._num_unread(), 0
+        if self._looking is None and self._wire.num_waiting():
+            self._unread_bytes, self._num_idle_looks = self._wire.num_unread(), 0
             self._looking = self.loop.call_later(UNREAD_S / LOOKS, self._look)
 
     def _look(self) -> None:
         """Writers stop while much waits, so with each byte that the client takes less does."""
-        before, self._unread_bytes = self._unread_bytes, self._num_unread()
+        before, self._unread_bytes = self._unread_bytes, self._wire.num_unread()
         self._num_idle_looks = 0 if self._unread_bytes < before else self._num_idle_looks + 1
         self._looking = None
         if self._num_idle_looks >= LOOKS:
-            self.transport.abort()
-        elif self.transport.get_write_buffer_size():
+            self._wire.cut()
+        elif self._wire.num_waiting():
             self._looking = self.loop.call_later(UNREAD_S / LOOKS, self._look)
-
-    def _num_unread(self) -> int:
-        """Bytes that the client's machine has not taken: those that wait here, and those in the kernel."""
-        return self.transport.get_write_buffer_size() + self._in_kernel(termios.TIOCOUTQ)
-
-    def _in_kernel(self, which: int) -> int:
-        """Bytes that wait there: those that came (FIONREAD), or those that go (TIOCOUTQ)."""
-        num = bytearray(struct.calcsize("i"))
-        with suppress(OSError):
-            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), which, num)
-        return int(struct.unpack("i", num)[0])
 
     def _expire(self) -> None:
         has_begun = bool(self.conn.trailing_data[0])
         if self._owed is Owed.HEADER and has_begun:
             self._refuse(RequestTimeoutError(f"the request's header was not whole after {HEADER_S:g} s"))
-        self.transport.close()
+        self._wire.hang_up()
 
     def _refuse(self, error: TinsmithError, status: int | None = None) -> None:
         """Answer outside of any request, and close."""
@@ -361,7 +351,7 @@ class Connection(H11Protocol):
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")
             self._look_later()
-        self.transport.close()
+        self._wire.hang_up()
 
 
 @lru_cache(maxsize=1)

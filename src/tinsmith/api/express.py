@@ -129,7 +129,7 @@ class Express:
         structlog.contextvars.bind_contextvars(**marks)  # ends with the context, which is this request's own
         with traced as asked:
             try:
-                self._services.underway.begin(principal.key_id, principal.tenant_id)
+                self._services.underway.begin(principal.key_id, principal.tenant_id, path)
                 if path in FILLING:
                     with self._services.pressure.under_way(principal.tenant_id):
                         answer = await self._handlers[request.path](principal, request)

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from tinsmith.api.app import BUDGET, KEYS, build_app, with_edge
 from tinsmith.api.connection import HEADER_BYTES, Connection, most_connections, raise_file_limit
 from tinsmith.api.crowd import Crowd
 from tinsmith.api.express import Express
+from tinsmith.api.handshake import Handshake, use_small_buffers
 from tinsmith.api.metrics import listening
 from tinsmith.api.pieces import Pieces
 from tinsmith.api.services import ServedBase, Services
@@ -114,7 +115,7 @@ class Server(uvicorn.Server):
 
     def _linger(self) -> None:
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Connection):
+            if isinstance(connection, Connection | Handshake):
                 connection.linger(LINGER_S)
 
     def _on_relief(self, number: int, frame: FrameType | None) -> None:
@@ -183,7 +184,12 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
     app = build_app(services)
     settings = services.settings
     certificate = Certificate(Path(settings.tls_certificate), Path(settings.tls_key)) if settings.has_tls else None
-    express = Express(services, app.state[KEYS], app.state[BUDGET])
+    crowd = Crowd(most_connections())
+    connect = partial(Connection, Express(services, app.state[KEYS], app.state[BUDGET]), crowd)
+    protocol: Callable[..., asyncio.Protocol] = connect
+    if certificate is not None:
+        use_small_buffers()
+        protocol = partial(Handshake, certificate.context, crowd, connect)
     config = uvicorn.Config(
         with_edge(app, is_tls=settings.has_tls),
         host=settings.host,
@@ -195,10 +201,9 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         backlog=AT_ONCE,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="on",
-        http=cast("type[asyncio.Protocol]", partial(Connection, express, Crowd(most_connections()))),
+        http=cast("type[asyncio.Protocol]", protocol),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
-        ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
     )
     return Server(config, services.waiters, pulse or Pulse(None), certificate)
 

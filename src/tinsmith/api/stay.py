@@ -19,12 +19,13 @@ class Stay:
 
     Args:
         cut: closes the connection at once.
-        settle: has it count as a tenant's; raises CapacityError if that has as many as it may.
+        settle: has it count as a tenant's, that brings a poll or something else; raises CapacityError if the tenant has
+            as many as it may.
     """
 
     __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end", "settle", "tenant_id")
 
-    def __init__(self, cut: Callable[[], None], settle: Callable[[TenantId], None]) -> None:
+    def __init__(self, cut: Callable[[], None], settle: Callable[[TenantId, bool], None]) -> None:
         self._futures: set[asyncio.Future[Any]] = set()
         self.is_over = False
         self.cut, self.settle = cut, settle

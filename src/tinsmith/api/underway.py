@@ -12,6 +12,8 @@ from weakref import WeakSet
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.types import TenantId
 
+POLLS = frozenset({"/api/v1/retrieve_future", "/api/v1/retrieve_futures"})
+
 
 class Underway:
     def __init__(self) -> None:
@@ -26,8 +28,9 @@ class Underway:
         """Keys that open connections use."""
         return set(self._stays)
 
-    def begin(self, key_id: str, tenant_id: TenantId | None = None) -> None:
-        """The connection that is being answered uses this key now. tenant_id: whose the key is, if it was shown.
+    def begin(self, key_id: str, tenant_id: TenantId | None = None, path: str = "") -> None:
+        """The connection that is being answered uses this key now. tenant_id: whose the key is, if it was shown. path:
+        what is asked.
 
         Raises:
             CapacityError: connections are scarce, and the tenant has as many as it may.
@@ -43,7 +46,7 @@ class Underway:
             stay.on_end = self._ended
         if tenant_id is not None and stay.tenant_id != tenant_id:
             stay.tenant_id = tenant_id
-            stay.settle(tenant_id)
+            stay.settle(tenant_id, path in POLLS)
 
     def changed(self, key_id: str) -> None:
         """The key's end was moved: it is looked up anew."""

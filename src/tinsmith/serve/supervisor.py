@@ -30,6 +30,7 @@ log = structlog.get_logger("tinsmith.serve")
 UNUSABLE = 2  # the exit status of a child that says: not with these settings
 AGAIN_S = 1.0  # one press of Ctrl-C may arrive twice, through a wrapper such as timeout or make
 AWAY_S = 5 * BEAT_S  # a longer pause of this loop says that it was stopped itself
+OOM_S = 10.0  # who is killed so soon after another for whom memory ran out died of it too: both may have been counted
 LEAVE_S = 60.0  # for a process that was relieved
 
 
@@ -100,7 +101,7 @@ class Supervisor:
         self._grace_s = grace_s
         self._on_turn = on_turn
         self._listened_at = time.monotonic()
-        self._num_oom_kills = num_oom_kills()
+        self._num_oom_kills, self._ran_out_at = num_oom_kills(), float("-inf")
 
     def stop(self) -> None:
         """Ask `run` to end; a second time: to end at once. May be called from a signal handler or another thread."""
@@ -192,10 +193,8 @@ class Supervisor:
             raise ConfigError(
                 f"{child.spec.name} can't start: {_gist(process.last_lines[-1]) if process.last_lines else why}"
             )
-        num_kills = num_oom_kills()
-        is_excused = process.status == -signal.SIGKILL and not process.was_killed and num_kills == self._num_oom_kills
-        self._num_oom_kills = num_kills
-        self._on_death(child.spec.name, is_excused and num_kills is not None)
+        is_killed = process.status == -signal.SIGKILL and not process.was_killed
+        self._on_death(child.spec.name, is_killed and not self._may_have_run_out())
         if child.successor is not None:
             child.process, child.successor = child.successor, None
             log.error(f"{child.spec.name} died: {why}; its successor has started already")
@@ -211,6 +210,14 @@ class Supervisor:
             deaths_in_a_row=child.num_deaths,
             last_lines=process.last_lines if child.num_deaths > 1 else process.last_lines[-3:],
         )
+
+    def _may_have_run_out(self) -> bool:
+        """Whether memory ran out for what died just now, as far as the system tells."""
+        num_kills = num_oom_kills()
+        if num_kills != self._num_oom_kills:
+            self._ran_out_at = time.monotonic()
+        self._num_oom_kills = num_kills
+        return num_kills is None or time.monotonic() - self._ran_out_at < OOM_S
 
     def _restart_due(self) -> None:
         now = time.monotonic()
