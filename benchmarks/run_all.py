@@ -34,29 +34,31 @@ from tinsmith.serve.supervisor import available_cores
 HERE = Path(__file__).parent
 SMALL = "--layers 2 --vocab 4000"  # what would take minutes a round on the larger model
 SMALLEST = "--layers 1 --vocab 2000"
+PEFT = "--no-frozen --peft-runs 16"  # the floor has rows of its own; the peer's runs take turns
+GENERATE = "--generate-requests 8"  # likewise
 BESIDE = (  # the longest first
-    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALLEST}",
-    "sampler.py --only runs group --repeats 5",
-    f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL}",
-    "train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5",
-    "sample_vs_generate.py --cases 1:1 32:32 --repeats 5",
-    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 --defaults {SMALLEST}",
+    "sampler.py --only runs group deterministic memory --repeats 5",
     "training_rows.py --case 64x1x32-64 --repeats 5 --defaults --layers 2",
-    "sample_vs_generate.py --cases 1:1 32:32 --repeats 5 --rank 32",
+    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 {PEFT}",
+    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 --defaults {SMALLEST} {PEFT}",
+    f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALLEST} {PEFT}",
     "training_rows.py --short --repeats 5 --layers 1",
-    "train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5",
     "custom_loss.py --layers 2 --cases 16x64 --repeats 5",
-    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL}",
+    f"train_vs_peft.py --runs 16 --data 1 --tokens 32-64 --repeats 5 {PEFT}",
+    f"sample_vs_generate.py --cases 1:1 32:32 --repeats 5 --rank 32 {GENERATE}",
+    f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL} {PEFT}",
+    f"sample_vs_generate.py --cases 1:1 32:32 --repeats 5 {GENERATE}",
+    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL} {PEFT}",
 )
 ALONE = (
     "training_rows.py --case 64x1x32-64 --repeats 5 --layers 8",
-    "train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5",
+    f"train_vs_peft.py --runs 64 --data 1 --tokens 32-64 --repeats 5 {PEFT}",
     "optimizer.py",
     "optimizer.py --defaults --runs 16",
     "many_runs.py",
     "many_samplers.py",
     "whole_service.py",
-    "whole_service.py --defaults",
+    "whole_service.py --defaults --steps 2",
     "overlap.py",
     "latency.py",
     "control_plane.py",

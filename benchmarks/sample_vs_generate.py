@@ -2,10 +2,11 @@
 
 Both sides run the same weights in float32 with the same thread count, each request with its own LoRA adapter where the
 table says so (peft's `set_adapter` on the side of transformers). Timings are CPU time of the process; the sides
-alternate and the median of the repeats is shown.
+alternate and the median of the repeats is shown. With `--generate-requests` the peer, for whom a request takes as long
+whatever comes after it, answers so many of them in a repeat, in turn.
 
     python benchmarks/sample_vs_generate.py [--model DIR] [--random 512x8x32000] [--rank 16] [--threads 1] [--tokens 64]
-        [--repeats 3] [--cases 32:32]
+        [--repeats 3] [--cases 32:32] [--generate-requests 8]
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +128,14 @@ def run_sampler(sampler: Sampler, case: Case, vocab_size: int, num_tokens: int) 
     return steps
 
 
-def run_generate(model: torch.nn.Module, case: Case, vocab_size: int, num_tokens: int) -> float:
-    """Seconds for all requests, one after another, each with its adapter set."""
+def run_generate(
+    model: torch.nn.Module, case: Case, vocab_size: int, num_tokens: int, turn: range | None = None
+) -> float:
+    """Seconds for these requests (without `turn`: for all), one after another, each with its adapter set."""
+    asked = prompts(case, vocab_size)
     started = time.process_time()
-    for index, prompt in enumerate(prompts(case, vocab_size)):
+    for index in range(len(asked)) if turn is None else turn:
+        prompt = asked[index]
         if case.num_adapters:
             model.set_adapter(f"run{index % case.num_adapters}")
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
@@ -140,6 +146,13 @@ def run_generate(model: torch.nn.Module, case: Case, vocab_size: int, num_tokens
     return time.process_time() - started
 
 
+def turns(num_requests: int, size: int) -> list[range]:
+    """All of them, so many at a time; 0: at once."""
+    return [
+        range(num_requests)[at : at + (size or num_requests)] for at in range(0, num_requests, size or num_requests)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY), help="a Hugging Face model directory")
@@ -148,6 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each request")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--generate-requests", type=int, default=0, help="of the peer in a repeat, in turn; 0: all")
     parser.add_argument("--cases", nargs="+", default=CASES, help="SEQUENCES:ADAPTERS")
     rows.add_flag(parser)
     args = parser.parse_args()
@@ -175,13 +189,13 @@ def main() -> None:
         run_sampler(sampler, case, vocab_size, 4)
         run_generate(model, Case(1, min(1, case.num_adapters)), vocab_size, 4)
         ours, theirs = [], []
-        for _ in range(args.repeats):
+        for turn in islice(cycle(turns(case.num_sequences, args.generate_requests)), args.repeats):
             ours.append(run_sampler(sampler, case, vocab_size, args.tokens))
-            theirs.append(run_generate(model, case, vocab_size, args.tokens))
+            theirs.append(len(turn) * args.tokens / run_generate(model, case, vocab_size, args.tokens, turn))
         total = case.num_sequences * args.tokens
         step_ms = 1e3 * statistics.median(step for steps in ours for step in steps)
         speed = total / statistics.median(sum(steps) for steps in ours)
-        reference = total / statistics.median(theirs)
+        reference = statistics.median(theirs)
         print(
             f"| {case.num_sequences} | {case.num_adapters or 'none'} | {step_ms:.2f} | {speed:.0f} | {reference:.0f} | "
             f"{speed / reference:.1f} |",

@@ -1,16 +1,17 @@
 """The sampler against itself: many runs or one, a shared prompt or one each, and what others notice of a long prompt.
 
-* `runs`: 32 sequences of 32 runs against 32 of one run: adapters of rank 16 on the layers alone, the same with the
-  head, and what the SDK's clients get without a word, rank 32 with the head.
+* `runs`: 32 sequences of 32 runs against 32 of one run: adapters of rank 16 on the layers alone, and what the SDK's
+  clients get without a word, rank 32 with the head.
 * `group`: 16 samples of a prompt of 512 tokens against 16 requests that compute it each.
 * `long`: the steps of a sequence that is decoded while a prompt of 8,192 tokens comes in, and how long that one waits.
-* `memory`: requests that may fill the context, in a memory that holds few of them: given as they grow, or safely
-  reserved for the longest (`--deterministic`).
+* `deterministic`: what deterministic mode costs 32 sequences of 32 runs, and one alone.
+* `memory`: what it costs where memory is scarce: requests that may fill all of it, and end early. Memory is given as
+  they grow, or safely reserved for the longest.
 * `steps`: what a step costs beside the walk over the base, with 32 to 1,024 sequences.
 
 Random weights in float32, CPU time of the process; arms alternate, and the median of the repeats is shown.
 
-    python benchmarks/sampler.py [--only runs group long memory steps] [--repeats 5]
+    python benchmarks/sampler.py [--only runs group deterministic long memory steps] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from sample_vs_generate import NoText, make_states, random_base
 from transformers.utils import logging
 
 from tinsmith.config import Settings
-from tinsmith.model import BaseModel
+from tinsmith.model import BaseModel, load_base
 from tinsmith.sampling import Sampler
-from tinsmith.types import OpId, SampleItem, SamplingParams, Targets
+from tinsmith.types import OpId, RunState, SampleItem, SamplingParams, Targets
 
 MIDDLE = "512x8x32000"
 SMALL = "256x4x8192"
@@ -75,7 +76,7 @@ def ratio(repeats: int, one: Callable[[], float], other: Callable[[], float]) ->
 
 
 def bench_runs(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
-    return [runs_row(base, args, rank, has_head) for rank, has_head in ((16, False), (16, True), (32, True))]
+    return [runs_row(base, args, rank, has_head) for rank, has_head in ((16, False), (32, True))]
 
 
 def runs_row(base: BaseModel, args: argparse.Namespace, rank: int, has_head: bool) -> rows.Row:
@@ -109,6 +110,29 @@ def bench_group(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
         print(f"16 x {num_tokens} tokens after 512: {shared:.2f} s; as 16 requests: {alone:.2f} s; {times:.1f} x")
         what = f"group sampling, 16 x {num_tokens} tokens after 512: shared prompt / one each, CPU time"
         found.append(rows.Row(what, times, "x", target, args.repeats))
+    return found
+
+
+def bench_deterministic(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
+    stable = load_base(base.info, device=torch.device("cpu"), dtype=torch.float32, deterministic=True)
+    found = []
+    for num, rank, has_head in ((32, 16, False), (32, 32, True), (1, 16, False)):
+        states = make_states(base, num, rank, Targets(unembed=has_head))
+        items = [request(i, 32, base.info.vocab_size, NEW_TOKENS, f"run{i}") for i in range(num)]
+
+        def arm(
+            of: BaseModel, deterministic: bool, states: list[RunState] = states, items: Sequence[SampleItem] = items
+        ) -> Callable[[], float]:
+            sampler = Sampler(of, Settings(deterministic=deterministic), NoText())
+            for state in states:
+                sampler.add_adapter(state.spec.run_id, state)
+            return lambda: sum(run(sampler, items))
+
+        usual, slower, times = ratio(args.repeats, arm(base, False), arm(stable, True))
+        case = f"{num} sequence(s) with {num} adapter(s) of rank {rank}{' with the head' if has_head else ''}"
+        print(f"{case}: {usual:.2f} s; deterministic: {slower:.2f} s; {times:.2f} x")
+        what = f"sampling, {case}, hidden {base.head.in_features}: deterministic / default, CPU time"
+        found.append(rows.Row(what, times, "x", "" if has_head else "< 1.4", args.repeats))
     return found
 
 
@@ -161,11 +185,10 @@ def bench_memory(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
         made = replace(settings, deterministic=deterministic)
         return lambda: sum(run(Sampler(base, made, NoText(), kv_blocks=32), items))
 
-    given, reserved, times = ratio(min(2, args.repeats), arm(False), arm(True))
-    print(
-        f"24 open-ended requests in 32 blocks: {given:.2f} s; reserved for the longest: {reserved:.2f} s; {times:.1f} x"
-    )
-    return [rows.Row("open-ended requests in little memory: preemption / safe order, CPU time", times, "x", "", 2)]
+    given, reserved, times = ratio(args.repeats, arm(False), arm(True))
+    print(f"24 open-ended requests in 32 blocks: {given:.2f} s; deterministic: {reserved:.2f} s; {times:.1f} x")
+    what = "sampling, 24 open-ended requests in memory for 16: deterministic / default, CPU time"
+    return [rows.Row(what, times, "x", "< 1.4", args.repeats)]
 
 
 def bench_steps(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
@@ -202,6 +225,7 @@ def bench_steps(base: BaseModel, args: argparse.Namespace) -> list[rows.Row]:
 BENCHES: dict[str, tuple[str, Callable[[BaseModel, argparse.Namespace], list[rows.Row]]]] = {
     "runs": (MIDDLE, bench_runs),
     "group": (MIDDLE, bench_group),
+    "deterministic": (MIDDLE, bench_deterministic),
     "long": (SMALL, bench_long),
     "memory": (SMALL, bench_memory),
     "steps": (SMALL, bench_steps),

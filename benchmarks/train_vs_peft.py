@@ -2,9 +2,10 @@
 
 Prints tokens per CPU-second of one forward and backward for many runs, ours against peft's `set_adapter` loop, both in
 this process, on the same random weights, interleaved; medians. With `--defaults` both have the SDK's own settings: rank
-32 on all layers and the output head. `frozen` is the shared pass without any adapter: the floor.
+32 on all layers and the output head. `frozen` is the shared pass without any adapter: the floor. With `--peft-runs` the
+peer, which takes as long for each run whatever stands beside it, computes so many of them in a repeat, in turn.
 
-    python benchmarks/train_vs_peft.py --runs 16 64 --tokens 32-64
+    python benchmarks/train_vs_peft.py --runs 16 64 --tokens 32-64 [--peft-runs 16] [--no-frozen]
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import chain, cycle
 
 from tinsmith.machine.cpu import OPENMP, math_env
 
@@ -68,20 +69,21 @@ def report(num_runs: int, args: argparse.Namespace, info: BaseInfo) -> None:
     lengths = rng.integers(low, high + 1, num_runs)
     data = [[make_datum(rng, n, args.vocab) for _ in range(args.data)] for n in lengths]
     arms = {"peft": peft_arm(data, args, info), "ours": our_arm(data, args, info, adapters=True)}
-    arms["frozen"] = our_arm(data, args, info, adapters=False)
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    if not args.no_frozen:
+        arms["frozen"] = our_arm(data, args, info, adapters=False)
+    rates: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(args.repeats + 1):
         for name, arm in arms.items():
             started = time.process_time()
-            arm()
+            num_tokens = arm()
             if repeat:
-                times[name].append(time.process_time() - started)
-    tokens = sum(datum.num_tokens for own in data for datum in own)
-    rate = {name: tokens / statistics.median(values) for name, values in times.items()}
+                rates[name].append(num_tokens / (time.process_time() - started))
+    rate = {name: statistics.median(values) for name, values in rates.items()}
     ratio = rate["ours"] / rate["peft"]
+    floor = (f"{rate['frozen']:.0f}", f"{rate['ours'] / rate['frozen']:.2f}") if "frozen" in rate else ("", "")
     print(
-        f"| {num_runs} | {args.data} x {args.tokens} | {tokens} | {rate['peft']:.0f} | {rate['ours']:.0f} | "
-        f"{rate['frozen']:.0f} | {ratio:.2f} | {rate['ours'] / rate['frozen']:.2f} |",
+        f"| {num_runs} | {args.data} x {args.tokens} | {count(data)} | {rate['peft']:.0f} | {rate['ours']:.0f} | "
+        f"{floor[0]} | {ratio:.2f} | {floor[1]} |",
         flush=True,
     )
     defaults = ", SDK's defaults" if args.defaults else ""
@@ -92,8 +94,12 @@ def report(num_runs: int, args: argparse.Namespace, info: BaseInfo) -> None:
     rows.save(args.rows, [rows.Row(what, ratio, "x", target, args.repeats)])
 
 
-def our_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo, *, adapters: bool) -> Callable[[], Any]:
-    """One pass over all runs, or the same walk over the base alone."""
+def count(data: list[list[Datum]]) -> int:
+    return sum(datum.num_tokens for own in data for datum in own)
+
+
+def our_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo, *, adapters: bool) -> Callable[[], int]:
+    """One pass over all runs, or the same walk over the base alone; how many tokens these were."""
     base = (
         load_base(info, device=torch.device("cpu"), dtype=torch.float32) if adapters else no_adapters.frozen_base(info)
     )
@@ -106,17 +112,20 @@ def our_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo, *
         trainer.create_run(RunSpec(run, info.name, rank, index, targets))
         items.append(TrainItem(OpId(run), run, 1, tuple(own), LossSpec("cross_entropy"), backward=True))
 
-    def step() -> None:
+    def step() -> int:
         training_pass = trainer.start_pass(items)
         while training_pass.advance(args.max_tokens):
             pass
         training_pass.commit()
+        return count(data)
 
     return step
 
 
-def peft_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo) -> Callable[[], None]:
-    """Each adapter in turn, its data as one batch (they are equally long), loss from `labels`."""
+def peft_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo) -> Callable[[], int]:
+    """Each adapter in turn, its data as one batch (they are equally long), loss from `labels`. All of them at first, so
+    that all have their memory, then as many at a time as `--peft-runs` says.
+    """
     model = AutoModelForCausalLM.from_pretrained(info.path, dtype=torch.float32)
     config = LoraConfig(r=args.rank, lora_alpha=32, target_modules=[*LINEARS, *["lm_head"] * args.defaults])
     peft = get_peft_model(model, config, adapter_name="r000")
@@ -124,12 +133,20 @@ def peft_arm(data: list[list[Datum]], args: argparse.Namespace, info: BaseInfo) 
         peft.add_adapter(f"r{index:03}", config)
     batches = [torch.from_numpy(np.stack([d.tokens for d in own])).long() for own in data]
 
-    def step() -> None:
-        for index, tokens in enumerate(batches):
+    turns = chain([range(len(data))], cycle(batched(range(len(data)), args.peft_runs or len(data))))
+
+    def step() -> int:
+        turn = next(turns)
+        for index in turn:
             peft.set_adapter(f"r{index:03}")
-            peft(input_ids=tokens, labels=tokens).loss.backward()
+            peft(input_ids=batches[index], labels=batches[index]).loss.backward()
+        return count([data[index] for index in turn])
 
     return step
+
+
+def batched(indices: range, size: int) -> list[range]:
+    return [indices[at : at + size] for at in range(0, len(indices), size)]
 
 
 def make_datum(rng: np.random.Generator, length: int, vocab: int) -> Datum:
@@ -159,6 +176,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=USEFUL_TOKENS["cpu"], help="tokens in one pack")
+    parser.add_argument("--peft-runs", type=int, default=0, help="that the peer computes in a repeat, in turn; 0: all")
+    parser.add_argument("--no-frozen", action="store_true", help="without the floor, which training_rows.py measures")
     parser.add_argument("--plain-mkl", action="store_true", help="without MKL's bitwise mode (MKL_CBWR)")
     rows.add_flag(parser)
     args = parser.parse_args()

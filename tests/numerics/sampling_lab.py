@@ -58,7 +58,7 @@ def with_blocks(base: BaseModel, total: int, max_need: int | None = None, **sett
     """
     sampler = Sampler(base, Settings(**settings), Letters(), kv_blocks=total)
     if max_need is not None:
-        memory = Memory(sampler.memory.kv, max_need, sampler.memory.keeps_all)
+        memory = Memory(sampler.memory.kv, max_need)
         sampler.memory = sampler._stages.memory = memory
     return sampler
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.numerics.sampling_lab import make_sampler, mixed_states, prompt, run_all, sample, with_blocks
+from tests.numerics.sampling_lab import (
+    assert_same_sample,
+    make_sampler,
+    mixed_states,
+    prompt,
+    run_all,
+    sample,
+    with_blocks,
+)
 from tinsmith.sampling import Sampler
 from tinsmith.types import SampleCost, SampleResult
 
@@ -76,21 +84,28 @@ def test_requests_that_may_need_all_run_together_and_end_as_they_would_alone(bas
     assert_nothing_is_held(sampler)
 
 
-def test_that_is_what_the_bankers_order_can_not_do(base, crowd):
-    states, items, alone = crowd
-    sampler = with_blocks(base, 8, deterministic=True)
-    for key, state in states.items():
-        sampler.add_adapter(key, state)
-    for item in items[:4]:
-        sampler.submit(item)
-    most, results = 0, {}
-    while sampler.num_samples:
-        results.update(sampler.step())
-        most = max(most, len(sampler._stages.running))
-    assert most == 1
-    assert sampler.preemptions.num_preempted == 0
-    for item in items[:4]:
-        assert_like(results[item.op_id], alone[item.op_id])
+def test_in_deterministic_mode_they_end_with_the_same_bits(base, crowd):
+    """What gave its memory back starts again from its first token; nobody who listens hears a token twice."""
+    states, items, _ = crowd
+    items = [replace(item, num_samples=1 + i % 2) for i, item in enumerate(items[:12])]
+    alone, results, heard = {}, {}, {item.op_id: [] for item in items}
+    for total, found in ((400, alone), (10, results)):
+        sampler = with_blocks(base, total, deterministic=True, prefix_cache_mib=8)
+        for key, state in states.items():
+            sampler.add_adapter(key, state)
+        for item in items:
+            sampler.submit(item)
+        while sampler.num_samples:
+            found.update(sampler.step())
+            for piece in sampler.progress({name: {0: len(tokens), 1: 10**6} for name, tokens in heard.items()}):
+                heard[piece.op_id] += piece.sequence.tokens.tolist()
+        assert (sampler.preemptions.num_preempted > 0) == (total == 10)
+        assert_nothing_is_held(sampler)
+        for name, tokens in heard.items():
+            assert tokens == found[name].sequences[0].tokens.tolist()[: len(tokens)]
+            tokens.clear()
+    for item in items:
+        assert_same_sample(results[item.op_id], alone[item.op_id])
 
 
 def test_groups_give_back_their_prompts_too(base):

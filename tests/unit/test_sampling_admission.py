@@ -3,7 +3,6 @@
 import numpy as np
 
 from tinsmith.sampling.admission import next_chunk, plan_prefill
-from tinsmith.sampling.blocks import Claim
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.sequence import Request, Sequence
@@ -55,19 +54,18 @@ def test_permission_is_asked_only_where_it_is_used():
     assert asked == [a]
 
 
-def test_what_a_request_claims():
-    one = request(100, max_tokens=100)
-    assert one.claim() == Claim(2, 4)
-    one.num_started = 1
-    assert one.claim() is None
-    assert Sequence(one, 0).claim(2) == Claim(2, 4)
-    group = request(100, num_samples=3, max_tokens=100)
-    assert group.claim() == Claim(2, 6)
-    group.num_started = 2
-    assert group.claim() == Claim(2, 4)
-    assert request(100, num_samples=3, max_tokens=1).claim() == Claim(2, 2)
-    assert request(64, max_tokens=1).claim() == Claim(1, 1)
-    assert request(64, max_tokens=2).claim() == Claim(1, 2)
+def test_what_a_request_holds_besides_its_sequences():
+    one, group = request(100, max_tokens=100), request(64, num_samples=3, max_tokens=1)
+    assert (one.prompt_blocks, group.prompt_blocks) == (2, 1)
+    one.num_started, group.num_started = 1, 2
+    assert (one.prompt_blocks, group.prompt_blocks) == (None, 1)
+
+
+def test_what_starts_again_keeps_its_first_token():
+    sequence = Sequence(request(64), 0, tokens=[5, 6, 7], logprobs=[-1.0, -2.0, -3.0], tops=[([1], [0.0])] * 3)
+    sequence.start_again()
+    assert (sequence.tokens, sequence.logprobs, len(sequence.tops)) == ([5], [-1.0], 1)
+    assert sequence.pending == (5, 64)
 
 
 def test_when_a_sequence_must_grow():
@@ -80,4 +78,3 @@ def test_when_a_sequence_must_grow():
     sequence.tokens = [5] * 64 + [6]
     assert sequence.must_grow
     assert sequence.pending == (6, 128)
-    assert sequence.repeated == (5, 127)

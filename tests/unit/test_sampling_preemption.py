@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_sampling_seats import request
-from tinsmith.sampling.blocks import Claim, FreeBlocks
+from tinsmith.sampling.blocks import FreeBlocks
 from tinsmith.sampling.preemption import choose_victim, spare_blocks
 from tinsmith.sampling.sequence import Request, Sequence
 
@@ -40,17 +40,17 @@ def test_what_is_left_free_for_those_that_grow() -> None:
     assert spare_blocks(64, 4, num_preempted=3) == 4
 
 
-def test_what_is_free_is_granted_whatever_may_be_needed() -> None:
+def test_what_is_free_is_granted() -> None:
     blocks = FreeBlocks(8, owner_total=6)
-    assert blocks.try_update({1: Claim(3, 8)}, "a")
-    assert not blocks.try_update({2: Claim(2, 8)}, "b", spare=4)
-    assert blocks.try_update({2: Claim(2, 8)}, "b", spare=3)
-    assert not blocks.try_update({1: Claim(7, 8)}, "a")
+    assert blocks.try_update({1: 3}, "a")
+    assert not blocks.try_update({2: 2}, "b", spare=4)
+    assert blocks.try_update({2: 2}, "b", spare=3)
+    assert not blocks.try_update({1: 7}, "a")
     assert not blocks.is_at_bound("a")
-    assert blocks.try_update({1: Claim(6, 8)}, "a")
+    assert blocks.try_update({1: 6}, "a")
     assert blocks.is_at_bound("a")
     assert blocks.num_held == 8
-    assert not blocks.try_update({2: Claim(3, 8)}, "b")
+    assert not blocks.try_update({2: 3}, "b")
     blocks.release(1, "a")
     blocks.release(1, "a")
     assert (blocks.num_held, blocks.held_by("a"), blocks.held_by("b")) == (2, 0, 2)
@@ -58,15 +58,15 @@ def test_what_is_free_is_granted_whatever_may_be_needed() -> None:
 
 def test_alone_nothing_need_stay_free() -> None:
     blocks = FreeBlocks(4)
-    assert blocks.try_update({1: Claim(4, 4)}, "a", spare=2)
+    assert blocks.try_update({1: 4}, "a", spare=2)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=30))
-def test_the_ledger_is_the_sum_of_its_claims(changes: list[tuple[int, int]]) -> None:
+def test_the_ledger_is_the_sum_of_what_is_held(changes: list[tuple[int, int]]) -> None:
     blocks, held = FreeBlocks(9), {}
     for key, size in changes:
         owner = "ab"[key % 2]
-        if blocks.try_update({key: Claim(size, 9) if size else None}, owner):
+        if blocks.try_update({key: size or None}, owner):
             held[key] = size
         assert blocks.num_held == sum(held.values()) <= 9
         for name, parity in (("a", 0), ("b", 1)):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.test_sampling_admission import NoText
 from tinsmith.sampling.admission import Turns
-from tinsmith.sampling.blocks import BlockManager, Claim
+from tinsmith.sampling.blocks import FreeBlocks
 from tinsmith.sampling.rng import streams
 from tinsmith.sampling.scores import PromptScores
 from tinsmith.sampling.seats import Seats, fair_share
@@ -78,15 +78,14 @@ def test_prompts_take_turns() -> None:
     assert turns.sorted([*crowd[1:], other, one]) == [other, *crowd[1:], one]
 
 
-def test_no_owner_holds_all_blocks_and_all_can_still_finish() -> None:
-    blocks = BlockManager(16, owner_total=14)
+def test_no_owner_holds_all_blocks() -> None:
+    blocks = FreeBlocks(16, owner_total=14)
+    for i in range(8):
+        assert blocks.try_update({i: 2}, "a") == (i < 7)
+    assert blocks.held_by("a") == 14
+    assert not blocks.try_update({0: 3}, "a")
+    assert blocks.try_update({"b": 2}, "b")
     for i in range(7):
-        assert blocks.try_update({i: Claim(2, 4)}, "a") == (i < 6)
-    assert blocks.held_by("a") == 12
-    assert blocks.try_update({0: Claim(3, 4)}, "a")
-    assert not blocks.try_update({1: Claim(3, 4)}, "a")
-    assert blocks.try_update({"b": Claim(2, 2)}, "b")
-    for i in range(6):
         blocks.release(i, "a")
-    assert not blocks.try_update({"large": Claim(1, 15)}, "c")
-    assert blocks.try_update({"large": Claim(1, 14)}, "c")
+    assert not blocks.try_update({"large": 15}, "c")
+    assert blocks.try_update({"large": 14}, "c")

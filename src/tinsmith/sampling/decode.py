@@ -7,7 +7,6 @@ Shape letters: B sequences, T rows (B and others after them), D hidden size, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,13 +73,12 @@ class Decoder:
         """In the order of `tokens`."""
         return self._sequences
 
-    def prepare(self, paused: Collection[Sequence]) -> int:
+    def prepare(self) -> int:
         """Make `tokens` and `positions` ready for a walk; the number of sequences."""
         if self._version != self._kv.version:
             self._arrange()
-        self._must_look = self._must_look or len(paused) > 0
         if self._must_look:
-            inputs = [s.repeated if s in paused else s.pending for s in self._sequences]
+            inputs = [s.pending for s in self._sequences]
             self.tokens, self.positions = np.array(inputs, np.int64).reshape(-1, 2).T
         return len(self._sequences)
 
@@ -93,8 +91,8 @@ class Decoder:
             self.context.states.seek(positions_B)
         return self.context
 
-    def draw(self, hidden_TD: Tensor, paused: Collection[Sequence]) -> list[Drawn]:
-        """A token for every sequence that isn't paused. The sequences' rows come first, any others after them."""
+    def draw(self, hidden_TD: Tensor) -> list[Drawn]:
+        """A token for every sequence. Their rows come first, any others after them."""
         sequences = self._sequences
         num = len(sequences)
         hidden_TD = hidden_TD[: padded_rows(num)]
@@ -105,9 +103,8 @@ class Decoder:
         self._counts_B = counts_B + 1
         self.tokens = np.array([each.token for each in drawn], np.int64)
         self.positions = self.positions + 1
-        going_on = [d for d in drawn if d.sequence not in paused] if paused else drawn
-        self._must_look = len(going_on) < len(drawn)
-        return going_on
+        self._must_look = False
+        return drawn
 
     def draw_first(self, sequences: Seq[Sequence]) -> list[Drawn]:
         """The first token of sequences whose prompt has been computed."""

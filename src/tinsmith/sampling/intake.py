@@ -27,8 +27,7 @@ class Intake:
     def seats(self) -> Seats:
         """Who waits for memory takes none: the one that is seated now may be the one that frees it. So those who come
         back may be some too many for a while."""
-        stages = self._stages
-        return Seats(self._settings.max_resident_samples, (s for s in stages.running if s not in stages.paused))
+        return Seats(self._settings.max_resident_samples, self._stages.running)
 
     def plan(self) -> Seq[Chunk]:
         """The chunks of this step. Memory of prompts that begin is taken."""

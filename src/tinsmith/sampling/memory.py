@@ -9,38 +9,30 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from tinsmith.sampling.blocks import BlockManager, Claim, FreeBlocks, Ledger, num_blocks
+from tinsmith.sampling.blocks import FreeBlocks, num_blocks
 from tinsmith.sampling.kv import KVCache, wider
 from tinsmith.sampling.paged import PagedKV
 from tinsmith.sampling.seats import fair_share
-from tinsmith.sampling.sequence import Prompt, Recompute, Request, Sequence
+from tinsmith.sampling.sequence import Prompt, Recompute, Sequence
 
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """Blocks that sequences of a prompt have in common. is_claimed: their prompt is closed, they count themselves."""
+    """Blocks that sequences of a prompt have in common. is_counted: their prompt is closed, they count themselves."""
 
     num_blocks: int
     num_users: int = 0
-    is_claimed: bool = False
-
-    @property
-    def claim(self) -> Claim:
-        return Claim(self.num_blocks, self.num_blocks)
+    is_counted: bool = False
 
 
 class Memory:
-    """keeps_all: nothing is ever taken back (the banker's ledger); otherwise what is free is granted."""
-
-    def __init__(self, kv: KVCache[Sequence] | PagedKV[Sequence], max_need: int, keeps_all: bool = False) -> None:
+    def __init__(self, kv: KVCache[Sequence] | PagedKV[Sequence], max_need: int) -> None:
         """`max_need`: blocks of the largest request that may be asked for, which a tenant can have in any case."""
         self.kv = kv
         self._state_blocks = kv.shape.state_blocks
-        self.keeps_all = keeps_all
         self._shared: dict[Prompt, Shared] = {}  # of open prompts
         self._uses: dict[Sequence, Shared] = {}
-        ledger = BlockManager if keeps_all else FreeBlocks
-        self._blocks: Ledger = ledger(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
+        self._blocks = FreeBlocks(kv.total, min(kv.total, max(max_need, fair_share(kv.total))))
 
     @property
     def num_held_blocks(self) -> int:
@@ -56,7 +48,7 @@ class Memory:
 
     def open_prompt(self, prompt: Prompt, spare: int = 0) -> bool:
         """Memory for all of a prompt, before its first chunk is computed; `spare` blocks are left free."""
-        if not self._blocks.try_update({prompt: self._prompt_claim(prompt)}, prompt.tenant, spare):
+        if not self._blocks.try_update({prompt: self._prompt_blocks(prompt)}, prompt.tenant, spare):
             return False
         prompt.prompt_kv = self.kv.open_prompt(prompt, prompt.num_prompt)
         return True
@@ -69,9 +61,9 @@ class Memory:
         if shared is None or not shared.num_users:
             self._blocks.release(prompt, prompt.tenant)
             return
-        is_granted = self._blocks.try_update({prompt: None, shared: shared.claim}, prompt.tenant)
+        is_granted = self._blocks.try_update({prompt: None, shared: shared.num_blocks}, prompt.tenant)
         assert is_granted, "what is shared is a part of the prompt"
-        shared.is_claimed = True
+        shared.is_counted = True
 
     def seat(self, sequence: Sequence, spare: int = 0) -> bool:
         """Give a new sequence, counted in `num_started`, its copy of the prompt and room for the first decode step.
@@ -80,15 +72,15 @@ class Memory:
         """
         request = sequence.request
         size = num_blocks(request.num_prompt + 1)
-        num_shared = 0 if self.keeps_all else self.kv.num_shared(request.num_prompt)
+        num_shared = self.kv.num_shared(request.num_prompt)
         shared = self._shared.get(request) or Shared(num_shared)
         is_last = not request.num_unstarted
-        claims: dict[Hashable, Claim | None] = {
-            request: self._prompt_claim(request), sequence: self._with_state(sequence.claim(size - num_shared)),
+        held: dict[Hashable, int | None] = {
+            request: self._prompt_blocks(request), sequence: size - num_shared + self._state_blocks,
         }  # fmt: skip
         if is_last and num_shared:
-            claims[shared] = shared.claim
-        if not self._blocks.try_update(claims, request.tenant, 0 if is_last else spare):
+            held[shared] = num_shared
+        if not self._blocks.try_update(held, request.tenant, 0 if is_last else spare):
             return False
         self.kv.place(sequence, request, size)
         sequence.num_blocks = size
@@ -97,7 +89,7 @@ class Memory:
             self._shared[request] = self._uses[sequence] = shared
         if is_last:
             self._shared.pop(request, None)
-            shared.is_claimed = True
+            shared.is_counted = True
             self.close_prompt(request)
         return True
 
@@ -105,9 +97,7 @@ class Memory:
         """Give a sequence its KV back, which has been computed again; it takes over that memory."""
         sequence = recompute.sequence
         size = num_blocks(recompute.num_prompt + 1)
-        is_granted = self._blocks.try_update(
-            {recompute: None, sequence: self._with_state(sequence.claim(size))}, sequence.tenant
-        )
+        is_granted = self._blocks.try_update({recompute: None, sequence: size + self._state_blocks}, sequence.tenant)
         assert is_granted, "it was opened with room for its next token"
         self.kv.place(sequence, recompute, size)
         sequence.num_blocks = size
@@ -119,23 +109,16 @@ class Memory:
         shared = self._uses.get(sequence)
         num_shared = shared.num_blocks if shared is not None else 0
         for size in sorted({last, min(wider(last), sequence.request.sequence_need)}, reverse=True):
-            claim = self._with_state(sequence.claim(size - num_shared))
-            if self._blocks.try_update({sequence: claim}, sequence.tenant):
+            if self._blocks.try_update({sequence: size - num_shared + self._state_blocks}, sequence.tenant):
                 self.kv.move(sequence, sequence.num_blocks, size, sequence.num_kv)
                 sequence.num_blocks = size
                 return True
         return False
 
-    def _with_state(self, claim: Claim, num_owners: int = 1) -> Claim:
-        """What it holds, with the states of one, and at most with those of so many."""
-        return Claim(claim.held + self._state_blocks, claim.need + num_owners * self._state_blocks)
-
-    def _prompt_claim(self, prompt: Prompt) -> Claim | None:
-        claim = prompt.claim()
-        if claim is None:
-            return None
-        shares = isinstance(prompt, Request) and prompt.num_unstarted > 1 and not prompt.is_one_step
-        return self._with_state(claim, 2 if shares else 1)
+    def _prompt_blocks(self, prompt: Prompt) -> int | None:
+        """With its states; None once its last sequence has taken it over."""
+        held = prompt.prompt_blocks
+        return None if held is None else held + self._state_blocks
 
     def leave(self, sequence: Sequence) -> None:
         """Free a sequence's memory, if it has any."""
@@ -146,5 +129,5 @@ class Memory:
         shared = self._uses.pop(sequence, None)
         if shared is not None:
             shared.num_users -= 1
-            if shared.is_claimed and not shared.num_users:
+            if shared.is_counted and not shared.num_users:
                 self._blocks.release(shared, sequence.tenant)

@@ -104,9 +104,9 @@ class Sampler:
         kv: PagedKV[Sequence] | KVCache[Sequence] = KVCache(shape, total)
         if is_paged:
             kv = PagedKV(shape, total, max_prefix_bytes)
-        self.memory = Memory(kv, self._limits.max_need, keeps_all=settings.deterministic)
+        self.memory = Memory(kv, self._limits.max_need)
         self._prefixes = PrefixCache(grid, max_prefix_bytes, has_states=bool(shape.states))
-        self._stages = Stages(self.memory, self._prefixes)
+        self._stages = Stages(self.memory, self._prefixes, is_exact=settings.deterministic)
         self._grammars = Grammars(base.info)
         self._adapters = AdapterCache(base, settings.max_resident_adapters, settings.resident_adapters_mib * 2**20)
         may_compile = settings.compiled_adapters
@@ -242,20 +242,11 @@ class Sampler:
                 self._stages.wait(request)
 
     def _grow(self) -> None:
-        """Sequences at the end of their blocks get more, oldest first.
-
-        Where there is none, somebody gives back; where all is kept, the sequence pauses.
-        """
+        """Sequences at the end of their blocks get more, oldest first. Where there is none, somebody gives back."""
         stages = self._stages
-        stages.paused.clear()
         for sequence in sorted((s for s in stages.running if s.must_grow), key=lambda s: s.age):
-            take = partial(self.memory.grow, sequence)
-            if not self.memory.keeps_all:
-                if sequence in stages.running:  # it may have given back itself by now
-                    stages.make_room(sequence, take)
-            elif not take():
-                stages.paused.add(sequence)
-                stages.refused.add(sequence.tenant)
+            if sequence in stages.running:  # it may have given back itself by now
+                stages.make_room(sequence, partial(self.memory.grow, sequence))
 
     def _walk(self, chunks: Seq[Chunk], ended: Ended) -> Seq[Drawn]:
         """Compute the step. Where all together fails, prompts are computed one by one; those to blame fail."""
@@ -263,12 +254,12 @@ class Sampler:
         if not chunks and not stages.running:
             return []
         try:
-            drawn = self._walker.walk(stages.paused, chunks)
+            drawn = self._walker.walk(chunks)
             done = chunks
         except Exception:
             if not chunks:
                 raise
-            drawn = self._walker.walk(stages.paused, ()) if stages.running else []
+            drawn = self._walker.walk(()) if stages.running else []
             done = [chunk for chunk in chunks if self._is_computed(chunk, ended)]
         for chunk in done:
             if chunk.prompt in stages.begun:
@@ -308,7 +299,7 @@ class Sampler:
                 continue
             sequence = self._begin(chosen)
             is_seated = self.memory.seat(sequence, spare_blocks(self.memory.kv.total, len(stages.running)))
-            if not is_seated and not self.memory.keeps_all and stages.is_oldest(chosen):
+            if not is_seated and stages.is_oldest(chosen):
                 self._draw_first(started, ended)  # so that all who may have to give back have a token
                 is_seated = chosen in stages.ready and stages.make_room(chosen, partial(self.memory.seat, sequence))
             if is_seated:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinsmith.model.vision import Scene
 from tinsmith.pictures import Picture
 from tinsmith.route_tape import RouteArray, RouteTape
-from tinsmith.sampling.blocks import Claim, num_blocks
+from tinsmith.sampling.blocks import num_blocks
 from tinsmith.sampling.grammar import Grammar, Matcher
 from tinsmith.sampling.kv import PromptKV
 from tinsmith.sampling.lora import Adapter
@@ -113,14 +113,10 @@ class Request:
         """Blocks of one sequence at its longest: the last token that is sampled never enters the KV."""
         return num_blocks(self.num_prompt + self.max_tokens - 1)
 
-    def claim(self) -> Claim | None:
+    @property
+    def prompt_blocks(self) -> int | None:
         """What the request holds besides its sequences: its prompt, which the last sequence to start takes over."""
-        held = num_blocks(self.num_prompt)
-        if self.num_unstarted == 0:
-            return None
-        if self.is_one_step:
-            return Claim(held, held)
-        return Claim(held, self.sequence_need + (held if self.num_unstarted > 1 else 0))
+        return num_blocks(self.num_prompt) if self.num_unstarted else None
 
     def result(self) -> SampleResult:
         """The answer once all sequences have finished."""
@@ -200,13 +196,12 @@ class Sequence:
         """The token that enters the KV next, and its position."""
         return self.tokens[-1], self.num_kv
 
-    @property
-    def repeated(self) -> tuple[int, int]:
-        """The token that a decode step put into the KV last, and its position. Computing it again changes no bit."""
-        return self.tokens[-2], self.num_kv - 1
-
-    def claim(self, num_held: int) -> Claim:
-        return Claim(num_held, self.request.sequence_need)
+    def start_again(self) -> None:
+        """Forget all that was sampled but the first token, after which nothing but the prompt is in the KV."""
+        del self.tokens[1:], self.logprobs[1:], self.tops[1:], self.routes[:]
+        if self.request.grammar is not None:
+            self.matcher = self.request.grammar.matcher()
+            self.matcher.accept(self.tokens[0])
 
     def result(self, is_stopped: bool, start: int = 0) -> SampledSequence:
         """What was sampled, from token number `start` on."""
@@ -230,7 +225,8 @@ class Sequence:
 class Recompute:
     """The KV of a preempted sequence, computed again: its prompt and what was sampled, but for the last token.
 
-    What was drawn stands; only keys and values are made anew. Rounding may differ from the first time in the last bits.
+    What was drawn stands; only keys and values are made anew. What a step of its own made before may differ from that
+    in the last bits; a prompt doesn't.
     """
 
     sequence: Sequence
@@ -280,9 +276,10 @@ class Recompute:
     def is_prefilled(self) -> bool:
         return self.num_prefilled == len(self.tokens)
 
-    def claim(self) -> Claim:
+    @property
+    def prompt_blocks(self) -> int:
         """Room for the next token too, so that the sequence finds its place."""
-        return Claim(num_blocks(len(self.tokens) + 1), self.sequence.request.sequence_need)
+        return num_blocks(len(self.tokens) + 1)
 
 
 Prompt = Request | Recompute

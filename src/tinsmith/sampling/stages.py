@@ -24,20 +24,24 @@ MAX_LINES = 256  # likewise; a line whose turn it was goes to the end
 
 
 class Stages:
-    """running: oldest first, but for those that came back. paused: running ones that wait for memory, which happens
-    only where nothing is preempted. refused: tenants to whom memory was refused since the last prefill."""
+    """running: oldest first, but for those that came back. refused: tenants to whom memory was refused since the last
+    prefill.
 
-    def __init__(self, memory: Memory, prefixes: PrefixCache) -> None:
+    is_exact: what gave its memory back must come to the same bits. Only the steps that made its tokens give those
+    again, so it starts again from its first token, and what steps made is not kept for others.
+    """
+
+    def __init__(self, memory: Memory, prefixes: PrefixCache, *, is_exact: bool = False) -> None:
         self.memory = memory
         self.counts = PreemptionCounts()
         self.begun: dict[Prompt, None] = {}
         self.ready: dict[Request, None] = {}
         self.running: dict[Sequence, None] = {}
-        self.paused: set[Sequence] = set()
         self.preempted: dict[Sequence, Recompute] = {}
         self.refused: set[str] = set()
         self._waiting: dict[tuple[str, str | None], dict[Request, None]] = {}
         self._prefixes = prefixes
+        self._is_exact = is_exact
 
     @property
     def num_waiting(self) -> int:
@@ -113,10 +117,9 @@ class Stages:
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence, which ended or isn't wanted any more."""
-        if sequence.num_blocks and not self.memory.keeps_all:
+        if sequence.num_blocks:
             self._keep_prefix(sequence)
         self.running.pop(sequence, None)
-        self.paused.discard(sequence)
         self.memory.leave(sequence)
         sequence.request.sequences.pop(sequence, None)
         recompute = self.preempted.pop(sequence, None)
@@ -151,6 +154,9 @@ class Stages:
             del self.running[holder]
             self.memory.leave(holder)
             holder.num_preempted += 1
+            if self._is_exact:
+                self.counts.num_recomputed += len(holder.tokens) - 1
+                holder.start_again()
             self.preempted[holder] = Recompute.of(holder)
             return
         self.begun.pop(holder, None)
@@ -165,7 +171,7 @@ class Stages:
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Of a model with states only prompts are kept: what a sequence wrote after them has its states at its end."""
-        if self.memory.kv.states is not None:
+        if self._is_exact or self.memory.kv.states is not None:
             return
         request, save = sequence.request, partial(self.memory.kv.save, sequence, sequence.num_blocks)
         self._prefixes.keep(

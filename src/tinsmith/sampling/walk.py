@@ -7,7 +7,6 @@ Shape letters: T rows, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -63,13 +62,10 @@ class Walker:
         self.decoder = Decoder(base, kv, lora, is_exact=is_exact)
         self.graphs = decode_graphs(base, layers, kv, lora, cuda_graphs, capture)
 
-    def walk(self, paused: Collection[Sequence], chunks: Seq[Chunk]) -> list[Drawn]:
-        """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends.
-
-        Paused sequences are carried along and nothing comes of it.
-        """
+    def walk(self, chunks: Seq[Chunk]) -> list[Drawn]:
+        """Move every sequence in the cache on by a token, and the chunks' prompts to the chunks' ends."""
         decoder = self.decoder
-        num_decoded = decoder.prepare(paused)
+        num_decoded = decoder.prepare()
         if not chunks:
             inputs = (decoder.tokens, decoder.positions, decoder.rotary)
             found_TD = None
@@ -77,7 +73,7 @@ class Walker:
                 found_TD = self.graphs.run(*inputs)
             if found_TD is None:
                 found_TD = self._run(decoder.tokens, decoder.rotary, decoder.seek(), num_decoded, None)
-            return decoder.draw(found_TD, paused)
+            return decoder.draw(found_TD)
         prefill = Prefill(self._base, chunks)
         if not num_decoded:
             prefill.finish(self._run(prefill.tokens, prefill.positions, prefill.context, 0, prefill))
@@ -87,7 +83,7 @@ class Walker:
         mixed = MixedContext(decoder.seek(), num_decoded, prefill.context)
         hidden_TD = self._run(tokens, positions, mixed, num_decoded, prefill)
         prefill.finish(hidden_TD[num_decoded:])
-        return decoder.draw(hidden_TD, paused)
+        return decoder.draw(hidden_TD)
 
     def prefill(self, chunks: Seq[Chunk]) -> None:
         """The same for chunks alone."""
