@@ -62,6 +62,7 @@ EXIT_UNUSABLE = 2
 GRACE_S = 10
 LINGER_S = 5.0  # longer than a client takes to ask again; less than GRACE_S
 CERTIFICATE_LOOK_S = 10.0
+REVOKED_LOOK_S = 0.5
 BACKLOG = 2048
 AT_ONCE = 32  # taken from it in one turn of the event loop, which has turned away what is too many a few turns later
 BELIEVED = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # proxies, when they say for whom they ask
@@ -77,10 +78,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, waiters: Waiters, pulse: Pulse, certificate: Certificate | None = None
+        self, config: uvicorn.Config, services: Services, pulse: Pulse, certificate: Certificate | None = None
     ) -> None:
         super().__init__(config)
-        self._waiters = waiters
+        self._services, self._waiters = services, services.waiters
         self._pulse = pulse
         self._certificate = certificate
         self._looking: asyncio.Task[None] | None = None
@@ -129,7 +130,22 @@ class Server(uvicorn.Server):
         if self._is_relieved:
             self._linger()
             asyncio.get_running_loop().call_later(0.1, self._linger)  # those that were just being accepted
-        await super().shutdown(sockets)
+        heeding = asyncio.create_task(_heed_revocations(self._services), name="revocations")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            heeding.cancel()
+
+
+async def _heed_revocations(services: Services) -> None:
+    """Another process may serve by now, and be told; what goes on here with the same key ends too."""
+    while True:
+        for key_id in services.underway.key_ids():
+            row = await services.work(services.store.tenants.key, key_id)
+            is_rotated = row.successor_id is not None and (row.expires_at or 0.0) <= time.time()
+            if row.revoked_at is not None or is_rotated:
+                services.underway.revoked(key_id)
+        await asyncio.sleep(REVOKED_LOOK_S)
 
 
 async def _keep_fresh(certificate: Certificate) -> None:
@@ -205,7 +221,7 @@ def make_server(services: Services, pulse: Pulse | None = None) -> Server:
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    return Server(config, services.waiters, pulse or Pulse(None), certificate)
+    return Server(config, services, pulse or Pulse(None), certificate)
 
 
 def serve_api(
