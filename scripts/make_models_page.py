@@ -70,6 +70,8 @@ here: with their own 1e-6, random weights make outcomes that nearly vanish, and 
 (their delta rule has tests of its own, with 1e-6). Phi-2 and Phi-3.5-MoE are refused by name.
 The text of Mistral Small 3 and Ministral 3 is served from directories with vision (`mistral3`), without pictures.
 The rows of Qwen named `windows` have `use_sliding_window` set, and layers without windows before `max_window_layers`.
+Latent attention (DeepSeek-V3, Moonlight, Kimi-K2, GLM-4.7-Flash) is sampled with keys and values of every head in its
+cache, which [takes more memory](../explain/experts.md#what-it-doesnt-do-yet) than latents would.
 
 Phi-3.5-mini, Phi-4-mini and the 128k forms of Phi-3 scale rope by `longrope`: there are factors for sequences up to
 the length that a model was first trained at (`original_max_position_embeddings`), and others for longer ones.

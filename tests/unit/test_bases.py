@@ -207,14 +207,14 @@ def test_a_hub_model_is_announced_then_fetched(model: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [(["tekken.json"], "only tekken"), (["vocab.json", "merges.txt"], "only vocab"), ([], "no tokenizer")],
+    [(["tokenizer.model"], "only tokenizer.model"), (["vocab.json", "merges.txt"], "only vocab"), ([], "no tokenizer")],
 )
 def test_a_hub_model_without_a_tokenizer_is_refused_before_anything_is_downloaded(
     model: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], message: str
 ) -> None:
     repository = Repository(model, *REPOSITORY, *files)
     monkeypatch.setattr(hub, "snapshot_download", repository.snapshot_download)
-    with pytest.raises(ConfigError, match=f"--base-model org/model: its repository has .*{message}"):
+    with pytest.raises(ConfigError, match=f"--base-model org/model: its repository has .*{message}.*org/model=DIR"):
         hub.fetch(parse("org/model"), pytest.fail)
     assert not repository.downloaded
 
@@ -226,6 +226,6 @@ def test_a_hub_model_whose_tokenizer_is_read_by_unknown_code_costs_no_weights(
     write_tokenizer(model, {}, auto_map={"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]})
     repository = Repository(model, *REPOSITORY, "tiktoken.model", "tokenizer_config.json", "tokenization_own.py")
     monkeypatch.setattr(hub, "snapshot_download", repository.snapshot_download)
-    with pytest.raises(ConfigError, match=r"org/model: .*tokenization_own\.OwnTokenizer"):
+    with pytest.raises(ConfigError, match=r"org/model: .*tokenization_own\.OwnTokenizer.*org/model=DIR"):
         hub.fetch(parse("org/model"), pytest.fail)
     assert repository.downloaded == [{"config.json", "tiktoken.model", "tokenizer_config.json"}]

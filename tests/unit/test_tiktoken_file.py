@@ -211,7 +211,6 @@ def test_ranks_with_gaps(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("tekken.json", "only tekken.json: transformers makes other ids.*put it beside"),
         ("tokenizer.model", "only tokenizer.model: .*save_pretrained"),
         ("vocab.json", "only vocab.json: .*save_pretrained"),
         ("README.md", "no tokenizer.json; it must be a Hugging Face model directory"),

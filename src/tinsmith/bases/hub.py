@@ -39,7 +39,7 @@ def fetch(ref: BaseRef, say: Callable[[str], None]) -> BaseRef:
         files = [file for file in listed if not isinstance(file, str)]
         lack = lack_of([file.filename for file in files])
         if lack is not None:
-            raise ConfigError(f"--base-model {ref.name}: its repository {lack}")
+            raise ConfigError(f"--base-model {ref.name}: its repository {lack}{_beside(ref.name)}")
         _check(ref.name, snapshot_download(ref.name, allow_patterns=SMALL))  # before the weights, which are large
         num_bytes = sum(file.file_size or 0 for file in files if file.will_download)
         say(f"downloading {ref.name} from the Hugging Face hub: {num_bytes / 1e9:.2f} GB")
@@ -79,7 +79,12 @@ def _check(name: str, path: str) -> None:
     try:
         check_tokenizer(Path(path))
     except ConfigError as error:
-        raise ConfigError(f"--base-model {name}: {error.message}") from None
+        raise ConfigError(f"--base-model {name}: {error.message}{_beside(name)}") from None
+
+
+def _beside(name: str) -> str:
+    """How files are put beside those of a repository."""
+    return f". (`hf download {name} --local-dir DIR` gives a directory to put it in; serve that as {name}=DIR)"
 
 
 def _reason(error: Exception) -> str:

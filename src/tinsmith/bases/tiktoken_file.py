@@ -80,22 +80,51 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], vocab_size: int) -> To
     """
     split = split_of(config)
     ranks = _read_ranks(path / FILE)
-    merges = {rank: pair for token, rank in ranks.items() if (pair := _joined_from(token, ranks)) is not None}
-    model = BPE(
-        {_letters(token): rank for token, rank in ranks.items()},
-        [(_letters(left), _letters(right)) for _, (left, right) in sorted(merges.items())],
-        ignore_merges=True,
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = Sequence(
-        [Split(Regex(split), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer = byte_pairs(ranks, split)
     added = _added(path, config, len(ranks), vocab_size)
     tokenizer.add_tokens([token for _, token in sorted(added.items())])
     if max(ranks.values()) >= len(ranks) or any(tokenizer.token_to_id(t.content) != id for id, t in added.items()):
         raise ConfigError(f"{path}: the ids of {FILE} and of added_tokens_decoder in {CONFIG} leave gaps or clash")
     return tokenizer
+
+
+def byte_pairs(ranks: Mapping[bytes, int], split: str, named: Mapping[str, int] | None = None) -> Tokenizer:
+    """The tokenizer that joins bytes as tiktoken does with these ranks, after cutting text by the pattern `split`.
+
+    Args:
+        named: tokens that aren't bytes, and their ids; the others' ids are their ranks and the number of these.
+
+    Raises:
+        ValueError: `split` is no regular expression.
+    """
+    named = named or {}
+    merges = {rank: pair for token, rank in ranks.items() if (pair := _joined_from(token, ranks)) is not None}
+    model = BPE(
+        {_letters(token): rank + len(named) for token, rank in ranks.items()} | dict(named),
+        [(_letters(left), _letters(right)) for _, (left, right) in sorted(merges.items())],
+        ignore_merges=True,
+    )
+    tokenizer = Tokenizer(model)
+    try:
+        regex = Regex(split)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{split!r} is no regular expression: {error}") from None
+    tokenizer.pre_tokenizer = Sequence(
+        [Split(regex, behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = ByteLevelDecoder()
+    return tokenizer
+
+
+def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
+    """Raises: ConfigError: a byte has no rank, two tokens have one, or what they are would cost without end."""
+    if any(len(token) > MAX_TOKEN_BYTES for token in ranks) or any(not 0 <= rank < MAX_IDS for rank in ranks.values()):
+        raise ConfigError(
+            f"{path}: a token has {MAX_TOKEN_BYTES} bytes at most, and its rank is from 0 to {MAX_IDS - 1}"
+        )
+    lacking = [byte for byte in range(256) if bytes((byte,)) not in ranks]
+    if lacking or len(set(ranks.values())) < len(ranks):
+        raise ConfigError(f"{path} must give each of the 256 bytes a rank, and no rank twice: fetch it again")
 
 
 def _added(path: Path, config: Mapping[str, Any], start: int, vocab_size: int) -> dict[int, AddedToken]:
@@ -126,13 +155,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (OSError, ValueError, binascii.Error) as error:
         raise ConfigError(f"{path} can't be read: {error}; each line must be a token in base64 and its rank") from None
-    if any(len(token) > MAX_TOKEN_BYTES for token in ranks) or any(not 0 <= rank < MAX_IDS for rank in ranks.values()):
-        raise ConfigError(
-            f"{path}: a token has {MAX_TOKEN_BYTES} bytes at most, and its rank is from 0 to {MAX_IDS - 1}"
-        )
-    lacking = [byte for byte in range(256) if bytes((byte,)) not in ranks]
-    if lacking or len(set(ranks.values())) < len(ranks):
-        raise ConfigError(f"{path} must give each of the 256 bytes a rank, and no rank twice: fetch it again")
+    check_ranks(path, ranks)
     return ranks
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tinsmith.bases import tiktoken_file
+from tinsmith.bases import tekken_file, tiktoken_file
 from tinsmith.errors import ConfigError
 from tinsmith.types import BaseInfo
 
@@ -43,9 +43,9 @@ TOKENIZER_FILES = (
 # code, which isn't there, and scaled positions, which transformers 5 fails on in a config.json of a type unknown to it
 LEFT_OUT = ("auto_map", "rope_scaling", "rope_parameters")
 SAVE = "`AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH)` of transformers writes one"
+OTHER_FORMS = (tiktoken_file.FILE, tekken_file.FILE)
+"""What is converted where there is no tokenizer.json; the first that is there."""
 CURES = {
-    "tekken.json": "transformers makes other ids of it than Mistral's own code; take tokenizer.json from a repository "
-    "of the model in transformers' layout and put it beside",
     "tokenizer.model": SAVE,
     "vocab.json": SAVE,
     "vocab.txt": SAVE,
@@ -60,7 +60,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 def lack_of(names: Collection[str]) -> str | None:
     """Why a directory that holds these files has no tokenizer that can be read, and the cure; None: it may have one."""
-    if {TOKENIZER, tiktoken_file.FILE} & set(names):
+    if {TOKENIZER, *OTHER_FORMS} & set(names):
         return None
     for name, cure in CURES.items():
         if name in names:
@@ -73,7 +73,7 @@ def check_tokenizer(path: Path) -> None:
     lack = lack_of([file.name for file in path.iterdir()])
     if lack is not None:
         raise ConfigError(f"{path} {lack}")
-    if not (path / TOKENIZER).is_file():
+    if not (path / TOKENIZER).is_file() and _other_form(path) == tiktoken_file.FILE:
         tiktoken_file.split_of(read_json(path / TOKENIZER_CONFIG))
 
 
@@ -81,7 +81,8 @@ def tokenizer_bytes(path: Path) -> bytes:
     """What the ids of a directory's tokenizer follow from."""
     if (path / TOKENIZER).is_file():
         return (path / TOKENIZER).read_bytes()
-    return (path / tiktoken_file.FILE).read_bytes() + (path / TOKENIZER_CONFIG).read_bytes()
+    form = (path / _other_form(path)).read_bytes()
+    return form + (path / TOKENIZER_CONFIG).read_bytes() if _other_form(path) == tiktoken_file.FILE else form
 
 
 def directory_of(info: BaseInfo) -> Path:
@@ -99,7 +100,7 @@ def converted(path: Path, data_dir: Path) -> Path:
     if (path / TOKENIZER).is_file():
         return path
     digest = hashlib.sha256(FORM)
-    for file in (path / tiktoken_file.FILE, *tokenizer_files(path), *_templates(path)):
+    for file in (path / _other_form(path), *tokenizer_files(path), *_templates(path)):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     made = data_dir / DIRECTORY / digest.hexdigest()[:32]
     if not made.is_dir():
@@ -124,7 +125,6 @@ def write_converted(path: Path, target: Path) -> None:
     """
     model = read_json(path / MODEL_CONFIG)
     text = model.get("text_config")
-    config = read_json(path / TOKENIZER_CONFIG)
     vocab_size = {**model, **(text if isinstance(text, dict) else {})}.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ConfigError(f"{path / MODEL_CONFIG}: vocab_size is needed, as in a causal language model")
@@ -133,11 +133,31 @@ def write_converted(path: Path, target: Path) -> None:
     for file in _templates(path):
         (target / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(file, target / TEMPLATES / file.name)
-    tokenizer = tiktoken_file.read_tokenizer(path, config, vocab_size)
+    if _other_form(path) == tekken_file.FILE:
+        file = path / tekken_file.FILE
+        tokenizer = tekken_file.read_tekken(file, read_json(file), vocab_size)
+        config = tekken_file.SPECIAL | (
+            read_json(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
+        )
+    else:
+        config = read_json(path / TOKENIZER_CONFIG)
+        tokenizer = tiktoken_file.read_tokenizer(path, config, vocab_size)
     (target / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     fast = {**_plain(config), "tokenizer_class": "PreTrainedTokenizerFast"}
     for name, value in ((TOKENIZER_CONFIG, fast), (MODEL_CONFIG, _plain(model))):
         (target / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _other_form(path: Path) -> str:
+    """The file that a directory without a tokenizer.json has its tokenizer in.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name in OTHER_FORMS:
+        if (path / name).is_file():
+            return name
+    raise ConfigError(f"{path} {lack_of([file.name for file in path.iterdir()])}")
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
