@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.families.gallery import seeing, with_pictures
 from tests.families.twin import plain_model
+from tests.numerics.full_lab import make_pair, publish, run_all
 from tests.numerics.lab import datum, grads, item, make_trainer, relative, run_pass, spec
+from tests.numerics.sampling_lab import sample
 from tests.numerics.test_full import FULL, backward, step
-from tinsmith.types import AdamParams, RunId
+from tinsmith.errors import UnsupportedError
+from tinsmith.types import AdamParams, Failure, RunId
 
 BOUND = 1e-5
 NEIGHBOUR = replace(spec("b", 4), seed=2)
@@ -52,3 +56,23 @@ def test_two_steps_are_those_of_adamw_on_the_plain_model(make_base, kind: str) -
         assert relative(after[f"param/{name}"], weight) < BOUND, name
         is_still = np.array_equal(after[f"param/{name}"], before[name])
         assert is_still == (weight.grad is None), name
+
+
+def test_pictures_are_refused_where_the_base_sees(make_base) -> None:
+    """In training and in sampling, each with the cure; words go on, and so does the base's own sight."""
+    base = make_base("qwen3_vl")
+    seen = seeing(base, 3)
+    assert seen.pictures
+    trainer, samplers = make_pair(base)
+    trainer.create_run(NEIGHBOUR)
+    failed, done = run_pass(trainer, [item("f", [seen], backward=False), item("b", [seen], backward=False)])
+    assert isinstance(failed, Failure)
+    assert (failed.code, failed.category) == ("unsupported", "user")
+    assert "datum 0: " in failed.message
+    assert "create the run with a rank of 1 or more" in failed.message
+    assert not isinstance(done, Failure)
+    publish(trainer, samplers, "s")
+    with pytest.raises(UnsupportedError, match="create the run with a rank of 1 or more"):
+        samplers.submit(with_pictures(sample("a", seen.tokens, "s", max_tokens=3), seen.pictures))
+    assert samplers.num_samples == 0
+    assert run_all(samplers, sample("a", [1, 2], "s", max_tokens=3))["a"].sequences

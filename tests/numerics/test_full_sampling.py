@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +13,6 @@ from tests.numerics.lab import CPU, VOCAB
 from tests.numerics.sampling_lab import assert_same_sample, prompt, sample
 from tinsmith.errors import NoMemoryError, UnsupportedError
 from tinsmith.model import BaseModel, load_base
-from tinsmith.pictures import Picture
 from tinsmith.sampling import full
 from tinsmith.types import Failure, OpId, RunId, RunState
 
@@ -118,15 +116,6 @@ def test_weights_that_diverged_fail_the_request_alone(base: BaseModel) -> None:
     assert not isinstance(found["a"], Failure)
     assert isinstance(found["b"], Failure)
     assert (found["b"].code, found["b"].category) == ("non_finite_logits", "user")
-
-
-def test_pictures_are_refused(base: BaseModel) -> None:
-    trainer, samplers = make_pair(base)
-    publish(trainer, samplers, "a")
-    picture = Picture(0, 1, b"x", 1, 1)
-    with pytest.raises(UnsupportedError, match="takes no pictures"):
-        samplers.submit(replace(sample("a", [1, 2], "a"), pictures=(picture,)))
-    assert samplers.num_samples == 0
 
 
 def test_products_that_are_uneven_are_refused_where_bits_are_promised(

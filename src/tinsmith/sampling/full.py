@@ -24,7 +24,7 @@ from tinsmith.model import BaseModel, open_base
 from tinsmith.model.row_probe import uneven_products, uneven_routers
 from tinsmith.sampling.sampler import Ended, Sampler
 from tinsmith.sampling.stop import Detokenizer
-from tinsmith.training.full_model import GIB, WEIGHT_BYTES, FullModel
+from tinsmith.training.full_model import GIB, NO_PICTURES, WEIGHT_BYTES, FullModel
 from tinsmith.training.runs import Weights
 from tinsmith.training.shortage import memory_for, reclaim
 from tinsmith.types import OpId, RunState, SampleCost, SampleItem, SamplePiece
@@ -105,8 +105,10 @@ class FullSamplers:
         reclaim()
 
     def submit(self, item: SampleItem) -> None:
-        """Queue a request. Raises: UserError: as `Sampler.submit`."""
+        """Queue a request. Raises: UserError: as `Sampler.submit`, and for pictures."""
         assert item.adapter is not None, "a request of a full run names its snapshot"
+        if item.pictures:
+            raise UnsupportedError(NO_PICTURES)
         sampler = self._snapshots[item.adapter]
         self._snapshots.move_to_end(item.adapter)
         sampler.submit(replace(item, adapter=None))

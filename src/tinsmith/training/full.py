@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinsmith.engine import PassStats, TrainingPass
 from tinsmith.errors import UserError
-from tinsmith.training.full_model import FullModel
+from tinsmith.training.full_model import NO_PICTURES, FullModel
 from tinsmith.training.head import not_finite
 from tinsmith.training.losses import TARGETS, Evaluation, loss_of
 from tinsmith.training.packing import DatumRef, list_data
@@ -85,7 +85,7 @@ class FullPass:
         item = self._items[ref.item]
         datum = item.data[ref.datum]
         if datum.pictures:
-            return Failure("unsupported", "user", f"datum {ref.datum}: full fine-tuning takes no pictures: send tokens")
+            return Failure("unsupported", "user", f"datum {ref.datum}: {NO_PICTURES}")
         if datum.routes is not None:
             message = f"datum {ref.datum}: full fine-tuning replays no routes: leave out where its tokens come from"
             return Failure("unsupported", "user", message)

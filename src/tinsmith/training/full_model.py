@@ -29,6 +29,10 @@ from tinsmith.types import BaseInfo, FloatArray, RunSpec, Targets
 WEIGHT_BYTES = 4  # of a parameter in float32
 STAGING_BYTES = 4  # of a parameter's gradient in the making
 GIB = 2**30
+NO_PICTURES = (
+    "full fine-tuning takes no pictures: send tokens alone, or create the run with a rank of 1 or more, whose adapters "
+    "are trained and sampled with pictures"
+)
 
 
 class FullLayout(RowLayout):
