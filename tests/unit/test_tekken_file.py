@@ -17,7 +17,7 @@ from tests.kimi import CORPUS, ranks_of
 from tinsmith.bases.catalog import parse
 from tinsmith.bases.tokenizer import ChatTokenizer
 from tinsmith.bases.tokenizer_files import converted, tokenizer_bytes
-from tinsmith.errors import ConfigError
+from tinsmith.errors import ConfigError, UnsupportedError
 
 RANKS = ranks_of(600)
 NUM_SPECIAL, NUM_IDS = 40, 590  # as in the published files, some tokens are beyond the vocabulary
@@ -104,7 +104,9 @@ def test_transformers_reads_the_copy(made: Path, ours: ChatTokenizer) -> None:
     assert theirs.decode([1, *shifted([5, 6]), 2], skip_special_tokens=True) == ours.decode(shifted([5, 6]))
 
 
-def test_a_chat_template_beside_it_is_used(tmp_path: Path) -> None:
+def test_a_chat_template_beside_it_is_used(tmp_path: Path, ours: ChatTokenizer) -> None:
+    with pytest.raises(UnsupportedError, match=r"no chat template.*put a chat_template\.jinja into its directory"):
+        ours.render([{"role": "user", "content": "hi"}])
     write(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[INST]{{ messages[0].content }}[/INST]")
     chat = ChatTokenizer.from_dir(converted(tmp_path, tmp_path / "data"))

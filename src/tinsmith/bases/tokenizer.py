@@ -123,7 +123,10 @@ class ChatTokenizer:
             raise UserError("messages is empty; give at least one message")
         template = self._templates.get(self._chosen(tools is not None))
         if template is None:
-            raise UnsupportedError("this base model has no chat template; send a prompt of tokens or text")
+            raise UnsupportedError(
+                "this base model has no chat template; send a prompt of tokens or text (the operator can put a "
+                "chat_template.jinja into its directory)"
+            )
         plain = [_aliased({k: v for k, v in _plain(dict(m)).items() if v is not None}) for m in messages]
         variables = {**self._special, **_plain(extra)}
         tool_list = None if tools is None else _plain(list(tools))
