@@ -48,3 +48,22 @@ def test_what_is_needed_stays_and_others_have_to_wait(base, states):
     assert [key in cache for key in ("a0", "a1", "a2")] == [False, True, True]
     with pytest.raises(UserError, match="aren't loaded"):
         cache.acquire("a0")
+
+
+def test_rows_lie_side_by_side_and_leave_their_place_to_others(base, states):
+    cache = AdapterCache(base, max_adapters=2, max_bytes=10**9)
+    for key in ("a", "b"):
+        cache.add(key, states["a0"], may_keep=True)
+    first, second = (places_of(cache, key) for key in ("a", "b"))
+    size = max(first) - min(first)
+    assert 0 < min(second) - min(first) < size + 2**16
+    cache.add("c", states["a0"])
+    assert "a" not in cache
+    cache.add("d", states["a0"])
+    assert places_of(cache, "d") == first
+
+
+def places_of(cache, key):
+    adapter = cache.acquire(key)
+    cache.release(key)
+    return [matrix.data_ptr() for weights in adapter.matrices.values() for matrix in weights.tensors]

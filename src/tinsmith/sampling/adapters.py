@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
+import torch
 from torch import Tensor
 
 from tinsmith.errors import UserError
+from tinsmith.machine.huge_pages import HugePages
 from tinsmith.model import BaseModel, RowLayout, shape_of
 from tinsmith.sampling.lora import Adapter
 from tinsmith.types import RunSpec, RunState
@@ -24,6 +26,8 @@ class AdapterCache:
         self._sizes: dict[str, int] = {}
         self._num_users: Counter[str] = Counter()
         self._layouts: dict[RunSpec, RowLayout] = {}
+        is_read_in_place = base.device.type == "cpu" and base.dtype == torch.float32
+        self._pages = HugePages() if is_read_in_place else None
 
     def __contains__(self, key: str) -> bool:
         return key in self._adapters
@@ -44,13 +48,14 @@ class AdapterCache:
             UserError: the state doesn't fit this base.
         """
         layout = self._layout(state.spec)
+        may_keep = may_keep or self._pages is not None
         row_P = layout.tensors_to_row("param", state.tensors, self._base.device, may_keep=may_keep)
         self.put(key, state.spec, row_P)
 
     def put(self, key: str, spec: RunSpec, row_P: Tensor) -> None:
         """A row that nobody changes any more."""
         layout = self._layout(spec)
-        row_P = row_P.to(self._base.device, self._base.dtype)
+        row_P = self._laid_down(row_P.to(self._base.device, self._base.dtype))
         self._adapters[key] = Adapter.of(layout, row_P)
         self._adapters.move_to_end(key)
         self._sizes[key] = row_P.numel() * row_P.element_size()
@@ -74,6 +79,12 @@ class AdapterCache:
         if self._num_users[key] <= 0:
             del self._num_users[key]
             self._evict()
+
+    def _laid_down(self, row_P: Tensor) -> Tensor:
+        """Where it is read fastest: on the CPU, which reads all of it in each step, in huge pages beside others."""
+        if self._pages is None:
+            return row_P
+        return torch.from_numpy(self._pages.empty(len(row_P))).copy_(row_P)
 
     def _evict(self, keep: str | None = None) -> None:
         num_bytes = self.num_bytes
