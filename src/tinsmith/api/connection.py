@@ -261,6 +261,8 @@ class Connection(H11Protocol):
             headers = [*self.cycle.scope["headers"], CLOSE_HEADER]  # uvicorn closes without saying so otherwise
             self.cycle.scope["headers"] = headers
         super().shutdown()
+        if self.transport.is_closing():
+            self._wire.hang_up()
 
     def eof_received(self) -> None:
         """A client that sends no more may still read why its half of a request is of no use."""
