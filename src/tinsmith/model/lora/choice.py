@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from tinsmith.model.lora.backend import LoraBackend
+from tinsmith.model.lora.compiled_segments import compiled_segments
 from tinsmith.model.lora.grouped import GroupedLora
 from tinsmith.model.lora.loop import LoopLora
 from tinsmith.model.lora.segments import SegmentsLora
@@ -16,11 +17,14 @@ from tinsmith.model.lora.segments import SegmentsLora
 log = structlog.get_logger("tinsmith.worker")
 
 
-def lora_for(device: torch.device, dtype: torch.dtype) -> LoraBackend:
+def lora_for(device: torch.device, dtype: torch.dtype, *, may_compile: bool = True) -> LoraBackend:
     """Triton's kernels on a GPU; where triton isn't installed torch's grouped product, and the log says so. On the CPU
-    segments in place; in another dtype than float32 the plain loop, whose gradients are float32 all the same."""
+    segments in place, by a compiled program if it may and can be had, else by torch's products; in another dtype than
+    float32 the plain loop, whose gradients are float32 all the same."""
     if device.type != "cuda":
-        return SegmentsLora if dtype == torch.float32 else LoopLora
+        if dtype != torch.float32:
+            return LoopLora
+        return (compiled_segments() if may_compile else None) or SegmentsLora
     if has_triton():
         made: LoraBackend = importlib.import_module("tinsmith.model.lora.triton_lora").TritonLora
         return made

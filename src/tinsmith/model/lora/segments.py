@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class _Live:
     alone: _Cut
 
 
-class _Rows:
+class Rows:
     """Where the rows of some segments are: in the pass, and in u, which holds them end to end."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -84,27 +85,95 @@ def _end_to_end(ends: Sequence[int]) -> _Cut:
     return _Cut(list(zip([0, *ends], ends, strict=False)))
 
 
-class _Crowd:
-    """Segments whose matrices in a group have the same shapes."""
+class Crowd(Protocol):
+    """Segments whose matrices in a group have the same shapes, and who all have gradients, or none."""
 
-    def __init__(self, group: str, segments: Sequence[Segment], rows: _Rows) -> None:
-        self.rows = rows
-        self.weights = [segment.weights[group] for segment in segments]
-        self.grads = [segment.grads[group] for segment in segments if segment.grads is not None]
-        self.scales = [weights.scale for weights in self.weights]  # None where layers have different ones
-        self._rank, self._widths = self.weights[0].rank, [len(b_OR) for b_OR in self.weights[0].bs]
+    has_grads: bool
 
-    def empty_u(self, like: Tensor, num_rows: int) -> Tensor:
+    def shrink(self, x_TI: Tensor) -> Tensor:
+        """u = x Aᵀ, [M, K]."""
+        ...
+
+    def add(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        """y += scale · u Bᵀ, in place. Returns u."""
+        ...
+
+    def add_grads(self, x_TI: Tensor, u_MK: Tensor, dy_TO: Tensor, dx_TI: Tensor) -> None:
+        """Of the live rows: dB += scale · dyᵀ u and, with g = scale · dy B, dx += g A and dA += gᵀ x, in place."""
+        ...
+
+
+class _TorchCrowd:
+    """See `Crowd`."""
+
+    def __init__(self, group: str, segments: Sequence[Segment], rows: Rows) -> None:
+        self.has_grads = segments[0].grads is not None
+        self._rows = rows
+        self._weights = [segment.weights[group] for segment in segments]
+        self._grads = [segment.grads[group] for segment in segments if segment.grads is not None]
+        self._scales = [weights.scale for weights in self._weights]  # None where layers have different ones
+        self._rank, self._widths = self._weights[0].rank, [len(b_OR) for b_OR in self._weights[0].bs]
+
+    def shrink(self, x_TI: Tensor) -> Tensor:
+        own = self._rows
+        u_MK = self._empty_u(x_TI, own.in_u.end)
+        rows = zip(self._weights, own.in_pass.rows(x_TI), own.in_u.rows(u_MK), strict=True)
+        for weights, x_NI, u_NK in rows:
+            torch.mm(x_NI, weights.a_KI.T, out=u_NK)
+        return u_MK
+
+    def add(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        u_MK = self.shrink(x_TI)
+        for layer, (u_MR, y_TOl) in enumerate(zip(self._by_layer(u_MK), self._outputs_by_layer(y_TO), strict=True)):
+            rows = zip(self._weights, self._rows.in_u.rows(u_MR), self._rows.in_pass.rows(y_TOl), strict=True)
+            for weights, u_NR, y_NOl in rows:
+                y_NOl.addmm_(u_NR, weights.bs[layer].T, alpha=weights.scales[layer])
+        return u_MK
+
+    def add_grads(self, x_TI: Tensor, u_MK: Tensor, dy_TO: Tensor, dx_TI: Tensor) -> None:
+        if self._rows.live.owners:
+            self._add_input_grads(self._add_output_grads(u_MK, dy_TO), x_TI, dx_TI)
+
+    def _add_output_grads(self, u_MK: Tensor, dy_TO: Tensor) -> Tensor:
+        """dB; g of the live rows, [M, K], without the scale where layers have the same."""
+        live = self._rows.live
+        g_MK = self._empty_u(u_MK, live.alone.end)
+        layers = zip(self._by_layer(u_MK), self._by_layer(g_MK), self._outputs_by_layer(dy_TO), strict=True)
+        for layer, (u_MR, g_MR, dy_TOl) in enumerate(layers):
+            dys, turned = live.in_pass.rows(dy_TOl), live.in_pass.columns(dy_TOl.T)
+            rows = zip(live.owners, live.in_u.rows(u_MR), live.alone.rows(g_MR), dys, turned, strict=True)
+            for owner, u_NR, g_NR, dy_NOl, dy_OlN in rows:
+                weights = self._weights[owner]
+                scale = weights.scales[layer]
+                torch.mm(dy_NOl, weights.bs[layer], out=g_NR)
+                if self._scales[owner] is None:
+                    g_NR.mul_(scale)
+                self._grads[owner].bs[layer].addmm_(dy_OlN, u_NR, alpha=scale)
+        return g_MK
+
+    def _add_input_grads(self, g_MK: Tensor, x_TI: Tensor, dx_TI: Tensor) -> None:
+        live = self._rows.live
+        rows = zip(
+            live.owners, live.alone.rows(g_MK), live.alone.columns(g_MK.T), live.in_pass.rows(x_TI),
+            live.in_pass.rows(dx_TI), strict=True,
+        )  # fmt: skip
+        for owner, g_NK, g_KN, x_NI, dx_NI in rows:
+            scale = self._scales[owner]
+            left = 1.0 if scale is None else scale
+            dx_NI.addmm_(g_NK, self._weights[owner].a_KI, alpha=left)
+            self._grads[owner].a_KI.addmm_(g_KN, x_NI, alpha=left)
+
+    def _empty_u(self, like: Tensor, num_rows: int) -> Tensor:
         """[M, K]."""
         num_columns = self._rank * len(self._widths)
         grid = -(-num_columns // ROW_GRID) * ROW_GRID
         u_MK = like.new_empty(num_rows, grid)
         return u_MK if grid == num_columns else u_MK[:, :num_columns]
 
-    def by_layer(self, u_MK: Tensor) -> Sequence[Tensor]:
+    def _by_layer(self, u_MK: Tensor) -> Sequence[Tensor]:
         return (u_MK,) if len(self._widths) == 1 else u_MK.split_with_sizes([self._rank] * len(self._widths), 1)
 
-    def outputs_by_layer(self, y_TO: Tensor) -> Sequence[Tensor]:
+    def _outputs_by_layer(self, y_TO: Tensor) -> Sequence[Tensor]:
         return (y_TO,) if len(self._widths) == 1 else y_TO.split_with_sizes(self._widths, 1)
 
 
@@ -113,28 +182,26 @@ class SegmentsLora:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        self._crowds: dict[str, list[_Crowd]] = {}
-        self._rows: dict[tuple[int, ...], _Rows] = {}
+        self._crowds: dict[str, list[Crowd]] = {}
+        self._rows: dict[tuple[int, ...], Rows] = {}
 
     def add(self, group: str, x_TI: Tensor, y_TO: Tensor) -> tuple[Tensor, ...]:
         kept = []
         for crowd in self._of(group):
-            u_MK = _shrunk(crowd, x_TI)
-            _expand(crowd, u_MK, y_TO)
-            if crowd.grads:
+            u_MK = crowd.add(x_TI, y_TO)
+            if crowd.has_grads:
                 kept.append(u_MK)
         return tuple(kept)
 
     def keep(self, group: str, x_TI: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_shrunk(crowd, x_TI) for crowd in self._of(group) if crowd.grads)
+        return tuple(crowd.shrink(x_TI) for crowd in self._of(group) if crowd.has_grads)
 
     def add_grads(self, group: str, x_TI: Tensor, kept: tuple[Tensor, ...], dy_TO: Tensor, dx_TI: Tensor) -> None:
-        crowds = [crowd for crowd in self._of(group) if crowd.grads]
+        crowds = [crowd for crowd in self._of(group) if crowd.has_grads]
         for crowd, u_MK in zip(crowds, kept, strict=True):
-            if crowd.rows.live.owners:
-                _add_input_grads(crowd, _add_output_grads(crowd, u_MK, dy_TO), x_TI, dx_TI)
+            crowd.add_grads(x_TI, u_MK, dy_TO, dx_TI)
 
-    def _of(self, group: str) -> list[_Crowd]:
+    def _of(self, group: str) -> list[Crowd]:
         crowds = self._crowds.get(group)
         if crowds is None:
             alike: dict[tuple[int, bool], list[int]] = {}
@@ -145,61 +212,11 @@ class SegmentsLora:
             crowds = self._crowds[group] = [self._crowd(group, tuple(indices)) for indices in alike.values()]
         return crowds
 
-    def _crowd(self, group: str, indices: tuple[int, ...]) -> _Crowd:
+    def _crowd(self, group: str, indices: tuple[int, ...]) -> Crowd:
         segments = [self._segments[index] for index in indices]
         if indices not in self._rows:
-            self._rows[indices] = _Rows(segments)
-        return _Crowd(group, segments, self._rows[indices])
-
-
-def _shrunk(crowd: _Crowd, x_TI: Tensor) -> Tensor:
-    """u = x Aᵀ, [M, K]."""
-    own = crowd.rows
-    u_MK = crowd.empty_u(x_TI, own.in_u.end)
-    rows = zip(crowd.weights, own.in_pass.rows(x_TI), own.in_u.rows(u_MK), strict=True)
-    for weights, x_NI, u_NK in rows:
-        torch.mm(x_NI, weights.a_KI.T, out=u_NK)
-    return u_MK
-
-
-def _expand(crowd: _Crowd, u_MK: Tensor, y_TO: Tensor) -> None:
-    """y += scale · u Bᵀ, in place."""
-    for layer, (u_MR, y_TOl) in enumerate(zip(crowd.by_layer(u_MK), crowd.outputs_by_layer(y_TO), strict=True)):
-        rows = zip(crowd.weights, crowd.rows.in_u.rows(u_MR), crowd.rows.in_pass.rows(y_TOl), strict=True)
-        for weights, u_NR, y_NOl in rows:
-            y_NOl.addmm_(u_NR, weights.bs[layer].T, alpha=weights.scales[layer])
-
-
-def _add_output_grads(crowd: _Crowd, u_MK: Tensor, dy_TO: Tensor) -> Tensor:
-    """dB += scale · dyᵀ u; g = dy B of the live rows, [M, K], times the scales where layers have different ones."""
-    live = crowd.rows.live
-    g_MK = crowd.empty_u(u_MK, live.alone.end)
-    layers = zip(crowd.by_layer(u_MK), crowd.by_layer(g_MK), crowd.outputs_by_layer(dy_TO), strict=True)
-    for layer, (u_MR, g_MR, dy_TOl) in enumerate(layers):
-        dys, turned = live.in_pass.rows(dy_TOl), live.in_pass.columns(dy_TOl.T)
-        rows = zip(live.owners, live.in_u.rows(u_MR), live.alone.rows(g_MR), dys, turned, strict=True)
-        for owner, u_NR, g_NR, dy_NOl, dy_OlN in rows:
-            weights = crowd.weights[owner]
-            scale = weights.scales[layer]
-            torch.mm(dy_NOl, weights.bs[layer], out=g_NR)
-            if crowd.scales[owner] is None:
-                g_NR.mul_(scale)
-            crowd.grads[owner].bs[layer].addmm_(dy_OlN, u_NR, alpha=scale)
-    return g_MK
-
-
-def _add_input_grads(crowd: _Crowd, g_MK: Tensor, x_TI: Tensor, dx_TI: Tensor) -> None:
-    """dx += scale · g A, dA += scale · gᵀ x."""
-    live = crowd.rows.live
-    rows = zip(
-        live.owners, live.alone.rows(g_MK), live.alone.columns(g_MK.T), live.in_pass.rows(x_TI),
-        live.in_pass.rows(dx_TI), strict=True,
-    )  # fmt: skip
-    for owner, g_NK, g_KN, x_NI, dx_NI in rows:
-        scale = crowd.scales[owner]
-        left = 1.0 if scale is None else scale
-        dx_NI.addmm_(g_NK, crowd.weights[owner].a_KI, alpha=left)
-        crowd.grads[owner].a_KI.addmm_(g_KN, x_NI, alpha=left)
+            self._rows[indices] = Rows(segments)
+        return _TorchCrowd(group, segments, self._rows[indices])
 
 
 def add_adapter(weights: LoraWeights, x_NI: Tensor, y_NO: Tensor) -> Tensor:
