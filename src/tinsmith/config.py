@@ -154,9 +154,8 @@ class Settings(DoorSettings):
 
     compiled_adapters: bool = setting(
         True,
-        "On the CPU let sampled rows meet their adapters, and optimizer steps be taken, in small C programs, compiled "
-        "at the first start and kept in ~/.cache/tinsmith: 1.4 and 1.6 times as fast as torch, which serves where no C "
-        "compiler is.",
+        "On the CPU let adapters be computed, and optimizer steps be taken, in small C programs, compiled at the first "
+        "start and kept in ~/.cache/tinsmith: 1.4 and 1.6 times as fast as torch, which serves where no C compiler is.",
         group="engine",
     )
 

@@ -81,6 +81,7 @@ class TorchEngine:
             deterministic=settings.deterministic,
             shares_factors=settings.expert_adapters == "shared",
             weights=settings.base_weights,
+            may_compile=settings.compiled_adapters,
             progress=progress,
         )
         if self._base.eyes is not None:

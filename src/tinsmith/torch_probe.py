@@ -14,6 +14,7 @@ import transformers
 
 from tinsmith.errors import UnsupportedError
 from tinsmith.model.frozen import FrozenMatrix
+from tinsmith.model.lora import compiled_segments
 from tinsmith.model.lora.choice import has_triton
 from tinsmith.model.row_probe import uneven_products
 from tinsmith.sampling import compiled_lora
@@ -49,6 +50,7 @@ def _why_not_compiled() -> str:
     try:
         compiled_lora.load_kernel()
         compiled_adamw.load_kernel()
+        compiled_segments.load_kernel()
     except UnsupportedError as error:
         return error.message
     return ""

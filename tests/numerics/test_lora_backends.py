@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.model.lora import LoopLora, LoraBackend, LoraWeights, Segment, SegmentsLora
+from tinsmith.model.lora.compiled_segments import compiled_segments
 
-BACKENDS = {"loop": LoopLora, "segments": SegmentsLora}
+BACKENDS = {"loop": LoopLora, "segments": SegmentsLora, "compiled": compiled_segments() or SegmentsLora}
 INPUTS = 40
 WIDTHS = {"q": (24, 16, 16), "o": (40,)}
 SPANS = [(0, 5, 4), (5, 6, 8), (8, 40, 8), (40, 57, 3), (57, 60, 16)]  # start, end, rank; 6..8 and 60..64 are nobody's

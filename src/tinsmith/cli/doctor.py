@@ -149,11 +149,11 @@ def check_accelerator(torch: dict[str, Any] | str, device: str, *, may_compile: 
     if not may_compile:
         rows.append(Check("compiled adapters", Level.OK, "off (--no-compiled-adapters)"))
     elif torch["compiled"]:
-        cure = "without it, samples of many runs at once and optimizer steps are slower; or say --no-compiled-adapters"
+        cure = "without it, training and samples of many runs are slower; or say --no-compiled-adapters"
         rows.append(Check("compiled adapters", Level.WARN, torch["compiled"], cure))
     else:
         rows.append(
-            Check("compiled adapters", Level.OK, "the C programs for sampled rows and optimizer steps are there")
+            Check("compiled adapters", Level.OK, "the C programs for adapters and optimizer steps are there")
         )
     return rows
 

@@ -30,6 +30,7 @@ from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
 from tinsmith.model.longrope import settle_longrope, tell_longrope
+from tinsmith.model.lora.choice import compiled
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
 from tinsmith.model.stored import Stored
 from tinsmith.model.weight_files import WeightFiles
@@ -53,6 +54,7 @@ def load_base(
     deterministic: bool = False,
     shares_factors: bool = True,
     weights: str = STORED,
+    may_compile: bool = True,
     progress: Progress | None = None,
 ) -> BaseModel:
     """Load `info.path` and open it.
@@ -61,6 +63,7 @@ def load_base(
     shares_factors: of an adapter in experts, the one on the side of the hidden states is one for all of a layer.
     weights: `stored`: in fewer bits where the files have them so; `dequantised`: all in `dtype`; `int4` or `nf4`:
         matrices of attention, MLP and experts are quantised as they are read.
+    may_compile: a C program may be compiled for the adapters of training passes.
     progress: is told of each weight that was read, by threads.
 
     Raises:
@@ -71,7 +74,12 @@ def load_base(
     with large_blocks_apart():
         model = load_model(info, device, dtype, weights=weights, progress=progress)
         tell_longrope(model, info.name, info.max_context)
-        return open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
+        base = open_base(model, info, deterministic=deterministic, shares_factors=shares_factors)
+    if may_compile:
+        base.lora = compiled(base.lora)
+        if base.eyes is not None:
+            base.eyes.lora = base.lora
+    return base
 
 
 def plain_shapes(info: BaseInfo) -> dict[str, tuple[int, ...]]:

@@ -17,19 +17,21 @@ from tinsmith.model.lora.segments import SegmentsLora
 log = structlog.get_logger("tinsmith.worker")
 
 
-def lora_for(device: torch.device, dtype: torch.dtype, *, may_compile: bool = True) -> LoraBackend:
+def lora_for(device: torch.device, dtype: torch.dtype) -> LoraBackend:
     """Triton's kernels on a GPU; where triton isn't installed torch's grouped product, and the log says so. On the CPU
-    segments in place, by a compiled program if it may and can be had, else by torch's products; in another dtype than
-    float32 the plain loop, whose gradients are float32 all the same."""
+    segments in place; in another dtype than float32 the plain loop, whose gradients are float32 all the same."""
     if device.type != "cuda":
-        if dtype != torch.float32:
-            return LoopLora
-        return (compiled_segments() if may_compile else None) or SegmentsLora
+        return SegmentsLora if dtype == torch.float32 else LoopLora
     if has_triton():
         made: LoraBackend = importlib.import_module("tinsmith.model.lora.triton_lora").TritonLora
         return made
     log.warning("triton is not installed: adapters go through torch's grouped product; install tinsmith[gpu]")
     return GroupedLora
+
+
+def compiled(lora: LoraBackend) -> LoraBackend:
+    """What computes the same by a compiled program, where there is one and it can be had; else `lora`."""
+    return compiled_segments() or lora if lora is SegmentsLora else lora
 
 
 def has_triton() -> bool:

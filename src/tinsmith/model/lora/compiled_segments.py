@@ -80,8 +80,8 @@ class _Spans:
 
 
 class _Rows:
-    """Where the rows of some segments are. blocks: of each its segment, number of rows, and first row in the pass and in
-    u, which holds the segments end to end."""
+    """Where the rows of some segments are. blocks: of each its segment, number of rows, and first row in the pass and
+    in u, which holds the segments end to end."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
