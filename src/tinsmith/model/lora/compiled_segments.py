@@ -142,24 +142,25 @@ class _CompiledCrowd:
         chunks = int(np.sum(-(-self._widths // CHUNK)))
         g_CMR = u_MK.new_empty(chunks * spans.num_rows * self._args.rank)
         g_MK = u_MK.new_empty(spans.num_rows, self._num_k)
-        room = self._room(u_MK, WIDE * DEEP + CHUNK * self._num_k)
+        room = self._room(WIDE * DEEP + CHUNK * self._num_k)
         self._kernel.add_grads(
             ctypes.byref(self._args), ctypes.byref(self._live.args), *_place(x_TI), *_place(dy_TO), *_place(dx_TI),
-            *_place(u_MK), g_CMR.data_ptr(), g_MK.data_ptr(), *_place(room),
+            *_place(u_MK), g_CMR.data_ptr(), g_MK.data_ptr(), room.ctypes.data, room.shape[1],
         )  # fmt: skip
 
     def _add(self, x_TI: Tensor, y_TO: Tensor | None) -> Tensor:
         u_MK = x_TI.new_empty(self._rows.num, self._num_k)
         blocks = self._rows.blocks
-        room = self._room(x_TI, CHUNK * self._args.rank)
+        room = self._room(CHUNK * self._args.rank)
         self._kernel.add(
             ctypes.byref(self._args), len(blocks), blocks.ctypes.data, *_place(x_TI),
-            *((None, 0) if y_TO is None else _place(y_TO)), *_place(u_MK), *_place(room),
+            *((None, 0) if y_TO is None else _place(y_TO)), *_place(u_MK), room.ctypes.data, room.shape[1],
         )  # fmt: skip
         return u_MK
 
-    def _room(self, like: Tensor, size: int) -> Tensor:
-        return like.new_empty(self._num_threads, size)
+    def _room(self, size: int) -> NDArray[np.float32]:
+        """Scratch space, whose size doesn't depend on the pass."""
+        return np.empty((self._num_threads, size), np.float32)
 
 
 class _Live:
