@@ -152,9 +152,7 @@ def check_accelerator(torch: dict[str, Any] | str, device: str, *, may_compile: 
         cure = "without it, training and samples of many runs are slower; or say --no-compiled-adapters"
         rows.append(Check("compiled adapters", Level.WARN, torch["compiled"], cure))
     else:
-        rows.append(
-            Check("compiled adapters", Level.OK, "the C programs for adapters and optimizer steps are there")
-        )
+        rows.append(Check("compiled adapters", Level.OK, "the C programs for adapters and optimizer steps are there"))
     return rows
 
 
