@@ -16,9 +16,11 @@ from tests.alerts import selected
 from tests.contract.standing import standing
 from tests.service import until
 from tests.unit.test_metrics import samples
-from tinsmith.api import auth, connection
+from tinsmith.api import auth, connection, hearing
 from tinsmith.api.crowd import Crowd
-from tinsmith.api.pressure import MAX_WAIT_S, Pressure
+from tinsmith.api.hearing import Hearing
+from tinsmith.api.pressure import Pressure
+from tinsmith.api.waits import MAX_WAIT_S
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counting
 
@@ -87,7 +89,7 @@ def test_it_is_told_when_to_come_and_is_not_read_for_a_while_if_it_comes_before(
     with standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
         assert caller.ask()[0] == 404, "the key is known from here on"
         monkeypatch.setattr(auth, "TTL_S", 60.0)  # of a key that is taken to be good: others go the long way
-        monkeypatch.setattr(connection, "DEAF_S", 3.0)
+        monkeypatch.setattr(hearing, "DEAF_S", 3.0)
         monkeypatch.setattr(Pressure, "note", high)
         monkeypatch.setattr(Pressure, "refuses", lambda self, tenant_id: True)
         while (refused := caller.ask())[0] != 429 or int(refused[1]["retry-after"]) > MAX_WAIT_S:
@@ -107,7 +109,7 @@ def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Those that no route sees too: alerts about 429 and 5xx read nothing else."""
     monkeypatch.setattr(auth, "TTL_S", 60.0)
     monkeypatch.setattr(connection, "HEADER_S", 0.2)
-    monkeypatch.setattr(connection, "DEAF_S", 0.0)
+    monkeypatch.setattr(Hearing, "refused", lambda *_: 0.0)
     with counted() as counting, standing(tmp_path) as (house, url), closing(Caller(url, house.key)) as caller:
         assert caller.ask()[0] == 404, "the key is known from here on"
         by_routes = ("tinsmith_http_request_seconds_count", (STEP_PATH,))

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from types import MappingProxyType
 from typing import NamedTuple
 
+from tinsmith.types import TenantId
 from tinsmith.wire.media import JSON
 
 ID = "the-id-of-the-request"  # stands for it in a refusal that is made beforehand
@@ -62,10 +63,11 @@ class Refusal:
 
 
 class Refused(NamedTuple):
-    """A refusal, with the id that it bears."""
+    """A refusal of a tenant's request, with the id that it bears."""
 
     refusal: Refusal
     request_id: str
+    tenant_id: TenantId
 
     def to_bytes(self, dated: bytes) -> bytes:
         """As it goes over the wire. dated: headers that the server adds to each."""

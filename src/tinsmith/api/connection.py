@@ -26,8 +26,8 @@ from tinsmith.api.answers import Answered, Refused
 from tinsmith.api.crowd import Crowd
 from tinsmith.api.eager import begin
 from tinsmith.api.errors import RETRY_AFTER_S, Problem, status_of
+from tinsmith.api.hearing import Hearing
 from tinsmith.api.marks import request_id_of, security_headers
-from tinsmith.api.pressure import DEAF_S
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.api.ticks import ticks_of
 from tinsmith.api.wire import Wire
@@ -46,7 +46,6 @@ UNREAD_S = 30.0
 LOOKS = 6  # in that time
 WRITE_BYTES = 32 << 10  # written ahead of the client, before writers wait for it
 MAX_CONNECTIONS = 12_000
-PATIENCE = 0.9  # of what a client was told to wait: it is on time then
 RESERVED_FILES = 128  # for the database, payloads, bells
 MAX_READ_OUT = 256  # stored files that are read out at one time, beside the connections that they go to
 
@@ -81,7 +80,8 @@ class Connection(H11Protocol):
         self._early = b""  # what came while the express lane had a request
         self._is_leaving = False  # the next answer is the last one
         self._has_been_parsed = False  # by h11, any of it
-        self._lingers_until = self._refused_until = 0.0
+        self._lingers_until = 0.0
+        self._hearing = Hearing()
         self._stay = Stay(self._cut, self._settle)
         self._owed: Owed | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -148,7 +148,9 @@ class Connection(H11Protocol):
                 self.flow.pause_reading()
             return
         STAY.set(self._stay)  # what is begun from here on inherits it
-        taken = self._express.take(data, self._left_s()) if self._is_between_requests() else None
+        taken = (
+            self._express.take(data, self._hearing.left_s(self.loop.time())) if self._is_between_requests() else None
+        )
         if isinstance(taken, Refused):
             self._turn_away(taken)
             return
@@ -168,23 +170,17 @@ class Connection(H11Protocol):
                 self._express_task.add_done_callback(self.tasks.discard)
         self._watch()
 
-    def _left_s(self) -> float:
-        """Of the time that its client was told to wait when it was turned away."""
-        return max(0.0, self._refused_until - self.loop.time()) if self._refused_until else 0.0
-
     def _turn_away(self, refused: Refused) -> None:
-        """One that came before its time has its place in the line already, and what is sent next is left unread for a
-        while."""
+        """One that came before its time has its place in the line already."""
         self._unset_keepalive_if_required()
+        wait_s = refused.refusal.wait_s
         self.transport.write(refused.to_bytes(self._dated()))
-        self._answered_until(refused.refusal.wait_s)
+        self._answered_until(wait_s)
         self._expect(None)
-        now = self.loop.time()
-        if self._refused_until > now:
+        unread_s = self._hearing.refused(refused.tenant_id, self._stay, wait_s, self.loop.time())
+        if unread_s:
             self.flow.pause_reading()
-            self.loop.call_later(DEAF_S, self._listen)
-        else:
-            self._refused_until = now + PATIENCE * refused.refusal.wait_s
+            self.loop.call_later(unread_s, self._listen)
 
     def _is_header_too_long(self, data: bytes) -> bool:
         """h11 bounds a header by its size while it isn't whole; this bounds one that comes to be whole with `data`."""
@@ -250,6 +246,7 @@ class Connection(H11Protocol):
     def _listen(self) -> None:
         """Read again, after a refusal."""
         if not self.transport.is_closing():
+            self._hearing.again(has_more=self._wire.num_unseen() > 0)
             self.flow.resume_reading()
 
     def shutdown(self) -> None:

@@ -29,9 +29,10 @@ from tinsmith.api.intake import Budget
 from tinsmith.api.marks import bind_op, log_request, request_id_of, security_headers
 from tinsmith.api.places import CALLER
 from tinsmith.api.plain_http import PlainRequest, read_plain
-from tinsmith.api.pressure import FILLING, MAX_WAIT_S, TOO_MUCH
+from tinsmith.api.pressure import FILLING, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
+from tinsmith.api.waits import MAX_WAIT_S
 from tinsmith.errors import CapacityError, TinsmithError
 from tinsmith.observe import tracing
 from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
@@ -105,7 +106,8 @@ class Express:
         REFUSED.add(CapacityError.code)
         self._services.turned_away.note(principal.tenant_id, path, TOO_MANY)
         wait_s = ceil(left_s) if left_s > 0 else self._services.pressure.wait_s()
-        return Refused(self._refusals[wait_s], request_id_of(request.headers.get(b"x-request-id", b"")))
+        request_id = request_id_of(request.headers.get(b"x-request-id", b""))
+        return Refused(self._refusals[wait_s], request_id, principal.tenant_id)
 
     def _refusal(self, wait_s: int) -> Refusal:
         problem = Problem(detail=TOO_MUCH, code=CapacityError.code, category=CapacityError.category)

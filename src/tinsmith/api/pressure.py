@@ -14,8 +14,8 @@ refused as well, but for as many as end meanwhile, until none was for `RELAX_S` 
 theirs would wait all the same, and make all others slower. While some are, the event loop dozes between short bursts,
 as a thread that is woken for each request by itself takes twice the time for them.
 
-A connection that was refused, and asks again before it was told to, isn't read for `DEAF_S`: what its client sends
-meanwhile waits on the client's side. For the event loop's own thread.
+How long who is refused is told to stay away is for `waits` to say, and whether he is read meanwhile for `hearing`. For
+the event loop's own thread.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from itertools import count, cycle
 import structlog
 
 from tinsmith.api.backlog import Backlog
+from tinsmith.api.waits import Waits
 from tinsmith.errors import CapacityError
 from tinsmith.machine.contention import Contention
 from tinsmith.types import TenantId
@@ -42,14 +43,12 @@ INTERVAL_S = 0.5
 RELAX_S = 3.0
 BUSY = 300  # refusals in that time, which say that letting all in would bring it back at once
 STAY_S = 30.0  # and yet it is tried after so long
-DEAF_S = 1.0
 FEW = 256  # requests under way: some batches of `together`, which keep the disk and the processor busy
 CONTENDED = 0.1
 OVER = 20  # looks, over which that is measured
 AWAKE_S, DOZE_S = 0.005, 0.025  # in turns
 APART = 5  # looks, while the queue alone is what matters
-WAITS_S = (1, 2, 3)  # told in turn to those who are refused, so that they don't come back together
-MAX_WAIT_S = max(WAITS_S) + 1  # by one more where what waits is long
+CROWDED_S = (2, 3, 4)  # to wait, told in turn, where it is workers who can't keep up
 SINGLE = 16  # under way at once: who sends no more than these adds little, however much of his waits
 TOO_MUCH = "the server is asked for more than it can do at the moment: send the request again"
 FILLING = frozenset(
@@ -78,7 +77,7 @@ class Pressure:
         self._under_way: Counter[TenantId] = Counter()
         self._calm_at = self._pressed_at = self._high_at = time.monotonic()
         self._num_before = 0  # refused when it was looked last whether they are many
-        self._waits_s = cycle(WAITS_S)
+        self._waits, self._crowded_s = Waits(self._calm_at), cycle(CROWDED_S)
         self._share = 0.0
         self._crowded_until = self._contended_at = 0.0
         self._long_until = 0.0
@@ -120,6 +119,7 @@ class Pressure:
         if self.refuses(tenant_id):
             raise CapacityError(TOO_MUCH)
         self._under_way[tenant_id] += 1
+        self._waits.let_in()
         try:
             yield
         finally:
@@ -131,7 +131,7 @@ class Pressure:
 
     def wait_s(self) -> int:
         """What to tell one more who is refused: whole seconds after which to come back."""
-        return next(self._waits_s) + self.is_crowded
+        return self._waits.told(time.monotonic()) if self.is_high else next(self._crowded_s)
 
     def note(self, delay_s: float, now: float) -> None:
         """So long it takes at the moment."""
@@ -140,11 +140,14 @@ class Pressure:
         else:
             self._pressed_at = now
         was_high = self.is_high
+        if was_high:
+            self._waits.look(now)
         self.is_high = not self._may_relax(now) if was_high else now - self._calm_at > INTERVAL_S
         if self.is_high != was_high:
             log.warning("overloaded" if self.is_high else "no longer overloaded", refused=self.num_refused)
             self.num_refused = self.num_refused if self.is_high else 0
             self._high_at, self._num_before = now, 0
+            self._waits = Waits(now)
             self._forget()
 
     def note_contended(self, share: float, now: float) -> None:

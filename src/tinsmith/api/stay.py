@@ -23,7 +23,7 @@ class Stay:
             as many as it may.
     """
 
-    __slots__ = ("__weakref__", "_futures", "cut", "is_over", "key_id", "on_end", "settle", "tenant_id")
+    __slots__ = ("__weakref__", "_futures", "cut", "is_mixed", "is_over", "key_id", "on_end", "settle", "tenant_id")
 
     def __init__(self, cut: Callable[[], None], settle: Callable[[TenantId, bool], None]) -> None:
         self._futures: set[asyncio.Future[Any]] = set()
@@ -31,6 +31,7 @@ class Stay:
         self.cut, self.settle = cut, settle
         self.key_id: str | None = None  # of the key that was last used on it
         self.tenant_id: TenantId | None = None
+        self.is_mixed = False  # brought requests of several tenants, or others than those that fill the queue
         self.on_end: Callable[[Stay], None] | None = None
 
     def end(self) -> None:

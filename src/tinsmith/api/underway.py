@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import WeakSet
 
+from tinsmith.api.pressure import FILLING
 from tinsmith.api.stay import STAY, Stay
 from tinsmith.types import TenantId
 
@@ -44,7 +45,10 @@ class Underway:
             stay.key_id = key_id
             self._stays.setdefault(key_id, WeakSet()).add(stay)
             stay.on_end = self._ended
+        if path not in FILLING:
+            stay.is_mixed = True
         if tenant_id is not None and stay.tenant_id != tenant_id:
+            stay.is_mixed |= stay.tenant_id is not None
             stay.tenant_id = tenant_id
             stay.settle(tenant_id, path in POLLS)
 
