@@ -135,7 +135,7 @@ class FencedError(TinsmithError):
 
 
 class CorruptError(TinsmithError):
-    """A stored file doesn't match its checksum or its header."""
+    """A stored file, or what a row holds, doesn't match its checksum or its header."""
 
     code = "corrupt"
 

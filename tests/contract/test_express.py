@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from sqlalchemy import text
 
 from tests.contract.conftest import BASE
 from tests.contract.streams import Stream
@@ -164,6 +165,19 @@ def test_a_poll_that_ends_without_a_result_is_answered_alike(wire: Wire, run_id:
     promise = json.loads(wire.both("forward_backward", training(run_id, 1), "application/x-protobuf")[2])
     status, _, body = wire.both("retrieve_future", poll(promise["request_id"]))
     assert (status, json.loads(body)["type"]) == (408, "try_again")
+
+
+def test_a_result_that_changed_in_its_row_is_not_handed_out(wire: Wire, run_id: str, worker: Any, house: Any) -> None:
+    step = json.dumps({"model_id": run_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}}).encode()
+    request_id = json.loads(wire.both("optim_step", step)[2])["request_id"]
+    worker.step()
+    assert wire.both("retrieve_future", poll(request_id))[0] == 200
+    with house.store._database.write() as conn:
+        changed = text("UPDATE ops SET result = result || x'20' WHERE op_id = :id")
+        assert conn.execute(changed, {"id": request_id}).rowcount == 1
+    status, _, body = wire.both("retrieve_future", poll(request_id))
+    assert (status, json.loads(body)["code"]) == (500, "corrupt")
+    assert request_id in json.loads(body)["detail"]
 
 
 def test_what_is_not_plain_goes_to_the_routes(wire: Wire, run_id: str, house: Any) -> None:

@@ -46,7 +46,7 @@ class Grown(House):
 
 def a_life(root: Path) -> RunId:
     """A run with snapshots, payloads, a checkpoint, a sampler, results, usage and queued work."""
-    with contextlib.closing(House(root, inline_bytes=64, snapshot_debt_bytes=300)) as house:
+    with contextlib.closing(House(root, inline_bytes=100, snapshot_debt_bytes=300)) as house:
         (root / "who").write_text(json.dumps([house.tenant, house.session]))
         house.store.tenants.create_key(house.tenant, "key")
         run = house.create_run()
@@ -81,7 +81,7 @@ def expected(lived: tuple[Path, RunId], tmp_path_factory: pytest.TempPathFactory
 
 def went_on(root: Path, run: RunId) -> dict[str, Any]:
     """Carry out what is queued, and say what came of it all."""
-    with contextlib.closing(Grown(root, inline_bytes=64)) as house:
+    with contextlib.closing(Grown(root, inline_bytes=100)) as house:
         settle(house.worker())
         with contextlib.closing(sqlite3.connect(root / DATABASE_FILE)) as connection:
             ids = connection.execute("SELECT op_id, seq_id, kind FROM ops ORDER BY num").fetchall()
@@ -140,8 +140,18 @@ def test_a_directory_of_this_schema_is_upgraded_on_start_and_goes_on(
             kept = [{name: row[name] for name in before if name in row} for row, before in zip(now, rows, strict=True)]
             assert kept == [{name: row[name] for name in kept[0]} for row in rows] if rows else not kept, table
     with contextlib.closing(open_store(root)) as store:
-        assert verify(store, Blobs(root / "blobs")).findings == []
+        report = verify(store, Blobs(root / "blobs"))
+    inline = {
+        name: sum(row[name] is not None and row.get(f"{name}_crc") is None for row in written["ops"])
+        for name in ("payload", "result")
+    }
+    assert report.findings == []
+    assert report.num_unchecked == sum(inline.values())
+    assert all(inline.values()) or "payload_crc" in written["ops"][0]
     assert went_on(root, lived[1]) == expected
+    with contextlib.closing(sqlite3.connect(root / DATABASE_FILE)) as connection:
+        query = "SELECT count(*) FROM ops WHERE result IS NOT NULL AND result_crc IS NULL"
+        assert connection.execute(query).fetchone() == (inline["result"],), "what was written since has checksums"
 
 
 @pytest.mark.parametrize("revision", [REVISIONS[0], REVISIONS[-2]])

@@ -36,6 +36,7 @@ from tinsmith.api.waits import MAX_WAIT_S
 from tinsmith.errors import CapacityError, TinsmithError
 from tinsmith.observe import tracing
 from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
+from tinsmith.store.checksums import whole_result
 from tinsmith.store.rows import OpRow, Principal, RunRow
 from tinsmith.types import OpId, OpKind, OpState, RunId, TenantId
 from tinsmith.validate.picture_files import may_hold_pictures
@@ -163,7 +164,7 @@ class Express:
             return Answer(408, await try_again(self._services, op))
         if op.state is not OpState.DONE:
             return Answer(200, failure_result(failure_of(op)))
-        return None if op.result_blob is not None else Answer(200, op.result or b"", op.result_media or JSON)
+        return None if op.result_blob is not None else Answer(200, whole_result(op) or b"", op.result_media or JSON)
 
     async def _forward_backward(self, principal: Principal, request: PlainRequest) -> Answer | None:
         with _Held(self._budget, principal.tenant_id) as held:

@@ -25,6 +25,7 @@ from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.waiters import Ended
 from tinsmith.errors import GoneError, NotFoundError
 from tinsmith.files.virtual_file import VirtualFile
+from tinsmith.store.checksums import whole_result
 from tinsmith.store.rows import OpRow
 from tinsmith.types import BlobKey, Failure, OpId, OpState, TenantId
 from tinsmith.wire.media import JSON, encode_json
@@ -155,9 +156,10 @@ def result_of(services: Services, op: OpRow) -> bytes:
 
     Raises:
         GoneError: they have expired.
+        CorruptError: they aren't what was stored.
     """
     if op.result_blob is None:
-        return op.result or b""
+        return whole_result(op) or b""
     try:
         return services.blobs.get(op.result_blob)
     except NotFoundError:

@@ -115,6 +115,12 @@ def _show(report: Report) -> None:
         console.print(f"{run_id}: a damaged snapshot was replaced, last {when}; look at the disk", highlight=False)
     if report.is_cut_short:
         console.print("the database lacks what files are held against: none was read, and nothing was repaired")
+    if report.num_unchecked:
+        console.print(
+            f"{report.num_unchecked} payloads and results in rows were written before those had checksums: "
+            "they can't be checked",
+            highlight=False,
+        )
     done = "removed" if report.removed else "--repair removes them"
     if report.leftovers:
         size = _size(sum(file.size for file in report.leftovers))

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.store.checksums import crc_of
 from tinsmith.store.database import Database
 from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import WHOLE, born, to_columns, to_op
@@ -115,6 +116,7 @@ def _outcome(result: bytes, now: float) -> dict[str, Any]:
         "state": OpState.DONE.value,
         "finished_at": now,
         "result": result,
+        "result_crc": crc_of(result),
         "result_bytes": len(result),
         "result_media": "application/json",
     }

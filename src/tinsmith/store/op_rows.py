@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, null, or_, select
+from sqlalchemy import ColumnElement, LargeBinary, and_, cast, func, null, or_, select
 
+from tinsmith.store.checksums import crc_of
 from tinsmith.store.rows import NewOp, OpRow
 from tinsmith.store.schema import ops, runs
 from tinsmith.types import Failure, OpKind, OpState, RunStatus
@@ -20,10 +21,16 @@ _LIGHT: tuple[ColumnElement[Any], ...] = (
     ops.c.result_bytes, ops.c.result_blob, ops.c.failure_code, ops.c.failure_category, ops.c.failure_message,
     ops.c.key_id,
 )  # fmt: skip
-LIGHT = (*_LIGHT, null().label("payload"), null().label("result"))
-WITH_PAYLOAD = (*_LIGHT, ops.c.payload, null().label("result"))
-WITH_RESULT = (*_LIGHT, null().label("payload"), ops.c.result)
-WHOLE = (*_LIGHT, ops.c.payload, ops.c.result)
+# As bytes whatever the row's header says: a bit of it makes a text of them, over which the driver may stumble, and a
+# batch of claims with it.
+_PAYLOAD = (cast(ops.c.payload, LargeBinary).label("payload"), ops.c.payload_crc)
+_RESULT = (cast(ops.c.result, LargeBinary).label("result"), ops.c.result_crc)
+_NO_PAYLOAD = (null().label("payload"), null().label("payload_crc"))
+_NO_RESULT = (null().label("result"), null().label("result_crc"))
+LIGHT = (*_LIGHT, *_NO_PAYLOAD, *_NO_RESULT)
+WITH_PAYLOAD = (*_LIGHT, *_PAYLOAD, *_NO_RESULT)
+WITH_RESULT = (*_LIGHT, *_NO_PAYLOAD, *_RESULT)
+WHOLE = (*_LIGHT, *_PAYLOAD, *_RESULT)
 
 
 # Nothing needs the row once its result has expired: no recovery of its run, and no file. The newest op of all stays,
@@ -40,7 +47,8 @@ IS_SPENT: ColumnElement[bool] = and_(
 NEW_COLUMNS = (  # those that `to_columns` fills
     "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
     "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
-    "result_bytes", "failure_code", "failure_category", "failure_message", "payload", "key_id",
+    "result_bytes", "failure_code", "failure_category", "failure_message", "payload", "payload_crc",
+    "key_id",
 )  # fmt: skip
 
 
@@ -48,7 +56,7 @@ def to_op(row: Sequence[Any]) -> OpRow:
     """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
     (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
      started_at, finished_at, media, payload_bytes, payload_blob, meta, result_media, result_bytes, result_blob,
-     code, category, message, key_id, payload, result) = row  # fmt: skip
+     code, category, message, key_id, payload, payload_crc, result, result_crc) = row  # fmt: skip
     return OpRow(
         id=op_id,
         tenant_id=tenant_id,
@@ -75,11 +83,14 @@ def to_op(row: Sequence[Any]) -> OpRow:
         key_id=key_id,
         payload=payload,
         result=result,
+        payload_crc=payload_crc,
+        result_crc=result_crc,
     )
 
 
 def born(new: NewOp, now: float) -> OpRow:
     """The row that a new op starts as: QUEUED, or FAILED if it was rejected."""
+    payload = new.payload if new.failure is None else None
     return OpRow(
         id=new.id,
         tenant_id=new.tenant_id,
@@ -104,7 +115,8 @@ def born(new: NewOp, now: float) -> OpRow:
         result_blob=None,
         failure=new.failure,
         key_id=new.key_id,
-        payload=new.payload if new.failure is None else None,
+        payload=payload,
+        payload_crc=crc_of(payload),
     )
 
 
@@ -135,5 +147,6 @@ def to_columns(op: OpRow) -> dict[str, Any]:
         "failure_category": failure.category if failure else None,
         "failure_message": failure.message if failure else None,
         "payload": op.payload,
+        "payload_crc": op.payload_crc,
         "key_id": op.key_id,
     }

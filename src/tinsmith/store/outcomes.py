@@ -18,6 +18,7 @@ from tinsmith.errors import FencedError, NotFoundError, UserError
 from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.checkpoints import is_taken, put_checkpoint
+from tinsmith.store.checksums import crc_of
 from tinsmith.store.endings import meter_cancelled, number_ends
 from tinsmith.store.fences import require_current, require_leased
 from tinsmith.store.graveyard import bury
@@ -42,6 +43,7 @@ _OUTCOME: dict[str, Any] = {
     "state": bindparam("new_state"),
     "finished_at": bindparam("now"),
     "result": bindparam("new_result"),
+    "result_crc": bindparam("new_result_crc"),
     "result_blob": bindparam("new_result_blob"),
     "result_bytes": bindparam("new_result_bytes"),
     "routes_blob": bindparam("new_routes_blob"),
@@ -166,6 +168,7 @@ def _columns(outcome: Finished, now: float) -> dict[str, Any]:
         "now": now,
         "new_state": outcome.state.value,
         "new_result": outcome.result,
+        "new_result_crc": crc_of(outcome.result),
         "new_result_blob": outcome.result_blob,
         "new_result_bytes": outcome.result_bytes,
         "new_routes_blob": outcome.routes_blob,

@@ -195,6 +195,7 @@ class OpRow(Struct, frozen=True, array_like=True):
     media and payload_bytes describe the payload; result_media and result_bytes the result.
     attempts: how many workers claimed it without either finishing it or handing it back.
     owner: the slot that claimed it last; None once what a cancelled one had cost is metered.
+    payload_crc and result_crc: see `checksums`, through which both are read.
     """
 
     id: OpId
@@ -222,6 +223,8 @@ class OpRow(Struct, frozen=True, array_like=True):
     key_id: str | None = None
     payload: bytes | None = None
     result: bytes | None = None
+    payload_crc: int | None = None
+    result_crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,8 @@ ops = Table(
     Column("payload", LargeBinary),
     Column("result", LargeBinary),
     Column("key_id", Text),  # that it came with; null: of before these were kept
+    Column("payload_crc", BigInteger),  # CRC-32 of `payload` and of `result` as long as they are there; null: of before
+    Column("result_crc", BigInteger),
     UniqueConstraint("run_id", "seq_id"),
     UniqueConstraint("sampler_id", "seq_id"),
     Index("ix_ops_queue", "base_model", "kind", "num", sqlite_where=QUEUED, postgresql_where=QUEUED),

@@ -26,6 +26,7 @@ from sqlalchemy import (
     update,
 )
 
+from tinsmith.store.checksums import Checked, check_payloads, check_results
 from tinsmith.store.database import Database, copy_database
 from tinsmith.store.mends import odds
 from tinsmith.store.prepared import driver_of
@@ -118,6 +119,11 @@ class Upkeep:
             copy_database(driver_of(conn), target)
         return named
 
+    def inline(self) -> dict[Naming, Checked]:
+        """Payloads and results that stand in rows themselves, all of them read."""
+        with self._database.read() as conn:
+            return {Naming.PAYLOAD: check_payloads(conn), Naming.RESULT: check_results(conn)}
+
     def buried(self) -> set[BlobKey]:
         """Files that no row names any more, and whose deletion is due."""
         with self._database.read() as conn:
@@ -181,7 +187,7 @@ class Upkeep:
             conn.execute(_GIVE_UP_ROUTES, {"lost_op_id": op_id})
 
     def give_up_result(self, op_id: OpId) -> None:
-        """Its file is lost: the request answers GoneError from now on."""
+        """It is lost: the request answers GoneError from now on."""
         with self._database.write() as conn:
             conn.execute(_GIVE_UP, {"lost_op_id": op_id})
 

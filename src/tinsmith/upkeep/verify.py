@@ -38,6 +38,7 @@ _CURES = {
 }
 
 
+_CHANGED = "it stands in its row, and was changed on the disk"
 _SPARED = "nothing is lost: its run goes on from the snapshot before it, or from its log; look at the disk"
 
 
@@ -63,6 +64,8 @@ class Finding:
 class Report:
     """num_files and num_bytes: of those that were read and checked. leftovers: files that no row names.
 
+    num_unchecked: payloads and results in rows that were written before there were checksums of them.
+
     replaced: runs of which a damaged snapshot was replaced while they were served, and when that was last (unix
     seconds): nothing of them is lost, and something is wrong with the disk. is_cut_short: the database lacks tables or
     columns, so no file was held against a row and nothing was repaired.
@@ -70,6 +73,7 @@ class Report:
 
     num_files: int = 0
     num_bytes: int = 0
+    num_unchecked: int = 0
     findings: list[Finding] = field(default_factory=list)
     leftovers: list[StoredFile] = field(default_factory=list)
     replaced: list[tuple[str, float]] = field(default_factory=list)
@@ -103,10 +107,12 @@ def verify(
         report.findings += map(_fault, faults)
         report.is_cut_short = True
         return report
+    repair = _Repair(is_repairing, now)
     if is_repairing:
-        mended = store.mends.mend(now)
-        report.findings += [Finding(odd.owner, odd.problem, is_repaired=True) for odd in mended]
-        faults = store.upkeep.faults(now) if mended else faults
+        report.findings += [Finding(odd.owner, odd.problem, is_repaired=True) for odd in store.mends.mend(now)]
+    _check_inline(store, report, repair)
+    if any(finding.is_repaired for finding in report.findings):
+        faults = store.upkeep.faults(now)
     report.findings += map(_fault, faults)
     report.replaced = store.upkeep.damaged_snapshots()
     files = {file.key: file for file in blobs.files()}
@@ -126,7 +132,8 @@ def verify(
         still_named = _by_file(store.upkeep.references())
         for key, trouble in suspects.items():
             for reference in still_named.get(key, ()):
-                report.findings.append(_finding(store, reference, trouble, suspects, _Repair(is_repairing, now)))
+                found = _finding(store, reference.naming, reference.owner, trouble, suspects, repair)
+                report.findings.append(found)
         if is_repairing:
             named = _by_file(store.upkeep.references())
     youngest = math.inf if is_repairing else now - LEFTOVER_AFTER_S
@@ -168,24 +175,31 @@ def _fault(fault: RowFault) -> Finding:
     return Finding(fault.owner, fault.problem, "--repair makes it right" if fault.is_mendable else "restore a backup")
 
 
+def _check_inline(store: Store, report: Report, repair: _Repair) -> None:
+    for naming, checked in store.upkeep.inline().items():
+        report.num_unchecked += checked.num_unchecked
+        for op_id in checked.damaged:
+            report.findings.append(_finding(store, naming, op_id, _CHANGED, (), repair))
+
+
 def _finding(
-    store: Store, reference: Reference, trouble: str, suspects: Container[BlobKey], repair: _Repair
+    store: Store, naming: Naming, of: str, trouble: str, suspects: Container[BlobKey], repair: _Repair
 ) -> Finding:
-    """What is wrong, and what to do about it, or that it was done. suspects: all damaged files."""
-    owner = f"{reference.naming} of {reference.owner}"
-    cure = _CURES[reference.naming]
+    """What is wrong, and what to do about it, or that it was done. of: its row; suspects: all damaged files."""
+    owner = f"{naming} of {of}"
+    cure = _CURES[naming]
     mend: Callable[[], None] | None = None
-    if reference.naming is Naming.RESULT:
-        mend = partial(store.upkeep.give_up_result, OpId(reference.owner))
-    elif reference.naming is Naming.ROUTES:
-        mend = partial(store.upkeep.give_up_routes, OpId(reference.owner))
-    elif reference.naming is Naming.SNAPSHOT:
-        spare = store.upkeep.spare(reference.owner)
+    if naming is Naming.RESULT:
+        mend = partial(store.upkeep.give_up_result, OpId(of))
+    elif naming is Naming.ROUTES:
+        mend = partial(store.upkeep.give_up_routes, OpId(of))
+    elif naming is Naming.SNAPSHOT:
+        spare = store.upkeep.spare(of)
         if spare is not None and spare.blob not in suspects:
             cure = _SPARED
-            mend = partial(store.upkeep.go_back, reference.owner, repair.now)
-    elif reference.naming is Naming.PREVIOUS and store.upkeep.newest(reference.owner) not in suspects:
-        mend = partial(store.upkeep.forget_previous, reference.owner)
+            mend = partial(store.upkeep.go_back, of, repair.now)
+    elif naming is Naming.PREVIOUS and store.upkeep.newest(of) not in suspects:
+        mend = partial(store.upkeep.forget_previous, of)
     if mend is not None and repair.is_wanted:
         mend()
         crash_point("repair.half_done")

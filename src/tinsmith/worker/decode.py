@@ -8,6 +8,7 @@ from dataclasses import replace
 from tinsmith.errors import CorruptError
 from tinsmith.files.blobs import Blobs
 from tinsmith.loss_graph import LossGraph
+from tinsmith.store.checksums import whole_payload
 from tinsmith.store.rows import OpRow
 from tinsmith.types import AdamParams, BaseInfo, BlobKey, SampleItem, TrainItem
 from tinsmith.validate.requests import CUSTOM
@@ -54,8 +55,9 @@ class Payloads:
         return graph
 
     def _bytes(self, op: OpRow) -> bytes:
-        if op.payload is not None:
-            return op.payload
+        payload = whole_payload(op)
+        if payload is not None:
+            return payload
         if op.payload_blob is not None:
             return self._blobs.get(op.payload_blob)
         raise CorruptError(f"the payload of {op.id} is gone; send the request again")
