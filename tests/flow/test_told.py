@@ -12,6 +12,7 @@ import pytest
 from tests.flow.house import House, settle
 from tinsmith.ipc.bell import PLAIN, Bell, Ringer
 from tinsmith.ipc.notes import note_of, rows_in
+from tinsmith.store.checksums import crc_of
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState
 from tinsmith.worker.loop import Worker
@@ -124,8 +125,12 @@ def test_the_api_is_told_what_was_recorded(house: House) -> None:
     recorded = house.get(op)
     assert told is not None
     (row,) = told
-    fields: list[Any] = [name for name in row.__struct_fields__ if name not in ("payload", "payload_blob")]
+    fields: list[Any] = [
+        name for name in row.__struct_fields__ if name not in ("payload", "payload_blob", "result_crc")
+    ]
     assert {name: getattr(row, name) for name in fields} == {name: getattr(recorded, name) for name in fields}
+    assert row.result_crc is None, "it lay on no disk"
+    assert recorded.result_crc == crc_of(row.result)
 
 
 def test_many_rings_are_a_plain_one(house: House) -> None:
