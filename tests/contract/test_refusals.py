@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,26 @@ def test_it_is_told_when_to_come_and_is_not_read_for_a_while_if_it_comes_before(
             caller.read()
         caller.sock.settimeout(30)
         assert caller.read()[0] == 429, "it is read again after a while"
+
+
+def test_who_is_left_unread_makes_room_for_another_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "TTL_S", 60.0)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(hearing, "DEAF_S", 60.0)
+    with standing(tmp_path) as (house, url), ExitStack() as stack:
+        callers = [stack.enter_context(closing(Caller(url, house.key))) for _ in range(7)]
+        assert [caller.ask()[0] for caller in callers] == [404] * 7
+        with monkeypatch.context() as pressed:
+            pressed.setattr(Pressure, "note", high)
+            pressed.setattr(Pressure, "refuses", lambda self, tenant_id: True)
+            assert {caller.ask()[0] for caller in 2 * callers} == {429}
+            for caller in callers:
+                caller.send()
+        other = stack.enter_context(closing(Caller(url, house.other_key)))
+        assert other.ask()[0] == 404
+        callers[0].sock.settimeout(5.0)
+        with pytest.raises((AssertionError, ConnectionResetError)):
+            callers[0].read()
 
 
 def test_refusals_count_as_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

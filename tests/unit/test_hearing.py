@@ -33,7 +33,9 @@ def test_who_comes_too_early_is_unread_for_the_rest_and_longer_while_it_goes_on(
     hearing = Hearing()
     hearing.refused(ONE, stay, WAIT_S, 10.0)
     assert hearing.refused(ONE, stay, WAIT_S, 11.0) == pytest.approx(PATIENCE * WAIT_S - 1.0)
+    assert hearing.is_unread
     hearing.again(has_more=True)
+    assert not hearing.is_unread
     assert hearing.refused(ONE, stay, WAIT_S, 14.0) == PATIENCE * WAIT_S, "at once, as it has not waited"
     hearing.again(has_more=False)
     assert hearing.refused(ONE, stay, WAIT_S, 30.0) == 0.0, "it waits now"

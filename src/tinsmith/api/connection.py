@@ -121,7 +121,9 @@ class Connection(H11Protocol):
     def may_leave(self) -> bool:
         if self._wire.num_waiting():  # its client doesn't take what it is told
             return self._stay.tenant_id is None or self._is_leaving
-        return self._stay.is_polling or not (self._is_at_work() or self._wire.num_unseen())
+        if self._stay.is_polling or self._hearing.is_unread:
+            return True
+        return not (self._is_at_work() or self._wire.num_unseen())
 
     def leave(self) -> None:
         """To make room: at once if it is idle, else with the answer to its polls, which comes now."""

@@ -20,11 +20,11 @@ DEAF_S = 1.0
 class Hearing:
     """Of one connection. `now` is the event loop's time."""
 
-    __slots__ = ("_is_impatient", "_tenant_id", "_until")
+    __slots__ = ("_is_impatient", "_tenant_id", "_until", "is_unread")
 
     def __init__(self) -> None:
         self._until = 0.0
-        self._is_impatient = False
+        self._is_impatient = self.is_unread = False
         self._tenant_id: TenantId | None = None
 
     def left_s(self, now: float) -> float:
@@ -40,11 +40,14 @@ class Hearing:
         stay.is_mixed |= not {self._tenant_id, stay.tenant_id} <= {None, tenant_id}
         self._tenant_id = tenant_id
         if stay.is_mixed:
-            return DEAF_S if left_s else 0.0
-        if self._is_impatient:
-            return PATIENCE * wait_s
-        return max(DEAF_S, left_s) if left_s else 0.0
+            unread_s = DEAF_S if left_s else 0.0
+        elif self._is_impatient:
+            unread_s = PATIENCE * wait_s
+        else:
+            unread_s = max(DEAF_S, left_s) if left_s else 0.0
+        self.is_unread = unread_s > 0
+        return unread_s
 
     def again(self, *, has_more: bool) -> None:
         """It is read again. has_more: something has come meanwhile."""
-        self._is_impatient = has_more
+        self.is_unread, self._is_impatient = False, has_more
