@@ -10,7 +10,8 @@ of its own, and its requests are sent when their time has come, whatever became 
 run (429) does next is the arm:
 
 * patient: it waits as long as `Retry-After` says and sends the request again, as the SDK does;
-* stubborn: it sends the request again when its next one is due, so the pressure stays.
+* stubborn: it sends the request again when its next one is due, so the pressure stays; where the server leaves its
+  connection unread, what it sent waits there.
 
 Goodput is results that were fetched, a second, against the mean of the closed loops before and after. An open loop
 lasts twice as long as a closed one and counts whole, its beginning too, in which the queue fills and nobody is refused

@@ -6,7 +6,7 @@
 * `long`: the steps of a sequence that is decoded while a prompt of 8,192 tokens comes in, and how long that one waits.
 * `deterministic`: what deterministic mode costs 32 sequences of 32 runs, and one alone.
 * `memory`: what it costs where memory is scarce: requests that may fill all of it, and end early. Memory is given as
-  they grow, or safely reserved for the longest.
+  they grow; what gives way goes on where it was, or in deterministic mode starts again.
 * `steps`: what a step costs beside the walk over the base, with 32 to 1,024 sequences.
 
 Random weights in float32, CPU time of the process; arms alternate, and the median of the repeats is shown.
@@ -28,10 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from logging import WARNING
 from pathlib import Path
 
 import numpy as np
 import rows
+import structlog
 import torch
 from sample_vs_generate import NoText, make_states, random_base
 from transformers.utils import logging
@@ -242,6 +244,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(WARNING))
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.only:
             size, bench = BENCHES[name]
