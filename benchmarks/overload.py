@@ -97,11 +97,13 @@ def run_case(case: Case, args: argparse.Namespace) -> list[rows.Row]:
         )
         ratios: dict[Arm, list[float]] = {Arm.PATIENT: [], Arm.STUBBORN: []}
         by_time: dict[Arm, list[float]] = {arm: [] for arm in ratios}
-        before = Rates.of(*load.closed(best, seconds))
+        spent, c = load.closed(best, seconds)
+        before, at_peak = Rates.of(spent, c), c
         for arm in args.rounds * list(ratios):
             (first_s, first), (last_s, last) = load.open(arm, TIMES * before.per_s, OPEN * seconds)
             spent, c = first_s + last_s, first + last
-            found_rates, after = Rates.of(spent, c), Rates.of(*load.closed(best, seconds))
+            closed_s, closed = load.closed(best, seconds)
+            found_rates, after, at_peak = Rates.of(spent, c), Rates.of(closed_s, closed), at_peak + closed
             peak, peak_by_time = (before.per_s + after.per_s) / 2, (before.per_server_s + after.per_server_s) / 2
             ratios[arm].append(found_rates.per_s / peak)
             by_time[arm].append(found_rates.per_server_s / peak_by_time)
@@ -113,6 +115,7 @@ def run_case(case: Case, args: argparse.Namespace) -> list[rows.Row]:
                 flush=True,
             )
             before = after
+    print(f"\nat the peak {at_peak.refused / at_peak.sent:.3f} of what was sent were refused")
     for arm, of_time in by_time.items():
         print(f"{arm.value}: {statistics.median(of_time):.2f} of the results for each second of the server's time")
     what = f"{case.title}: goodput at 3 x the peak load / at the peak (closed loop), clients that "

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from tests.flow.house import House, settle, train
 from tinsmith.api.figures import Watched
 from tinsmith.api.marks import log_request
-from tinsmith.config import METRICS_DIR
+from tinsmith.config import METRICS_DIR, Settings
 from tinsmith.ipc.heartbeat import Ear
 from tinsmith.observe import series
 from tinsmith.observe.metrics import Counting
@@ -104,7 +104,7 @@ def _outcome_us(house: House) -> float:
     row = house.forward_backward(house.create_run(), 1, [1, 2, 3])
     usage = Usage(trained_tokens=3)
     outcome = computed(replace(row, started_at=row.created_at), bytes, 0, JSON, usage)
-    watch = Watch("0", house.store, house.engine, 20)
+    watch = Watch("0", house.store, house.engine, Settings())
     return _per_call(lambda: watch.recorded([outcome]))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.service import until
 from tinsmith.machine import huge_pages
-from tinsmith.machine.huge_pages import CHUNK_BYTES, HUGE_BYTES, HugePages
+from tinsmith.machine.huge_pages import CHUNK_BYTES, HUGE_BYTES, PREPARED_BYTES, HugePages
 
 PAGE = mmap.PAGESIZE
 
@@ -22,7 +23,7 @@ def at(block: np.ndarray) -> int:
 
 
 def test_blocks_lie_side_by_side_from_the_beginning_of_a_huge_page():
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     blocks = [pages.empty(size) for size in (PAGE // 4 + 1, 3, PAGE)]
     assert at(blocks[0]) % HUGE_BYTES == 0
     assert [at(block) - at(blocks[0]) for block in blocks] == [0, 2 * PAGE, 3 * PAGE]
@@ -34,7 +35,7 @@ def test_blocks_lie_side_by_side_from_the_beginning_of_a_huge_page():
 
 
 def test_what_nobody_has_any_more_is_taken_again_and_reads_as_zeros():
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     first, second, third = (pages.empty(PAGE) for _ in range(3))
     for block in (first, second, third):
         block.fill(7.0)
@@ -51,8 +52,49 @@ def test_what_nobody_has_any_more_is_taken_again_and_reads_as_zeros():
     assert third.all()
 
 
-def test_holes_side_by_side_are_one():
+def test_memory_is_kept_for_a_block_of_the_same_size(monkeypatch):
+    monkeypatch.setattr(huge_pages, "MAX_WARM", 2)
+    pages = HugePages(warm_bytes=12 * PAGE)
+    held = pages.empty(PAGE)
+    places = []
+    for size in (PAGE, 2 * PAGE, PAGE):
+        block = pages.empty(size)
+        block.fill(size)
+        places.append(at(block))
+        del block
+    assert places[0] == places[2]
+    assert pages.num_bytes == (4 + 4 + 8) * PAGE
+    again = pages.empty(2 * PAGE)
+    assert at(again) == places[1]
+    assert again.all(), "its memory was not given back"
+    del again
+    pages.empty(3 * PAGE)
+    assert pages.num_bytes == (4 + 12) * PAGE, "the oldest are given back"
+    few = [pages.empty(1) for _ in range(3)]
+    del few
+    assert pages.num_bytes == (4 + 2) * PAGE, "not too many are kept"
+    del held
+    assert len(pages._chunks) == 1
+
+
+def test_beside_a_large_block_another_is_prepared():
     pages = HugePages()
+    held = [pages.empty(PREPARED_BYTES // 4)]
+    for number in range(1, 4):
+        until(lambda: len(pages._warm) == 1, 10)
+        held.append(pages.empty(PREPARED_BYTES // 4))
+        assert at(held[-1]) == at(held[-2]) + PREPARED_BYTES
+        held[-1].fill(number)
+    assert [block[-1] for block in held] == [0.0, 1.0, 2.0, 3.0]
+    until(lambda: len(pages._warm) == 1, 10)
+    del held[1:]
+    pages.empty(PREPARED_BYTES // 4)
+    pages._preparing.shutdown()
+    assert pages.num_bytes == 5 * PREPARED_BYTES, "there were some already"
+
+
+def test_holes_side_by_side_are_one():
+    pages = HugePages(warm_bytes=0)
     blocks = [pages.empty(PAGE) for _ in range(5)]
     place = at(blocks[1])
     del blocks[1:4]
@@ -60,7 +102,7 @@ def test_holes_side_by_side_are_one():
 
 
 def test_a_chunk_without_blocks_goes_and_one_larger_than_a_chunk_has_its_own():
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     large = pages.empty(CHUNK_BYTES // 4 + 1)
     small = pages.empty(1)
     assert len(pages._chunks) == 2
@@ -75,7 +117,7 @@ def test_a_chunk_without_blocks_goes_and_one_larger_than_a_chunk_has_its_own():
 def test_blocks_never_overlap_whatever_comes_and_goes(monkeypatch):
     monkeypatch.setattr(huge_pages, "CHUNK_BYTES", 32 * PAGE)
     draw = random.Random(0)
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     held: list[tuple[float, np.ndarray]] = []
     for number in range(600):
         if held and draw.random() < 0.5:
@@ -92,7 +134,7 @@ def test_blocks_never_overlap_whatever_comes_and_goes(monkeypatch):
 
 
 def test_threads_take_and_let_go_at_once():
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
 
     def work(number: int) -> None:
         for _ in range(200):
@@ -113,7 +155,7 @@ def test_threads_take_and_let_go_at_once():
 
 
 def test_a_block_that_is_let_go_of_in_the_middle_is_swept_later():
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     block = pages.empty(1)
     with pages._lock:
         del block
@@ -123,7 +165,7 @@ def test_a_block_that_is_let_go_of_in_the_middle_is_swept_later():
 
 def test_without_huge_pages_or_memory(monkeypatch):
     monkeypatch.setattr(huge_pages, "ADVICE", -1)  # as a kernel that doesn't know it
-    pages = HugePages()
+    pages = HugePages(warm_bytes=0)
     block = pages.empty(3)
     block.fill(1.0)
     with pytest.raises(MemoryError, match="no memory for"):

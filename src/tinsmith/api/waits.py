@@ -7,7 +7,7 @@ were refused together don't come back together.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 LEAST_S, MOST_S = 2.0, 8.0  # in the mean
 SPREAD = 0.5  # of the mean, either way
@@ -27,7 +27,7 @@ class Waits:
         self._phase = 0.0
         self._away: Counter[int] = Counter()  # how many, by the second in which they come back
         self._num_let_in = self._num_told = 0
-        self._let_in_per_s = self._first_per_s = 0.0
+        self._looks: deque[tuple[float, int, int]] = deque(maxlen=OVER)  # seconds, how many let in, how many new ones
         self._looked_at = now
 
     def told(self, now: float) -> int:
@@ -48,9 +48,9 @@ class Waits:
         if since_s < EACH_S:
             return
         num_back = sum(self._away.pop(second) for second in list(self._away) if second <= now)
-        self._let_in_per_s += (self._num_let_in / since_s - self._let_in_per_s) / OVER
-        self._first_per_s += ((self._num_let_in + self._num_told - num_back) / since_s - self._first_per_s) / OVER
-        back_per_s = max((1 + MORE) * self._let_in_per_s - self._first_per_s, MORE * self._let_in_per_s, 1.0)
-        self._mean_s = min(MOST_S, max(LEAST_S, self._away.total() / back_per_s))
+        self._looks.append((since_s, self._num_let_in, self._num_let_in + self._num_told - num_back))
+        seconds, num_let_in, num_first = (sum(of) for of in zip(*self._looks, strict=True))
+        most_back = max((1 + MORE) * num_let_in - num_first, MORE * num_let_in, 1)
+        self._mean_s = min(MOST_S, max(LEAST_S, self._away.total() * seconds / most_back))
         self._num_let_in = self._num_told = 0
         self._looked_at = now

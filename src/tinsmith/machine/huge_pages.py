@@ -2,9 +2,13 @@
 
 Looking up pages of 4 KiB costs a sixth of reading memory once. A block with pages of its own would waste half a huge
 page, or end in small ones, as one of the C library's also begins; here the end of a block and the beginning of the next
-share one. A block that is let go of leaves a hole, whose memory goes back to the system at once, and which later blocks
-fill. Where the system has no huge pages, small ones serve.
-What stays true: beside its blocks a chunk takes less than a huge page at each end of a hole.
+share one. Where the system has no huge pages, small ones serve.
+
+Memory that is new to the machine is written ten times as slowly, so a block that is let go of keeps its own for the
+next of its size, as what a run publishes again and again, and beside a large one that was taken a thread prepares
+another. The oldest of them beyond `WARM_BYTES` leave holes, whose memory goes back to the system, and which later
+blocks fill. What stays true: beside its blocks, held or kept, a chunk takes less than a huge page at each end of a
+hole.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +26,8 @@ from numpy.typing import NDArray
 
 HUGE_BYTES = 2 << 20
 CHUNK_BYTES = 64 << 20  # of addresses: what no block has touched takes no memory
+WARM_BYTES, MAX_WARM = 64 << 20, 64  # of blocks that nobody has, and how many
+PREPARED_BYTES = 1 << 20  # a block of so much or more
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 FORGET = getattr(mmap, "MADV_DONTNEED", None)
 
@@ -67,14 +74,17 @@ class _Chunk:
 class HugePages:
     """Blocks of float32 numbers. Any thread may take one, and let go of it."""
 
-    def __init__(self) -> None:
-        self._chunks: dict[_Chunk, int] = {}  # and the number of their blocks
+    def __init__(self, warm_bytes: int = WARM_BYTES) -> None:
+        self._warm_bytes = warm_bytes
+        self._chunks: dict[_Chunk, int] = {}  # and the number of their blocks, held or kept
         self._left: deque[tuple[_Chunk, int, int]] = deque()  # by blocks that nobody has any more
+        self._warm: deque[tuple[_Chunk, int, int]] = deque()  # kept of those, the oldest first
         self._lock = threading.Lock()
+        self._preparing = ThreadPoolExecutor(1, "huge-pages")  # begins a thread when it is first used
 
     @property
     def num_bytes(self) -> int:
-        """Of all blocks, in whole pages."""
+        """Of all blocks, held or kept, in whole pages."""
         with self._lock:
             self._sweep()
             taken = (len(c.memory) - HUGE_BYTES - sum(size for _, size in c.holes) for c in self._chunks)
@@ -89,22 +99,48 @@ class HugePages:
         num_bytes = max(1, -(-4 * num // mmap.PAGESIZE)) * mmap.PAGESIZE
         with self._lock:
             self._sweep()
-            chunk, start = self._find(num_bytes)
-            self._chunks[chunk] += 1
+            chunk, start = self._kept(num_bytes) or self._find(num_bytes)
+            is_last = PREPARED_BYTES <= num_bytes <= self._warm_bytes // 2 and not self._has(num_bytes)
+        if is_last:
+            self._preparing.submit(self._prepare, num_bytes)
         block = np.frombuffer(chunk.memory, np.float32, num, start)
         weakref.finalize(block, self._release, chunk, start, num_bytes).atexit = False
         return block
+
+    def _has(self, num_bytes: int) -> bool:
+        return any(size == num_bytes for _, _, size in self._warm)
+
+    def _prepare(self, num_bytes: int) -> None:
+        """Have the machine find memory for a block, unless somebody has let go of one meanwhile."""
+        with self._lock:
+            self._sweep()
+            if self._has(num_bytes):
+                return
+            try:
+                chunk, start = self._find(num_bytes)
+            except MemoryError:  # whoever needs it is told
+                return
+        np.frombuffer(chunk.memory, np.uint8, num_bytes, start)[:: mmap.PAGESIZE] = 0
+        self._release(chunk, start, num_bytes)
+
+    def _kept(self, num_bytes: int) -> tuple[_Chunk, int] | None:
+        for index, (chunk, start, size) in enumerate(self._warm):
+            if size == num_bytes:
+                del self._warm[index]
+                return chunk, start
+        return None
 
     def _find(self, num_bytes: int) -> tuple[_Chunk, int]:
         for chunk in self._chunks:
             start = chunk.take(num_bytes)
             if start is not None:
+                self._chunks[chunk] += 1
                 return chunk, start
         try:
             made = _Chunk.of(max(CHUNK_BYTES, num_bytes))
         except OSError as error:
             raise MemoryError(f"there is no memory for {num_bytes} bytes ({error})") from error
-        self._chunks[made] = 0
+        self._chunks[made] = 1
         start = made.take(num_bytes)
         assert start is not None
         return made, start
@@ -120,7 +156,11 @@ class HugePages:
 
     def _sweep(self) -> None:
         while self._left:
-            chunk, start, num_bytes = self._left.popleft()
+            self._warm.append(self._left.popleft())
+        num_kept = sum(size for _, _, size in self._warm)
+        while num_kept > self._warm_bytes or len(self._warm) > MAX_WARM:
+            chunk, start, num_bytes = self._warm.popleft()
+            num_kept -= num_bytes
             self._chunks[chunk] -= 1
             if self._chunks[chunk]:
                 chunk.give(start, num_bytes)
