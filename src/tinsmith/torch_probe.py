@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
 
 from tinsmith.errors import UnsupportedError
+from tinsmith.model.compiled import Program
 from tinsmith.model.frozen import FrozenMatrix
 from tinsmith.model.lora import compiled_segments
 from tinsmith.model.lora.choice import has_triton
@@ -22,6 +24,7 @@ from tinsmith.training import compiled_adamw
 
 GEMM_SIZE = 512
 REPEATS = 8
+PROGRAMS: tuple[Program[Any], ...] = (compiled_lora.PROGRAM, compiled_adamw.PROGRAM, compiled_segments.PROGRAM)
 SHAPES = ((32, 128), (64, 64), (576, 192), (512, 1536), (1024, 192))
 
 
@@ -48,9 +51,8 @@ def probe() -> dict[str, object]:
 
 def _why_not_compiled() -> str:
     try:
-        compiled_lora.load_kernel()
-        compiled_adamw.load_kernel()
-        compiled_segments.load_kernel()
+        for program in PROGRAMS:
+            program.load()
     except UnsupportedError as error:
         return error.message
     return ""

@@ -1,4 +1,7 @@
-"""Small random bases on disk, and numbers of threads."""
+"""Small random bases on disk, numbers of threads, and compiled programs."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +48,21 @@ def long_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Wide and shallow: matrix products large enough to be split over threads."""
     return make_base("wide", tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> Any:
+    """Of the `PROGRAM` of the tests' module."""
+    found = request.module.PROGRAM.kernel
+    if found is None:
+        pytest.skip("needs a C compiler and AVX2")
+    return found
+
+
+@pytest.fixture
+def not_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The `PROGRAM`, before and after: as in a process that has just started."""
+    held = vars(request.module.PROGRAM)
+    held.pop("kernel", None)
+    yield
+    held.pop("kernel", None)

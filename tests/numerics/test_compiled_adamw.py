@@ -12,11 +12,12 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from tests.numerics.compiled_lab import assert_is_found_out
 from tests.numerics.lab import CPU
 from tinsmith.machine import compiled
 from tinsmith.model import LinearInfo, RowLayout
 from tinsmith.training import compiled_adamw
-from tinsmith.training.compiled_adamw import WHOLE_PARAMS, Kernel, agrees, compiled_steps
+from tinsmith.training.compiled_adamw import PROGRAM, WHOLE_PARAMS, Kernel, compiled_steps
 from tinsmith.training.full_model import FullLayout
 from tinsmith.training.optimizer import optim_steps
 from tinsmith.training.runs import RunSlot
@@ -28,21 +29,6 @@ PARAMS = tuple(
     AdamParams(0.01 * (1 + n), beta1=0.9 - 0.1 * n, beta2=0.95, weight_decay=0.1 * n, grad_clip_norm=2.0 * (n % 2))
     for n in range(len(SIZES))
 )
-
-
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    compiled_adamw.kernel_or_none.cache_clear()
-    yield
-    compiled_adamw.kernel_or_none.cache_clear()
-
-
-@pytest.fixture
-def kernel() -> Kernel:
-    found = compiled_adamw.kernel_or_none()
-    if found is None:
-        pytest.skip("needs a C compiler and AVX2")
-    return found
 
 
 @pytest.fixture
@@ -150,16 +136,18 @@ def test_a_long_norm_is_exact(kernel: Kernel) -> None:
     assert outcome.metrics["grad_norm"] == pytest.approx(norm, rel=1e-12)
 
 
-def test_where_the_program_cannot_be_had_torch_steps_and_the_log_says_why_once(monkeypatch, tmp_path) -> None:
+def test_where_the_program_cannot_be_had_torch_steps_and_the_log_says_why_once(
+    not_asked_for, monkeypatch, tmp_path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with capture_logs() as logs:
         found = [optim_steps_for(CPU), full_steps_for(CPU)]
     assert found == [optim_steps, optim_steps]
-    (said,) = [line["because"] for line in logs if line["event"] == compiled_adamw.SLOWER]
+    (said,) = [line["because"] for line in logs if line["event"] == PROGRAM.slower]
     assert "install one" in said
 
 
-def test_the_setting_turns_it_off_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_turns_it_off_without_a_word(not_asked_for: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("nothing is to be compiled")
 
@@ -179,15 +167,8 @@ def test_the_setting_turns_it_off_without_a_word(monkeypatch: pytest.MonkeyPatch
         ("if (!isfinite(norm)) return norm;", ""),
     ],
 )
-def test_a_program_that_computes_something_else_is_found_out(kernel: Kernel, tmp_path, right: str, wrong: str) -> None:
-    text = compiled_adamw.SOURCE.read_text(encoding="utf-8")
-    assert right in text
-    source = tmp_path / compiled_adamw.SOURCE.name
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    other = compiled.load(source, compiled_adamw.FLAGS, tmp_path / "cache").step_runs
-    other.argtypes, other.restype = kernel.argtypes, kernel.restype  # type: ignore[attr-defined]
-    assert agrees(kernel)
-    assert not agrees(other)
+def test_a_program_that_computes_something_else_is_found_out(kernel, monkeypatch, tmp_path, right, wrong) -> None:
+    assert_is_found_out(PROGRAM, monkeypatch, tmp_path, right, wrong)
 
 
 def test_the_source_is_part_of_the_package() -> None:

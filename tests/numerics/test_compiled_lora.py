@@ -6,19 +6,20 @@ import gc
 import importlib.resources
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from structlog.testing import capture_logs
 
+from tests.numerics.compiled_lab import assert_is_found_out
 from tests.numerics.sampling_lab import make_sampler, mixed_states, prompt, run_all, sample
 from tinsmith.errors import UnsupportedError
 from tinsmith.machine import compiled
 from tinsmith.model.lora import LoraWeights
 from tinsmith.sampling import compiled_lora
-from tinsmith.sampling.compiled_lora import CompiledLora, agrees
+from tinsmith.sampling.compiled_lora import PROGRAM, CompiledLora
 from tinsmith.sampling.lora import Adapter, DecodeLora
 from tinsmith.sampling.tiled_lora import TileGroup
 
@@ -31,19 +32,8 @@ GROUPS = {
 RANKS = (1, 4, 7, 8, 12, 16, 24, 32, 33)
 
 
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    compiled_lora._kernel.cache_clear()
-    yield
-    compiled_lora._kernel.cache_clear()
-
-
 @pytest.fixture
-def make() -> Callable[..., CompiledLora]:
-    kernel = compiled_lora._kernel()
-    if kernel is None:
-        pytest.skip("needs a C compiler and AVX2")
-
+def make(kernel) -> Callable[..., CompiledLora]:
     def made(threads: int = 1, *, is_exact: bool = True) -> CompiledLora:
         return CompiledLora(kernel, GROUPS, threads, is_exact=is_exact)
 
@@ -202,7 +192,9 @@ def test_samples_are_those_of_torchs_products(base):
 
 
 @pytest.mark.parametrize("cause", ["compiler", "folder", "processor", "numbers"])
-def test_where_the_program_cannot_be_had_torch_serves_and_the_log_says_why_once(base, monkeypatch, tmp_path, cause):
+def test_where_the_program_cannot_be_had_torch_serves_and_the_log_says_why_once(
+    not_asked_for, base, monkeypatch, tmp_path, cause
+):
     if cause == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     elif cause == "folder":
@@ -211,10 +203,10 @@ def test_where_the_program_cannot_be_had_torch_serves_and_the_log_says_why_once(
     elif cause == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     else:
-        monkeypatch.setattr(compiled_lora, "agrees", lambda kernel: False)
+        monkeypatch.setattr(PROGRAM, "_agrees", lambda kernel: False)
     with capture_logs() as logs:
         samplers = [make_sampler(base, mixed_states(base, 2)) for _ in range(2)]
-    said = [line["because"] for line in logs if line["event"] == compiled_lora.SLOWER]
+    said = [line["because"] for line in logs if line["event"] == PROGRAM.slower]
     cures = {
         "compiler": "install one",
         "folder": "set XDG_CACHE_HOME",
@@ -227,7 +219,7 @@ def test_where_the_program_cannot_be_had_torch_serves_and_the_log_says_why_once(
     assert len(run_all(samplers[0], [sample("s", prompt(1, 9), "a1", max_tokens=3)])) == 1
 
 
-def test_the_setting_turns_it_off_without_a_word(base, monkeypatch):
+def test_the_setting_turns_it_off_without_a_word(not_asked_for, base, monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("nothing is to be compiled")
 
@@ -235,7 +227,7 @@ def test_the_setting_turns_it_off_without_a_word(base, monkeypatch):
     with capture_logs() as logs:
         sampler = make_sampler(base, mixed_states(base, 1), compiled_adapters=False)
     assert type(sampler._walker.decoder._lora) is DecodeLora
-    assert not [line for line in logs if line["event"] == compiled_lora.SLOWER]
+    assert not [line for line in logs if line["event"] == PROGRAM.slower]
 
 
 @pytest.mark.parametrize(
@@ -246,29 +238,21 @@ def test_the_setting_turns_it_off_without_a_word(base, monkeypatch):
         ("own.rows[t] * y_stride", "own.rows[0] * y_stride"),
     ],
 )
-def test_a_program_that_computes_something_else_is_found_out(make, tmp_path, right, wrong):
-    text = compiled_lora.SOURCE.read_text(encoding="utf-8")
-    assert right in text
-    source = tmp_path / compiled_lora.SOURCE.name
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    own = make()._kernel
-    other = compiled.load(source, compiled_lora.FLAGS, tmp_path / "cache").add_adapters
-    other.argtypes, other.restype = own.argtypes, own.restype
-    assert agrees(own)
-    assert not agrees(other)
+def test_a_program_that_computes_something_else_is_found_out(kernel, monkeypatch, tmp_path, right, wrong):
+    assert_is_found_out(PROGRAM, monkeypatch, tmp_path, right, wrong)
 
 
 def test_the_source_is_part_of_the_package():
     assert importlib.resources.files("tinsmith.sampling").joinpath("compiled_kernel.c").is_file()
 
 
-def test_a_broken_compiler_costs_no_start(base, monkeypatch, tmp_path):
+def test_a_broken_compiler_costs_no_start(not_asked_for, base, monkeypatch, tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(UnsupportedError):
-        compiled.load(compiled_lora.SOURCE, compiled_lora.FLAGS, tmp_path / "cache")
+        PROGRAM.load()
     sampler = make_sampler(base, mixed_states(base, 1))
     assert type(sampler._walker.decoder._lora) is DecodeLora

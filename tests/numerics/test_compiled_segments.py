@@ -12,10 +12,11 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from tinsmith.machine import compiled
+from tests.numerics.compiled_lab import assert_is_found_out
 from tinsmith.model.lora import LoopLora, LoraBackend, LoraWeights, Segment, SegmentsLora
 from tinsmith.model.lora import compiled_segments as subject
 from tinsmith.model.lora.choice import compiled as compiled_for
+from tinsmith.model.lora.compiled_segments import PROGRAM
 
 SHAPES = {"one": (64, (24,)), "three": (136, (32, 16, 8)), "wide": (520, (1032, 8)), "ragged": (13, (9,))}
 RANKS = (8, 16, 16, 24, 8, 40)
@@ -25,11 +26,8 @@ ROWS = 303
 
 
 @pytest.fixture
-def backend() -> LoraBackend:
-    made = subject.compiled_segments()
-    if made is None:
-        pytest.skip("needs a C compiler and AVX2")
-    return made
+def backend(kernel) -> LoraBackend:
+    return functools.partial(subject.CompiledSegments, kernel)
 
 
 def weights_of(rank: int, generator: torch.Generator | None) -> dict[str, LoraWeights]:
@@ -152,16 +150,14 @@ def test_rows_of_nobody_and_numbers_beyond_a_matrix_are_left_alone(backend):
         assert set(own.nonzero().flatten().tolist()) == set(rows)
 
 
-def test_without_a_compiler_torch_serves_and_the_log_says_why_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(subject, "compiled_segments", functools.cache(subject.compiled_segments.__wrapped__))
-    monkeypatch.setattr("tinsmith.model.lora.choice.compiled_segments", subject.compiled_segments)
+def test_without_a_compiler_torch_serves_and_the_log_says_why_once(not_asked_for, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with capture_logs() as logs:
         assert compiled_for(LoopLora) is LoopLora
         assert not logs
         assert compiled_for(SegmentsLora) is SegmentsLora
         assert compiled_for(SegmentsLora) is SegmentsLora
-    (said,) = [line for line in logs if line["event"] == subject.SLOWER]
+    (said,) = [line for line in logs if line["event"] == PROGRAM.slower]
     assert "install one" in said["because"]
 
 
@@ -173,18 +169,8 @@ def test_without_a_compiler_torch_serves_and_the_log_says_why_once(monkeypatch, 
         ("n += DEEP", "n += 2 * DEEP"),
     ],
 )
-def test_a_program_that_computes_something_else_is_found_out(backend, tmp_path, right, wrong):
-    text = subject.SOURCE.read_text(encoding="utf-8")
-    assert right in text
-    source = tmp_path / subject.SOURCE.name
-    source.write_text(text.replace(right, wrong), encoding="utf-8")
-    own = subject.load_kernel()
-    library = compiled.load(source, subject.FLAGS, tmp_path / "cache")
-    other = subject.Kernel(library.add_segments, library.add_grads)
-    for name in ("add", "add_grads"):
-        getattr(other, name).argtypes = getattr(own, name).argtypes
-        getattr(other, name).restype = None
-    assert not subject.agrees(other)
+def test_a_program_that_computes_something_else_is_found_out(kernel, monkeypatch, tmp_path, right, wrong):
+    assert_is_found_out(PROGRAM, monkeypatch, tmp_path, right, wrong)
 
 
 def test_the_source_is_part_of_the_package():

@@ -162,6 +162,27 @@ def test_a_folder_that_others_can_put_another_in_the_place_of_is_refused(source,
     assert compiled.load(source, FLAGS, folder).seven() == 7
 
 
+def test_a_link_that_is_turned_elsewhere_while_we_look_is_not_followed_again(source, folder, tmp_path, monkeypatch):
+    """Whoever can write where a link lies can turn it at any time."""
+    other, link = tmp_path / "other", tmp_path / "link"
+    compiled.load(source, FLAGS, folder)
+    (own,) = folder.iterdir()
+    compiled.load(source, ("-DNUMBER=8",), other)
+    (planted,) = other.iterdir()
+    planted.rename(other / own.name)
+    link.symlink_to(folder)
+    is_whole = compiled._is_whole
+
+    def then_turned(path: Path) -> bool:
+        found = is_whole(path)
+        link.unlink()
+        link.symlink_to(other)
+        return found
+
+    monkeypatch.setattr(compiled, "_is_whole", then_turned)
+    assert compiled.load(source, FLAGS, link).seven() == 7
+
+
 def test_what_is_made_on_the_way_is_its_owners_alone(source, folder):
     before = os.umask(0)
     try:

@@ -47,8 +47,7 @@ def load(source: Path, flags: Sequence[str], folder: Path | None) -> ctypes.CDLL
     )
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
     try:
-        _make_private(folder)
-        path = folder / f"{source.stem}-{digest}.so"
+        path = _made_private(folder) / f"{source.stem}-{digest}.so"
         if not _is_whole(path):
             _compile(command, path)
         return ctypes.CDLL(str(path))
@@ -58,7 +57,8 @@ def load(source: Path, flags: Sequence[str], folder: Path | None) -> ctypes.CDLL
         ) from error
 
 
-def _make_private(folder: Path) -> None:
+def _made_private(folder: Path) -> Path:
+    """Where it lies, with no link on the way, which others could turn elsewhere later."""
     for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
     folder = folder.resolve()
@@ -71,6 +71,7 @@ def _make_private(folder: Path) -> None:
                 f"others can write to {place}, and so put another folder in the place of {folder}: take that from them "
                 "(chmod go-w), or set XDG_CACHE_HOME"
             )
+    return folder
 
 
 def _lets_others_move(found: os.stat_result) -> bool:

@@ -11,31 +11,22 @@ of A of a group, I inputs, O outputs of a group.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor
 
-from tinsmith.config import cache_dir
-from tinsmith.errors import UnsupportedError
-from tinsmith.machine import compiled
 from tinsmith.model import LinearInfo
+from tinsmith.model.compiled import Program
 from tinsmith.model.lora import LoraWeights
 from tinsmith.model.lora.segments import add_adapter
 from tinsmith.sampling.lora import Adapter
 from tinsmith.sampling.tiled_lora import Table, TileGroup, groups_of
 
-log = structlog.get_logger("tinsmith.worker")
-
-SOURCE = Path(__file__).with_name("compiled_kernel.c")
-FLAGS = ("-mavx2", "-mfma", "-fopenmp")  # OpenMP's library is the one that torch has loaded
-SLOWER = "adapters of sampled rows go through torch's batched products, which take 1.4 times as long"
 LANES = 8
 MOST_SOLE_ROWS = 32  # of one adapter alone; beyond it torch's products are as fast
 MAX_ERROR = 1e-5
@@ -130,39 +121,20 @@ class CompiledLora:
 
 def compiled_lora_for(linears: Sequence[LinearInfo], *, is_exact: bool) -> CompiledLora | None:
     """None where the program can't be had."""
-    kernel = _kernel()
+    kernel = PROGRAM.kernel
     return (
         None if kernel is None else CompiledLora(kernel, groups_of(linears), torch.get_num_threads(), is_exact=is_exact)
     )
 
 
-@functools.cache
-def _kernel() -> Kernel | None:
-    """None if it can't be had, of which the log tells once."""
-    try:
-        return load_kernel()
-    except UnsupportedError as error:
-        log.warning(SLOWER, because=error.message)
-        return None
-
-
-def load_kernel() -> Kernel:
-    """Compiled, loaded and tried.
-
-    Raises:
-        UnsupportedError: any of that fails; the message has a cure.
-    """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        raise UnsupportedError("the program needs a processor with AVX2")
-    kernel: Kernel = compiled.load(SOURCE, FLAGS, cache_dir()).add_adapters
+def _declared(library: ctypes.CDLL) -> Kernel:
+    kernel: Kernel = library.add_adapters
     number, address, stride = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     kernel.restype = None  # type: ignore[attr-defined]
     kernel.argtypes = [  # type: ignore[attr-defined]
         number, number, number, address, address, stride, address, stride, address, address, address, stride, number,
         address, stride, address, stride,
     ]  # fmt: skip
-    if not agrees(kernel):
-        raise UnsupportedError("the compiled program gives other numbers than torch: install another C compiler")
     return kernel
 
 
@@ -195,3 +167,11 @@ def _drawn(group: TileGroup, rank: int, generator: torch.Generator) -> Adapter:
     a_KI = torch.randn(len(group.widths) * rank, group.inputs, generator=generator)
     bs = tuple(torch.randn(width, rank, generator=generator) for width in group.widths)
     return Adapter.holding({"group": LoraWeights(a_KI, bs, (0.5, 2.0))}, {})
+
+
+PROGRAM = Program(
+    Path(__file__).with_name("compiled_kernel.c"),
+    _declared,
+    agrees,
+    "adapters of sampled rows go through torch's batched products, which take 1.4 times as long",
+)

@@ -10,31 +10,22 @@ Shape letters: P numbers of a row, S runs, C pieces of rows.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 from numpy.typing import NDArray
 
-from tinsmith.config import cache_dir
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import UnsupportedError
-from tinsmith.machine import compiled
 from tinsmith.model import LinearInfo, RowLayout
+from tinsmith.model.compiled import Program
 from tinsmith.training.optimizer import optim_steps, outcomes_of
 from tinsmith.training.runs import PARTS, RunSlot
 from tinsmith.types import AdamParams, Failure, OptimResult, RunId, RunSpec, Targets
 
-log = structlog.get_logger("tinsmith.worker")
-
-SOURCE = Path(__file__).with_name("adamw.c")
-FLAGS = ("-mavx2", "-mfma", "-fopenmp")  # OpenMP's library is the one that torch has loaded
-SLOWER = "optimizer steps go through torch's kernel, which takes 1.6 times as long"
 BLOCK = 2**14  # as the program's
 WHOLE_PARAMS = 2**22  # a run of more is shared among threads: 16 MiB of each row take milliseconds
 MAX_ERROR = 1e-5
@@ -110,30 +101,11 @@ def _numbers(own: AdamParams, step: int) -> tuple[float, ...]:
     )
 
 
-@functools.cache
-def kernel_or_none() -> Kernel | None:
-    """None if it can't be had, of which the log tells once."""
-    try:
-        return load_kernel()
-    except UnsupportedError as error:
-        log.warning(SLOWER, because=error.message)
-        return None
-
-
-def load_kernel() -> Kernel:
-    """Compiled, loaded and tried.
-
-    Raises:
-        UnsupportedError: any of that fails; the message has a cure.
-    """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        raise UnsupportedError("the program needs a processor with AVX2")
-    kernel: Kernel = compiled.load(SOURCE, FLAGS, cache_dir()).step_runs
+def _declared(library: ctypes.CDLL) -> Kernel:
+    kernel: Kernel = library.step_runs
     number, address = ctypes.c_int64, ctypes.c_void_p
     kernel.restype = None  # type: ignore[attr-defined]
     kernel.argtypes = [number, number, *[address] * 5, number, ctypes.c_int]  # type: ignore[attr-defined]
-    if not agrees(kernel):
-        raise UnsupportedError("the compiled program gives other numbers than torch: install another C compiler")
     return kernel
 
 
@@ -173,3 +145,11 @@ def _drawn(seed: int) -> RunSlot:
     linear, targets = LinearInfo("l", "attn", 33, 17, "l"), Targets()
     layout = RowLayout([linear], targets, 4 + seed)
     return RunSlot.fresh(RunSpec(RunId(f"{seed}"), "", 4 + seed, seed, targets), layout, torch.device("cpu"))
+
+
+PROGRAM = Program(
+    Path(__file__).with_name("adamw.c"),
+    _declared,
+    agrees,
+    "optimizer steps go through torch's kernel, which takes 1.6 times as long",
+)

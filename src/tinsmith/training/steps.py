@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from tinsmith.model.lora.choice import has_triton
-from tinsmith.training.compiled_adamw import compiled_steps, kernel_or_none
+from tinsmith.training.compiled_adamw import PROGRAM, compiled_steps
 from tinsmith.training.optimizer import optim_steps, outcomes_of
 from tinsmith.training.runs import RunSlot
 from tinsmith.types import AdamParams, Failure, OptimResult
@@ -26,7 +26,7 @@ def optim_steps_for(device: torch.device, *, may_compile: bool = True) -> OptimS
 
 def full_steps_for(device: torch.device, *, may_compile: bool = True) -> OptimSteps:
     """Of full runs, whose layouts may have pieces that no step goes over."""
-    kernel = kernel_or_none() if may_compile and device.type == "cpu" else None
+    kernel = PROGRAM.kernel if may_compile and device.type == "cpu" else None
     return optim_steps if kernel is None else partial(compiled_steps, kernel)
 
 

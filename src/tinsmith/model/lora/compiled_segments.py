@@ -15,31 +15,19 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinsmith.config import cache_dir
-from tinsmith.errors import UnsupportedError
-from tinsmith.machine import compiled
+from tinsmith.model.compiled import Program
 from tinsmith.model.lora.backend import LoraBackend, LoraWeights, Segment
 from tinsmith.model.lora.segments import Crowd, SegmentsLora
-
-log = structlog.get_logger("tinsmith.worker")
 
 WIDE, DEEP, CHUNK = 128, 72, 512  # columns and rows of a block; outputs, or inputs, of a share of the work
 ROWS = 192  # of a segment, in a share of the forward pass
 LANES = 8
-SOURCE = Path(__file__).with_name("segments_kernel.c")
-FLAGS = (
-    "-mavx2", "-mfma", "-fopenmp",  # OpenMP's library is the one that torch has loaded
-    f"-DWIDE={WIDE}", f"-DDEEP={DEEP}", f"-DCHUNK={CHUNK}",
-)  # fmt: skip
-SLOWER = "adapters in training go through torch's products, which take longer"
 MAX_ERROR = 1e-5
 
 Table = NDArray[np.int64]
@@ -227,34 +215,20 @@ def _fits(weights: LoraWeights) -> bool:
     return all(side % LANES == 0 for side in sides)
 
 
-@functools.cache
 def compiled_segments() -> LoraBackend | None:
-    """None if the program can't be had, of which the log tells once."""
-    try:
-        return functools.partial(CompiledSegments, load_kernel())
-    except UnsupportedError as error:
-        log.warning(SLOWER, because=error.message)
-        return None
+    """None if the program can't be had."""
+    kernel = PROGRAM.kernel
+    return None if kernel is None else functools.partial(CompiledSegments, kernel)
 
 
-def load_kernel() -> Kernel:
-    """Compiled, loaded and tried.
-
-    Raises:
-        UnsupportedError: any of that fails; the message has a cure.
-    """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        raise UnsupportedError("the program needs a processor with AVX2")
-    library: Any = compiled.load(SOURCE, FLAGS, cache_dir())
-    kernel = Kernel(library.add_segments, library.add_grads)
+def _declared(library: ctypes.CDLL) -> Kernel:
     count, address = ctypes.c_int64, ctypes.c_void_p
     rows = (address, count)
-    library.add_segments.restype = library.add_grads.restype = None
-    library.add_segments.argtypes = (address, count, address, *rows * 4)
-    library.add_grads.argtypes = (address, address, *rows * 4, address, address, *rows)
-    if not agrees(kernel):
-        raise UnsupportedError("the compiled program gives other numbers than torch: install another C compiler")
-    return kernel
+    add, add_grads = library.add_segments, library.add_grads
+    add.restype = add_grads.restype = None
+    add.argtypes = (address, count, address, *rows * 4)
+    add_grads.argtypes = (address, address, *rows * 4, address, address, *rows)
+    return Kernel(add, add_grads)
 
 
 @torch.inference_mode()
@@ -288,3 +262,12 @@ def agrees(kernel: Kernel) -> bool:
     rows = slice(*ranges[1])
     alone = computed(backend, [1])
     return close and torch.equal(alone[0][rows], found[0][rows]) and torch.equal(alone[1][rows], found[1][rows])
+
+
+PROGRAM = Program(
+    Path(__file__).with_name("segments_kernel.c"),
+    _declared,
+    agrees,
+    "adapters in training go through torch's products, which take longer",
+    (f"-DWIDE={WIDE}", f"-DDEEP={DEEP}", f"-DCHUNK={CHUNK}"),
+)
