@@ -108,6 +108,22 @@ def test_in_deterministic_mode_they_end_with_the_same_bits(base, crowd):
         assert_same_sample(results[item.op_id], alone[item.op_id])
 
 
+def test_what_was_sampled_counts_though_it_is_sampled_again(base):
+    """A request that is cancelled then costs all that was told of it."""
+    sampler = with_blocks(base, 6, deterministic=True)
+    for i in range(4):
+        sampler.submit(sample(f"r{i}", prompt(i, 30), seed=i, max_tokens=150))
+    told = dict.fromkeys((f"r{i}" for i in range(4)), 0)
+    while not sampler.preemptions.num_preempted:
+        sampler.step()
+        for piece in sampler.progress({name: {0: known} for name, known in told.items()}):
+            told[piece.op_id] += len(piece.sequence.tokens)
+    (victim,) = (sequence.request.item.op_id for sequence in sampler._stages.preempted)
+    assert told[victim] > 1
+    assert {name: sampler.cancel(name).num_sampled for name in told} == told
+    assert_nothing_is_held(sampler)
+
+
 def test_groups_give_back_their_prompts_too(base):
     items = [sample(f"r{i}", prompt(i, 130), num_samples=3, seed=i, max_tokens=120) for i in range(5)]
     alone = run_all(make_sampler(base), items)
@@ -162,6 +178,26 @@ def test_a_hostile_tenant_starves_nobody(base):
             assert steps < 300
         waits.append(steps)
     assert max(waits) <= 70
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_group_of_another_tenant_begins_nothing_before_what_gave_way_earlier_and_holds_less(base, deterministic):
+    """Alice's long prompt gives way to Bob's group. Once she holds nothing, what falls free of the group is hers."""
+    sampler = with_blocks(base, 16, deterministic=deterministic)
+    sampler.submit(by("alice", "oldest", prompt(0, 30), max_tokens=150))
+    sampler.submit(by("alice", "long", prompt(1, 300), max_tokens=100))
+    while not sampler.num_running:
+        sampler.step()
+    sampler.submit(replace(by("bob", "group", prompt(2, 30), max_tokens=60), num_samples=60))
+    ended: dict[str, int] = {}
+    num_steps = 0
+    while sampler.num_samples:
+        ended |= {op_id: num_steps for op_id, _ in sampler.step()}
+        num_steps += 1
+    assert sampler.preemptions.num_preempted > 0
+    assert ended["long"] - ended["oldest"] < 100 + 60 + 40
+    assert ended["long"] < ended["group"]
+    assert_nothing_is_held(sampler)
 
 
 def stages_of(sampler: Sampler, name: str) -> set[str]:

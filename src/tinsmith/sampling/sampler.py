@@ -198,7 +198,7 @@ class Sampler:
         request = self._requests.get(op_id)
         if request is None:
             return SampleCost()
-        num_sampled = request.num_sampled + sum(len(s.tokens) for s in request.sequences)
+        num_sampled = request.num_sampled + sum(sequence.num_sampled for sequence in request.sequences)
         num_prefilled = max(request.num_prefilled, request.num_prompt if request.num_started else 0)
         with torch.inference_mode():
             self._drop(request)

@@ -150,6 +150,7 @@ class Sequence:
     request has one.
     routes: of the tokens that entered the KV since the prompt, int16 [L, K] each, where they are recorded.
     num_blocks: the blocks of its KV; 0 while it has no KV of its own. num_preempted: how often it lost them.
+    most_tokens: as many as it had when it started again.
     """
 
     request: Request
@@ -161,10 +162,16 @@ class Sequence:
     routes: list[RouteArray] = field(default_factory=list)
     num_blocks: int = 0
     num_preempted: int = 0
+    most_tokens: int = 0
 
     @property
     def age(self) -> tuple[int, int]:
         return self.request.arrival, self.index
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens, each counted once: those that are sampled again were told, it may be."""
+        return max(len(self.tokens), self.most_tokens)
 
     @property
     def tenant(self) -> str:
@@ -198,6 +205,7 @@ class Sequence:
 
     def start_again(self) -> None:
         """Forget all that was sampled but the first token, after which nothing but the prompt is in the KV."""
+        self.most_tokens = self.num_sampled
         del self.tokens[1:], self.logprobs[1:], self.tops[1:], self.routes[:]
         if self.request.grammar is not None:
             self.matcher = self.request.grammar.matcher()
