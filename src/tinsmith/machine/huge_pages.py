@@ -100,8 +100,8 @@ class HugePages:
         with self._lock:
             self._sweep()
             chunk, start = self._kept(num_bytes) or self._find(num_bytes)
-            is_last = PREPARED_BYTES <= num_bytes <= self._warm_bytes // 2 and not self._has(num_bytes)
-        if is_last:
+            is_wanted = PREPARED_BYTES <= num_bytes <= self._warm_bytes // 2 and not self._has(num_bytes)
+        if is_wanted:
             self._preparing.submit(self._prepare, num_bytes)
         block = np.frombuffer(chunk.memory, np.float32, num, start)
         weakref.finalize(block, self._release, chunk, start, num_bytes).atexit = False

@@ -38,20 +38,18 @@ def whole_payload(op: OpRow) -> bytes | None:
     Raises:
         CorruptError: it isn't what was stored.
     """
-    if op.payload_crc is not None and op.payload is not None and zlib.crc32(op.payload) != op.payload_crc:
-        raise CorruptError(f"the payload of {op.id} was changed on the disk; restore the database from a backup")
-    return op.payload
+    return _whole(op.payload, op.payload_crc, f"the payload of {op.id}")
 
 
 def whole_result(op: OpRow) -> bytes | None:
-    """What its row holds; None where a file does, or nothing any more.
+    """As `whole_payload`."""
+    return _whole(op.result, op.result_crc, f"the result of {op.id}")
 
-    Raises:
-        CorruptError: it isn't what was stored.
-    """
-    if op.result_crc is not None and op.result is not None and zlib.crc32(op.result) != op.result_crc:
-        raise CorruptError(f"the result of {op.id} was changed on the disk; restore the database from a backup")
-    return op.result
+
+def _whole(data: bytes | None, crc: int | None, what: str) -> bytes | None:
+    if crc is not None and data is not None and zlib.crc32(data) != crc:
+        raise CorruptError(f"{what} was changed on the disk; restore the database from a backup")
+    return data
 
 
 def check_payloads(conn: Connection) -> Checked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -129,11 +129,7 @@ def verify(
             report.num_bytes += file.size
             progress(report.num_bytes, total)
     if suspects:
-        still_named = _by_file(store.upkeep.references())
-        for key, trouble in suspects.items():
-            for reference in still_named.get(key, ()):
-                found = _finding(store, reference.naming, reference.owner, trouble, suspects, repair)
-                report.findings.append(found)
+        report.findings += _suspected(store, suspects, repair)
         if is_repairing:
             named = _by_file(store.upkeep.references())
     youngest = math.inf if is_repairing else now - LEFTOVER_AFTER_S
@@ -146,6 +142,16 @@ def verify(
             blobs.discard(file)
         report.removed = bool(report.leftovers)
     return report
+
+
+def _suspected(store: Store, suspects: Mapping[BlobKey, str], repair: _Repair) -> list[Finding]:
+    """Of the files in which something is wrong, those that rows still name."""
+    still_named = _by_file(store.upkeep.references())
+    return [
+        _finding(store, reference.naming, reference.owner, trouble, suspects, repair)
+        for key, trouble in suspects.items()
+        for reference in still_named.get(key, ())
+    ]
 
 
 def check_file(blobs: Blobs, key: BlobKey, references: Iterable[Reference]) -> str | None:
