@@ -1,5 +1,6 @@
 """The frozen base model: loading a family, linear layers that adapters hook into, the layout of an adapter."""
 
+from tinsmith.model import lean as lean  # before anything that imports transformers
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.context import ExpertAdapters, GradContext, OwnRoutes, PassContext
 from tinsmith.model.frozen import FrozenMatrix

@@ -29,6 +29,7 @@ from tinsmith.machine.large_blocks import large_blocks_apart
 from tinsmith.model.base import BaseModel, open_base
 from tinsmith.model.directory import read_config
 from tinsmith.model.families import vision_of
+from tinsmith.model.lean import without_compiler
 from tinsmith.model.longrope import settle_longrope, tell_longrope
 from tinsmith.model.lora.choice import compiled
 from tinsmith.model.quantise import Matrices, Quantise, quantiser
@@ -113,17 +114,18 @@ def load_model(
         del config.quantization_config  # what it says was done to the weights is undone here
     one_by_one: dict[str, Any] = {"experts_implementation": "eager"} if source.is_quantised else {}
     try:
-        loaded: Any = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict={name: _Unread(name, source) for name in files},
-            dtype=dtype,
-            attn_implementation="eager",  # of the check alone, and all families have it
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-            device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
-            **one_by_one,  # not all experts of a layer in full
-        )
+        with without_compiler():
+            loaded: Any = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: _Unread(name, source) for name in files},
+                dtype=dtype,
+                attn_implementation="eager",  # of the check alone, and all families have it
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                device_map=None if device.type == "cpu" else device,  # weights go there one by one; needs accelerate
+                **one_by_one,  # not all experts of a layer in full
+            )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         if source.failure is not None:
             raise source.failure from None
@@ -155,7 +157,7 @@ def _architecture(info: BaseInfo) -> tuple[type[PreTrainedModel], PretrainedConf
     """The class of the directory's model, its configuration, and a model of it without numbers."""
     try:
         model_class, config = _class_of(read_config(info.path))
-        with torch.device("meta"):
+        with torch.device("meta"), without_compiler():
             return model_class, config, cast(Any, model_class)(deepcopy(config))
     except WRONG_VALUES as error:
         text = " ".join(str(error).split()) or type(error).__name__

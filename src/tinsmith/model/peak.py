@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinsmith.model.lean import without_compiler
+
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
     """Beyond what is held before."""
@@ -21,7 +23,7 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     meter = PeakMeter()
-    with meter:
+    with without_compiler(), meter:
         work()
     return meter.peak
 
