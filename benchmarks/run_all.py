@@ -38,8 +38,7 @@ PEFT = "--no-frozen --peft-runs 16"  # the floor has rows of its own; the peer's
 GENERATE = "--generate-requests 8"  # likewise
 BESIDE = (  # the longest first
     "sampler.py --only runs group deterministic memory --repeats 5",
-    "training_rows.py --case 64x1x32-64 --repeats 5 --defaults --layers 2",
-    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 {PEFT}",
+    "training_rows.py --case 64x1x32-64 --repeats 5 --defaults --layers 1",
     f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 --defaults {SMALLEST} {PEFT}",
     f"train_vs_peft.py --runs 16 64 --data 4 --tokens 128 --repeats 5 {SMALLEST} {PEFT}",
     "training_rows.py --short --repeats 5 --layers 1",
@@ -48,6 +47,7 @@ BESIDE = (  # the longest first
     f"sample_vs_generate.py --cases 1:1 32:32 --repeats 5 --rank 32 {GENERATE}",
     f"train_vs_peft.py --runs 16 64 --data 1 --tokens 32-64 --repeats 5 --defaults {SMALL} {PEFT}",
     f"sample_vs_generate.py --cases 1:1 32:32 --repeats 5 {GENERATE}",
+    f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 {SMALL} {PEFT}",
     f"train_vs_peft.py --runs 1 4 --data 4 --tokens 128 --repeats 5 --defaults {SMALL} {PEFT}",
 )
 ALONE = (
@@ -57,8 +57,8 @@ ALONE = (
     "optimizer.py --defaults --runs 16",
     "many_runs.py",
     "many_samplers.py",
-    "whole_service.py",
-    "whole_service.py --defaults --steps 2",
+    "whole_service.py --steps 2",
+    "whole_service.py --defaults --steps 1",
     "overlap.py",
     "latency.py",
     "control_plane.py",
