@@ -22,6 +22,8 @@ from pathlib import Path
 from tinsmith.errors import UnsupportedError
 
 COMPILER = "cc"
+CACHE = "XDG_CACHE_HOME"
+NEEDED = "cannot open shared object file"  # of the dynamic loader, after the name of what it looked for
 FLAGS = ("-std=gnu99", "-O3", "-shared", "-fPIC")
 PATIENCE_S = 60.0
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -34,7 +36,7 @@ def load(source: Path, flags: Sequence[str], folder: Path | None) -> ctypes.CDLL
         UnsupportedError: there is no compiler, or it can't compile this, or the folder isn't one to keep it in.
     """
     if folder is None:
-        raise UnsupportedError("there is no folder to keep it in: set HOME or XDG_CACHE_HOME")
+        raise UnsupportedError(f"there is no folder to keep it in: set HOME or {CACHE}")
     compiler = shutil.which(COMPILER)
     if compiler is None:
         raise UnsupportedError(f"there is no C compiler ({COMPILER}): install one, such as the package gcc")
@@ -52,8 +54,10 @@ def load(source: Path, flags: Sequence[str], folder: Path | None) -> ctypes.CDLL
             _compile(command, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
+        if NEEDED in str(error):  # its own file is there
+            raise UnsupportedError(f"{error}: install that library") from error
         raise UnsupportedError(
-            f"{error}: set XDG_CACHE_HOME to a folder that programs can be written to and run from"
+            f"{error}: set {CACHE} to a folder that programs can be written to and run from"
         ) from error
 
 
@@ -64,12 +68,12 @@ def _made_private(folder: Path) -> Path:
     folder = folder.resolve()
     found = folder.stat()
     if found.st_uid != os.geteuid() or found.st_mode & OTHERS_MAY_WRITE:
-        raise UnsupportedError(f"others can write to {folder}: make it yours alone (chmod 700), or set XDG_CACHE_HOME")
+        raise UnsupportedError(f"others can write to {folder}: make it yours alone (chmod 700), or set {CACHE}")
     for place in folder.parents:
         if _lets_others_move(place.stat()):
             raise UnsupportedError(
                 f"others can write to {place}, and so put another folder in the place of {folder}: take that from them "
-                "(chmod go-w), or set XDG_CACHE_HOME"
+                f"(chmod go-w), or set {CACHE}"
             )
     return folder
 
