@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_written_is_told(source, tmp_path):
 def test_a_library_that_it_needs_and_that_is_not_there_is_told(source, folder, tmp_path):
     subprocess.run([REAL, "-shared", "-fPIC", "-x", "c", os.devnull, "-o", str(tmp_path / "libgone.so")], check=True)
     with pytest.raises(UnsupportedError, match=r"libgone\.so.*install that library"):
-        compiled.load(source, (f"-L{tmp_path}", "-Wl,--no-as-needed", "-lgone"), folder)
+        compiled.load(source, ("-DNUMBER=7", f"-L{tmp_path}", "-Wl,--no-as-needed", "-lgone"), folder)
 
 
 def test_the_folder_is_where_the_user_keeps_such_things():
