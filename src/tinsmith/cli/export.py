@@ -86,25 +86,28 @@ def export_command(
         return
     with tempfile.TemporaryDirectory(prefix="tinsmith-export-") as scratch:
         path = _fetch(source, Path(scratch), data_dir)
-        full = importlib.import_module("tinsmith.export.full") if base is not None and format_ is Format.HF else None
-        weights = None if full is None else full.find_full(path, Path(scratch))
-        if full is not None and weights is not None:
-            number = full.write_full(base, weights, out, dtype=None if dtype is None else dtype.value)
-            typer.echo(f"{out}: a model of {number} weights, all of them trained")
-        elif format_ is Format.PEFT:
+        if format_ is Format.HF and base is not None:
+            typer.echo(_write_whole(path, out, base, None if dtype is None else dtype.value, Path(scratch)))
+        else:
             adapter = _adapter_in(path, Path(scratch))
             told = _write_peft(adapter, out, base)
             typer.echo("\n".join([f"{out}: an adapter of {len(adapter.names)} layers", *told]))
-        else:
-            assert base is not None
-            adapter = _adapter_in(path, Path(scratch))
-            with byte_bar("merging") as progress:
-                merge = importlib.import_module("tinsmith.export.merge").merge  # torch is loaded here
-                changed = merge(base, adapter, out, dtype=None if dtype is None else dtype.value, progress=progress)
-            typer.echo(f"{out}: a model with {len(changed)} changed weights")
     if push_to_hub is not None:
         push = importlib.import_module("tinsmith.bases.hub").push
         typer.echo(f"pushed to {push(out, push_to_hub, is_public=public)}")
+
+
+def _write_whole(path: Path, out: Path, base: Path, dtype: str | None, scratch: Path) -> str:
+    """A model that needs no adapter; what to say of it. torch is loaded here."""
+    full = importlib.import_module("tinsmith.export.full")
+    weights = full.find_full(path, scratch)
+    if weights is not None:
+        return f"{out}: a model of {full.write_full(base, weights, out, dtype=dtype)} weights, all of them trained"
+    adapter = _adapter_in(path, scratch)
+    with byte_bar("merging") as progress:
+        merge = importlib.import_module("tinsmith.export.merge").merge
+        changed = merge(base, adapter, out, dtype=dtype, progress=progress)
+    return f"{out}: a model with {len(changed)} changed weights"
 
 
 def _write_peft(adapter: Adapter, out: Path, base: Path | None) -> list[str]:
