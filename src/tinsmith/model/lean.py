@@ -107,14 +107,15 @@ _stand_in = _StandIn()
 @contextmanager
 def _unused_is_hidden() -> Iterator[None]:
     """What transformers asks for is said to be missing; whoever imported the question keeps the answer."""
-    asked = {name: getattr(import_utils, name) for name in UNUSED}
-    for module in (utils, import_utils):
-        module.__dict__.update(dict.fromkeys(UNUSED, _is_missing))
+    asked = [(module, name) for module in (utils, import_utils) for name in UNUSED if hasattr(module, name)]
+    answers = [getattr(module, name) for module, name in asked]
+    for module, name in asked:
+        setattr(module, name, _is_missing)
     try:
         yield
     finally:
-        for module in (utils, import_utils):
-            module.__dict__.update(asked)
+        for (module, name), answer in zip(asked, answers, strict=True):
+            setattr(module, name, answer)
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:
