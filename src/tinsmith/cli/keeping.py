@@ -65,15 +65,16 @@ def backup_command(
 ) -> None:
     """Copy a data directory as it is at one moment, while the server runs or not.
 
-    Over an earlier backup only new files are copied. Ends with 1 if something at the source was damaged: all else is
-    in the backup then.
+    Every row and every new file is checked on the way; over an earlier backup only new files are copied. Ends with 0 if
+    all is sound, with 1 if something at the source is damaged: it is named, and all else is in the backup.
     """
     with byte_bar("copying") as progress:
         copied = copies.back_up(data_dir, target, progress)
     typer.echo(f"{target}: {copied.num_files} files, {_size(copied.num_bytes)}, {copied.num_new} of them new")
-    for trouble in copied.damaged[:MOST_SHOWN]:
-        typer.echo(f"left out: {trouble}", err=True)
-    raise typer.Exit(1 if copied.damaged else 0)
+    _tell_damage(copied, data_dir)
+    if copied.damaged_rows:
+        typer.echo(f"damaged rows are in {target} as they are: keep an earlier backup until they are mended", err=True)
+    raise typer.Exit(0 if copied.is_whole else 1)
 
 
 def restore_command(
@@ -84,7 +85,7 @@ def restore_command(
         typer.Option("--leave-out-damaged", help="Restore what is whole, and name what is not.", show_default=False),
     ] = False,
 ) -> None:
-    """Make a data directory from a backup, every file checked on the way.
+    """Make a data directory from a backup, every row and file checked on the way.
 
     A damaged backup is refused; with --leave-out-damaged all that is whole comes back, and it ends with 1.
     """
@@ -94,11 +95,19 @@ def restore_command(
         f"{data_dir}: {copied.num_files} files, {_size(copied.num_bytes)}; "
         f"start it with `tinsmith serve --data-dir {data_dir}`"
     )
-    for trouble in copied.damaged[:MOST_SHOWN]:
-        typer.echo(f"left out: {trouble}", err=True)
-    if copied.damaged:
-        typer.echo(f"`tinsmith verify {data_dir}` says what to do about each", err=True)
-    raise typer.Exit(1 if copied.damaged else 0)
+    _tell_damage(copied, data_dir)
+    raise typer.Exit(0 if copied.is_whole else 1)
+
+
+def _tell_damage(copied: copies.Copied, cured_in: Path) -> None:
+    """On the error stream, with the cure."""
+    troubles = [*copied.damaged, *copied.damaged_rows]
+    for trouble in troubles[:MOST_SHOWN]:
+        typer.echo(f"damaged: {trouble}", err=True)
+    if len(troubles) > MOST_SHOWN:
+        typer.echo(f"and {len(troubles) - MOST_SHOWN} more", err=True)
+    if troubles:
+        typer.echo(f"`tinsmith verify {cured_in}` says what to do about each", err=True)
 
 
 def _show(report: Report) -> None:

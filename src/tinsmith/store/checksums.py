@@ -17,6 +17,7 @@ from tinsmith.store.rows import OpRow
 from tinsmith.store.schema import ops
 
 AT_ONCE = 100  # rows in memory, each of up to `inline_bytes`
+CHANGED = "it stands in its row, and was changed on the disk"
 
 
 @dataclass(frozen=True, slots=True)

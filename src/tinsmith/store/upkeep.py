@@ -26,7 +26,8 @@ from sqlalchemy import (
     update,
 )
 
-from tinsmith.store.checksums import Checked, check_payloads, check_results
+from tinsmith.errors import CorruptError
+from tinsmith.store.checksums import CHANGED, Checked, check_payloads, check_results
 from tinsmith.store.database import Database, copy_database
 from tinsmith.store.mends import odds
 from tinsmith.store.prepared import driver_of
@@ -87,6 +88,14 @@ class RowFault:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiedRows:
+    """named: every file that the copy names. faults: what is wrong with its rows, at most `MOST_FAULTS` of a kind."""
+
+    named: set[BlobKey]
+    faults: list[RowFault]
+
+
+@dataclass(frozen=True, slots=True)
 class Spare:
     """The snapshot before a run's newest; without a file its log is whole."""
 
@@ -102,27 +111,33 @@ class Upkeep:
         with self._database.read() as conn:
             return list(_references(conn))
 
-    def copy(self, target: Path, hold: Callable[[set[BlobKey]], None]) -> set[BlobKey]:
-        """Copy the database, as it is at one moment, into the file `target`.
+    def copy(self, target: Path, hold: Callable[[set[BlobKey]], None], now: float) -> CopiedRows:
+        """Copy the database, as it is at one moment, into the file `target`, damaged or not, and check that moment.
 
         Args:
             hold: called with every file that the copy names, while nobody can write: none of them is deleted before it
                 returns. It has to be quick.
-
-        Returns:
-            Those files.
+            now: unix seconds.
         """
-        with self._database.read() as conn:
-            with self._database.write():
-                named = {reference.blob for reference in _references(conn)}
-                hold(named)
-            copy_database(driver_of(conn), target)
-        return named
+        is_copied = False
+        try:
+            with self._database.read() as conn:
+                with self._database.write():
+                    named = {reference.blob for reference in _references(conn)}
+                    hold(named)
+                copy_database(driver_of(conn), target)
+                is_copied = True
+                faults = _troubles(conn, now)
+        except CorruptError as error:
+            if not is_copied:
+                raise
+            faults = [RowFault("database", error.message)]
+        return CopiedRows(named, faults)
 
     def inline(self) -> dict[Naming, Checked]:
         """Payloads and results that stand in rows themselves, all of them read."""
         with self._database.read() as conn:
-            return {Naming.PAYLOAD: check_payloads(conn), Naming.RESULT: check_results(conn)}
+            return _inline(conn)
 
     def buried(self) -> set[BlobKey]:
         """Files that no row names any more, and whose deletion is due."""
@@ -135,22 +150,12 @@ class Upkeep:
         At most `MOST_FAULTS` of each kind. now: unix seconds.
         """
         with self._database.read() as conn:
-            found = [
-                RowFault("database", str(row[0]))
-                for row in conn.execute(text(f"PRAGMA integrity_check({MOST_FAULTS})"))
-                if row[0] != "ok"
-            ]
-            found += [
-                RowFault(f"{row[0]}, row {row[1]}", f"names a row of {row[2]} that is not there")
-                for row in conn.execute(text("PRAGMA foreign_key_check")).fetchmany(MOST_FAULTS)
-            ]
-            lacking = [RowFault(table, problem, is_of_schema=True) for table, problem in schema_faults(conn)]
-            if lacking:
-                return found + lacking
-            found += [RowFault(odd.owner, odd.problem, is_mendable=True) for odd in odds(conn, now, MOST_FAULTS)]
-            for query, problem in (*_FAULTS, *CHECKS):
-                found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
-        return found
+            return _faults(conn, now)
+
+    def troubles(self, now: float) -> list[RowFault]:
+        """The `faults`, and payloads and results in rows that were changed."""
+        with self._database.read() as conn:
+            return _troubles(conn, now)
 
     def spare(self, run_id: str) -> Spare | None:
         """From what the run can be computed again without its newest snapshot; None: from nothing."""
@@ -190,6 +195,37 @@ class Upkeep:
         """It is lost: the request answers GoneError from now on."""
         with self._database.write() as conn:
             conn.execute(_GIVE_UP, {"lost_op_id": op_id})
+
+
+def _inline(conn: Connection) -> dict[Naming, Checked]:
+    return {Naming.PAYLOAD: check_payloads(conn), Naming.RESULT: check_results(conn)}
+
+
+def _faults(conn: Connection, now: float) -> list[RowFault]:
+    found = [
+        RowFault("database", str(row[0]))
+        for row in conn.execute(text(f"PRAGMA integrity_check({MOST_FAULTS})"))
+        if row[0] != "ok"
+    ]
+    found += [
+        RowFault(f"{row[0]}, row {row[1]}", f"names a row of {row[2]} that is not there")
+        for row in conn.execute(text("PRAGMA foreign_key_check")).fetchmany(MOST_FAULTS)
+    ]
+    lacking = [RowFault(table, problem, is_of_schema=True) for table, problem in schema_faults(conn)]
+    if lacking:
+        return found + lacking
+    found += [RowFault(odd.owner, odd.problem, is_mendable=True) for odd in odds(conn, now, MOST_FAULTS)]
+    for query, problem in (*_FAULTS, *CHECKS):
+        found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
+    return found
+
+
+def _troubles(conn: Connection, now: float) -> list[RowFault]:
+    found = _faults(conn, now)
+    if any(fault.is_of_schema for fault in found):
+        return found
+    changed = ((naming, op_id) for naming, checked in _inline(conn).items() for op_id in checked.damaged)
+    return found + [RowFault(f"{naming} of {op_id}", CHANGED) for naming, op_id in changed]
 
 
 def _references(conn: Connection) -> Iterator[Reference]:

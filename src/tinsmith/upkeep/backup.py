@@ -5,7 +5,8 @@ is written last. What stays true:
 
 * It shows one moment: what the database of that moment names is in it, whatever was deleted while it was made. Files
   are held by hard links first, so a janitor at work takes nothing away.
-* Every file is read and checked against its digest on the way, in both directions.
+* Every file is read and checked against its digest on the way, in both directions, and so are the rows. A damaged file
+  is left out, a damaged row comes along as it is; both are named.
 * A backup that was begun and not finished has no `backup.json`, and isn't restored from. Made again over an earlier
   one, it reads what is there, copies what is new or was damaged there, and drops what nobody names any more.
 * Restoring needs an empty directory, in which the database appears last: what was cut off can be restored again.
@@ -21,21 +22,21 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 from msgspec import Struct
 
 from tinsmith import __version__
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import ConfigError, CorruptError
+from tinsmith.errors import ConfigError, CorruptError, NotFoundError
 from tinsmith.files.blobs import CHECKED_BYTES, Blobs, sync_directory
 from tinsmith.files.private import close_to_others, opener
 from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
+from tinsmith.store.upkeep import RowFault
 from tinsmith.types import BlobKey
 
 MANIFEST = "backup.json"
@@ -63,12 +64,20 @@ class Manifest(Struct):
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """num_new: files that were not there before. damaged: what of the source could not be copied, and why."""
+    """num_new: files that were not there before. damaged: what of the source could not be copied, and why.
+
+    damaged_rows: rows that were copied and are not what they were, and why; at odds with others, at least.
+    """
 
     num_files: int
     num_bytes: int
     num_new: int
     damaged: tuple[str, ...]
+    damaged_rows: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.damaged or self.damaged_rows)
 
 
 def silent(done: int, total: int) -> None:
@@ -78,7 +87,8 @@ def silent(done: int, total: int) -> None:
 def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied:
     """Copy `data_dir`, whether it is served or not, into `target`: a new directory, or an earlier backup.
 
-    What is damaged at the source is left out and named in the answer; the backup is still whole but for that.
+    Files that are damaged at the source are left out, unless an earlier backup here has them, and named in the answer,
+    as are damaged rows; the backup is still whole but for that.
 
     Args:
         progress: told the bytes of files that are in the backup by now, and those there will be.
@@ -97,23 +107,22 @@ def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied
     database = target / (DATABASE_FILE + PART)
     with _held(data_dir, source) as held, closing(open_as_it_is(data_dir / DATABASE_FILE)) as store:
         missing: set[BlobKey] = set()
-        named = store.upkeep.copy(
-            database, lambda named: missing.update(key for key in named if not held.hold(key, source))
+        rows = store.upkeep.copy(
+            database, lambda named: missing.update(key for key in named if not held.hold(key, source)), time.time()
         )
-        copied = _copy_files(held, copy, named - missing, progress)
+        copied = _copy_files(held, copy, rows.named, progress)
     (target / MANIFEST).unlink(missing_ok=True)
     database.replace(target / DATABASE_FILE)
     for name in KEY_FILES:
         if (data_dir / name).is_file():
             _copy_private(data_dir / name, target / name)
     for file in copy.files():
-        if file.key not in named:
+        if file.key not in rows.named:
             copy.discard(file)
-    lost = tuple(f"the file {key} is missing" for key in sorted(missing))
     crash_point("backup.before_manifest")
     made = Manifest(FORMAT, __version__, time.time(), copied.num_files, copied.num_bytes)
     _write_private(target / MANIFEST, msgspec.json.format(msgspec.json.encode(made)) + b"\n")
-    return Copied(copied.num_files, copied.num_bytes, copied.num_new, lost + copied.damaged)
+    return replace(copied, damaged_rows=_told(rows.faults))
 
 
 def restore(
@@ -126,7 +135,7 @@ def restore(
 
     Raises:
         ConfigError: `backup` is none, or unfinished, or of a newer tinsmith; or `data_dir` is not empty.
-        CorruptError: a file of the backup is damaged or missing.
+        CorruptError: a file or a row of the backup is damaged or missing.
         OSError: the disk is full.
     """
     read_manifest(backup)
@@ -147,13 +156,13 @@ def restore(
             os.fsync(file.fileno())
         with closing(open_store(made)) as store:  # one of an older tinsmith is brought to this schema
             now = time.time()
-            faults = store.upkeep.faults(now)
-            lacking = tuple(f"{fault.owner}: {fault.problem}" for fault in faults if fault.is_of_schema)
+            faults = store.upkeep.troubles(now)
+            lacking = _told(fault for fault in faults if fault.is_of_schema)
             if lacking:
                 raise CorruptError(f"{backup} is damaged: {'; '.join(lacking[:MOST_NAMED])}. Restore an earlier backup")
             if store.mends.mend(now):
-                faults = store.upkeep.faults(now)
-            damaged = tuple(f"{fault.owner}: {fault.problem}" for fault in faults)
+                faults = store.upkeep.troubles(now)
+            damaged = _told(faults)
             if damaged and not is_leaving_out_damaged:
                 raise _refusal(backup, damaged)
             named = {reference.blob for reference in store.upkeep.references()}
@@ -170,7 +179,11 @@ def restore(
         sync_directory(data_dir)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return replace(copied, damaged=damaged + copied.damaged)
+    return replace(copied, damaged_rows=damaged)
+
+
+def _told(faults: Iterable[RowFault]) -> tuple[str, ...]:
+    return tuple(f"{fault.owner}: {fault.problem}" for fault in faults)
 
 
 def _refusal(backup: Path, damaged: tuple[str, ...]) -> CorruptError:
@@ -255,45 +268,53 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _copy_files(source: Blobs, target: Blobs, named: set[BlobKey], progress: Progress) -> Copied:
     sizes = {key: source.size(key) for key in sorted(named) if source.exists(key)}
-    damaged = [f"the file {key} is missing" for key in sorted(named - sizes.keys())]
+    damaged: list[str] = []
     total, num_files, num_bytes, num_new = sum(sizes.values()), 0, 0, 0
-    for key, size in sizes.items():
-        if not _is_there(target, key, size):
-            trouble = _copy_file(source, target, key)
-            if trouble is not None:
-                damaged.append(trouble)
+    for key in sorted(named):
+        if not (key in sizes and target.exists(key) and target.size(key) == sizes[key] and _is_whole(target, key)):
+            trouble = _copy_file(source, target, key) if key in sizes else f"the file {key} is missing"
+            if trouble is None:
+                num_new += 1
+                crash_point("backup.half_copied")
+            elif _is_whole(target, key):
+                damaged.append(f"{trouble}; the backup has it from before")
+            else:
+                damaged.append(f"{trouble}; left out")
                 continue
-            num_new += 1
-            crash_point("backup.half_copied")
-        num_files, num_bytes = num_files + 1, num_bytes + size
+        num_files, num_bytes = num_files + 1, num_bytes + target.size(key)
         progress(num_bytes, total)
     return Copied(num_files, num_bytes, num_new, tuple(damaged))
 
 
-def _is_there(target: Blobs, key: BlobKey, size: int) -> bool:
-    """Whether it was copied before, and what is there is still what was copied. Reads it whole."""
-    if not target.exists(key) or target.size(key) != size:
-        return False
+def _is_whole(target: Blobs, key: BlobKey) -> bool:
+    """Whether it is there, and still what was copied. Reads it."""
     try:
         target.open_checked(key).close()
-    except (CorruptError, OSError):
+    except (CorruptError, NotFoundError, OSError):
         return False
     return True
 
 
 def _copy_file(source: Blobs, target: Blobs, key: BlobKey) -> str | None:
     """What is wrong with the file, which isn't in `target` then; None: nothing."""
-    with source.open(key) as file:
-        stored = target.put(BlobKey(key.rpartition(".")[0]), _pieces(file))
+    try:
+        stored = target.put(BlobKey(key.rpartition(".")[0]), _pieces(source, key))
+    except CorruptError as error:
+        return error.message
     if stored.key == key:
         return None
     target.delete(stored.key)
     return f"the file {key} was changed on the disk"
 
 
-def _pieces(file: BinaryIO) -> Iterator[memoryview]:
-    while piece := file.read(CHECKED_BYTES):
-        yield memoryview(piece)
+def _pieces(source: Blobs, key: BlobKey) -> Iterator[memoryview]:
+    """Raises: CorruptError: the disk doesn't give them; an OSError is of where they go."""
+    try:
+        with source.open(key) as file:
+            while piece := file.read(CHECKED_BYTES):
+                yield memoryview(piece)
+    except OSError as error:
+        raise CorruptError(f"the file {key} can't be read ({error.strerror})") from error
 
 
 def _copy_private(source: Path, target: Path) -> None:

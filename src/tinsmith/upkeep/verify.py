@@ -20,6 +20,7 @@ from tinsmith.errors import CorruptError, NotFoundError, UserError
 from tinsmith.files.blobs import Blobs, StoredFile
 from tinsmith.files.checkpoint_file import read_state_header
 from tinsmith.store import Store
+from tinsmith.store.checksums import CHANGED
 from tinsmith.store.upkeep import Naming, Reference, RowFault
 from tinsmith.types import BlobKey, OpId
 
@@ -38,7 +39,6 @@ _CURES = {
 }
 
 
-_CHANGED = "it stands in its row, and was changed on the disk"
 _SPARED = "nothing is lost: its run goes on from the snapshot before it, or from its log; look at the disk"
 
 
@@ -185,7 +185,7 @@ def _check_inline(store: Store, report: Report, repair: _Repair) -> None:
     for naming, checked in store.upkeep.inline().items():
         report.num_unchecked += checked.num_unchecked
         for op_id in checked.damaged:
-            report.findings.append(_finding(store, naming, op_id, _CHANGED, (), repair))
+            report.findings.append(_finding(store, naming, op_id, CHANGED, (), repair))
 
 
 def _finding(
