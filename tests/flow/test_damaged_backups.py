@@ -76,7 +76,7 @@ def test_rows_at_odds_are_named_by_the_backup(house: House, tmp_path: Path) -> N
     *_, waiting = a_life(house)
     execute(house, "UPDATE ops SET kind = 'dance' WHERE op_id = ?", waiting.id)
     copied = back_up(house.root, tmp_path / "backup")
-    assert copied.damaged_rows == (f"{waiting.id}: its kind is no known one",)
+    assert f"{waiting.id}: its kind is no known one" in copied.damaged_rows
     assert not copied.is_whole
 
 

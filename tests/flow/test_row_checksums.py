@@ -1,4 +1,4 @@
-"""Payloads and results that stand in rows: a bit that flips there is found, named, and never computed with."""
+"""Rows of requests, payloads and results in them: a bit that flips there is found, named, and never computed with."""
 
 from __future__ import annotations
 
@@ -141,13 +141,79 @@ def test_what_is_read_is_checked(house: House) -> None:
 def test_rows_of_before_are_counted_and_go_on(house: House) -> None:
     *_, waiting = a_life(house)
     assert verify(house.store, house.blobs).num_unchecked == 0
-    execute(house, "UPDATE ops SET payload_crc = NULL, result_crc = NULL")
+    assert verify(house.store, house.blobs).num_unchecked_rows == 0
+    execute(house, "UPDATE ops SET payload_crc = NULL, result_crc = NULL, row_crc = NULL")
     told = CliRunner().invoke(cli.app, ["verify", str(house.root)])
     assert told.exit_code == 0, told.output
     with contextlib.closing(sqlite3.connect(house.root / DATABASE_FILE)) as connection:
-        (num,) = connection.execute("SELECT count(payload) + count(result) FROM ops").fetchone()
+        num, num_rows = connection.execute("SELECT count(payload) + count(result), count(*) FROM ops").fetchone()
     assert num > 3
+    assert f"{num_rows} requests" in told.output
     assert f"{num} payloads and results in rows" in told.output
     assert json.loads(CliRunner().invoke(cli.app, ["verify", str(house.root), "--json"]).output)["num_unchecked"] == num
     settle(house.worker())
     assert house.get(waiting).state is OpState.DONE
+
+
+BORN_WITH = (  # all but what a table's index or a check finds out besides
+    "cost_tokens = cost_tokens + 1",
+    "media = 'application/jsom'",
+    "payload_bytes = payload_bytes + 1",
+    "created_at = created_at + 1",
+    "key_id = 'k'",
+    "meta = json_set(meta, '$.blob', 'x')",
+)
+
+
+@pytest.mark.parametrize("change", BORN_WITH)
+def test_what_never_changes_of_a_row_is_checked_whole(house: House, change: str) -> None:
+    done, _, waiting = a_life(house)
+    for op in (done, waiting):
+        execute(house, f"UPDATE ops SET {change} WHERE op_id = ?", op.id)
+    found = {finding.owner for finding in verify(house.store, house.blobs).findings if "its row" in finding.problem}
+    assert found == {done.id, waiting.id}
+
+
+def test_a_request_whose_row_was_changed_fails_by_name_and_stops_nobody(house: House) -> None:
+    *_, waiting = a_life(house)
+    other = house.forward_backward(house.create_run(seed=2), 1, [9])
+    execute(house, "UPDATE ops SET meta = json_set(meta, '$.blob', 'x') WHERE op_id = ?", waiting.id)
+    before = house.state(waiting.run_id)
+    settle(house.worker())
+    failure = house.get(waiting).failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert waiting.id in failure.message
+    assert house.get(other).state is OpState.DONE
+    assert house.state(waiting.run_id).step == before.step
+
+
+def test_a_run_is_not_computed_again_from_a_row_that_was_changed(house: House) -> None:
+    done, *_, waiting = a_life(house)
+    settle(house.worker())
+    execute(house, "UPDATE ops SET cost_tokens = cost_tokens + 1 WHERE op_id = ?", done.id)
+    other = house.forward_backward(house.create_run(seed=2), 1, [9])
+    after = house.forward_backward(done.run_id, 4, [9])
+    settle(house.worker())
+    failure = house.get(after).failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert house.store.runs.get(house.tenant, done.run_id).status is RunStatus.CORRUPTED
+    assert house.get(other).state is OpState.DONE
+    assert house.get(waiting).state is OpState.DONE
+
+
+def test_a_text_that_can_not_be_read_is_named_with_all_else(house: House) -> None:
+    done, step, waiting = a_life(house)
+    flip(house, waiting, "payload")
+    for table, column in (("ops", "owner"), ("sessions", "sdk_version"), ("keys", "name"), ("runs", "key_id")):
+        house.store.tenants.create_key(house.tenant, f"key {table}")
+        execute(house, f"UPDATE {table} SET {column} = CAST(x'61ff' AS TEXT)")
+    execute(house, "UPDATE ops SET op_id = CAST(x'ff' || op_id AS TEXT) WHERE op_id = ?", step.id)
+    findings = verify(house.store, house.blobs).findings
+    problems = {finding.owner.partition(" ")[0]: finding.problem for finding in findings}
+    for table, column in (("ops", "owner"), ("sessions", "sdk_version"), ("keys", "name"), ("runs", "key_id")):
+        assert f"{column} can't be read" in problems[table]
+    assert any(finding.owner == f"payload of {waiting.id}" for finding in findings)
+    assert any(f"\\xff{step.id}" in finding.owner for finding in findings)
+    assert done.id not in {finding.owner for finding in findings}

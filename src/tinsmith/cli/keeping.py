@@ -130,6 +130,12 @@ def _show(report: Report) -> None:
             "they can't be checked",
             highlight=False,
         )
+    if report.num_unchecked_rows:
+        console.print(
+            f"{report.num_unchecked_rows} requests were written before what else stands in their rows had checksums: "
+            "only what can't be is seen there",
+            highlight=False,
+        )
     done = "removed" if report.removed else "--repair removes them"
     if report.leftovers:
         size = _size(sum(file.size for file in report.leftovers))

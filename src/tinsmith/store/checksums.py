@@ -1,4 +1,5 @@
-"""Checksums of payloads and results that stand in a row itself, as files have their digests.
+"""Checksums of requests' rows, as files have their digests: of a payload and a result that stand in the row itself, and
+of what a request is born with and that never changes.
 
 CRC-32: it is there for a disk's faults, at a microsecond for the few KiB of a row. What stays true: a checksum is
 written by the statement that writes what it is of, and says nothing once that was forgotten. None: it was written
@@ -8,16 +9,25 @@ before there were checksums, or came with a ring and never lay in the database; 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Column, Connection, LargeBinary, cast, func, select
+import msgspec
+from sqlalchemy import Column, Connection, LargeBinary, Text, cast, func, select
 
 from tinsmith.errors import CorruptError
 from tinsmith.store.rows import OpRow
 from tinsmith.store.schema import ops
 
+BORN_WITH = (  # in the order in which the checksum of a row takes them, as one JSON array
+    ops.c.op_id, ops.c.tenant_id, ops.c.kind, ops.c.base_model, ops.c.run_id, ops.c.sampler_id, ops.c.seq_id,
+    ops.c.cost_tokens, ops.c.created_at, ops.c.media, ops.c.payload_bytes, ops.c.key_id, ops.c.meta,
+)  # fmt: skip
 AT_ONCE = 100  # rows in memory, each of up to `inline_bytes`
+encode = msgspec.json.Encoder().encode
 CHANGED = "it stands in its row, and was changed on the disk"
+ROW_CHANGED = "its row was changed on the disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,22 @@ class Checked:
 def crc_of(data: bytes | None) -> int | None:
     """32 bits, unsigned."""
     return None if data is None else zlib.crc32(data)
+
+
+def whole_row(op: OpRow) -> OpRow:
+    """The same, which was read with its payload.
+
+    Raises:
+        CorruptError: what it was born with isn't what was stored.
+    """
+    if op.row_crc is not None:
+        born_with = (
+            op.id, op.tenant_id, op.kind, op.base_model, op.run_id, op.sampler_id, op.seq_id, op.cost_tokens,
+            op.created_at, op.media, op.payload_bytes, op.key_id, op.meta,
+        )  # fmt: skip
+        if zlib.crc32(encode(born_with)) != op.row_crc:
+            raise CorruptError(f"the row of {op.id} was changed on the disk; restore the database from a backup")
+    return op
 
 
 def whole_payload(op: OpRow) -> bytes | None:
@@ -59,6 +85,21 @@ def check_payloads(conn: Connection) -> Checked:
 
 def check_results(conn: Connection) -> Checked:
     return _check(conn, ops.c.result, ops.c.result_crc)
+
+
+def check_rows(conn: Connection) -> Checked:
+    """Of a connection whose texts can be read whatever they hold (`readable`)."""
+    *others, meta = BORN_WITH
+    query = select(*others, cast(meta, Text), ops.c.row_crc).where(ops.c.row_crc.is_not(None))
+    rows = conn.execute(query).yield_per(AT_ONCE)
+    damaged = [row[0] for row in rows if _crc_of_stored(row[:-2], row[-2]) != row[-1]]
+    unchecked = select(func.count()).select_from(ops).where(ops.c.row_crc.is_(None))
+    return Checked(damaged, int(conn.execute(unchecked).scalar_one()))
+
+
+def _crc_of_stored(others: Sequence[Any], meta: str | None) -> int:
+    """As it is computed of the values, of what stands in the row: `meta` is JSON there."""
+    return zlib.crc32(encode(list(others))[:-1] + b"," + str(meta).encode() + b"]")
 
 
 def _check(conn: Connection, data: Column[bytes], crc: Column[int]) -> Checked:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, LargeBinary, and_, cast, func, null, or_, select
 
-from tinsmith.store.checksums import crc_of
+from tinsmith.store.checksums import crc_of, encode
 from tinsmith.store.rows import NewOp, OpRow
 from tinsmith.store.schema import ops, runs
 from tinsmith.types import Failure, OpKind, OpState, RunStatus
@@ -23,9 +23,9 @@ _LIGHT: tuple[ColumnElement[Any], ...] = (
 )  # fmt: skip
 # As bytes whatever the row's header says: a bit of it makes a text of them, over which the driver may stumble, and a
 # batch of claims with it.
-_PAYLOAD = (cast(ops.c.payload, LargeBinary).label("payload"), ops.c.payload_crc)
+_PAYLOAD = (cast(ops.c.payload, LargeBinary).label("payload"), ops.c.payload_crc, ops.c.row_crc)
 _RESULT = (cast(ops.c.result, LargeBinary).label("result"), ops.c.result_crc)
-_NO_PAYLOAD = (null().label("payload"), null().label("payload_crc"))
+_NO_PAYLOAD = (null().label("payload"), null().label("payload_crc"), null().label("row_crc"))
 _NO_RESULT = (null().label("result"), null().label("result_crc"))
 LIGHT = (*_LIGHT, *_NO_PAYLOAD, *_NO_RESULT)
 WITH_PAYLOAD = (*_LIGHT, *_PAYLOAD, *_NO_RESULT)
@@ -48,7 +48,7 @@ NEW_COLUMNS = (  # those that `to_columns` fills
     "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
     "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
     "result_bytes", "failure_code", "failure_category", "failure_message", "payload", "payload_crc",
-    "key_id",
+    "key_id", "row_crc",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def to_op(row: Sequence[Any]) -> OpRow:
     """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
     (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
      started_at, finished_at, media, payload_bytes, payload_blob, meta, result_media, result_bytes, result_blob,
-     code, category, message, key_id, payload, payload_crc, result, result_crc) = row  # fmt: skip
+     code, category, message, key_id, payload, payload_crc, row_crc, result, result_crc) = row  # fmt: skip
     return OpRow(
         id=op_id,
         tenant_id=tenant_id,
@@ -85,12 +85,18 @@ def to_op(row: Sequence[Any]) -> OpRow:
         result=result,
         payload_crc=payload_crc,
         result_crc=result_crc,
+        row_crc=row_crc,
     )
 
 
 def born(new: NewOp, now: float) -> OpRow:
     """The row that a new op starts as: QUEUED, or FAILED if it was rejected."""
     payload = new.payload if new.failure is None else None
+    meta = dict(new.meta)
+    born_with = (
+        new.id, new.tenant_id, new.kind, new.base_model, new.run_id, new.sampler_id, new.seq_id, new.cost_tokens,
+        float(now), new.media, new.payload_bytes, new.key_id, meta,
+    )  # fmt: skip
     return OpRow(
         id=new.id,
         tenant_id=new.tenant_id,
@@ -109,7 +115,7 @@ def born(new: NewOp, now: float) -> OpRow:
         media=new.media,
         payload_bytes=new.payload_bytes,
         payload_blob=new.payload_blob if new.failure is None else None,
-        meta=dict(new.meta),
+        meta=meta,
         result_media=None,
         result_bytes=0,
         result_blob=None,
@@ -117,6 +123,7 @@ def born(new: NewOp, now: float) -> OpRow:
         key_id=new.key_id,
         payload=payload,
         payload_crc=crc_of(payload),
+        row_crc=crc_of(encode(born_with)),
     )
 
 
@@ -149,4 +156,5 @@ def to_columns(op: OpRow) -> dict[str, Any]:
         "payload": op.payload,
         "payload_crc": op.payload_crc,
         "key_id": op.key_id,
+        "row_crc": op.row_crc,
     }

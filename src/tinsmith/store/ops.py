@@ -20,6 +20,7 @@ from sqlalchemy import JSON, bindparam, delete, exists, func, literal_column, or
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import GoneError, NotFoundError, UserError
 from tinsmith.store.arrivals import arrive, arrive_with_run
+from tinsmith.store.checksums import whole_row
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, blame, require_current
 from tinsmith.store.graveyard import bury
@@ -271,9 +272,13 @@ class Ops:
 
     def replayable(self, run_id: RunId, above_seq: int) -> list[OpRow]:
         """DONE ops above `above_seq` that changed the run's state, or made a sampler whose file isn't written yet; by
-        seq, with payload."""
+        seq, with payload.
+
+        Raises:
+            CorruptError: a row of them was changed on the disk.
+        """
         with self._database.read() as conn:
-            return [to_op(row) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
+            return [whole_row(to_op(row)) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
 
     def queue_position(self, op_id: OpId) -> tuple[int, int | None]:
         """(queued ops of its base that arrived before it, the first seq_id of its run that it still waits for).

@@ -9,9 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, Select, Text, and_, case, cast, func, inspect, literal, select
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    exists,
+    func,
+    inspect,
+    literal,
+    or_,
+    select,
+)
 from sqlalchemy.sql.functions import coalesce
 
 from tinsmith.files.blobs import DIGEST_CHARS
@@ -27,11 +45,13 @@ from tinsmith.store.schema import (
     runs,
     samplers,
     sessions,
+    tenants,
     usage,
     usage_days,
 )
 from tinsmith.types import CheckpointKind, OpKind, OpState, RunStatus
 
+AT_ONCE = 1000  # rows in memory, without payloads and results
 Check = tuple[Select[Any], str]
 
 PATH = literal("tinker://") + checkpoints.c.run_id + "/" + checkpoints.c.kind + "/" + checkpoints.c.name
@@ -51,6 +71,25 @@ def schema_faults(conn: Connection) -> Iterator[tuple[str, str]]:
         for column in table.columns:
             if column.name not in columns:
                 yield table.name, f"its column {column.name} is gone"
+
+
+def unreadable_texts(conn: Connection, most: int) -> Iterator[tuple[str, str]]:
+    """Rows with texts that are no UTF-8, at which the driver stumbles, at most so many of a table: whose, and which."""
+    for table in metadata.sorted_tables:
+        columns = [column for column in table.columns if isinstance(column.type, Text | JSON)]
+        rows = conn.execute(select(*(cast(column, LargeBinary) for column in columns))).yield_per(AT_ONCE)
+        broken = (row for row in rows if not _is_text(b"\0".join(value for value in row if value is not None)))
+        for row in islice(broken, most):
+            names = [column.name for column, value in zip(columns, row, strict=True) if not _is_text(value or b"")]
+            yield f"{table.name} {row[0].decode(errors='backslashreplace')}", f"its {', '.join(names)} can't be read"
+
+
+def _is_text(stored: bytes) -> bool:
+    try:
+        stored.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unknown(owner: ColumnElement[Any], column: Column[str], words: type[StrEnum]) -> Check:
@@ -141,6 +180,21 @@ CHECKS: tuple[Check, ...] = (
         select(runs.c.run_id).where(_HAS_LOG, runs.c.head_seq - runs.c.pruned_seq > _ARRIVED),
         "requests are missing in its log: it would be computed again without them",
     ),
+    (
+        select(runs.c.run_id).where(
+            _HAS_LOG,
+            or_(
+                exists().where(ops.c.run_id == runs.c.run_id, ops.c.seq_id == runs.c.head_seq + 1).correlate(runs),
+                exists().where(ops.c.run_id == runs.c.run_id, ops.c.seq_id > runs.c.max_seq).correlate(runs),
+            ),
+        ),
+        "requests of it have arrived that it doesn't know of: they would never be carried out",
+    ),
+    (
+        select(ops.c.op_id).where(ops.c.is_expired, ops.c.state.not_in(_FINAL)),
+        "its result is said to be gone, and it has not ended",
+    ),
+    (select(tenants.c.tenant_id).where(tenants.c.weight <= 0), "its weight is no share of anything"),
     (select(literal("usage of ") + usage.c.run_id).where(usage.c.quantity < 0), "it is less than nothing"),
     (select(literal("usage of ") + usage_days.c.run_id).where(usage_days.c.quantity < 0), "it is less than nothing"),
 )

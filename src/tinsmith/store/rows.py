@@ -195,7 +195,7 @@ class OpRow(Struct, frozen=True, array_like=True):
     media and payload_bytes describe the payload; result_media and result_bytes the result.
     attempts: how many workers claimed it without either finishing it or handing it back.
     owner: the slot that claimed it last; None once what a cancelled one had cost is metered.
-    payload_crc and result_crc: see `checksums`, through which both are read.
+    payload_crc, result_crc and row_crc: see `checksums`, through which all are read.
     """
 
     id: OpId
@@ -225,6 +225,7 @@ class OpRow(Struct, frozen=True, array_like=True):
     result: bytes | None = None
     payload_crc: int | None = None
     result_crc: int | None = None
+    row_crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,6 +189,7 @@ ops = Table(
     Column("key_id", Text),  # that it came with; null: of before these were kept
     Column("payload_crc", BigInteger),  # CRC-32 of `payload` and of `result` as long as they are there; null: of before
     Column("result_crc", BigInteger),
+    Column("row_crc", BigInteger),  # CRC-32 of what never changes (see checksums.BORN_WITH); null: of before
     UniqueConstraint("run_id", "seq_id"),
     UniqueConstraint("sampler_id", "seq_id"),
     Index("ix_ops_queue", "base_model", "kind", "num", sqlite_where=QUEUED, postgresql_where=QUEUED),

@@ -27,11 +27,11 @@ from sqlalchemy import (
 )
 
 from tinsmith.errors import CorruptError
-from tinsmith.store.checksums import CHANGED, Checked, check_payloads, check_results
-from tinsmith.store.database import Database, copy_database
+from tinsmith.store.checksums import CHANGED, ROW_CHANGED, Checked, check_payloads, check_results, check_rows
+from tinsmith.store.database import Database, copy_database, readable
 from tinsmith.store.mends import odds
 from tinsmith.store.prepared import driver_of
-from tinsmith.store.row_checks import CHECKS, PATH, schema_faults
+from tinsmith.store.row_checks import CHECKS, PATH, schema_faults, unreadable_texts
 from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers, sessions
 from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, OpState, RunStatus, TenantId
 
@@ -108,7 +108,7 @@ class Upkeep:
 
     def references(self) -> list[Reference]:
         """Every file that has to be there, once for each row that names it."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return list(_references(conn))
 
     def copy(self, target: Path, hold: Callable[[set[BlobKey]], None], now: float) -> CopiedRows:
@@ -121,7 +121,7 @@ class Upkeep:
         """
         is_copied = False
         try:
-            with self._database.read() as conn:
+            with self._database.read() as conn, readable(conn):
                 with self._database.write():
                     named = {reference.blob for reference in _references(conn)}
                     hold(named)
@@ -136,7 +136,7 @@ class Upkeep:
 
     def inline(self) -> dict[Naming, Checked]:
         """Payloads and results that stand in rows themselves, all of them read."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return _inline(conn)
 
     def buried(self) -> set[BlobKey]:
@@ -144,17 +144,22 @@ class Upkeep:
         with self._database.read() as conn:
             return set(conn.execute(select(dead_blobs.c.blob)).scalars())
 
+    def rows(self) -> Checked:
+        """What requests were born with, all of it read."""
+        with self._database.read() as conn, readable(conn):
+            return check_rows(conn)
+
     def faults(self, now: float) -> list[RowFault]:
         """What SQLite's own check finds, what the schema lacks, and rows that contradict one another or can't be.
 
         At most `MOST_FAULTS` of each kind. now: unix seconds.
         """
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return _faults(conn, now)
 
     def troubles(self, now: float) -> list[RowFault]:
         """The `faults`, and payloads and results in rows that were changed."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return _troubles(conn, now)
 
     def spare(self, run_id: str) -> Spare | None:
@@ -214,6 +219,7 @@ def _faults(conn: Connection, now: float) -> list[RowFault]:
     lacking = [RowFault(table, problem, is_of_schema=True) for table, problem in schema_faults(conn)]
     if lacking:
         return found + lacking
+    found += [RowFault(*odd) for odd in unreadable_texts(conn, MOST_FAULTS)]
     found += [RowFault(odd.owner, odd.problem, is_mendable=True) for odd in odds(conn, now, MOST_FAULTS)]
     for query, problem in (*_FAULTS, *CHECKS):
         found += [RowFault(row[0], problem) for row in conn.execute(query.limit(MOST_FAULTS))]
@@ -225,7 +231,8 @@ def _troubles(conn: Connection, now: float) -> list[RowFault]:
     if any(fault.is_of_schema for fault in found):
         return found
     changed = ((naming, op_id) for naming, checked in _inline(conn).items() for op_id in checked.damaged)
-    return found + [RowFault(f"{naming} of {op_id}", CHANGED) for naming, op_id in changed]
+    found += [RowFault(f"{naming} of {op_id}", CHANGED) for naming, op_id in changed]
+    return found + [RowFault(op_id, ROW_CHANGED) for op_id in check_rows(conn).damaged]
 
 
 def _references(conn: Connection) -> Iterator[Reference]:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,7 +33,7 @@ from msgspec import Struct
 
 from tinsmith import __version__
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import ConfigError, CorruptError, NotFoundError
+from tinsmith.errors import ConfigError, CorruptError, UserError
 from tinsmith.files.blobs import CHECKED_BYTES, Blobs, sync_directory
 from tinsmith.files.private import close_to_others, opener
 from tinsmith.store import DATABASE_FILE, open_as_it_is, open_store
@@ -106,10 +107,7 @@ def back_up(data_dir: Path, target: Path, progress: Progress = silent) -> Copied
     source, copy = Blobs(data_dir / BLOBS), Blobs(target / BLOBS)
     database = target / (DATABASE_FILE + PART)
     with _held(data_dir, source) as held, closing(open_as_it_is(data_dir / DATABASE_FILE)) as store:
-        missing: set[BlobKey] = set()
-        rows = store.upkeep.copy(
-            database, lambda named: missing.update(key for key in named if not held.hold(key, source)), time.time()
-        )
+        rows = store.upkeep.copy(database, partial(_hold_named, held, source), time.time())
         copied = _copy_files(held, copy, rows.named, progress)
     (target / MANIFEST).unlink(missing_ok=True)
     database.replace(target / DATABASE_FILE)
@@ -255,6 +253,13 @@ def _hold_all(source: Blobs, held: Blobs) -> None:
         ) from None
 
 
+def _hold_named(held: Blobs, source: Blobs, named: set[BlobKey]) -> None:
+    """Those that have come since. One whose name is none, in a damaged row, is missing like one that has gone."""
+    for key in named:
+        with suppress(UserError):
+            held.hold(key, source)
+
+
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Raises: BlockingIOError: another process has it."""
@@ -267,11 +272,11 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _copy_files(source: Blobs, target: Blobs, named: set[BlobKey], progress: Progress) -> Copied:
-    sizes = {key: source.size(key) for key in sorted(named) if source.exists(key)}
+    sizes = {key: size for key in sorted(named) if (size := _size_of(source, key)) is not None}
     damaged: list[str] = []
     total, num_files, num_bytes, num_new = sum(sizes.values()), 0, 0, 0
     for key in sorted(named):
-        if not (key in sizes and target.exists(key) and target.size(key) == sizes[key] and _is_whole(target, key)):
+        if not (key in sizes and _size_of(target, key) == sizes[key] and _is_whole(target, key)):
             trouble = _copy_file(source, target, key) if key in sizes else f"the file {key} is missing"
             if trouble is None:
                 num_new += 1
@@ -286,11 +291,19 @@ def _copy_files(source: Blobs, target: Blobs, named: set[BlobKey], progress: Pro
     return Copied(num_files, num_bytes, num_new, tuple(damaged))
 
 
+def _size_of(blobs: Blobs, key: BlobKey) -> int | None:
+    """Bytes; None: there is no such file, or can't be."""
+    try:
+        return blobs.size(key)
+    except UserError:
+        return None
+
+
 def _is_whole(target: Blobs, key: BlobKey) -> bool:
     """Whether it is there, and still what was copied. Reads it."""
     try:
         target.open_checked(key).close()
-    except (CorruptError, NotFoundError, OSError):
+    except (CorruptError, UserError, OSError):
         return False
     return True
 

@@ -20,7 +20,7 @@ from tinsmith.errors import CorruptError, NotFoundError, UserError
 from tinsmith.files.blobs import Blobs, StoredFile
 from tinsmith.files.checkpoint_file import read_state_header
 from tinsmith.store import Store
-from tinsmith.store.checksums import CHANGED
+from tinsmith.store.checksums import CHANGED, ROW_CHANGED
 from tinsmith.store.upkeep import Naming, Reference, RowFault
 from tinsmith.types import BlobKey, OpId
 
@@ -39,6 +39,7 @@ _CURES = {
 }
 
 
+_CHANGED_CURE = "it isn't carried out, and its run is given up if that takes it: restore a backup"
 _SPARED = "nothing is lost: its run goes on from the snapshot before it, or from its log; look at the disk"
 
 
@@ -65,6 +66,7 @@ class Report:
     """num_files and num_bytes: of those that were read and checked. leftovers: files that no row names.
 
     num_unchecked: payloads and results in rows that were written before there were checksums of them.
+    num_unchecked_rows: requests of which all else was.
 
     replaced: runs of which a damaged snapshot was replaced while they were served, and when that was last (unix
     seconds): nothing of them is lost, and something is wrong with the disk. is_cut_short: the database lacks tables or
@@ -74,6 +76,7 @@ class Report:
     num_files: int = 0
     num_bytes: int = 0
     num_unchecked: int = 0
+    num_unchecked_rows: int = 0
     findings: list[Finding] = field(default_factory=list)
     leftovers: list[StoredFile] = field(default_factory=list)
     replaced: list[tuple[str, float]] = field(default_factory=list)
@@ -186,6 +189,10 @@ def _check_inline(store: Store, report: Report, repair: _Repair) -> None:
         report.num_unchecked += checked.num_unchecked
         for op_id in checked.damaged:
             report.findings.append(_finding(store, naming, op_id, CHANGED, (), repair))
+
+    rows = store.upkeep.rows()
+    report.num_unchecked_rows = rows.num_unchecked
+    report.findings += [Finding(op_id, ROW_CHANGED, _CHANGED_CURE) for op_id in rows.damaged]
 
 
 def _finding(

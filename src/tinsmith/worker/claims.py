@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tinsmith.errors import TinsmithError
+from tinsmith.errors import CorruptError, TinsmithError
 from tinsmith.ipc.bell import PLAIN, Ringer
 from tinsmith.scheduler import Batch
 from tinsmith.store import Store
+from tinsmith.store.checksums import whole_row
 from tinsmith.store.rows import OpRow, WorkerId
-from tinsmith.types import OpId
+from tinsmith.types import Failure, OpId
 from tinsmith.worker.outcomes import Outcome, failed
 from tinsmith.worker.queue_view import QueueView
 from tinsmith.worker.runs import HeldRuns
@@ -22,7 +23,8 @@ POISON = "this request ended its worker process each time it was run, so it isn'
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """ops: in the order of the batch, replays among them; poisoned: outcomes of those that are not run again."""
+    """ops: in the order of the batch, replays among them; poisoned: outcomes of those that are not run again, or not at
+    all, since their rows are not what was stored."""
 
     ops: list[OpRow]
     replays: set[OpId]
@@ -62,7 +64,9 @@ class Claims:
             else set()
         )
         poisoned = [failed(op, poison) for op in claimed if op.id in guilty]
-        rows = {op.id: op for op in claimed if op.id not in guilty}
+        poisoned += [failed(op, changed) for op in claimed if op.id not in guilty and (changed := _changed(op))]
+        ended = {outcome.op.id for outcome in poisoned}
+        rows = {op.id: op for op in claimed if op.id not in ended}
         rows |= {
             c.op_id: self._runs.replayed_op(c.run_id, c.seq_id)
             for c in batch.ops
@@ -87,3 +91,11 @@ class Claims:
         """They are queued again, as if they had not been tried."""
         self._store.ops.unclaim(self._me, op_ids)
         self._queue.distrust()
+
+
+def _changed(op: OpRow) -> Failure | None:
+    try:
+        whole_row(op)
+    except CorruptError as error:
+        return error.as_failure()
+    return None
