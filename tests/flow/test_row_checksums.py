@@ -18,7 +18,7 @@ from tinsmith.errors import CorruptError, GoneError
 from tinsmith.store import DATABASE_FILE
 from tinsmith.store.checksums import whole_payload, whole_result
 from tinsmith.store.rows import OpRow
-from tinsmith.types import OpState, RunStatus
+from tinsmith.types import BlobKey, OpState, RunStatus
 from tinsmith.upkeep.verify import verify
 
 
@@ -143,12 +143,14 @@ def test_rows_of_before_are_counted_and_go_on(house: House) -> None:
     assert verify(house.store, house.blobs).num_unchecked == 0
     assert verify(house.store, house.blobs).num_unchecked_rows == 0
     execute(house, "UPDATE ops SET payload_crc = NULL, result_crc = NULL, row_crc = NULL")
+    execute(house, "UPDATE runs SET row_crc = NULL")
     told = CliRunner().invoke(cli.app, ["verify", str(house.root)])
     assert told.exit_code == 0, told.output
     with contextlib.closing(sqlite3.connect(house.root / DATABASE_FILE)) as connection:
         num, num_rows = connection.execute("SELECT count(payload) + count(result), count(*) FROM ops").fetchone()
+        num_rows += connection.execute("SELECT count(*) FROM runs").fetchone()[0]
     assert num > 3
-    assert f"{num_rows} requests" in told.output
+    assert f"{num_rows} requests and runs" in told.output
     assert f"{num} payloads and results in rows" in told.output
     assert json.loads(CliRunner().invoke(cli.app, ["verify", str(house.root), "--json"]).output)["num_unchecked"] == num
     settle(house.worker())
@@ -188,6 +190,28 @@ def test_a_request_whose_row_was_changed_fails_by_name_and_stops_nobody(house: H
     assert house.state(waiting.run_id).step == before.step
 
 
+UNREADABLE = (
+    "meta = '{'",
+    "meta = CAST(x'7bff7d' AS TEXT)",
+    "media = CAST(x'ff' || media AS TEXT)",
+    "key_id = CAST(x'ff' AS TEXT)",
+)
+
+
+@pytest.mark.parametrize("change", UNREADABLE)
+def test_a_row_that_can_not_be_read_keeps_no_other_from_being_carried_out(house: House, change: str) -> None:
+    *_, waiting = a_life(house)
+    house.load(waiting.run_id, 4, BlobKey("tenants/t/checkpoints/x.0"))
+    broken = house.sample(house.sampler(), 0)
+    other = house.forward_backward(house.create_run(seed=2), 1, [9])
+    execute(house, f"UPDATE ops SET {change} WHERE op_id = ?", broken.id)
+    settle(house.worker())
+    failure = house.get(broken).failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert [house.get(op).state for op in (waiting, other)] == [OpState.DONE, OpState.DONE]
+
+
 def test_a_run_is_not_computed_again_from_a_row_that_was_changed(house: House) -> None:
     done, *_, waiting = a_life(house)
     settle(house.worker())
@@ -201,6 +225,20 @@ def test_a_run_is_not_computed_again_from_a_row_that_was_changed(house: House) -
     assert house.store.runs.get(house.tenant, done.run_id).status is RunStatus.CORRUPTED
     assert house.get(other).state is OpState.DONE
     assert house.get(waiting).state is OpState.DONE
+
+
+def test_a_run_whose_row_was_changed_is_given_up_by_name(house: House) -> None:
+    """Its seed here, from which it was made."""
+    done, *_, waiting = a_life(house)
+    other = house.forward_backward(house.create_run(seed=2), 1, [9])
+    execute(house, "UPDATE runs SET spec = json_set(spec, '$.seed', 7) WHERE run_id = ?", done.run_id)
+    assert [finding.owner for finding in verify(house.store, house.blobs).findings] == [done.run_id]
+    settle(house.worker())
+    failure = house.get(waiting).failure
+    assert failure is not None
+    assert failure.code == "corrupt"
+    assert str(done.run_id) in failure.message
+    assert house.get(other).state is OpState.DONE
 
 
 def test_a_text_that_can_not_be_read_is_named_with_all_else(house: House) -> None:

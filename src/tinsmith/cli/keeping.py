@@ -132,8 +132,8 @@ def _show(report: Report) -> None:
         )
     if report.num_unchecked_rows:
         console.print(
-            f"{report.num_unchecked_rows} requests were written before what else stands in their rows had checksums: "
-            "only what can't be is seen there",
+            f"{report.num_unchecked_rows} requests and runs were written before what else stands in their rows had "
+            "checksums: only what can't be is seen there",
             highlight=False,
         )
     done = "removed" if report.removed else "--repair removes them"

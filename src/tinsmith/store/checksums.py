@@ -1,5 +1,5 @@
-"""Checksums of requests' rows, as files have their digests: of a payload and a result that stand in the row itself, and
-of what a request is born with and that never changes.
+"""Checksums of rows, as files have their digests: of a payload and a result that stand in a request's row, and of what
+requests and runs are born with and never changes.
 
 CRC-32: it is there for a disk's faults, at a microsecond for the few KiB of a row. What stays true: a checksum is
 written by the statement that writes what it is of, and says nothing once that was forgotten. None: it was written
@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Column, Connection, LargeBinary, Text, cast, func, select
+from sqlalchemy import Column, Connection, LargeBinary, Select, Text, bindparam, cast, func, select
 
 from tinsmith.errors import CorruptError
 from tinsmith.store.rows import OpRow
-from tinsmith.store.schema import ops
+from tinsmith.store.schema import ops, runs
+from tinsmith.types import RunId
 
 BORN_WITH = (  # in the order in which the checksum of a row takes them, as one JSON array
     ops.c.op_id, ops.c.tenant_id, ops.c.kind, ops.c.base_model, ops.c.run_id, ops.c.sampler_id, ops.c.seq_id,
     ops.c.cost_tokens, ops.c.created_at, ops.c.media, ops.c.payload_bytes, ops.c.key_id, ops.c.meta,
+)  # fmt: skip
+RUN_BORN_WITH = (
+    runs.c.run_id, runs.c.tenant_id, runs.c.session_id, runs.c.model_seq_id, runs.c.base_model, runs.c.created_at,
+    runs.c.spec,
 )  # fmt: skip
 AT_ONCE = 100  # rows in memory, each of up to `inline_bytes`
 encode = msgspec.json.Encoder().encode
@@ -32,10 +37,13 @@ ROW_CHANGED = "its row was changed on the disk"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """damaged: requests of which it is; num_unchecked: how many have no checksum."""
+    """damaged: requests or runs of which it is; num_unchecked: how many have no checksum."""
 
     damaged: list[str]
     num_unchecked: int
+
+    def __add__(self, other: Checked) -> Checked:
+        return Checked(self.damaged + other.damaged, self.num_unchecked + other.num_unchecked)
 
 
 def crc_of(data: bytes | None) -> int | None:
@@ -88,18 +96,35 @@ def check_results(conn: Connection) -> Checked:
 
 
 def check_rows(conn: Connection) -> Checked:
-    """Of a connection whose texts can be read whatever they hold (`readable`)."""
-    *others, meta = BORN_WITH
-    query = select(*others, cast(meta, Text), ops.c.row_crc).where(ops.c.row_crc.is_not(None))
-    rows = conn.execute(query).yield_per(AT_ONCE)
+    """What requests and runs were born with. The connection's texts can be read whatever they hold (`readable`)."""
+    return _check_born(conn, BORN_WITH, ops.c.row_crc) + _check_born(conn, RUN_BORN_WITH, runs.c.row_crc)
+
+
+def check_run(conn: Connection, run_id: RunId) -> None:
+    """Raises: CorruptError: what it was born with isn't what was stored."""
+    row = conn.execute(_RUN, {"of_run": run_id}).first()
+    if row is not None and row[-1] is not None and _crc_of_stored(row[:-2], row[-2]) != row[-1]:
+        raise CorruptError(f"the row of the run {run_id} was changed on the disk; restore the database from a backup")
+
+
+def _born_with(columns: Sequence[Column[Any]], crc: Column[int]) -> Select[Any]:
+    *others, last = columns  # of JSON, as it stands there
+    return select(*others, cast(last, Text), crc)
+
+
+_RUN = _born_with(RUN_BORN_WITH, runs.c.row_crc).where(runs.c.run_id == bindparam("of_run"))
+
+
+def _check_born(conn: Connection, columns: Sequence[Column[Any]], crc: Column[int]) -> Checked:
+    rows = conn.execute(_born_with(columns, crc).where(crc.is_not(None))).yield_per(AT_ONCE)
     damaged = [row[0] for row in rows if _crc_of_stored(row[:-2], row[-2]) != row[-1]]
-    unchecked = select(func.count()).select_from(ops).where(ops.c.row_crc.is_(None))
+    unchecked = select(func.count()).where(crc.is_(None))
     return Checked(damaged, int(conn.execute(unchecked).scalar_one()))
 
 
-def _crc_of_stored(others: Sequence[Any], meta: str | None) -> int:
-    """As it is computed of the values, of what stands in the row: `meta` is JSON there."""
-    return zlib.crc32(encode(list(others))[:-1] + b"," + str(meta).encode() + b"]")
+def _crc_of_stored(others: Sequence[Any], last: str | None) -> int:
+    """As it is computed of the values, of what stands in the row."""
+    return zlib.crc32(encode(list(others))[:-1] + b"," + str(last).encode() + b"]")
 
 
 def _check(conn: Connection, data: Column[bytes], crc: Column[int]) -> Checked:

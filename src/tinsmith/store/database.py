@@ -141,18 +141,6 @@ def fold(text: str | None) -> str | None:
     return None if text is None else normalize("NFC", normalize("NFC", text).casefold())
 
 
-@contextmanager
-def readable(conn: Connection) -> Iterator[None]:
-    """Texts that are none, since a bit of them flipped, are read all the same while the block runs: each byte that is
-    no part of a text as `\\x80`."""
-    driver = driver_of(conn)
-    driver.text_factory = lambda raw: raw.decode(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        driver.text_factory = str
-
-
 def damage(path: Path) -> str | None:
     """What SQLite's quick check finds wrong with a database file, or None. Changes nothing; it may be in use."""
     try:

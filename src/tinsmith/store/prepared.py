@@ -6,11 +6,15 @@ columns' types; it runs in the same transaction as everything else on that conne
 
 * Every value is a bound parameter; the text never depends on one, so lists (`IN`) can't be prepared.
 * Rows are plain tuples in the order of the select list.
+* A text that is none, since a bit of it flipped, is read with `\\x80` in place of that byte: the driver would raise,
+  and one row keep all others from being read. Whoever needs a row whole looks at its checksum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +22,8 @@ from sqlalchemy import Connection, Dialect
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import Select
+
+NO_TEXT = "Could not decode to UTF-8"
 
 Convert: TypeAlias = Callable[[Any], Any]
 Values: TypeAlias = Mapping[str, Any]
@@ -56,14 +62,28 @@ class Prepared:
     def all(self, conn: Connection, values: Values) -> list[Any]:
         """All rows."""
         text = self._text(conn.dialect)
-        rows: list[Any] = driver_of(conn).execute(text.sql, text.bind(values)).fetchall()
+        driver = driver_of(conn)
+        rows: list[Any]
+        try:
+            rows = driver.execute(text.sql, text.bind(values)).fetchall()
+        except sqlite3.OperationalError as error:
+            if NO_TEXT not in str(error) or not self._statement.is_select:
+                raise
+            with readable(conn):
+                rows = driver.execute(text.sql, text.bind(values)).fetchall()
         return [_convert(row, text.results) for row in rows] if text.results else rows
 
     def first(self, conn: Connection, values: Values) -> Any:
         """The first row, or None."""
         text = self._text(conn.dialect)
         cursor = driver_of(conn).execute(text.sql, text.bind(values))
-        row = cursor.fetchone()
+        try:
+            row = cursor.fetchone()
+        except sqlite3.OperationalError as error:
+            if NO_TEXT not in str(error):
+                raise
+            with readable(conn):
+                row = cursor.fetchone()  # the statement stands at this row still
         cursor.close()
         return row if row is None or not text.results else _convert(row, text.results)
 
@@ -83,6 +103,17 @@ class Prepared:
         if text is None:
             text = self._texts[dialect.name] = _compile(self._statement, dialect, self._column_keys)
         return text
+
+
+@contextmanager
+def readable(conn: Connection) -> Iterator[None]:
+    """Texts that are none are read all the same while the block runs: each byte that is no part of one as `\\x80`."""
+    driver = driver_of(conn)
+    driver.text_factory = lambda raw: raw.decode(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        driver.text_factory = str
 
 
 def driver_of(conn: Connection) -> Any:

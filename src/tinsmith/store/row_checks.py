@@ -36,6 +36,7 @@ from tinsmith.files.blobs import DIGEST_CHARS
 from tinsmith.scopes import Scope
 from tinsmith.store.quota_rules import Quota
 from tinsmith.store.schema import (
+    Meta,
     checkpoints,
     dead_blobs,
     keys,
@@ -76,7 +77,7 @@ def schema_faults(conn: Connection) -> Iterator[tuple[str, str]]:
 def unreadable_texts(conn: Connection, most: int) -> Iterator[tuple[str, str]]:
     """Rows with texts that are no UTF-8, at which the driver stumbles, at most so many of a table: whose, and which."""
     for table in metadata.sorted_tables:
-        columns = [column for column in table.columns if isinstance(column.type, Text | JSON)]
+        columns = [column for column in table.columns if isinstance(column.type, Text | JSON | Meta)]
         rows = conn.execute(select(*(cast(column, LargeBinary) for column in columns))).yield_per(AT_ONCE)
         broken = (row for row in rows if not _is_text(b"\0".join(value for value in row if value is not None)))
         for row in islice(broken, most):

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, and_, bindparam, func, literal_column, or_, s
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import FencedError, NotFoundError
+from tinsmith.store.checksums import check_run, crc_of, encode
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
 from tinsmith.store.gone import require_there
@@ -220,6 +221,11 @@ class Runs:
         with self._database.read() as conn:
             return [to_run(row) for row in conn.execute(_HELD, {"slot": worker.slot})]
 
+    def check(self, run_id: RunId) -> None:
+        """Raises: CorruptError: what it was born with isn't what was stored."""
+        with self._database.read() as conn:
+            check_run(conn, run_id)
+
     def set_status(self, worker: WorkerId, run_id: RunId, status: RunStatus) -> None:
         """CORRUPTED for a run whose state can't be rebuilt, READY once it can.
 
@@ -336,6 +342,10 @@ def to_spec(stored: Any) -> RunSpec:
 
 def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
     """The parameters that insert a run whose CREATE op is inserted beside it: free, and in want of a worker."""
+    spec = run.spec
+    born_with = (
+        spec.run_id, run.tenant_id, run.session_id, run.model_seq_id, spec.base_model, float(now), spec,
+    )  # fmt: skip
     return {
         "run_id": run.spec.run_id,
         "tenant_id": run.tenant_id,
@@ -355,4 +365,5 @@ def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
         "snapshot_bytes": 0,
         "status": RunStatus.CREATING.value,
         "adapter_bytes": run.adapter_bytes,
+        "row_crc": crc_of(encode(born_with)),
     }

@@ -11,11 +11,16 @@ JSON goes through the engine's serializer. What stays true:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     Column,
+    Dialect,
     Float,
     ForeignKey,
     Index,
@@ -24,10 +29,31 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     false,
     text,
 )
+
+
+class Meta(TypeDecorator[dict[str, Any]]):
+    """A request's JSON. One that can't be read any more is empty, so that no other row is kept from being read: what
+    its kind needs is missing then, and its row's checksum says so (see `checksums`)."""
+
+    impl = JSON
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        read = super().result_processor(dialect, coltype)
+
+        def read_or_empty(stored: Any) -> Any:
+            try:
+                return stored if read is None else read(stored)
+            except msgspec.DecodeError:
+                return {}
+
+        return read_or_empty
+
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -142,6 +168,7 @@ runs = Table(
     Column("gone_at", Float),  # when it was let go
     Column("gone_why", Text),
     Column("cleared_at", Float),  # when the last of it had been let go but for this row
+    Column("row_crc", BigInteger),  # CRC-32 of what never changes (see checksums.RUN_BORN_WITH); null: of before
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "tenant_id", "created_at"),
     Index(None, "lease_owner"),
@@ -173,7 +200,7 @@ ops = Table(
     Column("media", Text, nullable=False),
     Column("payload_bytes", BigInteger, nullable=False),
     Column("payload_blob", Text),
-    Column("meta", JSON, nullable=False),
+    Column("meta", Meta, nullable=False),
     Column("pin_blob", Text),  # meta["blob"] of an op (see op_rows.PINNING) that no snapshot covers yet
     Column("result_media", Text),
     Column("result_bytes", BigInteger, nullable=False),

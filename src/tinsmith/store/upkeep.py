@@ -28,9 +28,9 @@ from sqlalchemy import (
 
 from tinsmith.errors import CorruptError
 from tinsmith.store.checksums import CHANGED, ROW_CHANGED, Checked, check_payloads, check_results, check_rows
-from tinsmith.store.database import Database, copy_database, readable
+from tinsmith.store.database import Database, copy_database
 from tinsmith.store.mends import odds
-from tinsmith.store.prepared import driver_of
+from tinsmith.store.prepared import driver_of, readable
 from tinsmith.store.row_checks import CHECKS, PATH, schema_faults, unreadable_texts
 from tinsmith.store.schema import checkpoints, custom_losses, dead_blobs, ops, runs, samplers, sessions
 from tinsmith.types import BlobKey, CheckpointKind, OpId, OpKind, OpState, RunStatus, TenantId
@@ -145,7 +145,7 @@ class Upkeep:
             return set(conn.execute(select(dead_blobs.c.blob)).scalars())
 
     def rows(self) -> Checked:
-        """What requests were born with, all of it read."""
+        """What requests and runs were born with, all of it read."""
         with self._database.read() as conn, readable(conn):
             return check_rows(conn)
 

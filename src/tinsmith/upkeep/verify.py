@@ -66,7 +66,7 @@ class Report:
     """num_files and num_bytes: of those that were read and checked. leftovers: files that no row names.
 
     num_unchecked: payloads and results in rows that were written before there were checksums of them.
-    num_unchecked_rows: requests of which all else was.
+    num_unchecked_rows: requests and runs of which all else was.
 
     replaced: runs of which a damaged snapshot was replaced while they were served, and when that was last (unix
     seconds): nothing of them is lost, and something is wrong with the disk. is_cut_short: the database lacks tables or

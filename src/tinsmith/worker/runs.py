@@ -344,6 +344,12 @@ class HeldRuns:
 
     def _adopt(self, row: RunRow) -> None:
         try:
+            self._store.runs.check(row.run_id)
+        except CorruptError as error:
+            self._hold(HeldRun.lost(row))
+            self._give_up(self._held[row.run_id], error.message)
+            return
+        try:
             self._hold(HeldRun.of(row, self._store.ops.replayable))
         except CorruptError as error:
             if not self._fall_back(HeldRun.lost(row), error):

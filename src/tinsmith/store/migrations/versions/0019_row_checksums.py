@@ -1,4 +1,4 @@
-"""The columns that a request is born with and that never change have a checksum; rows of before have none."""
+"""What requests and runs are born with and never changes has a checksum; rows of before have none."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ branch_labels = None
 depends_on = None
 
 
+TABLES = ("ops", "runs")
+
+
 def upgrade() -> None:
-    op.add_column("ops", sa.Column("row_crc", sa.BigInteger(), nullable=True))
+    for table in TABLES:
+        op.add_column(table, sa.Column("row_crc", sa.BigInteger(), nullable=True))
 
 
 def downgrade() -> None:
-    op.drop_column("ops", "row_crc")
+    for table in TABLES:
+        op.drop_column(table, "row_crc")
