@@ -126,3 +126,11 @@ def test_an_earlier_backup_keeps_what_is_damaged_at_the_source_since(
     (told,) = copied.damaged
     assert told.endswith("; the backup has it from before")
     assert restore(tmp_path / "backup", tmp_path / "data2").is_whole
+
+
+def test_a_row_that_names_what_is_no_file_keeps_nothing_else_from_the_backup(filed: House, tmp_path: Path) -> None:
+    execute(filed, "UPDATE ops SET result_blob = replace(result_blob, '-', ',') WHERE seq_id = 1")
+    copied = back_up(filed.root, tmp_path / "backup")
+    (told,) = copied.damaged
+    assert told.endswith(" is missing; left out")
+    assert copied.num_files == len({found.blob for found in filed.store.upkeep.references()}) - 1
