@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +120,32 @@ def test_tensors_that_overlap_or_leave_holes_are_called_corrupt(shift: int) -> N
 def test_more_than_the_header_names_is_called_corrupt() -> None:
     with pytest.raises(CorruptError):
         load_state(dump_state(STATE) + b"x")
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([-2, -2], [0, 16]),
+        ([2.0, 2], [0, 16]),
+        ([True, 4], [0, 16]),
+        ([2, 2], [0.0, 16.0]),
+        ([1] * 100 + [4], [0, 16]),
+        ([2**70, 0], [0, 0]),
+        ([-1], [4, 0]),
+        ("ab", [0, 16]),
+    ],
+)
+def test_a_shape_that_is_none_is_called_corrupt(shape: Any, offsets: list[Any]) -> None:
+    """By whoever reads the header, before the digest is known."""
+    data = dump_state(STATE)
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    text = json.dumps({"__metadata__": metadata, "param/a": entry}).encode()
+    with pytest.raises(CorruptError):
+        read_state_header(io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(16)))
+
+
+def test_a_header_of_lists_within_lists_is_called_corrupt() -> None:
+    text = b"[" * 10**5 + b"]" * 10**5
+    with pytest.raises(CorruptError, match="is no JSON"):
+        load_state(len(text).to_bytes(8, "little") + text)

@@ -31,6 +31,8 @@ FORMAT = "tinsmith-run-state-1"
 ENTRY = "tinsmith"
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**53
 ALIGNMENT = 64
 PIECE_BYTES = 4 * 2**20
 
@@ -224,7 +226,7 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise CorruptError(f"not a safetensors file: a header of {length} bytes in a file of {size}")
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError("not a safetensors file: its header is no JSON") from error
     if not isinstance(header, dict):
         raise CorruptError("not a safetensors file: its header is no object")
@@ -234,6 +236,11 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 def _num_bytes(entry: dict[str, Any]) -> int:
     """Raises: ValueError: it isn't a float32 tensor, or its shape and its place disagree."""
     begin, end = entry["data_offsets"]
-    if entry["dtype"] != "F32" or math.prod(entry["shape"]) * 4 != end - begin:
-        raise ValueError(f"a tensor of type {entry['dtype']} and shape {entry['shape']} in {end - begin} bytes")
+    shape = entry["shape"]
+    are_whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    is_fit = (
+        are_whole and len(shape) <= MAX_DIMENSIONS and math.prod(max(1, length) for length in shape) <= MAX_ELEMENTS
+    )
+    if entry["dtype"] != "F32" or not is_fit or math.prod(shape) * 4 != end - begin:
+        raise ValueError(f"a tensor of type {entry['dtype']} and shape {str(shape)[:100]} at {begin} to {end}")
     return int(end - begin)
