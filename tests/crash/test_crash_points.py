@@ -37,6 +37,8 @@ from tinsmith.upkeep.verify import verify
 pytestmark = pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")  # load_state: deprecated, and served
 STEPS = 4
 FLAGS = ("--device", "fake", "--inline-bytes", "64", "--snapshot-debt-bytes", "2000")
+ENGINE_FLAGS = ("--deterministic", "--inline-bytes", "64", "--snapshot-debt-bytes", "1")
+OF_ENGINE = ("optim.half_done", "pass.half_merged")
 SERVED = {
     "api.after_payload_file", "blob.after_rename", "blob.before_rename", "sampler.after_file", "sampler.before_file",
     "store.after_claim", "store.after_enqueue_commit", "store.after_finish_commit", "store.before_enqueue_commit",
@@ -116,6 +118,21 @@ def test_a_death_at_this_point_changes_nothing(tmp_path: Path, expected: list[An
     with running(tmp_path / "data", *FLAGS, "--crash-point", f"{name}:{NTH[name]}") as service:
         before = pids(service)
         assert everything(service) == expected
+        assert pids(service) != before, "no process died: the point was not passed so often"
+
+
+@pytest.fixture(scope="module")
+def expected_of_engine(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    with running(tmp_path_factory.mktemp("engine") / "data", *ENGINE_FLAGS) as service:
+        return everything(service)
+
+
+@pytest.mark.skipif(not DEATHS, reason="make crash-points")
+@pytest.mark.parametrize("name", OF_ENGINE)
+def test_a_death_in_the_real_engine_changes_no_bit(tmp_path: Path, expected_of_engine: list[Any], name: str) -> None:
+    with running(tmp_path / "data", *ENGINE_FLAGS, "--crash-point", f"{name}:4") as service:
+        before = pids(service)
+        assert everything(service) == expected_of_engine
         assert pids(service) != before, "no process died: the point was not passed so often"
 
 

@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(settings, process=f"worker {args.slot}")
     counting = Counting(series.TABLE, f"worker-{args.slot}", metrics_dir())
     counting.start()
-    crashpoints.arm_from(settings.crash_point)
     if args.parent_fd is not None:
         lifeline.watch(args.parent_fd)
     with contextlib.suppress(OSError):
@@ -121,6 +120,7 @@ def _serve(
     started = time.monotonic()
     info = describe(base, max_context=settings.max_context_tokens, data_dir=settings.data_dir)
     engine = make_engine(info, settings, role, loading.tell)
+    crashpoints.arm_from(settings.crash_point)  # its checks of its own programs pass such points too
     write_layers(settings.data_dir, base.name, engine.layers)
     if settings.full_fine_tuning:
         write_weights(settings.data_dir, base.name, engine.full_weights)
