@@ -42,7 +42,8 @@ NUM_PROCESSES = 2
 FLAGS = ("--inline-bytes", "256", "--snapshot-debt-bytes", "4000", "--lease-s", "3", "--hang-timeout-s", "3")
 END_WITHIN_S = 240.0
 READY_S = 100.0
-KINDS = {"worker": 6, "api": 5, "both": 3, "clients": 3, "serve": 2, "end": 1, "stop": 1, "relief": 1}
+KINDS = {"worker": 6, "api": 5, "both": 3, "clients": 3, "serve": 1, "halt": 1, "end": 1, "stop": 1, "relief": 1}
+POLITE = frozenset({"halt", "end", "relief"})  # all others end with SIGKILL; who is stopped gets it from `serve`
 
 
 class Clients:
@@ -144,12 +145,16 @@ class Chaos:
         self._clients.kill(index)
 
     def hit_serve(self, index: int) -> None:
+        self._restart(self._service.kill)
+
+    def hit_halt(self, index: int) -> None:
+        self._restart(self._service.process.terminate)
+
+    def _restart(self, end: Callable[[], object]) -> None:
+        """`serve` is ended, and started again once its children have gone with it."""
         children = self._pids(api=True, workers=True)
-        if index:
-            self._service.process.send_signal(signal.SIGTERM)
-            self._service.process.wait(60)
-        else:
-            self._service.kill()
+        end()
+        self._service.process.wait(60)
         until(lambda: not any(map(is_alive, children)), 10)
         self._service.restart()
 
