@@ -59,6 +59,19 @@ def test_an_alert_fires_where_nothing_of_its_kind_was_counted_before(query: str)
     assert not re.search(r"rate\([^)]*\)\)? == 0", query)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [target for panel in BOARD["panels"] for target in panel.get("targets", [])],
+    ids=lambda each: each["expr"],
+)
+def test_a_legend_names_labels_that_its_query_leaves(target: dict[str, str]) -> None:
+    (name, *_) = re.findall(r"\btinsmith_\w+", target["expr"])
+    one = BY_NAME.get(name) or BY_NAME[re.sub(r"_(bucket|sum|count)$", "", name)]
+    grouped = re.search(r"\b(?:sum|max|min)\b(?: by \(([^)]*)\))?", target["expr"])
+    left = set(one.labels) if grouped is None else set(re.findall(r"\w+", grouped[1] or ""))
+    assert set(re.findall(r"{{(\w+)}}", target.get("legendFormat", ""))) <= left
+
+
 def test_what_ends_without_a_worker_hides_no_standstill() -> None:
     """The API counts by itself what it refuses at arrival and what is cancelled, also while no worker works."""
     (query,) = (rule["expr"] for rule in ALERTS if rule["alert"] == "TinsmithNothingDone")

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from tinsmith.crashpoints import crash_point
 from tinsmith.model.lora.choice import has_triton
 from tinsmith.training.compiled_adamw import PROGRAM, compiled_steps
 from tinsmith.training.optimizer import optim_steps, outcomes_of
@@ -41,6 +42,7 @@ def launched_steps(slots: Sequence[RunSlot], params: Sequence[AdamParams]) -> li
         rows, copy = slot.rows, None if slot.compute_P is slot.rows["param"] else slot.compute_P
         runs.append(kernels.StepRows(rows["param"], rows["grad"], rows["m"], rows["v"], copy, slot.step))
     norms: list[float] = kernels.step_runs(runs, params) if runs else []
+    crash_point("optim.half_done")
     for slot, norm, parts in zip(slots, norms, held, strict=True):
         if math.isfinite(norm):
             slot.step += 1
