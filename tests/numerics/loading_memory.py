@@ -144,7 +144,7 @@ def write_all(home: Path, forms: set[tuple[str, str]]) -> None:
 
 def main(home: Path, *asked: str) -> None:
     cases = [case for case in CASES if " ".join(case) in asked]
-    leave_out_unused("cpu", "int4")
+    leave_out_unused("cpu")
     torch.set_num_threads(1)
     write_all(home, {(kind, form) for kind, form, *_ in cases})
     for kind, form, dtype, weights in cases:  # imports, and what libraries keep for ever

@@ -160,7 +160,7 @@ def make_engine(
     Imported here: torch takes seconds to load, and the worker takes over its dead predecessor's place before that.
     """
     name, module = ("FakeEngine", "fake_engine") if settings.device == "fake" else ("TorchEngine", "torch_engine")
-    leave_out_unused(settings.device, settings.base_weights)
+    leave_out_unused(settings.device)
     with heap.undisturbed():
         made = getattr(importlib.import_module(f"tinsmith.{module}"), name)
     if settings.device == "fake":

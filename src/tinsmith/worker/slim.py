@@ -10,15 +10,13 @@ from typing import cast
 from tinsmith.config import read_weights_in_turn
 
 
-def leave_out_unused(device: str, base_weights: str = "stored") -> None:
-    """Without a GPU, keep torch's compiler from loading triton: 75 MB that nothing uses there. Without weights that are
-    quantised here, keep transformers from loading torchao, which it does wherever that is installed.
+def leave_out_unused(device: str) -> None:
+    """Without a GPU, keep torch's compiler from loading triton: 75 MB that nothing uses there.
 
-    The model library loads that compiler, which loads triton where it is installed. None in `sys.modules` is Python's
-    way to say that a module can't be imported (https://docs.python.org/3/reference/import.html#the-module-cache).
+    What loads that compiler (torchao does, for weights that are quantised here) loads triton where it is installed.
+    None in `sys.modules` is Python's way to say that a module can't be imported
+    (https://docs.python.org/3/reference/import.html#the-module-cache).
     """
-    if base_weights not in ("int4", "nf4"):
-        sys.modules.setdefault("torchao", cast(ModuleType, None))
     if device == "cpu" or (device == "auto" and not importlib.import_module("torch").cuda.is_available()):
         sys.modules.setdefault("triton", cast(ModuleType, None))
         read_weights_in_turn()
