@@ -63,6 +63,18 @@ def test_a_file_is_checked_beside_the_reading(blobs: Blobs, tmp_path: Path) -> N
         blobs.load(info.key, read_all)
 
 
+def test_what_a_reader_makes_of_a_changed_file_is_no_error_of_its_own(blobs: Blobs, tmp_path: Path) -> None:
+    def number(file: BinaryIO, digest: Digest) -> int:
+        return int(file.read())
+
+    info = blobs.put(KEY, b"hello")
+    with pytest.raises(ValueError, match="invalid literal"):
+        blobs.load(info.key, number)
+    (tmp_path / "data" / "blobs" / info.key).write_bytes(b"hellp")
+    with pytest.raises(CorruptError, match="backup"):
+        blobs.load(info.key, number)
+
+
 def test_open_outlives_a_deletion(blobs: Blobs) -> None:
     key = blobs.put(KEY, b"old").key
     with blobs.open(key) as file:

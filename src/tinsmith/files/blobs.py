@@ -127,7 +127,11 @@ class Blobs:
         """
         digest = hashlib.sha256()
         with self.open(key) as file:
-            made = read(file, digest)
+            try:
+                made = read(file, digest)
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # of what it made of it so far
+                self.open_checked(key).close()
+                raise
         _check_digest(key, digest.hexdigest())
         return made
 
