@@ -129,7 +129,7 @@ class Blobs:
         with self.open(key) as file:
             try:
                 made = read(file, digest)
-            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # of what it made of it so far
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):  # what it made of it so far
                 self.open_checked(key).close()
                 raise
         _check_digest(key, digest.hexdigest())
