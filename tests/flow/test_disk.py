@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from tests.flow.house import House, settle, train
 from tinsmith.cli.main import app
 from tinsmith.files.blobs import Blobs, checkpoint_key, payload_key, result_key, snapshot_key
-from tinsmith.types import BlobKey, OpId, RunId, SamplerId
+from tinsmith.store.files import ROW_BYTES
+from tinsmith.store.rows import NewCopy
+from tinsmith.types import BlobKey, CheckpointKind, OpId, RunId, SamplerId
 from tinsmith.upkeep.disk_use import KINDS, measure, size
 from tinsmith.upkeep.janitor import LEFTOVER_AFTER_S, LOOK_EVERY_S, Leftovers
 from tinsmith.upkeep.verify import verify
@@ -168,3 +170,21 @@ def test_the_command_shows_what_each_tenant_takes(full: House) -> None:
     assert set(tenants) == {"alice"}
     assert tenants["alice"] > 5000
     assert "tenant alice" in CliRunner().invoke(app, ["disk", str(full.root)]).output
+
+
+def test_what_its_maker_let_go_of_counts_for_who_keeps_it(house: House) -> None:
+    run, alice = house.create_run(), house.tenant
+    house.save(run, 1, "kept")
+    settle(house.worker())
+    source = house.store.checkpoints.get(alice, run, CheckpointKind.TRAINING, "kept")
+    house.be("bob")
+    before = measure(house.root, house.store, house.blobs).bytes_by_tenant
+    house.store.copies.create(NewCopy(house.tenant, source, project_id="p"), time.time())
+    house.sampler(source.blob)
+    shared = measure(house.root, house.store, house.blobs).bytes_by_tenant
+    assert shared[alice] == before[alice]
+    assert shared[house.tenant] - before[house.tenant] < source.size_bytes + 4 * ROW_BYTES
+    house.store.checkpoints.delete(alice, run, CheckpointKind.TRAINING, "kept")
+    left = measure(house.root, house.store, house.blobs).bytes_by_tenant
+    assert left[alice] <= before[alice] - source.size_bytes
+    assert left[house.tenant] == shared[house.tenant] + source.size_bytes

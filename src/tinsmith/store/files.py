@@ -6,11 +6,12 @@ What stays true: a file counts as named if anything at all refers to it, or if i
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence, Set
 
-from sqlalchemy import JSON, Select, Text, bindparam, case, cast, func, select
+from sqlalchemy import JSON, Select, Text, bindparam, case, cast, func, literal, select
 
+from tinsmith.files.blobs import tenant_of
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
 from tinsmith.store.prepared import Prepared
@@ -42,6 +43,15 @@ _BY_BLOB: Sequence[Select[tuple[str]]] = (
 
 _KEPT = select(checkpoints.c.blob, checkpoints.c.size_bytes).distinct().subquery()
 _CHECKPOINT_BYTES = select(func.coalesce(func.sum(_KEPT.c.size_bytes), 0))
+
+
+# What one tenant may name of another's: a checkpoint, a sampler's weights, and what a request still needs.
+_SHAREABLE = tuple(
+    select(blob.label("blob"), table.c.tenant_id)
+    for table, blob in (
+        (checkpoints, checkpoints.c.blob), (samplers, samplers.c.blob), (ops, ops.c.pin_blob),
+    )
+)  # fmt: skip
 
 
 _NAMES = select(tenants.c.tenant_id, tenants.c.name)
@@ -116,6 +126,26 @@ class Files:
                 for tenant_id, num_bytes in _SAMPLED.all(conn, {"numbers": numbers}):
                     found[tenant_id] += int(num_bytes * step)
         return found
+
+    def left_to_others(self) -> Mapping[BlobKey, Set[TenantId]]:
+        """Files that the tenant who made them names no more, and that others keep by a copy, a sampler or a run."""
+        keepers: defaultdict[BlobKey, set[TenantId]] = defaultdict(set)
+        with self._database.read() as conn:
+            for query in _SHAREABLE:
+                blob, tenant_id = query.selected_columns
+                own = literal("tenants/") + tenant_id + "/"
+                is_foreign = func.substr(blob, 1, func.length(own)) != own
+                for row in conn.execute(query.where(blob.is_not(None), is_foreign)):
+                    keepers[row.blob].add(row.tenant_id)
+            blobs = sorted(keepers)
+            for at in range(0, len(blobs), PAGE):
+                for query in _SHAREABLE:
+                    blob, _ = query.selected_columns
+                    named = query.where(blob.is_not(None), blob.in_(blobs[at : at + PAGE]))
+                    for row in conn.execute(named):
+                        if row.tenant_id == tenant_of(row.blob):
+                            keepers.pop(row.blob, None)
+        return keepers
 
     def orphans(self, keys: Iterable[BlobKey]) -> set[BlobKey]:
         """Those of the files that no row names."""

@@ -26,7 +26,7 @@ AREAS = ("payloads", "results", "routes", "snapshots", "checkpoints", "losses")
 class DiskUse:
     """bytes_by_kind: all of `KINDS`. `log` is the database's write-ahead log; `other`: keys, locks, unfinished files.
     free_bytes: of the disk, for this user. bytes_by_tenant: files, rows (about), and the files that the saves which
-    are queued will make.
+    are queued will make. A file that its maker let go of counts for each tenant that keeps it.
     """
 
     bytes_by_kind: Mapping[str, int]
@@ -42,8 +42,10 @@ def measure(data_dir: Path, store: Store, blobs: Blobs) -> DiskUse:
     """Look at every file. Takes some 10 us for each; a server does so every half minute."""
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     by_tenant = Counter(store.files.row_bytes())
+    left_to_others = store.files.left_to_others()
     for file in blobs.files():
-        by_tenant[tenant_of(file.key)] += file.size
+        for tenant_id in left_to_others.get(file.key, (tenant_of(file.key),)):
+            by_tenant[tenant_id] += file.size
         area = file.key.split("/")[2] if file.key.count("/") >= 3 else ""
         found[area if area in AREAS and not file.is_unfinished else "other"] += file.size
     kept = min(store.files.checkpoint_bytes(), found["checkpoints"])
