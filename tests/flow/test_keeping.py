@@ -261,6 +261,29 @@ def test_a_damaged_backup_is_refused_and_leaves_nothing(
     assert list((tmp_path / "data2").iterdir()) == []
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_backup_without_its_database_is_no_new_directory(house: House, tmp_path: Path, is_there: bool) -> None:
+    back_up(house.root, tmp_path / "backup")
+    (tmp_path / "backup" / DATABASE_FILE).unlink()
+    if is_there:
+        (tmp_path / "backup" / DATABASE_FILE).touch()
+    for is_leaving_out_damaged in (False, True):
+        with pytest.raises(CorruptError, match="missing or empty"):
+            restore(tmp_path / "backup", tmp_path / "data2", is_leaving_out_damaged=is_leaving_out_damaged)
+    assert not (tmp_path / "data2").exists()
+
+
+def test_a_place_that_can_not_be_made_is_refused_by_name(house: House, tmp_path: Path) -> None:
+    back_up(house.root, tmp_path / "backup")
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file, file / "below"):
+        with pytest.raises(ConfigError, match=r"is a file|can't be made"):
+            back_up(house.root, place)
+        with pytest.raises(ConfigError, match=r"is a file|can't be made"):
+            restore(tmp_path / "backup", place)
+
+
 def test_what_may_not_be_written_over_is_refused(house: House, lived: object, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lies in the data directory itself"):
         back_up(house.root, house.root / "backup")

@@ -195,6 +195,9 @@ UNREADABLE = (
     "meta = CAST(x'7bff7d' AS TEXT)",
     "media = CAST(x'ff' || media AS TEXT)",
     "key_id = CAST(x'ff' AS TEXT)",
+    "meta = x'7bff7d'",
+    "meta = 5",
+    "meta = '[1]'",
 )
 
 
@@ -255,3 +258,27 @@ def test_a_text_that_can_not_be_read_is_named_with_all_else(house: House) -> Non
     assert any(finding.owner == f"payload of {waiting.id}" for finding in findings)
     assert any(f"\\xff{step.id}" in finding.owner for finding in findings)
     assert done.id not in {finding.owner for finding in findings}
+
+
+def test_a_kind_that_nothing_knows_stops_its_own_run_alone(house: House) -> None:
+    *_, waiting = a_life(house)
+    other = house.forward_backward(house.create_run(seed=2), 1, [9])
+    execute(house, "UPDATE ops SET kind = 'forwerd' WHERE op_id = ?", waiting.id)
+    settle(house.worker())
+    assert house.get(other).state is OpState.DONE
+    assert waiting.id in "".join(finding.owner for finding in verify(house.store, house.blobs).findings)
+
+
+@pytest.mark.parametrize("change", ["state = 'dome'", "kind = 'forwerd'", "media = CAST(x'ff' AS TEXT)"])
+def test_a_row_that_can_not_be_read_keeps_no_other_from_being_polled(house: House, change: str) -> None:
+    done, _, waiting = a_life(house)
+    execute(house, f"UPDATE ops SET {change} WHERE op_id = ?", done.id)
+    _, other = house.store.ops.get_all([(house.tenant, op.id) for op in (done, waiting)])
+    assert isinstance(other, OpRow)
+
+
+def test_a_row_with_a_word_that_nothing_knows_is_called_damaged(house: House) -> None:
+    done, *_ = a_life(house)
+    execute(house, "UPDATE ops SET state = 'dome' WHERE op_id = ?", done.id)
+    with pytest.raises(CorruptError, match=done.id):
+        house.get(done)

@@ -14,11 +14,12 @@ the newest (snapshots.py). All others are forgotten as soon as the op is final.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from sqlalchemy import JSON, bindparam, delete, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import GoneError, NotFoundError, UserError
+from tinsmith.errors import CorruptError, GoneError, NotFoundError, UserError
 from tinsmith.store.arrivals import arrive, arrive_with_run
 from tinsmith.store.checksums import whole_row
 from tinsmith.store.database import Database
@@ -181,20 +182,17 @@ class Ops:
         return enqueued
 
     def get(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
-        """Raises: GoneError: no such op of this tenant, or its result has expired."""
-        with self._database.read() as conn:
-            row = _GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id})
-        if row is None or row[-1]:
-            raise GoneError("unknown or expired request id")
-        return to_op(row[:-1])
+        """Raises: GoneError: no such op of this tenant, or its result has expired. CorruptError: it can't be read."""
+        (found,) = self.get_all([(tenant_id, op_id)])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError]:
-        """`get` for several, in one view."""
+    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError | CorruptError]:
+        """`get` for several, in one view. A row that was changed on the disk keeps no other from being read."""
         with self._database.read() as conn:
             rows = [_GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id}) for tenant_id, op_id in wanted]
-        return [
-            GoneError("unknown or expired request id") if row is None or row[-1] else to_op(row[:-1]) for row in rows
-        ]
+        return [_found(op_id, row) for (_, op_id), row in zip(wanted, rows, strict=True)]
 
     def claim(self, worker: WorkerId, op_ids: Sequence[OpId], now: float) -> list[OpRow]:
         """QUEUED ▸ RUNNING in one transaction; those that were claimed, with payload, in the order of `op_ids`.
@@ -312,3 +310,13 @@ class Ops:
             conn.execute(_DROP, {"nums": [row.num for row in stale if row.is_spent]})
             bury(conn, [blob for row in stale for blob in (row.result_blob, row.routes_blob)], now)
         return len(stale)
+
+
+def _found(op_id: OpId, row: Sequence[Any] | None) -> OpRow | GoneError | CorruptError:
+    """What `_GET` came to."""
+    if row is None or row[-1]:
+        return GoneError("unknown or expired request id")
+    try:
+        return to_op(row[:-1])
+    except ValueError:  # a word that nothing knows
+        return CorruptError(f"the row of {op_id} was changed on the disk; restore the database from a backup")

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -49,7 +48,7 @@ class Meta(TypeDecorator[dict[str, Any]]):
         def read_or_empty(stored: Any) -> Any:
             try:
                 return stored if read is None else read(stored)
-            except msgspec.DecodeError:
+            except (ValueError, TypeError):  # no JSON, no UTF-8, or no text
                 return {}
 
         return read_or_empty

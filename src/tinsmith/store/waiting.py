@@ -23,11 +23,12 @@ from tinsmith.store.schema import ops, runs
 from tinsmith.types import OpKind, Role, TenantId
 
 _MOST = bindparam("most", type_=Integer)
+_IS_KNOWN = ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind])  # a changed word stops its own run alone
 # A run is looked up for each queued op, and not the ops of each run: a worker may hold thousands that are idle.
 _OF_HELD_RUN = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
 _NOT_OF = ops.c.tenant_id.not_in(select(func.json_each(bindparam("without", type_=JSON)).table_valued("value").c.value))
 _RUNNABLE_IN_RUNS = select(*LIGHT).where(
-    IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq), _NOT_OF
+    IS_QUEUED, _IS_KNOWN, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq), _NOT_OF
 )
 _EARLY = Prepared(
     select(ops.c.op_id)
@@ -42,7 +43,7 @@ _NEWER = Prepared(
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(
         ops.c.base_model == bindparam("base"),
-        ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind]),  # for the queue's index
+        _IS_KNOWN,  # for the queue's index, too
         ops.c.num > bindparam("above"),
         IS_QUEUED,
         or_(ops.c.run_id.is_(None), runs.c.lease_owner == bindparam("slot")),

@@ -137,9 +137,8 @@ def restore(
         OSError: the disk is full.
     """
     read_manifest(backup)
-    if data_dir.exists() and not data_dir.is_dir():
-        raise ConfigError(f"{data_dir} is a file: name a new directory")
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _require_database(backup)
+    _make(data_dir)
     for left in data_dir.glob(f"{RESTORING}*"):
         shutil.rmtree(left)
     if any(data_dir.iterdir()):
@@ -204,9 +203,26 @@ def read_manifest(backup: Path) -> Manifest:
     return manifest
 
 
+def _require_database(backup: Path) -> None:
+    """Raises: CorruptError: it is missing or empty; a new one would be made in its place, and know of nothing."""
+    file = backup / DATABASE_FILE
+    if not file.is_file() or file.stat().st_size == 0:
+        raise CorruptError(f"{backup} is damaged: its {DATABASE_FILE} is missing or empty. Restore an earlier backup")
+
+
+def _make(directory: Path) -> None:
+    """Raises: ConfigError: it can't be made."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file: name a new directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{directory} can't be made: {error.strerror}; name another") from None
+
+
 def _claim(target: Path) -> None:
     """Make the directory, or see that what is in it may be written over."""
-    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make(target)
     own = (MANIFEST, DATABASE_FILE, *KEY_FILES)
     known = {BLOBS, *own, *(name + PART for name in own), *LOCKS}
     strange = sorted(path.name for path in target.iterdir() if path.name not in known)
