@@ -28,9 +28,10 @@ VISION = VisionInfo(
 
 def painted(width: int = 32, height: int = 32, seed: int = 0, mode: str = "RGB") -> Image.Image:
     """Smooth colours, another picture for each seed."""
-    y, x = np.mgrid[0:height, 0:width]
-    values = [(x * (3 + c) + y * (5 - c) + 37 * seed + 11 * c) % 256 for c in range(4)]
-    picture = Image.fromarray(np.stack(values, axis=-1).astype(np.uint8), "RGBA" if mode == "RGBA" else None)
+    x, y, c = (np.arange(count).astype(np.uint8) for count in (width, height, 4))  # of 8 bits, so modulo 256
+    of_channel = np.uint8(37 * seed % 256) + 11 * c
+    values = x[None, :, None] * (3 + c) + y[:, None, None] * (5 - c) + of_channel
+    picture = Image.fromarray(values, "RGBA" if mode == "RGBA" else None)
     return picture.convert("RGBA") if mode == "RGBA" else picture.convert("RGB").convert(mode)
 
 

@@ -82,7 +82,7 @@ def is_known(call: ast.Call) -> bool:
     (name,) = call.args
     if isinstance(name, ast.JoinedStr):
         name = name.values[0]
-    return isinstance(name, ast.Constant) and str(name.value).startswith(("tinsmith.", "torch"))
+    return isinstance(name, ast.Constant) and str(name.value).startswith(("tinsmith.", "torch", "transformers."))
 
 
 def test_no_way_from_bytes_to_code() -> None:

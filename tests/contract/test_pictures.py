@@ -17,7 +17,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.paint import jpeg, png
+from tests.paint import jpeg, png, raw_png
 from tests.seeing import END, IMAGE_TOKEN, NAME, START, seeing_base
 from tests.service import Service, running
 from tinsmith.bases.tokenizer import ChatTokenizer
@@ -133,7 +133,7 @@ def test_expected_tokens_are_checked(client: tinker.ServiceClient) -> None:
         (image(b"GIF89a" + bytes(40)), "neither a PNG nor a JPEG"),
         (image(png()[:60]), "can't be read"),
         (image(jpeg(), "png"), "the bytes are jpeg"),
-        (image(png(9000, 9000, mode="1"), expected=None), "scale it down"),
+        (image(raw_png(9000, 9000, b"", depth=1, colours=0), expected=None), "scale it down"),
         (image(jpeg(mode="CMYK"), "jpeg"), "CMYK"),
     ],
 )

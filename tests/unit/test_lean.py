@@ -50,8 +50,7 @@ from tinsmith.model import lean
 
 name, decorator = sys.argv[1], torch.compiler.disable
 assert "torch._dynamo" not in sys.modules
-lean.HEAVY = (name,)
-lean.import_modelling()
+lean.import_lightly(lambda: importlib.import_module(name), name)
 importlib.import_module(name)
 assert torch.compiler.disable is decorator
 assert torch._dynamo.__file__

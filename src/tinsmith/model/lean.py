@@ -24,27 +24,25 @@ from transformers.utils import import_utils
 COMPILER = "torch._dynamo"
 VIEWS = f"{COMPILER}._trace_wrapped_higher_order_op"
 VIEWS_CLASS = "TransformGetItemToIndex"
-HEAVY = ("transformers.modeling_utils", "transformers.masking_utils")
 UNUSED = ("is_torch_distributed_available", "is_torchao_available")
 
 
-def import_modelling() -> None:
-    """What importing this module does, which has to come before anything else imports transformers' modelling.
-
-    Where that is imported already this does nothing; where a version of transformers asks for more of what stands empty
-    here, it is imported whole.
-    """
-    if any(name in sys.modules for name in HEAVY):
-        return
+def import_lightly(load: Callable[[], object], package: str) -> None:
+    """Call `load`, which imports something of the package, while what is unused stands empty. If it asks for more of
+    that than its decorators, what it has imported of the package is forgotten, to be imported whole."""
     before = set(sys.modules)
     try:
         with without_compiler(), _unused_is_hidden():
-            for name in HEAVY:
-                importlib.import_module(name)
+            load()
     except ImportError:
         for name in set(sys.modules) - before:
-            if name.partition(".")[0] == "transformers":
+            if name.partition(".")[0] == package:
                 del sys.modules[name]
+
+
+def _modelling() -> None:
+    importlib.import_module("transformers.modeling_utils")
+    importlib.import_module("transformers.masking_utils")
 
 
 @contextmanager
@@ -98,7 +96,7 @@ class _Empty(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         _stand_in.give_way()
-        return getattr(importlib.import_module(COMPILER), name)
+        return getattr(importlib.import_module("torch._dynamo"), name)
 
 
 _stand_in = _StandIn()
@@ -128,7 +126,8 @@ def _is_missing(*_: object, **__: object) -> bool:
 
 def _views() -> Any:
     """The compiler's own context, once somebody enters it."""
-    return getattr(importlib.import_module(VIEWS), VIEWS_CLASS)()
+    return getattr(importlib.import_module("torch._dynamo._trace_wrapped_higher_order_op"), VIEWS_CLASS)()
 
 
-import_modelling()
+if "transformers.modeling_utils" not in sys.modules:
+    import_lightly(_modelling, "transformers")
