@@ -185,7 +185,7 @@ def _make_engine(path: Path, synchronous: str) -> Engine:
             "journal_mode=WAL",
             f"synchronous={synchronous}",
             "foreign_keys=ON",
-            "cache_size=-2048",
+            "cache_size=-512",
             "temp_store=MEMORY",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
