@@ -20,7 +20,7 @@ from tinsmith.store.graveyard import bury
 from tinsmith.store.op_rows import NEW_COLUMNS, WHOLE, born, to_columns, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import Enqueued, NewOp, NewRun, OpRow
-from tinsmith.store.runs import new_run_columns
+from tinsmith.store.run_rows import new_run_columns
 from tinsmith.store.schema import ops, runs, samplers, sessions
 from tinsmith.types import RunId
 

@@ -19,7 +19,7 @@ from tinsmith.store.database import Database
 from tinsmith.store.graveyard import bury, forget, unneeded
 from tinsmith.store.ledger import end_span, open_span
 from tinsmith.store.rows import CheckpointRow, NewCheckpoint, Principal
-from tinsmith.store.runs import to_spec
+from tinsmith.store.run_rows import to_spec
 from tinsmith.store.schema import checkpoints, runs
 from tinsmith.types import BlobKey, CheckpointKind, RunId, TenantId
 

@@ -55,16 +55,22 @@ def whole_row(op: OpRow) -> OpRow:
     """The same, which was read with its payload.
 
     Raises:
-        CorruptError: what it was born with isn't what was stored.
+        CorruptError: what it was born with isn't what was stored, or its row holds what none can.
     """
+    if op.is_changed:
+        raise row_changed(op.id)
     if op.row_crc is not None:
         born_with = (
             op.id, op.tenant_id, op.kind, op.base_model, op.run_id, op.sampler_id, op.seq_id, op.cost_tokens,
             op.created_at, op.media, op.payload_bytes, op.key_id, op.meta,
         )  # fmt: skip
         if zlib.crc32(encode(born_with)) != op.row_crc:
-            raise CorruptError(f"the row of {op.id} was changed on the disk; restore the database from a backup")
+            raise row_changed(op.id)
     return op
+
+
+def row_changed(owner: str) -> CorruptError:
+    return CorruptError(f"the row of {owner} was changed on the disk; restore the database from a backup")
 
 
 def whole_payload(op: OpRow) -> bytes | None:
@@ -104,7 +110,7 @@ def check_run(conn: Connection, run_id: RunId) -> None:
     """Raises: CorruptError: what it was born with isn't what was stored."""
     row = conn.execute(_RUN, {"of_run": run_id}).first()
     if row is not None and row[-1] is not None and _crc_of_stored(row[:-2], row[-2]) != row[-1]:
-        raise CorruptError(f"the row of the run {run_id} was changed on the disk; restore the database from a backup")
+        raise row_changed(f"the run {run_id}")
 
 
 def _born_with(columns: Sequence[Column[Any]], crc: Column[int]) -> Select[Any]:

@@ -24,7 +24,7 @@ from tinsmith.store.database import Database
 from tinsmith.store.gone import require_there
 from tinsmith.store.op_rows import born, to_columns
 from tinsmith.store.rows import NewCheckpoint, NewCopy, NewOp, NewRun, Principal
-from tinsmith.store.runs import new_run_columns
+from tinsmith.store.run_rows import new_run_columns
 from tinsmith.store.schema import checkpoints, ops, runs, sessions
 from tinsmith.store.session_bounds import require_not_too_many
 from tinsmith.types import Failure, OpId, OpKind, RunId, RunStatus, SessionId, TenantId

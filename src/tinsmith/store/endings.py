@@ -227,6 +227,9 @@ def number_ends(conn: Connection, ended: Iterable[tuple[SamplerId, OpId]]) -> No
     for sampler_id, op_id in ended:
         by_sampler[sampler_id].append(op_id)
     for sampler_id, op_ids in sorted(by_sampler.items()):
-        (last,) = _COUNT_UP.first(conn, {"id": sampler_id, "more": len(op_ids)})
+        counted = _COUNT_UP.first(conn, {"id": sampler_id, "more": len(op_ids)})
+        if counted is None:  # its name, in either row, was changed on the disk
+            continue
+        (last,) = counted
         numbers = zip(op_ids, count(last - len(op_ids) + 1), strict=False)
         _NUMBER.run_many(conn, [{"id": op_id, "number": number} for op_id, number in numbers])

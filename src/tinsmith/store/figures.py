@@ -12,6 +12,7 @@ from sqlalchemy import bindparam, func, select
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING
+from tinsmith.store.prepared import readable
 from tinsmith.store.schema import checkpoints, ops, runs, sessions, tenants
 from tinsmith.types import RunId, TenantId
 
@@ -84,7 +85,7 @@ class Overview:
         self._database = database
 
     def figures(self) -> Figures:
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             num_snapshots, snapshot_bytes = conn.execute(_SNAPSHOTS).one()
             return Figures(
                 waiting=[Waiting(*row) for row in conn.execute(_QUEUED)],
@@ -98,7 +99,7 @@ class Overview:
 
     def latest_runs(self, limit: int) -> list[RunFigures]:
         """Those that were asked for something last, newest first."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return [RunFigures(*row) for row in conn.execute(_LATEST, {"limit": limit})]
 
     def tenant_names(self, tenant_ids: Iterable[TenantId]) -> dict[TenantId, str]:
@@ -106,5 +107,5 @@ class Overview:
 
     def tenant_name(self, tenant_id: TenantId) -> str:
         """Empty if there's no such tenant."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return conn.execute(_NAME, {"tenant_id": tenant_id}).scalar() or ""

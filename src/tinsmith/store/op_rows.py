@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 from sqlalchemy import ColumnElement, LargeBinary, and_, cast, func, null, or_, select
@@ -12,6 +13,7 @@ from tinsmith.store.rows import NewOp, OpRow
 from tinsmith.store.schema import ops, runs
 from tinsmith.types import Failure, OpKind, OpState, RunStatus
 
+_KINDS, _STATES = {kind.value: kind for kind in OpKind}, {state.value: state for state in OpState}
 PINNING = (OpKind.CREATE, OpKind.LOAD, OpKind.FORWARD, OpKind.FORWARD_BACKWARD)  # those whose meta names a file
 
 _LIGHT: tuple[ColumnElement[Any], ...] = (
@@ -44,6 +46,19 @@ IS_SPENT: ColumnElement[bool] = and_(
     or_(ops.c.run_id.is_(None), and_(runs.c.status != RunStatus.COPY.value, ops.c.seq_id <= runs.c.pruned_seq)),
 )
 
+_TEXT, _NUMBER, _TIME = (str,), (int,), (float, int)
+_TEXT_OR_NONE, _NUMBER_OR_NONE, _TIME_OR_NONE = (str, NoneType), (int, NoneType), (float, int, NoneType)
+_BYTES_OR_NONE = (bytes, NoneType)
+_MAY_BE: tuple[tuple[type, ...], ...] = (  # of each column of WHOLE
+    _TEXT, _TEXT, _TEXT, _TEXT, _TEXT_OR_NONE, _TEXT_OR_NONE, _NUMBER, _TEXT, _NUMBER, _NUMBER, _TEXT_OR_NONE, _TIME,
+    _TIME_OR_NONE, _TIME_OR_NONE, _TEXT, _NUMBER, _TEXT_OR_NONE, (dict,), _TEXT_OR_NONE, _NUMBER, _TEXT_OR_NONE,
+    _TEXT_OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE, _BYTES_OR_NONE, _NUMBER_OR_NONE, _NUMBER_OR_NONE,
+    _BYTES_OR_NONE, _NUMBER_OR_NONE,
+)  # fmt: skip
+_KIND, _RUN_ID, _STATE = (_LIGHT.index(column) for column in (ops.c.kind, ops.c.run_id, ops.c.state))
+_MOST_SHAPES = 1000
+_good_shapes: set[tuple[type, ...]] = set()  # types of rows that were looked at column by column
+
 NEW_COLUMNS = (  # those that `to_columns` fills
     "op_id", "tenant_id", "kind", "base_model", "run_id", "sampler_id", "seq_id", "state", "cost_tokens", "attempts",
     "created_at", "finished_at", "is_expired", "media", "payload_bytes", "payload_blob", "meta", "pin_blob",
@@ -53,19 +68,24 @@ NEW_COLUMNS = (  # those that `to_columns` fills
 
 
 def to_op(row: Sequence[Any]) -> OpRow:
-    """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE."""
+    """An OpRow from a row of LIGHT, WITH_PAYLOAD or WHOLE. What a column can't hold and its row does, since bits of it
+    flipped, is something that it can in an OpRow that `is_changed`."""
+    shape = tuple(map(type, row))
+    is_changed = not (shape in _good_shapes or _is_good(shape)) or not are_words_known(row) or _is_of_both(row)
+    if is_changed:
+        row = _possible(row)
     (op_id, tenant_id, kind, base_model, run_id, sampler_id, seq_id, state, cost_tokens, attempts, owner, created_at,
      started_at, finished_at, media, payload_bytes, payload_blob, meta, result_media, result_bytes, result_blob,
      code, category, message, key_id, payload, payload_crc, row_crc, result, result_crc) = row  # fmt: skip
     return OpRow(
         id=op_id,
         tenant_id=tenant_id,
-        kind=OpKind(kind),
+        kind=_KINDS[kind],
         base_model=base_model,
         run_id=run_id,
         sampler_id=sampler_id,
         seq_id=seq_id,
-        state=OpState(state),
+        state=_STATES[state],
         cost_tokens=cost_tokens,
         attempts=attempts,
         owner=owner,
@@ -86,7 +106,43 @@ def to_op(row: Sequence[Any]) -> OpRow:
         payload_crc=payload_crc,
         result_crc=result_crc,
         row_crc=row_crc,
+        is_changed=is_changed,
     )
+
+
+def are_words_known(row: Sequence[Any]) -> bool:
+    return row[_KIND] in _KINDS and row[_STATE] in _STATES
+
+
+def _is_of_both(row: Sequence[Any]) -> bool:
+    """A sample that names a run."""
+    return row[_RUN_ID] is not None and row[_KIND] == OpKind.SAMPLE.value
+
+
+def is_known(op: OpRow) -> bool:
+    """Whether its name is one that a row may have: nothing finds it by another."""
+    return op.id != "" and "\\" not in op.id
+
+
+def _is_good(shape: tuple[type, ...]) -> bool:
+    is_good = all(found in may_be for found, may_be in zip(shape, _MAY_BE, strict=True))
+    if is_good and len(_good_shapes) < _MOST_SHAPES:
+        _good_shapes.add(shape)
+    return is_good
+
+
+def _possible(row: Sequence[Any]) -> list[Any]:
+    values = [
+        value if type(value) in may_be else None if NoneType in may_be else may_be[0]()
+        for value, may_be in zip(row, _MAY_BE, strict=True)
+    ]
+    if values[_KIND] not in _KINDS:
+        values[_KIND] = OpKind.SAMPLE if values[_RUN_ID] is None else OpKind.OPTIM_STEP
+    if values[_KIND] == OpKind.SAMPLE.value:
+        values[_RUN_ID] = None
+    if values[_STATE] not in _STATES:
+        values[_STATE] = OpState.QUEUED
+    return values
 
 
 def born(new: NewOp, now: float) -> OpRow:

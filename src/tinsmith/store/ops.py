@@ -21,13 +21,13 @@ from sqlalchemy import JSON, bindparam, delete, exists, func, literal_column, or
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import CorruptError, GoneError, NotFoundError, UserError
 from tinsmith.store.arrivals import arrive, arrive_with_run
-from tinsmith.store.checksums import whole_row
+from tinsmith.store.checksums import row_changed, whole_row
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED, IS_RUNNING, blame, require_current
 from tinsmith.store.graveyard import bury
-from tinsmith.store.op_rows import IS_SPENT, WHOLE, WITH_PAYLOAD, WITH_RESULT, to_op
+from tinsmith.store.op_rows import IS_SPENT, WHOLE, WITH_PAYLOAD, WITH_RESULT, are_words_known, to_op
 from tinsmith.store.outcomes import record
-from tinsmith.store.prepared import Prepared
+from tinsmith.store.prepared import Prepared, readable
 from tinsmith.store.quota_gates import reopen
 from tinsmith.store.quotas import Quotas
 from tinsmith.store.rows import Enqueued, Finished, NewOp, NewRun, OpRow, WorkerId
@@ -49,7 +49,7 @@ _CLAIM = Prepared(
     .where(
         ops.c.op_id == bindparam("id"),
         IS_QUEUED,
-        or_(ops.c.run_id.is_(None), _IS_HELD),
+        or_(ops.c.run_id.is_(None), ops.c.kind == literal_column(f"'{OpKind.SAMPLE}'"), _IS_HELD),
     )
     .values(
         state=OpState.RUNNING.value, owner=bindparam("slot"), attempts=ops.c.attempts + 1, started_at=bindparam("now")
@@ -80,10 +80,20 @@ _REPLAYABLE = (
     .where(
         ops.c.run_id == bindparam("run_id"),
         ops.c.seq_id > bindparam("above"),
-        ops.c.state == OpState.DONE.value,
-        or_(ops.c.kind.in_(EFFECTS), _MADE_A_PROMISE),
+        or_(ops.c.state == OpState.DONE.value, ops.c.state.not_in([state.value for state in OpState])),
+        or_(ops.c.kind.in_(EFFECTS), _MADE_A_PROMISE, ops.c.kind.not_in([kind.value for kind in OpKind])),
     )
     .order_by(ops.c.seq_id)
+)
+_LACKS = select(runs.c.head_seq).where(
+    runs.c.run_id == bindparam("run_id"),
+    runs.c.gone_at.is_(None),
+    runs.c.head_seq - bindparam("above")
+    > select(func.count())
+    .select_from(ops)
+    .where(ops.c.run_id == runs.c.run_id, ops.c.seq_id > bindparam("above"), ops.c.seq_id <= runs.c.head_seq)
+    .correlate(runs)
+    .scalar_subquery(),
 )
 _PLACE = Prepared(
     select(ops.c.num, ops.c.base_model, ops.c.seq_id, ops.c.state, runs.c.head_seq)
@@ -273,10 +283,13 @@ class Ops:
         seq, with payload.
 
         Raises:
-            CorruptError: a row of them was changed on the disk.
+            CorruptError: a row of them was changed on the disk, or one that arrived above `above_seq` isn't there.
         """
-        with self._database.read() as conn:
-            return [whole_row(to_op(row)) for row in conn.execute(_REPLAYABLE, {"run_id": run_id, "above": above_seq})]
+        values = {"run_id": run_id, "above": above_seq}
+        with self._database.read() as conn, readable(conn):
+            if conn.execute(_LACKS, values).first() is not None:
+                raise CorruptError(f"requests are missing in the log of {run_id}; restore the database from a backup")
+            return [whole_row(to_op(row)) for row in conn.execute(_REPLAYABLE, values)]
 
     def queue_position(self, op_id: OpId) -> tuple[int, int | None]:
         """(queued ops of its base that arrived before it, the first seq_id of its run that it still waits for).
@@ -316,7 +329,4 @@ def _found(op_id: OpId, row: Sequence[Any] | None) -> OpRow | GoneError | Corrup
     """What `_GET` came to."""
     if row is None or row[-1]:
         return GoneError("unknown or expired request id")
-    try:
-        return to_op(row[:-1])
-    except ValueError:  # a word that nothing knows
-        return CorruptError(f"the row of {op_id} was changed on the disk; restore the database from a backup")
+    return to_op(row[:-1]) if are_words_known(row) else row_changed(op_id)

@@ -80,7 +80,8 @@ def record(conn: Connection, worker: WorkerId, finished: Sequence[Finished], now
         _check(outcome)
     require_current(conn, worker)
     rows = {f.op_id: _Open(*row) for f in finished if (row := _OPEN.first(conn, {"id": f.op_id})) is not None}
-    require_leased(conn, worker, {row.run_id for row in rows.values() if row.run_id is not None})
+    of_runs = (row for row in rows.values() if row.kind != OpKind.SAMPLE)  # one of a sample was changed on the disk
+    require_leased(conn, worker, {row.run_id for row in of_runs if row.run_id is not None})
     fresh = {f.op_id: f for f in finished if _is_open(worker, f.op_id, rows.get(f.op_id))}
     for op_id, outcome in fresh.items():
         fresh[op_id] = _unless_taken(conn, outcome, now)

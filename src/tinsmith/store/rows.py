@@ -132,6 +132,7 @@ class RunRow:
     snapshot_seq: the highest op that the snapshot holds; -1 without one.
     previous_seq, previous_blob: of the snapshot before it; -1 and None if there was none.
     pruned_seq: payloads of ops up to here are forgotten.
+    is_changed: its row holds what none can, since bits of it flipped; all but run_id stands for nothing.
     """
 
     run_id: RunId
@@ -151,6 +152,7 @@ class RunRow:
     previous_blob: BlobKey | None
     pruned_seq: int
     status: RunStatus
+    is_changed: bool = False
 
     @property
     def has_previous(self) -> bool:
@@ -195,7 +197,8 @@ class OpRow(Struct, frozen=True, array_like=True):
     media and payload_bytes describe the payload; result_media and result_bytes the result.
     attempts: how many workers claimed it without either finishing it or handing it back.
     owner: the slot that claimed it last; None once what a cancelled one had cost is metered.
-    payload_crc, result_crc and row_crc: see `checksums`, through which all are read.
+    payload_crc, result_crc and row_crc: see `checksums`, through which all are read. is_changed: something stood in the
+    row that can't, and something else stands here.
     """
 
     id: OpId
@@ -226,6 +229,7 @@ class OpRow(Struct, frozen=True, array_like=True):
     payload_crc: int | None = None
     result_crc: int | None = None
     row_crc: int | None = None
+    is_changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

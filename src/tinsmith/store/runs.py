@@ -12,32 +12,26 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import msgspec
 from sqlalchemy import Connection, and_, bindparam, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
 from tinsmith.errors import FencedError, NotFoundError
-from tinsmith.store.checksums import check_run, crc_of, encode
+from tinsmith.store.checksums import check_run, row_changed
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_RUNNING, WANTS_WORKER, dispossess, require_current, require_leased
 from tinsmith.store.gone import require_there
-from tinsmith.store.prepared import Prepared
-from tinsmith.store.rows import NewRun, RunRow, WorkerId
+from tinsmith.store.prepared import Prepared, readable
+from tinsmith.store.rows import RunRow, WorkerId
+from tinsmith.store.run_rows import COLUMNS, to_run
 from tinsmith.store.schema import ops, runs, sessions, workers
 from tinsmith.store.snapshots import Cold, Recorded, Snapshot, cold_runs, prune_some, put_snapshot, put_spare
-from tinsmith.types import BlobKey, Role, RunId, RunSpec, RunStatus, TenantId
+from tinsmith.types import BlobKey, Role, RunId, RunStatus, TenantId
 
 RunRows: TypeAlias = list[RunRow]  # within the class, `list` is a method
 RunIds: TypeAlias = list[RunId]
 BlobKeys: TypeAlias = list[BlobKey]
 ACTIVE_S = 60.0  # a run that was asked for something within that time is load
 PATIENCE_S = 2.0  # a worker that has nothing to do looks sooner than that
-
-COLUMNS = (
-    runs.c.run_id, runs.c.tenant_id, runs.c.session_id, runs.c.model_seq_id, runs.c.spec, runs.c.user_metadata,
-    runs.c.created_at, runs.c.last_request_at, runs.c.head_seq, runs.c.epoch, runs.c.lease_owner, runs.c.snapshot_seq,
-    runs.c.snapshot_blob, runs.c.previous_seq, runs.c.previous_blob, runs.c.pruned_seq, runs.c.status,
-)  # fmt: skip
 
 _GET = Prepared(
     select(*COLUMNS).where(runs.c.run_id == bindparam("run_id"), runs.c.tenant_id == bindparam("tenant_id"))
@@ -128,12 +122,15 @@ class Runs:
         """Raises:
         NotFoundError: no such run of this tenant.
         GoneError: it was let go; the message says when and why.
+        CorruptError: its row was changed on the disk.
         """
         with self._database.read() as conn:
             row = _GET.first(conn, {"run_id": run_id, "tenant_id": tenant_id})
             if row is None:
                 raise NotFoundError(f"no training run {run_id}")
             run = to_run(row)
+            if run.is_changed:
+                raise row_changed(f"the run {run_id}")
             if run.status is RunStatus.GONE:
                 require_there(conn, run_id)
         return run
@@ -144,7 +141,7 @@ class Runs:
         Raises:
             FencedError: the worker doesn't hold it.
         """
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             row = conn.execute(
                 _HELD.where(runs.c.run_id == bindparam("one")), {"slot": worker.slot, "one": run_id}
             ).first()
@@ -155,7 +152,7 @@ class Runs:
     def list(self, tenant_id: TenantId, limit: int, offset: int, project_id: str | None = None) -> tuple[RunRows, int]:
         """One page, newest first, and how many there are in all; of one project, if it is named."""
         values = {"tenant_id": tenant_id, "project_id": project_id}
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             total = conn.execute(_COUNT, values).scalar_one()
             rows = conn.execute(_LIST, {**values, "limit": limit, "offset": offset})
             return [to_run(row) for row in rows], total
@@ -195,7 +192,8 @@ class Runs:
             if not run_ids:
                 return []
             conn.execute(_REQUEUE, {"run_ids": run_ids})
-            rows = conn.execute(_TAKE, {"run_ids": run_ids, "slot": worker.slot}).all()
+            with readable(conn):
+                rows = conn.execute(_TAKE, {"run_ids": run_ids, "slot": worker.slot}).all()
             crash_point("store.before_lease_commit")
         return sorted((to_run(row) for row in rows), key=lambda run: run.run_id)
 
@@ -218,13 +216,15 @@ class Runs:
 
     def held(self, worker: WorkerId) -> RunRows:
         """The runs that this worker's slot holds."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             return [to_run(row) for row in conn.execute(_HELD, {"slot": worker.slot})]
 
-    def check(self, run_id: RunId) -> None:
-        """Raises: CorruptError: what it was born with isn't what was stored."""
-        with self._database.read() as conn:
-            check_run(conn, run_id)
+    def check(self, run: RunRow) -> None:
+        """Raises: CorruptError: what it was born with isn't what was stored, or its row holds what none can."""
+        if run.is_changed:
+            raise row_changed(f"the run {run.run_id}")
+        with self._database.read() as conn, readable(conn):
+            check_run(conn, run.run_id)
 
     def set_status(self, worker: WorkerId, run_id: RunId, status: RunStatus) -> None:
         """CORRUPTED for a run whose state can't be rebuilt, READY once it can.
@@ -309,61 +309,3 @@ def _choose(conn: Connection, watch: Mapping[str, Any], *, limit: int, without: 
     left = [run_id for run_id, asked_at in wanting if asked_at < watch["now"] - PATIENCE_S]
     fresh = [run_id for run_id, asked_at in wanting if asked_at >= watch["now"] - PATIENCE_S]
     return left + fresh[: max(0, share - len(left))]
-
-
-def to_run(row: Sequence[Any]) -> RunRow:
-    """A RunRow from a row of COLUMNS."""
-    (run_id, tenant_id, session_id, model_seq_id, spec, user_metadata, created_at, last_request_at, head_seq, epoch,
-     lease_owner, snapshot_seq, snapshot_blob, previous_seq, previous_blob, pruned_seq, status) = row  # fmt: skip
-    return RunRow(
-        run_id=run_id,
-        tenant_id=tenant_id,
-        session_id=session_id,
-        model_seq_id=model_seq_id,
-        spec=to_spec(spec),
-        user_metadata=user_metadata,
-        created_at=created_at,
-        last_request_at=last_request_at,
-        head_seq=head_seq,
-        epoch=epoch,
-        lease_owner=lease_owner,
-        snapshot_seq=snapshot_seq,
-        snapshot_blob=snapshot_blob,
-        previous_seq=previous_seq,
-        previous_blob=previous_blob,
-        pruned_seq=pruned_seq,
-        status=RunStatus(status),
-    )
-
-
-def to_spec(stored: Any) -> RunSpec:
-    return msgspec.convert(stored, RunSpec)
-
-
-def new_run_columns(run: NewRun, now: float) -> dict[str, Any]:
-    """The parameters that insert a run whose CREATE op is inserted beside it: free, and in want of a worker."""
-    spec = run.spec
-    born_with = (
-        spec.run_id, run.tenant_id, run.session_id, run.model_seq_id, spec.base_model, float(now), spec,
-    )  # fmt: skip
-    return {
-        "run_id": run.spec.run_id,
-        "tenant_id": run.tenant_id,
-        "session_id": run.session_id,
-        "model_seq_id": run.model_seq_id,
-        "base_model": run.spec.base_model,
-        "spec": run.spec,
-        "user_metadata": dict(run.user_metadata),
-        "created_at": now,
-        "last_request_at": now,
-        "head_seq": 0,
-        "max_seq": 0,
-        "pruned_seq": -1,
-        "epoch": 0,
-        "wants_worker": True,
-        "snapshot_seq": -1,
-        "snapshot_bytes": 0,
-        "status": RunStatus.CREATING.value,
-        "adapter_bytes": run.adapter_bytes,
-        "row_crc": crc_of(encode(born_with)),
-    }

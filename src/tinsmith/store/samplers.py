@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
+from sqlalchemy import Connection, Text, bindparam, case, delete, exists, func, insert, select, update
+from sqlalchemy import cast as sql_cast
 
 from tinsmith.errors import NotFoundError
+from tinsmith.store.checksums import row_changed
 from tinsmith.store.database import Database
 from tinsmith.store.fences import require_current
 from tinsmith.store.graveyard import bury
+from tinsmith.store.prepared import readable
 from tinsmith.store.rows import NewSampler, SamplerRow, SamplerWeights, WorkerId
-from tinsmith.store.runs import to_spec
+from tinsmith.store.run_rows import to_spec
 from tinsmith.store.schema import ops, runs, samplers, sessions
 from tinsmith.types import BlobKey, RunStatus, SamplerId, TenantId
 
@@ -37,7 +40,11 @@ _RETARGET = (
     .where(samplers.c.run_id == bindparam("of_run"), samplers.c.is_inflight)
     .values(blob=bindparam("new_blob"), promised_seq=bindparam("new_promised_seq"))
 )
-_RANK = cast(Any, samplers.c.spec)["rank"].as_integer().label("rank")
+_SPEC = sql_cast(samplers.c.spec, Text)
+_RANK = case(
+    (func.json_valid(_SPEC) == 1, cast(Any, samplers.c.spec)["rank"].as_integer()),
+    else_=None,
+).label("rank")
 _WEIGHTS = (
     select(samplers.c.sampler_id, samplers.c.blob, samplers.c.promised_seq, _RANK, runs.c.status)
     .outerjoin(runs, runs.c.run_id == samplers.c.run_id)
@@ -89,25 +96,33 @@ class Samplers:
 
         Raises:
             NotFoundError: no such sampler.
+            CorruptError: its row was changed on the disk.
         """
-        with self._database.read() as conn:
-            row = conn.execute(_GET_ANY, {"sampler_id": sampler_id}).first()
-        return _found(row, sampler_id)
+        try:
+            with self._database.read() as conn, readable(conn):
+                row = conn.execute(_GET_ANY, {"sampler_id": sampler_id}).first()
+            found = _found(row, sampler_id)
+        except ValueError:  # no JSON, or of something else
+            raise row_changed(f"the sampler {sampler_id}") from None
+        if not isinstance(found.blob, str | None):
+            raise row_changed(f"the sampler {sampler_id}")
+        return found
 
     def weights(self, sampler_ids: Collection[SamplerId]) -> dict[SamplerId, SamplerWeights]:
         """What these samplers sample from; those that don't exist are left out. Give at most some 10000 at once."""
         if not sampler_ids:
             return {}
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             rows = conn.execute(_WEIGHTS, {"sampler_ids": list(sampler_ids)}).all()
         return {
             row.sampler_id: SamplerWeights(
-                row.blob,
+                cast(BlobKey | None, row.blob),
                 is_promised=row.promised_seq is not None,
                 is_lost=row.promised_seq is not None and row.status == RunStatus.CORRUPTED,
                 is_full=row.rank == 0,
             )
             for row in rows
+            if row.blob is None or isinstance(row.blob, str)  # another is of a row that was changed: see `get_any`
         }
 
     def redeem(self, worker: WorkerId, promised: BlobKey, made: BlobKey) -> bool:

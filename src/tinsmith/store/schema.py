@@ -36,8 +36,8 @@ from sqlalchemy import (
 
 
 class Meta(TypeDecorator[dict[str, Any]]):
-    """A request's JSON. One that can't be read any more is empty, so that no other row is kept from being read: what
-    its kind needs is missing then, and its row's checksum says so (see `checksums`)."""
+    """JSON of a request or a run. One that can't be read any more is empty, so that no other row is kept from being
+    read: what is needed of it is missing then, and its row's checksum says so (see `checksums`)."""
 
     impl = JSON
     cache_ok = True
@@ -143,8 +143,8 @@ runs = Table(
     Column("session_id", Text, ForeignKey("sessions.session_id"), nullable=False),
     Column("model_seq_id", BigInteger, nullable=False),
     Column("base_model", Text, nullable=False),
-    Column("spec", JSON, nullable=False),
-    Column("user_metadata", JSON, nullable=False),
+    Column("spec", Meta, nullable=False),
+    Column("user_metadata", Meta, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("last_request_at", Float, nullable=False),
     Column("head_seq", BigInteger, nullable=False),

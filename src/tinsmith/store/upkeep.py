@@ -238,7 +238,7 @@ def _troubles(conn: Connection, now: float) -> list[RowFault]:
 def _references(conn: Connection) -> Iterator[Reference]:
     for query, naming, is_state in _NAMED:
         for tenant_id, owner, blob, size in conn.execute(query):
-            yield Reference(naming, tenant_id, owner, blob, size, is_state)
+            yield Reference(naming, tenant_id, str(owner), BlobKey(str(blob)), size, is_state)
 
 
 def _named(

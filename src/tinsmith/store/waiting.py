@@ -16,19 +16,19 @@ from sqlalchemy import JSON, Connection, Integer, Select, bindparam, exists, fun
 
 from tinsmith.store.database import Database
 from tinsmith.store.fences import IS_QUEUED
-from tinsmith.store.op_rows import LIGHT, to_op
+from tinsmith.store.op_rows import LIGHT, is_known, to_op
 from tinsmith.store.prepared import Prepared
 from tinsmith.store.rows import OpRow, WorkerId
 from tinsmith.store.schema import ops, runs
 from tinsmith.types import OpKind, Role, TenantId
 
 _MOST = bindparam("most", type_=Integer)
-_IS_KNOWN = ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind])  # a changed word stops its own run alone
+_IS_KNOWN = ops.c.kind.in_([literal_column(f"'{kind}'") for kind in OpKind])  # for the queue's index
 # A run is looked up for each queued op, and not the ops of each run: a worker may hold thousands that are idle.
 _OF_HELD_RUN = exists().where(runs.c.run_id == ops.c.run_id, runs.c.lease_owner == bindparam("slot")).correlate(ops)
 _NOT_OF = ops.c.tenant_id.not_in(select(func.json_each(bindparam("without", type_=JSON)).table_valued("value").c.value))
 _RUNNABLE_IN_RUNS = select(*LIGHT).where(
-    IS_QUEUED, _IS_KNOWN, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq), _NOT_OF
+    IS_QUEUED, ops.c.run_id.is_not(None), _OF_HELD_RUN.where(ops.c.seq_id <= runs.c.head_seq), _NOT_OF
 )
 _EARLY = Prepared(
     select(ops.c.op_id)
@@ -43,7 +43,7 @@ _NEWER = Prepared(
     .outerjoin(runs, runs.c.run_id == ops.c.run_id)
     .where(
         ops.c.base_model == bindparam("base"),
-        _IS_KNOWN,  # for the queue's index, too
+        _IS_KNOWN,
         ops.c.num > bindparam("above"),
         IS_QUEUED,
         or_(ops.c.run_id.is_(None), runs.c.lease_owner == bindparam("slot")),
@@ -102,7 +102,7 @@ class Waiting:
             newest = _newest(conn)
             values = {"base": base_model, "slot": worker.slot, "above": above, "most": limit}
             rows = _NEWER.all(conn, values) if newest > above else []
-        found = [(op, row[-1]) for row in rows if _is_for(role, op := to_op(row[:-1]))]
+        found = [(op, row[-1]) for row in rows if _is_for(role, op := to_op(row[:-1])) and is_known(op)]
         ready = [op for op, head in found if op.run_id is None or op.seq_id <= head]
         return Look(ready, newest, len(ready) < len(found), len(rows) == limit)
 
@@ -130,7 +130,7 @@ class _Fair:
         is_cut = len(rows) > limit
         if is_cut:
             rows = self._shared.all(conn, {**values, "most": limit})
-        return [to_op(row) for row in rows], is_cut
+        return [op for op in map(to_op, rows) if is_known(op)], is_cut
 
 
 _OF_RUNS = _Fair(_RUNNABLE_IN_RUNS, (ops.c.run_id, ops.c.seq_id), ops.c.run_id)

@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, select, update
 from tinsmith.errors import NotFoundError, UserError
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
+from tinsmith.store.prepared import readable
 from tinsmith.store.rows import Principal
 from tinsmith.store.schema import tenants
 from tinsmith.types import TenantId
@@ -22,14 +23,19 @@ _FIND = select(tenants.c.tenant_id).where(tenants.c.name == bindparam("name"))
 _UPDATE = update(tenants).where(tenants.c.tenant_id == bindparam("id")).values(weight=bindparam("new_weight"))
 
 
+def _is_weight(found: object) -> bool:
+    """A row that was changed on the disk may hold anything."""
+    return isinstance(found, float) and LEAST <= found <= MOST
+
+
 class Weights:
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def others(self) -> Mapping[TenantId, float]:
         """Of the tenants whose weight isn't 1."""
-        with self._database.read() as conn:
-            return {TenantId(tenant_id): float(weight) for tenant_id, weight in conn.execute(_SET)}
+        with self._database.read() as conn, readable(conn):
+            return {TenantId(tenant_id): weight for tenant_id, weight in conn.execute(_SET) if _is_weight(weight)}
 
     def all(self) -> Mapping[str, float]:
         """Of every tenant, by name."""

@@ -17,7 +17,7 @@ from functools import partial
 
 import structlog
 
-from tinsmith.errors import CorruptError, NotFoundError, TinsmithError
+from tinsmith.errors import CorruptError, NotFoundError, TinsmithError, UserError
 from tinsmith.files.blobs import Blobs
 from tinsmith.files.checkpoint_file import read_state
 from tinsmith.types import BlobKey, FloatArray, RunState
@@ -76,7 +76,10 @@ class ReadAhead:
         """Why the file that was read, or isn't there, doesn't give a state; None if it does, or for lack of memory."""
         entry = self._entries.get(key)
         if entry is None:
-            return None if self._blobs.exists(key) else NotFoundError(f"no stored file {key}")
+            try:
+                return None if self._blobs.exists(key) else NotFoundError(f"no stored file {key}")
+            except UserError as no_name:
+                return CorruptError(no_name.message)
         error = entry.read.exception() if entry.read.done() else None
         return error if isinstance(error, CorruptError | NotFoundError) else None
 

@@ -344,7 +344,7 @@ class HeldRuns:
 
     def _adopt(self, row: RunRow) -> None:
         try:
-            self._store.runs.check(row.run_id)
+            self._store.runs.check(row)
         except CorruptError as error:
             self._hold(HeldRun.lost(row))
             self._give_up(self._held[row.run_id], error.message)
