@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.flow.house import House, settle, train
-from tinsmith.errors import CorruptError
+from tinsmith.errors import CorruptError, GoneError
 from tinsmith.store import DATABASE_FILE
 from tinsmith.store.rows import OpRow
 from tinsmith.types import OpState, RunStatus
+from tinsmith.upkeep.cooling import Cooling
+from tinsmith.upkeep.janitor import sweep
 from tinsmith.upkeep.verify import verify
 
 SECONDS = 20.0
+DAYS = 1e7  # seconds after which nothing is kept
 LOST_RUNS = (
     "spec = '{'",
     "spec = CAST(x'7bff7d' AS TEXT)",
@@ -151,3 +155,32 @@ def test_a_snapshot_whose_name_is_none_is_a_damaged_one(house: House) -> None:
     settle(house.worker(), seconds=SECONDS)
     assert house.get(after).state is OpState.DONE
     assert (house.weights(run) == before).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("sessions", "session_id = x'ff'"),
+        ("sessions", "session_id = CAST(x'ff' AS TEXT)"),
+        ("ops", "result_blob = CAST(x'ff' AS TEXT)"),
+        ("ops", "routes_blob = 'a'"),
+        ("runs", "snapshot_blob = 'a'"),
+    ],
+)
+def test_a_damaged_row_keeps_nothing_else_from_being_swept(house: House, table: str, what: str) -> None:
+    """Twice: what can't be deleted is handed out once."""
+    tenant = house.tenant
+    done, *_ = train(house, house.create_run(), range(1))
+    other, *_ = another_tenant(house)
+    worker = house.worker()
+    settle(worker, seconds=SECONDS)
+    worker.close()
+    where = {"ops": ("op_id", done.id), "runs": ("run_id", done.run_id)}.get(table, ("tenant_id", tenant))
+    change(house, table, what, where[0], str(where[1]))
+    now = time.time() + DAYS
+    for _ in range(2):
+        sweep(house.store, house.blobs, house.settings, now)
+        Cooling().sweep(house.store, house.blobs, now, now)
+        now += DAYS
+    with pytest.raises(GoneError):
+        house.get(other)

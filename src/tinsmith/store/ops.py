@@ -314,11 +314,12 @@ class Ops:
         Returns:
             How many; `limit` means that there may be more.
         """
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             if not conn.execute(_STALE, {"before": finished_before, "limit": 1}).all():
                 return 0
         with self._database.write() as conn:
-            stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
+            with readable(conn):
+                stale = conn.execute(_STALE, {"before": finished_before, "limit": limit}).all()
             conn.execute(_EXPIRE, {"nums": [row.num for row in stale if not row.is_spent]})
             conn.execute(_DROP, {"nums": [row.num for row in stale if row.is_spent]})
             bury(conn, [blob for row in stale for blob in (row.result_blob, row.routes_blob)], now)

@@ -19,7 +19,7 @@ from tinsmith.scopes import Scope
 from tinsmith.store.audit import note
 from tinsmith.store.database import Database
 from tinsmith.store.endings import cancel_samples
-from tinsmith.store.prepared import Prepared
+from tinsmith.store.prepared import Prepared, readable
 from tinsmith.store.rows import Principal, SessionRow
 from tinsmith.store.schema import custom_losses, keys, runs, samplers, sessions, usage, usage_days
 from tinsmith.store.session_bounds import require_room
@@ -240,11 +240,13 @@ class Sessions:
 
     def expire(self, silent_since: float, now: float) -> Sequence[SessionId]:
         """End all sessions whose last heartbeat is older than `silent_since`; their ids. Writes nothing if none is."""
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             if conn.execute(_SILENT.limit(1), {"before": silent_since}).first() is None:
                 return []
         with self._database.write() as conn:
-            expired = sorted(conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars())
+            with readable(conn):
+                ended = conn.execute(_EXPIRE, {"before": silent_since, "now": now}).scalars().all()
+            expired = sorted(SessionId(str(session_id)) for session_id in ended)
             cancel_samples(conn, expired, now)
         return expired
 
@@ -255,13 +257,13 @@ class Sessions:
             How many; `limit` means that there may be more.
         """
         values = {"before": ended_before, "limit": limit}
-        with self._database.read() as conn:
+        with self._database.read() as conn, readable(conn):
             if conn.execute(_EMPTY, {**values, "limit": 1}).first() is None:
                 return 0
         with self._database.write() as conn:
-            empty = conn.execute(_EMPTY, values).scalars().all()
-            conn.execute(_DROP, {"session_ids": empty})
-        return len(empty)
+            with readable(conn):
+                empty = conn.execute(_EMPTY, values).scalars().all()
+            return conn.execute(_DROP, {"session_ids": empty}).rowcount
 
     def ended_among(self, run_ids: Collection[RunId]) -> set[RunId]:
         """Those of the runs whose session has ended, or that were let go. Give at most some 10000 at once."""

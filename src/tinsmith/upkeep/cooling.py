@@ -15,7 +15,7 @@ from typing import BinaryIO
 import structlog
 
 from tinsmith.crashpoints import crash_point
-from tinsmith.errors import CorruptError, NotFoundError
+from tinsmith.errors import CorruptError, UserError
 from tinsmith.files.blobs import CHECKED_BYTES, Blobs, snapshot_key
 from tinsmith.store import Store
 from tinsmith.store.snapshots import Cold
@@ -58,7 +58,7 @@ def _rest(store: Store, blobs: Blobs, cold: Cold, now: float) -> bool:
     try:
         with blobs.open_checked(cold.newest.blob) as file:
             spare = blobs.put(snapshot_key(cold.tenant_id, cold.run_id, cold.newest.seq), _pieces(file)).key
-    except (CorruptError, NotFoundError) as error:
+    except (CorruptError, UserError) as error:  # gone, or its name is none
         ids = {"run_id": cold.run_id, "tenant_id": cold.tenant_id, "snapshot": cold.newest.blob}
         log.error(
             "a resting run's newest snapshot is damaged; its log and the one before stay", **ids, error=str(error)

@@ -21,6 +21,7 @@ import structlog
 
 from tinsmith.config import Settings
 from tinsmith.crashpoints import crash_point
+from tinsmith.errors import UserError
 from tinsmith.files.blobs import Blobs
 from tinsmith.machine.clock import Clock
 from tinsmith.store import Store
@@ -100,7 +101,8 @@ def sweep(
     while dead := store.checkpoints.collect(now):
         crash_point("janitor.before_delete")
         for key in dead:
-            blobs.delete(key)
+            with contextlib.suppress(UserError):  # the name of no file, in a row that was changed on the disk
+                blobs.delete(key)
             crash_point("janitor.half_deleted")
         num_files += len(dead)
     return Swept(len(sessions), num_results, num_files)
