@@ -176,8 +176,8 @@ def test_a_result_that_changed_in_its_row_is_not_handed_out(wire: Wire, run_id: 
         changed = text("UPDATE ops SET result = result || x'20' WHERE op_id = :id")
         assert conn.execute(changed, {"id": request_id}).rowcount == 1
     status, _, body = wire.both("retrieve_future", poll(request_id))
-    assert (status, json.loads(body)["code"]) == (500, "corrupt")
-    assert request_id in json.loads(body)["detail"]
+    assert (status, json.loads(body)["category"]) == (200, "server")
+    assert f"the result of {request_id} was changed" in json.loads(body)["error"]
 
 
 def test_what_is_not_plain_goes_to_the_routes(wire: Wire, run_id: str, house: Any) -> None:

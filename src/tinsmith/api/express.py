@@ -23,7 +23,7 @@ from tinsmith.api.answers import Answer, Answered, Refusal, Refused
 from tinsmith.api.auth import KeyCache
 from tinsmith.api.body import inflate
 from tinsmith.api.errors import Problem, fault, lack_of, refusal
-from tinsmith.api.futures import come_to, failure_of, try_again
+from tinsmith.api.futures import come_to, damaged_result, failure_of, try_again
 from tinsmith.api.gaps import MAX_AHEAD
 from tinsmith.api.intake import Budget
 from tinsmith.api.marks import bind_op, log_request, request_id_of, security_headers
@@ -33,7 +33,7 @@ from tinsmith.api.pressure import FILLING, TOO_MUCH
 from tinsmith.api.services import Services
 from tinsmith.api.training import draft_on, fill_optim_step, fill_training
 from tinsmith.api.waits import MAX_WAIT_S
-from tinsmith.errors import CapacityError, TinsmithError
+from tinsmith.errors import CapacityError, CorruptError, TinsmithError
 from tinsmith.observe import tracing
 from tinsmith.observe.series import HTTP_REQUESTS, REFUSED
 from tinsmith.store.checksums import whole_result
@@ -164,7 +164,12 @@ class Express:
             return Answer(408, await try_again(self._services, op))
         if op.state is not OpState.DONE:
             return Answer(200, failure_result(failure_of(op)))
-        return None if op.result_blob is not None else Answer(200, whole_result(op) or b"", op.result_media or JSON)
+        if op.result_blob is not None:
+            return None
+        try:
+            return Answer(200, whole_result(op) or b"", op.result_media or JSON)
+        except CorruptError as error:
+            return Answer(200, damaged_result(error))
 
     async def _forward_backward(self, principal: Principal, request: PlainRequest) -> Answer | None:
         with _Held(self._budget, principal.tenant_id) as held:

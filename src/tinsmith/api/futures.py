@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
+import structlog
 from litestar import Response, post
 from litestar.params import JSONBody
 from litestar.response import Stream
@@ -23,7 +24,7 @@ from tinsmith.api.outgo import PIECE_BYTES, closing_with
 from tinsmith.api.pauses import ACTIVE, Waiting
 from tinsmith.api.services import Services, ServicesDep
 from tinsmith.api.waiters import Ended
-from tinsmith.errors import GoneError, NotFoundError
+from tinsmith.errors import CorruptError, GoneError, NotFoundError
 from tinsmith.files.virtual_file import VirtualFile
 from tinsmith.store.checksums import whole_result
 from tinsmith.store.rows import OpRow
@@ -31,6 +32,8 @@ from tinsmith.types import BlobKey, Failure, OpId, OpState, TenantId
 from tinsmith.wire.media import JSON, encode_json
 from tinsmith.wire.requests import RetrieveFuture
 from tinsmith.wire.results import failure_result
+
+log = structlog.get_logger("tinsmith.api")
 
 SPREAD = 20  # polls are held up to a 20th longer, so that those that came together don't always come together
 CANCELLED = Failure(
@@ -130,6 +133,8 @@ async def _read_out(request: Call, services: Services, op: OpRow, blob: BlobKey)
         source = closing.enter_context(await services.work(services.blobs.open_checked, blob))
     except NotFoundError:
         raise GoneError("unknown or expired request id") from None
+    except CorruptError as error:
+        return Response(damaged_result(error), media_type=JSON)
     headers = {"content-length": str(op.result_bytes)}
     return Stream(_pieces(services, source, op.result_bytes), headers=headers, media_type=op.result_media or JSON)
 
@@ -141,9 +146,19 @@ async def _pieces(services: Services, source: BinaryIO, num_bytes: int) -> Async
 
 
 def _answer(services: Services, op: OpRow) -> Response[bytes]:
-    if op.state is OpState.DONE:
+    if op.state is not OpState.DONE:
+        return Response(failure_result(failure_of(op)), media_type=JSON)
+    try:
         return Response(result_of(services, op), media_type=op.result_media or JSON)
-    return Response(failure_result(failure_of(op)), media_type=JSON)
+    except CorruptError as error:
+        return Response(damaged_result(error), media_type=JSON)
+
+
+def damaged_result(error: CorruptError) -> bytes:
+    """The answer to a poll whose result isn't what was stored: a failure for good, since clients ask again at once, and
+    without end, after a status of 500."""
+    log.error("a result is damaged", error=error.message)
+    return failure_result(error.as_failure())
 
 
 def failure_of(op: OpRow) -> Failure:

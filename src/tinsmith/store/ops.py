@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from msgspec.structs import replace as replace_in
 from sqlalchemy import JSON, bindparam, delete, exists, func, literal_column, or_, select, update
 
 from tinsmith.crashpoints import crash_point
@@ -192,13 +193,13 @@ class Ops:
         return enqueued
 
     def get(self, tenant_id: TenantId, op_id: OpId) -> OpRow:
-        """Raises: GoneError: no such op of this tenant, or its result has expired. CorruptError: it can't be read."""
+        """Raises: GoneError: no such op of this tenant, or its result has expired."""
         (found,) = self.get_all([(tenant_id, op_id)])
         if isinstance(found, Exception):
             raise found
         return found
 
-    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError | CorruptError]:
+    def get_all(self, wanted: Sequence[tuple[TenantId, OpId]]) -> list[OpRow | GoneError]:
         """`get` for several, in one view. A row that was changed on the disk keeps no other from being read."""
         with self._database.read() as conn:
             rows = [_GET.first(conn, {"op_id": op_id, "tenant_id": tenant_id}) for tenant_id, op_id in wanted]
@@ -326,8 +327,11 @@ class Ops:
         return len(stale)
 
 
-def _found(op_id: OpId, row: Sequence[Any] | None) -> OpRow | GoneError | CorruptError:
-    """What `_GET` came to."""
+def _found(op_id: OpId, row: Sequence[Any] | None) -> OpRow | GoneError:
+    """What `_GET` came to. A row with a word that nothing knows is never carried out: it has failed."""
     if row is None or row[-1]:
         return GoneError("unknown or expired request id")
-    return to_op(row[:-1]) if are_words_known(row) else row_changed(op_id)
+    op = to_op(row[:-1])
+    if are_words_known(row):
+        return op
+    return replace_in(op, state=OpState.FAILED, failure=row_changed(op_id).as_failure(), result=None, result_blob=None)
