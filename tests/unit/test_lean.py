@@ -56,6 +56,19 @@ assert torch.compiler.disable is decorator
 assert torch._dynamo.__file__
 """
 
+WITHIN = """
+import sys
+from tinsmith.model import lean
+import torch
+
+with lean.without_compiler():
+    import torch._dynamo.utils as part
+    from torch._dynamo import config
+assert part is torch._dynamo.utils is sys.modules["torch._dynamo.utils"] and config is torch._dynamo.config
+assert part.__spec__.origin == part.__file__
+assert not any(isinstance(finder, lean._Parts) for finder in sys.meta_path)
+"""
+
 
 def run(script: str, *args: str, cwd: Path | None = None) -> None:
     subprocess.run([sys.executable, "-c", script, *args], check=True, timeout=120, cwd=cwd)
@@ -63,6 +76,10 @@ def run(script: str, *args: str, cwd: Path | None = None) -> None:
 
 def test_a_worker_trains_and_samples_without_the_compiler_which_is_there_for_who_wants_it() -> None:
     run(WORKS + STILL_THERE)
+
+
+def test_a_part_of_the_compiler_is_there_while_that_stands_empty() -> None:
+    run(WITHIN)
 
 
 @pytest.mark.parametrize("name", ASK)

@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -70,9 +72,11 @@ class _StandIn:
             if COMPILER in sys.modules:
                 return
             compiler, views = _Empty(COMPILER), ModuleType(VIEWS)
+            compiler.__path__ = []  # its parts are asked of `_Parts`
             compiler.__dict__.update(assume_constant_result=_as_it_is, allow_in_graph=_as_it_is, disable=_as_it_is)
             views.__dict__[VIEWS_CLASS] = _views
             sys.modules |= {COMPILER: compiler, VIEWS: views}
+            sys.meta_path.insert(0, _parts)
             torch.__dict__["_dynamo"] = compiler
             self._disable = torch.compiler.__dict__["disable"]
             torch.compiler.__dict__["disable"] = _as_it_is
@@ -89,6 +93,7 @@ class _StandIn:
             if isinstance(sys.modules.get(COMPILER), _Empty):
                 torch.compiler.__dict__["disable"] = self._disable
                 del torch.__dict__["_dynamo"], sys.modules[COMPILER], sys.modules[VIEWS]
+                sys.meta_path.remove(_parts)
 
 
 class _Empty(ModuleType):
@@ -99,6 +104,24 @@ class _Empty(ModuleType):
         return getattr(importlib.import_module("torch._dynamo"), name)
 
 
+class _Parts(MetaPathFinder, Loader):
+    """Finds a part of the compiler while that stands empty: the real one is imported, and its part with it."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if not name.startswith(f"{COMPILER}."):
+            return None
+        _stand_in.give_way()
+        importlib.import_module(name)
+        return ModuleSpec(name, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It was."""
+
+
+_parts = _Parts()
 _stand_in = _StandIn()
 
 
