@@ -261,14 +261,17 @@ def test_a_damaged_backup_is_refused_and_leaves_nothing(
     assert list((tmp_path / "data2").iterdir()) == []
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_backup_without_its_database_is_no_new_directory(house: House, tmp_path: Path, is_there: bool) -> None:
+@pytest.mark.parametrize("num_bytes", [None, 0, 1, -1])
+def test_a_backup_without_its_database_is_no_new_directory(house: House, tmp_path: Path, num_bytes: int | None) -> None:
+    """What is missing at the end of a database SQLite takes for zeros, and less than a page for a new one."""
     back_up(house.root, tmp_path / "backup")
-    (tmp_path / "backup" / DATABASE_FILE).unlink()
-    if is_there:
-        (tmp_path / "backup" / DATABASE_FILE).touch()
+    file = tmp_path / "backup" / DATABASE_FILE
+    whole = file.read_bytes()
+    file.unlink()
+    if num_bytes is not None:
+        file.write_bytes(whole[:num_bytes])
     for is_leaving_out_damaged in (False, True):
-        with pytest.raises(CorruptError, match="missing or empty"):
+        with pytest.raises(CorruptError, match="missing, empty or cut off"):
             restore(tmp_path / "backup", tmp_path / "data2", is_leaving_out_damaged=is_leaving_out_damaged)
     assert not (tmp_path / "data2").exists()
 

@@ -47,6 +47,7 @@ BLOBS = "blobs"
 STAGING = ".backup-"
 RESTORING = ".restore-"
 MOST_NAMED = 10
+HEADER_BYTES = 100  # of a database of SQLite
 PART = ".part"
 LOCKS = ("serve.lock", "tinsmith.lock", "tinsmith.turn")  # left where a backup was verified and repaired
 
@@ -204,10 +205,24 @@ def read_manifest(backup: Path) -> Manifest:
 
 
 def _require_database(backup: Path) -> None:
-    """Raises: CorruptError: it is missing or empty; a new one would be made in its place, and know of nothing."""
+    """Raises: CorruptError: it is missing, empty or cut off. SQLite takes what is missing at its end for zeros, and
+    makes a new one, which knows of nothing, of what is less than a page."""
     file = backup / DATABASE_FILE
-    if not file.is_file() or file.stat().st_size == 0:
-        raise CorruptError(f"{backup} is damaged: its {DATABASE_FILE} is missing or empty. Restore an earlier backup")
+    if not file.is_file() or file.stat().st_size < _num_bytes(file):
+        raise CorruptError(
+            f"{backup} is damaged: its {DATABASE_FILE} is missing, empty or cut off. Restore an earlier backup"
+        )
+
+
+def _num_bytes(file: Path) -> int:
+    """That a database has at least, by its header (https://www.sqlite.org/fileformat.html, 1.3)."""
+    with file.open("rb") as opened:
+        header = opened.read(HEADER_BYTES)
+    page_bytes, changed_at, num_pages, counted_at = (
+        int.from_bytes(header[start:end], "big") for start, end in ((16, 18), (24, 28), (28, 32), (92, 96))
+    )
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    return max(HEADER_BYTES, page_bytes * (num_pages if changed_at == counted_at else 1))
 
 
 def _make(directory: Path) -> None:
