@@ -111,7 +111,7 @@ class _Parts(MetaPathFinder, Loader):
         if not name.startswith(f"{COMPILER}."):
             return None
         _stand_in.give_way()
-        importlib.import_module(name)
+        importlib.import_module(f"torch._dynamo.{name.removeprefix(f'{COMPILER}.')}")
         return ModuleSpec(name, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
