@@ -101,8 +101,10 @@ def sweep(
     while dead := store.checkpoints.collect(now):
         crash_point("janitor.before_delete")
         for key in dead:
-            with contextlib.suppress(UserError):  # the name of no file, in a row that was changed on the disk
+            try:
                 blobs.delete(key)
+            except UserError as error:  # the name of no file
+                log.error("a row that was changed on the disk named a file to delete", error=error.message)
             crash_point("janitor.half_deleted")
         num_files += len(dead)
     return Swept(len(sessions), num_results, num_files)
